@@ -1,0 +1,71 @@
+.DEFAULT_GOAL := help
+VENV := .venv
+BIN := $(VENV)/bin
+PYTHON := $(BIN)/python
+SYSTEM_PYTHON ?= python3
+STAMP := $(VENV)/.installed
+# A test run leaves no usage report and asks no server for one.
+export RAY_USAGE_STATS_ENABLED := 0
+export MLFLOW_DISABLE_TELEMETRY := true
+
+.PHONY: help
+help:  ## Show this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-12s %s\n", $$1, $$2}'
+
+$(STAMP): requirements.lock pyproject.toml
+	@$(SYSTEM_PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "Python 3.11 or newer is needed; set SYSTEM_PYTHON=/path/to/python3.11"; exit 2; }
+	$(SYSTEM_PYTHON) -m venv $(VENV)
+	$(PYTHON) -m pip install --quiet --disable-pip-version-check -r requirements.lock
+	$(PYTHON) -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	@touch $@
+
+.PHONY: install
+install: $(STAMP)  ## Build .venv from requirements.lock
+	@echo "Installed. Next: make demo, or: source $(VENV)/bin/activate && mae --help"
+
+.PHONY: demo
+demo: $(STAMP)  ## Draw a small data set, pretrain on it, show what was learned (2 minutes, no server, no GPU)
+	$(BIN)/mae prepare configs/prepare/demo.yaml
+	$(BIN)/mae pretrain configs/pretrain/demo.yaml
+
+.PHONY: format
+format: $(STAMP)  ## Rewrite files to the house format
+	$(PYTHON) -m ruff check --fix .
+	$(PYTHON) -m ruff format .
+
+.PHONY: check
+check: $(STAMP)  ## Format, lint, types and layers; writes nothing
+	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m mypy
+	$(BIN)/lint-imports
+
+.PHONY: test
+test: $(STAMP)  ## All tests: core, Ray, services (no GPU needed)
+	$(PYTHON) -m pytest
+	SHAPE_CHECKS=0 $(PYTHON) -m pytest -m compile
+
+.PHONY: test-fast
+test-fast: $(STAMP)  ## Tests that start no Ray and no service
+	$(PYTHON) -m pytest -m "not (ray or services or slow)"
+
+.PHONY: up
+up: $(STAMP)  ## Start an object store, MLflow and a Ray head on loopback
+	$(PYTHON) -m infra.services up
+
+.PHONY: down
+down: $(STAMP)  ## Stop what `make up` started, and nothing else
+	$(PYTHON) -m infra.services down
+
+.PHONY: mlflow-ui
+mlflow-ui: $(STAMP)  ## Open the local MLflow store on http://127.0.0.1:5000
+	$(BIN)/mlflow ui --backend-store-uri sqlite:///$(CURDIR)/runs/mlflow.db
+
+.PHONY: ci
+ci: check test  ## What .ci/run runs
+
+.PHONY: clean
+clean:  ## Remove caches and the demo's data and runs; keeps .venv
+	rm -rf data runs mlruns .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache build *.egg-info
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

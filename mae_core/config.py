@@ -1,0 +1,144 @@
+"""What the core can be told, and nothing about where it runs.
+
+Imports pydantic only: a config can be checked on a laptop without torch or Ray.
+"""
+
+from typing import Literal, NamedTuple, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class StrictConfig(BaseModel):
+    """Base of every config: frozen, and a misspelt key is an error."""
+
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        allow_inf_nan=False,
+        validate_default=True,
+        use_attribute_docstrings=True,
+    )
+
+
+class EncoderShape(NamedTuple):
+    embed_dim: int
+    depth: int
+    num_heads: int
+
+
+EncoderName = Literal["vit_micro", "vit_tiny", "vit_small", "vit_base", "vit_large", "vit_huge"]
+
+# tiny and small: Touvron et al. 2021, https://arxiv.org/abs/2012.12877, table 1; base, large and
+# huge: Dosovitskiy et al. 2021, https://arxiv.org/abs/2010.11929, table 1; micro: ours.
+ENCODERS: dict[str, EncoderShape] = {
+    "vit_micro": EncoderShape(embed_dim=192, depth=6, num_heads=3),
+    "vit_tiny": EncoderShape(embed_dim=192, depth=12, num_heads=3),
+    "vit_small": EncoderShape(embed_dim=384, depth=12, num_heads=6),
+    "vit_base": EncoderShape(embed_dim=768, depth=12, num_heads=12),
+    "vit_large": EncoderShape(embed_dim=1024, depth=24, num_heads=16),
+    "vit_huge": EncoderShape(embed_dim=1280, depth=32, num_heads=16),
+}
+
+
+class DecoderConfig(StrictConfig):
+    dim: int = Field(default=512, gt=0, multiple_of=4)
+    """Width of the decoder's tokens."""
+    depth: int = Field(default=8, ge=1)
+    """Transformer blocks."""
+    num_heads: int = Field(default=16, ge=1)
+    """Attention heads; must divide `dim`."""
+
+    @model_validator(mode="after")
+    def _heads_divide_the_width(self) -> Self:
+        if self.dim % self.num_heads:
+            raise ValueError(f"num_heads={self.num_heads} does not divide dim={self.dim}")
+        return self
+
+
+class ModelConfig(StrictConfig):
+    encoder: EncoderName = "vit_base"
+    """Which ViT: micro 192x6, tiny 192x12, small 384x12, base 768x12, large 1024x24, huge 1280x32."""
+    img_size: tuple[int, int] = (224, 224)
+    """Height and width of the training crop, in pixels; one number means a square."""
+    patch_size: int = Field(default=16, gt=0)
+    """Side of a square patch, in pixels."""
+    in_chans: int = Field(default=3, gt=0)
+    """Channels of an image."""
+    decoder: DecoderConfig = DecoderConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_number_is_a_square(cls, raw: object) -> object:
+        if isinstance(raw, dict) and isinstance(raw.get("img_size"), int):
+            return {**raw, "img_size": (raw["img_size"], raw["img_size"])}
+        return raw
+
+    @model_validator(mode="after")
+    def _patches_tile_the_image(self) -> Self:
+        height, width = self.img_size
+        if height < 1 or width < 1 or height % self.patch_size or width % self.patch_size:
+            raise ValueError(
+                f"img_size={height}x{width} is not a multiple of patch_size={self.patch_size}"
+            )
+        return self
+
+    @property
+    def encoder_shape(self) -> EncoderShape:
+        return ENCODERS[self.encoder]
+
+    @property
+    def grid_size(self) -> tuple[int, int]:
+        """Rows and columns of patches."""
+        return self.img_size[0] // self.patch_size, self.img_size[1] // self.patch_size
+
+    @property
+    def num_patches(self) -> int:
+        return self.grid_size[0] * self.grid_size[1]
+
+
+class MaskingConfig(StrictConfig):
+    kind: Literal["random", "block", "grid"] = "random"
+    """random: each patch alone; block: rectangles (BEiT); grid: one patch of every 2x2 is kept."""
+    mask_ratio: float = Field(default=0.75, gt=0, lt=1)
+    """Share of patches removed from the encoder's input."""
+
+    @model_validator(mode="after")
+    def _grid_has_one_ratio(self) -> Self:
+        if self.kind == "grid" and self.mask_ratio != 0.75:
+            raise ValueError(
+                f"kind=grid keeps one patch of four: mask_ratio must be 0.75, not {self.mask_ratio}"
+            )
+        return self
+
+
+class LossConfig(StrictConfig):
+    norm_pix: bool = True
+    """Each target patch is brought to zero mean and unit variance (He et al. 2021, section 4.1)."""
+
+
+class OptimConfig(StrictConfig):
+    base_lr: float = Field(default=1.5e-4, gt=0)
+    """Learning rate at a global batch of 256; see `learning_rate`."""
+    global_batch_size: int = Field(default=4096, gt=0)
+    """Images per optimizer step, over all workers and accumulation steps."""
+    micro_batch_size: int = Field(default=64, gt=0)
+    """Images per worker and forward pass; the rest of the global batch is accumulated."""
+    epochs: float = Field(default=800, gt=0)
+    """Passes over the data; a fraction ends mid-epoch."""
+    max_steps: int | None = Field(default=None, gt=0)
+    """Stop after this many optimizer steps, if `epochs` has not ended the run before."""
+    warmup_epochs: float = Field(default=40, ge=0)
+    """Epochs in which the learning rate rises from 0."""
+    weight_decay: float = Field(default=0.05, ge=0)
+    """Applied to tensors of two and more dimensions; biases and norms are exempt."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW's decay rates for the two moments."""
+    precision: Literal["fp32", "bf16"] = "bf16"
+    """bf16: autocast where the device has it (CUDA); master weights stay fp32."""
+    compile: bool = False
+    """torch.compile the model (CUDA only)."""
+
+    @property
+    def learning_rate(self) -> float:
+        """Linear scaling rule, Goyal et al. 2017, https://arxiv.org/abs/1706.02677."""
+        return self.base_lr * self.global_batch_size / 256
