@@ -1,0 +1,167 @@
+"""WebDataset tars to samples, and where in the tar each sample lies.
+
+A sample is the run of tar members that share a key: the path up to the first dot of the file
+name. What follows the dot is the extension, lower-cased. Members that are not regular files,
+hidden files and `__meta__` names are no samples. Only groups with an image count.
+
+Source: the WebDataset format, https://github.com/webdataset/webdataset.
+"""
+
+import tarfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import BinaryIO, Literal, NamedTuple, cast
+
+import numpy as np
+import numpy.typing as npt
+
+IMAGE_EXTENSIONS = frozenset({"jpg", "jpeg", "png", "webp", "tif", "tiff"})
+
+
+class DataError(RuntimeError):
+    """The data can't be used as it is; says which shard and key, and what to do."""
+
+
+class Sample(NamedTuple):
+    key: str
+    parts: dict[str, bytes]  # extension, without the dot, to content
+    offset: int  # of the sample's first byte in the tar
+
+    @property
+    def image(self) -> bytes:
+        return next(data for extension, data in self.parts.items() if extension in IMAGE_EXTENSIONS)
+
+
+class ShardIndex(NamedTuple):
+    """Where the samples of one tar lie: sample i is the bytes [offsets[i], offsets[i + 1])."""
+
+    offsets: npt.NDArray[np.int64]  # (num_samples + 1,)
+    num_without_image: int  # groups that have no image and are left out
+
+    @property
+    def num_samples(self) -> int:
+        return len(self.offsets) - 1
+
+
+def split_name(name: str) -> tuple[str, str] | None:
+    """Key and extension of a tar member, or None where the name is not a sample's."""
+    folder, _, base = name.removeprefix("./").rpartition("/")
+    if base.startswith((".", "__")) or "." not in base:
+        return None
+    stem, extension = base.split(".", 1)
+    return (f"{folder}/{stem}" if folder else stem), extension.lower()
+
+
+def iter_samples(stream: BinaryIO, shard: str) -> Iterator[Sample]:
+    """Read the samples of a tar, or of a slice of it that starts where a sample starts.
+
+    Args:
+        stream: need not be seekable.
+        shard: named in errors.
+
+    Raises:
+        DataError: the tar is cut or damaged, or the members of a key are not next to each other.
+    """
+    with _open_tar(stream, shard) as tar:
+        for group in _groups(tar, shard, contents=True):
+            if _has_image(group):
+                yield group
+
+
+def index_shard(stream: BinaryIO, shard: str) -> ShardIndex:
+    """Find where each sample of a whole tar lies. Reads only headers where `stream` can seek.
+
+    Raises:
+        DataError: as `iter_samples`; also for a tar without the end marker, which is how a tar
+            that was cut between two members looks.
+    """
+    offsets: list[int] = []
+    num_without_image = 0
+    source = stream if stream.seekable() else _TailReader(stream)
+    with _open_tar(source, shard) as tar:
+        for group in _groups(tar, shard, contents=False):
+            if _has_image(group):
+                offsets.append(group.offset)
+            else:
+                num_without_image += 1
+        end = tar.offset
+    # tarfile takes a damaged or missing header for the end; only a block of zeros is the end.
+    if _block_at(source, end) != bytes(tarfile.BLOCKSIZE):
+        raise DataError(f"{shard}: cut or damaged at byte {end}; fetch or pack it again")
+    offsets.append(end)
+    if len(offsets) == 1:
+        offsets = [0]
+    return ShardIndex(np.asarray(offsets, dtype=np.int64), num_without_image)
+
+
+def _has_image(sample: Sample) -> bool:
+    return not IMAGE_EXTENSIONS.isdisjoint(sample.parts)
+
+
+class _TailReader:
+    """Counts what is read from a stream and remembers the last of it."""
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self._stream = stream
+        self._chunks: list[bytes] = [b"", b""]
+        self.position = 0
+
+    def seekable(self) -> bool:
+        return False
+
+    def read(self, size: int = -1) -> bytes:
+        data = self._stream.read(size)
+        self._chunks = [self._chunks[-1], data]
+        self.position += len(data)
+        return data
+
+    def tail_from(self, start: int) -> bytes:
+        tail = b"".join(self._chunks)
+        return tail[max(0, start - (self.position - len(tail))) :]
+
+
+def _block_at(source: BinaryIO | _TailReader, offset: int) -> bytes:
+    if isinstance(source, _TailReader):
+        return source.tail_from(offset)[: tarfile.BLOCKSIZE]
+    source.seek(offset)
+    return source.read(tarfile.BLOCKSIZE)
+
+
+@contextmanager
+def _open_tar(stream: BinaryIO | _TailReader, shard: str) -> Iterator[tarfile.TarFile]:
+    mode: Literal["r:", "r|"] = "r:" if stream.seekable() else "r|"
+    try:
+        with tarfile.open(fileobj=cast(BinaryIO, stream), mode=mode, bufsize=1 << 20) as tar:
+            yield tar
+    except (tarfile.TarError, EOFError) as error:
+        raise DataError(
+            f"{shard}: not a whole tar file ({error}); fetch or pack it again"
+        ) from error
+
+
+def _groups(tar: tarfile.TarFile, shard: str, *, contents: bool) -> Iterator[Sample]:
+    """Members of one key after the other; parts are empty without `contents`."""
+    current: Sample | None = None
+    seen: set[str] = set()
+    for member in tar:
+        tar.members = []  # type: ignore[attr-defined]  # webdataset#97: they pile up otherwise
+        name = split_name(member.name) if member.isreg() else None
+        if name is None:
+            continue
+        key, extension = name
+        if current is None or key != current.key:
+            if current is not None:
+                yield current
+            if key in seen:
+                raise DataError(
+                    f"{shard}: key {key!r} comes twice, or its members are not next to each "
+                    "other; pack it again with `mae prepare`"
+                )
+            seen.add(key)
+            current = Sample(key, {}, member.offset)
+        if extension in current.parts:
+            raise DataError(f"{shard}: {key}.{extension} comes twice")
+        file = tar.extractfile(member) if contents else None
+        current.parts[extension] = file.read() if file is not None else b""
+    if current is not None:
+        yield current
