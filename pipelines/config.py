@@ -1,0 +1,317 @@
+"""Whole-run configs, and how files, environment and `key=value` become one.
+
+Imports no torch, Ray or MLflow: a mistake in a config is reported within a second.
+"""
+
+import difflib
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, Self, TypeVar, get_args
+
+import yaml
+from pydantic import Field, ValidationError, model_validator
+
+from infra.config import StorageConfig, TrackingConfig
+from mae_core.config import LossConfig, MaskingConfig, ModelConfig, OptimConfig, StrictConfig
+
+ENVIRONMENT_PREFIX = "MAE__"
+
+
+class ConfigError(ValueError):
+    """The user's config can't run; says what, where, and what to try."""
+
+
+class StageResult(NamedTuple):
+    """What a stage made. Printed as the last line of stdout."""
+
+    stage: str
+    status: Literal["done", "reused", "killed"]
+    run_id: str | None  # MLflow's
+    output: str  # URI of what the stage made
+    metrics: dict[str, float]
+
+
+class DataConfig(StrictConfig):
+    train: str | tuple[str, ...]
+    """Training shards: a folder, an s3://bucket/prefix, a pattern with {000000..000099}.tar, a tar,
+    or a list of these."""
+    val: str | tuple[str, ...] | None = None
+    """Shards with labels (.cls) for the kNN evaluation at the end; likewise."""
+    decode: Literal["worker", "cluster"] = "worker"
+    """Where images are decoded: in the training workers, or in Ray Data tasks on CPU nodes."""
+    shuffle_window: int = Field(default=1024, gt=0)
+    """Samples permuted together, beside the permutation of shards; a multiple of the micro batch."""
+    crop_scale: tuple[float, float] = (0.2, 1.0)
+    """Share of the image's area that a random crop covers, from and to."""
+    flip: bool = True
+    """Mirror half of the images."""
+    stats: Literal["data", "imagenet"] = "data"
+    """Channel mean and standard deviation: the data's own, or ImageNet's."""
+    max_bad_ratio: float = Field(default=0.01, ge=0, le=1)
+    """The run stops when a larger share of the samples can't be decoded."""
+
+
+class ScalingConfig(StrictConfig):
+    num_workers: int = Field(default=1, gt=0)
+    """Training processes; one GPU each with `use_gpu`."""
+    use_gpu: bool = False
+    """Train on GPUs."""
+    cpus_per_worker: int = Field(default=1, gt=0)
+    """CPUs that a worker reserves: its compute threads without a GPU, its decoding threads."""
+    max_failures: int = Field(default=3, ge=0)
+    """How many lost workers a run survives before it gives up; the same command then resumes."""
+
+
+class CheckpointConfig(StrictConfig):
+    every_steps: int = Field(default=500, gt=0)
+    """Optimizer steps between checkpoints; there is always one at the end."""
+    keep: int = Field(default=2, gt=0)
+    """The newest checkpoints kept."""
+
+
+class ReportingConfig(StrictConfig):
+    every_steps: int = Field(default=10, gt=0)
+    """Optimizer steps between metrics."""
+    picture_every_steps: int = Field(default=500, gt=0)
+    """Optimizer steps between reconstruction pictures; there is always one at the end."""
+
+
+class KnnConfig(StrictConfig):
+    k: int = Field(default=20, gt=0)
+    """Neighbours that vote."""
+    max_train: int = Field(default=10_000, gt=0)
+    """Labelled training images to look for neighbours among; the first of the shards."""
+    max_val: int = Field(default=5_000, gt=0)
+    """Validation images classified; the first of the shards."""
+
+
+class DebugConfig(StrictConfig):
+    sample_trace: str | None = None
+    """Folder that gets rank-R.jsonl: a line for each sample trained on."""
+
+
+class PretrainConfig(StrictConfig):
+    name: str = Field(default="pretrain", pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
+    """Starts the run's name; a hash of what determines the result ends it."""
+    seed: int = Field(default=0, ge=0)
+    """Fixes weights, order, crops, flips and masks."""
+    data: DataConfig
+    model: ModelConfig = ModelConfig()
+    masking: MaskingConfig = MaskingConfig()
+    loss: LossConfig = LossConfig()
+    optim: OptimConfig = OptimConfig()
+    scaling: ScalingConfig = ScalingConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    reporting: ReportingConfig = ReportingConfig()
+    knn: KnnConfig = KnnConfig()
+    storage: StorageConfig = StorageConfig()
+    tracking: TrackingConfig = Field(default_factory=TrackingConfig)
+    init_from: str | None = None
+    """Checkpoint folder or URI whose weights (only) the run starts from."""
+    debug: DebugConfig = DebugConfig()
+
+    @model_validator(mode="after")
+    def _batches_divide(self) -> Self:
+        optim, workers = self.optim, self.scaling.num_workers
+        per_pass = optim.micro_batch_size * workers
+        if optim.global_batch_size % per_pass:
+            raise ValueError(
+                f"optim.global_batch_size={optim.global_batch_size} is not a multiple of "
+                f"optim.micro_batch_size={optim.micro_batch_size} x scaling.num_workers={workers}"
+            )
+        if self.data.shuffle_window % optim.micro_batch_size:
+            raise ValueError(
+                f"data.shuffle_window={self.data.shuffle_window} is not a multiple of "
+                f"optim.micro_batch_size={optim.micro_batch_size}"
+            )
+        return self
+
+    @property
+    def grad_accum_steps(self) -> int:
+        """Forward passes of each worker in one optimizer step."""
+        return self.optim.global_batch_size // (
+            self.optim.micro_batch_size * self.scaling.num_workers
+        )
+
+    @property
+    def run_name(self) -> str:
+        """Name and a hash of all that determines the result: the same command, the same run."""
+        identity = self.model_dump(mode="json", include=_IDENTITY)
+        text = json.dumps(identity, sort_keys=True)
+        return f"{self.name}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+
+
+# What may change between a run and its resumption is not in here: workers, micro batch, paths.
+_IDENTITY: Any = {
+    "seed": True,
+    "data": {"train", "shuffle_window", "crop_scale", "flip", "stats"},
+    "model": True,
+    "masking": True,
+    "loss": True,
+    "optim": set(OptimConfig.model_fields) - {"micro_batch_size", "compile"},
+    "init_from": True,
+}
+
+
+ConfigT = TypeVar("ConfigT", bound=StrictConfig)
+
+
+def load_config(
+    config_type: type[ConfigT],
+    files: Iterable[Path],
+    overrides: Iterable[str] = (),
+    environment: Mapping[str, str] = os.environ,
+) -> ConfigT:
+    """Merge YAML files left to right, then MAE__SECTION__KEY, then `section.key=value`.
+
+    Raises:
+        ConfigError: names file, line and key of each mistake, and the nearest valid name.
+    """
+    raw: dict[str, Any] = {}
+    origins: dict[str, str] = {}  # dotted key to where its value was written
+    for file in files:
+        values, lines = _read_yaml(file)
+        raw = _merge(raw, values)
+        origins |= {key: f"{file}:{line}" for key, line in lines.items()}
+    for name, text in sorted(environment.items()):
+        keys = name.removeprefix(ENVIRONMENT_PREFIX).lower().split("__")
+        # One environment serves every stage: what another stage reads is not this one's mistake.
+        if name.startswith(ENVIRONMENT_PREFIX) and keys[0] in config_type.model_fields:
+            raw = _merge(raw, _nest(keys, _parse_value(text)))
+            origins[".".join(keys)] = f"environment {name}"
+    for override in overrides:
+        key, separator, text = override.partition("=")
+        if not separator or not key:
+            raise ConfigError(f"{override!r} is neither a YAML file nor section.key=value")
+        raw = _merge(raw, _nest(key.split("."), _parse_value(text)))
+        origins[key] = "command line"
+    try:
+        return config_type.model_validate(raw)
+    except ValidationError as error:
+        raise ConfigError(
+            "\n".join(_explain(config_type, dict(e), origins) for e in error.errors())
+        ) from error
+
+
+def _read_yaml(file: Path) -> tuple[dict[str, Any], dict[str, int]]:
+    """The file's values, and the line of each dotted key."""
+    try:
+        text = file.read_text()
+        values, node = yaml.safe_load(text), yaml.compose(text, Loader=yaml.SafeLoader)
+    except FileNotFoundError:
+        nearest = difflib.get_close_matches(
+            str(file), map(str, file.parent.glob("*.yaml")), n=1, cutoff=0.0
+        )
+        hint = f"; did you mean {nearest[0]}?" if nearest else ""
+        raise ConfigError(f"{file}: no such file{hint}") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{file}: {' '.join(str(error).split())}") from error
+    if values is None:
+        return {}, {}
+    if not isinstance(values, dict):
+        raise ConfigError(f"{file}: holds no `section: ...` at its top level")
+    return values, dict(_lines(node))
+
+
+def _lines(node: Any, prefix: str = "") -> Iterator[tuple[str, int]]:
+    for key, value in node.value:
+        name = f"{prefix}{key.value}"
+        yield name, key.start_mark.line + 1
+        if isinstance(value, yaml.MappingNode):
+            yield from _lines(value, f"{name}.")
+
+
+def _parse_value(text: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:  # such as {000000..000099}.tar
+        return text
+
+
+def _nest(keys: list[str], value: Any) -> Any:
+    for key in reversed(keys):
+        value = {key: value}
+    return value
+
+
+def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in over.items():
+        old = merged.get(key)
+        both = isinstance(old, dict) and isinstance(value, dict)
+        merged[key] = _merge(old, value) if both and isinstance(old, dict) else value
+    return merged
+
+
+def _explain(
+    config_type: type[StrictConfig], error: dict[str, Any], origins: dict[str, str]
+) -> str:
+    """One line for a person: where, what, the nearest valid name."""
+    parts = [str(part) for part in error["loc"] if isinstance(part, str)]
+    parts = [part for part in parts if part not in {"str", "tuple[str, ...]", "constrained-str"}]
+    key = ".".join(parts)
+    where = next(
+        (
+            origins[prefix]
+            for prefix in (".".join(parts[:n]) for n in range(len(parts), 0, -1))
+            if prefix in origins
+        ),
+        "",
+    )
+    place = " ".join(filter(None, [where, key])) or "config"
+    if error["type"] == "extra_forbidden":
+        names = list(_section(config_type, parts[:-1]).model_fields)
+        everywhere = {field.rsplit(".", 1)[-1]: field for field, *_ in describe(config_type)}
+        near = difflib.get_close_matches(parts[-1], names, n=1, cutoff=0.4)
+        nearest = [".".join([*parts[:-1], *near])] if near else []
+        nearest = nearest or [
+            everywhere[name] for name in difflib.get_close_matches(parts[-1], everywhere, n=1)
+        ]
+        hint = f"did you mean {nearest[0]}?" if nearest else f"there are: {', '.join(names)}"
+        return f"{place}: no such key; {hint}"
+    if error["type"] == "missing":
+        needed = [name for name, _, default, _ in describe(config_type) if default == "needed"]
+        name = next((n for n in needed if n == key or n.startswith(f"{key}.")), key)
+        return f"{name}: is needed; give it in a file or as {name}=..."
+    message = str(error["msg"]).removeprefix("Value error, ")
+    given = error.get("input")
+    shown = f", not {given!r}" if isinstance(given, str | int | float | bool) else ""
+    return f"{place}: {message}{shown}"
+
+
+def _section(config_type: type[StrictConfig], parts: list[str]) -> type[StrictConfig]:
+    for part in parts:
+        config_type = config_type.model_fields[part].annotation  # type: ignore[assignment]
+    return config_type
+
+
+def describe(
+    config_type: type[StrictConfig], prefix: str = ""
+) -> Iterator[tuple[str, str, str, str]]:
+    """(dotted key, type, default, meaning) of every field, for --help and the reference page."""
+    for name, field in config_type.model_fields.items():
+        annotation: Any = field.annotation
+        if isinstance(annotation, type) and hasattr(annotation, "model_fields"):
+            yield from describe(annotation, f"{prefix}{name}.")
+            continue
+        if field.is_required():
+            default = "needed"
+        else:
+            default = json.dumps(field.get_default(call_default_factory=True), default=str)
+        yield (
+            f"{prefix}{name}",
+            _type_name(annotation),
+            default,
+            " ".join((field.description or "").split()),
+        )
+
+
+def _type_name(annotation: Any) -> str:
+    if isinstance(annotation, type) and not get_args(annotation):
+        return annotation.__name__
+    if getattr(annotation, "__origin__", None) is Literal:
+        return " | ".join(map(str, get_args(annotation)))
+    return str(annotation).replace("NoneType", "None").replace("typing.", "")
