@@ -1,0 +1,412 @@
+"""Read and write files by URI: a local path and s3://bucket/key behave alike.
+
+Paths are absolute or relative local ones, or s3://; a listing is sorted by name. S3 takes its
+endpoint and keys from AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and, if set,
+AWS_SESSION_TOKEN and AWS_REGION. A transient fault is retried inside the filesystem.
+
+Errors:
+    FileNotFoundError    a file that a function was asked to read is not there
+    NoShardsError        a shard specification names something that is not there
+    StorageError         the store itself: unreachable, keys refused, no such bucket, disk full
+"""
+
+import errno
+import os
+import secrets
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from fnmatch import fnmatchcase
+from functools import lru_cache
+from pathlib import Path
+from typing import BinaryIO
+
+import pyarrow as pa
+from braceexpand import braceexpand
+from pyarrow import fs as pafs
+
+S3_SCHEME = "s3://"
+SHARD_SUFFIX = ".tar"
+
+# A dead endpoint costs up to 1 + 2 + 4 s of back-off over 4 tries (measured: 3.5 s on average),
+# where 10 tries cost 89 s. A server that hangs costs 4 * READ_TIMEOUT_S more.
+MAX_ATTEMPTS = 4
+CONNECT_TIMEOUT_S = 3
+READ_TIMEOUT_S = 10
+
+# Each read of a stream below this size would be a request of its own.
+STREAM_BUFFER_BYTES = 8 * 2**20
+COPY_BYTES = 8 * 2**20
+
+
+class StorageError(RuntimeError):
+    """The store cannot be used; says what failed, where, and what to try."""
+
+
+class NoShardsError(RuntimeError):
+    """A shard specification matches nothing, or names a shard that is not there."""
+
+
+def is_remote(uri: str) -> bool:
+    return uri.startswith(S3_SCHEME)
+
+
+def join(uri: str, *parts: str) -> str:
+    return "/".join([uri.rstrip("/"), *(part.strip("/") for part in parts)])
+
+
+def absolute(uri: str) -> str:
+    """One spelling for one place: local paths absolute, no empty parts, no slash at the end.
+
+    Raises:
+        ValueError: another scheme than s3://, or no bucket.
+    """
+    if is_remote(uri):
+        parts = [part for part in uri.removeprefix(S3_SCHEME).split("/") if part]
+        if not parts:
+            raise ValueError(f"{uri!r} names no bucket; write s3://bucket/folder")
+        return S3_SCHEME + "/".join(parts)
+    if "://" in uri:
+        raise ValueError(f"{uri!r}: only local paths and s3:// are supported")
+    # Not Path.resolve: it would replace a linked shard's name by its target's.
+    return os.path.normpath(Path(uri).expanduser().absolute())
+
+
+def open_filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
+    """The filesystem that holds `uri`, one a process, and the path inside it."""
+    place = absolute(uri)
+    if not is_remote(place):
+        return _local_filesystem(), place
+    variables = ("AWS_ENDPOINT_URL", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
+    settings = [os.environ.get(name) or None for name in (*variables, "AWS_SESSION_TOKEN")]
+    # With a region given, pyarrow does not ask the network for the bucket's.
+    region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or "us-east-1"
+    return _s3_filesystem(*settings, region), place.removeprefix(S3_SCHEME)
+
+
+@lru_cache(maxsize=1)
+def _local_filesystem() -> pafs.FileSystem:
+    return pafs.LocalFileSystem()
+
+
+@lru_cache(maxsize=8)
+def _s3_filesystem(
+    endpoint: str | None,
+    access_key: str | None,
+    secret_key: str | None,
+    session_token: str | None,
+    region: str,
+) -> pafs.FileSystem:
+    # Without both keys pyarrow looks for a profile or an instance role.
+    keys = {"access_key": access_key, "secret_key": secret_key, "session_token": session_token}
+    return pafs.S3FileSystem(
+        **(keys if access_key and secret_key else {}),
+        endpoint_override=endpoint,
+        region=region,
+        connect_timeout=CONNECT_TIMEOUT_S,
+        request_timeout=READ_TIMEOUT_S,
+        retry_strategy=pafs.AwsStandardS3RetryStrategy(max_attempts=MAX_ATTEMPTS),
+        allow_delayed_open=True,  # a small object is one PUT, not a multipart upload
+    )
+
+
+@contextmanager
+def storage_errors(action: str, uri: str) -> Iterator[None]:
+    """Turn what pyarrow raises inside into a StorageError that names `uri`.
+
+    For code that reads from `open_stream` or `open_random`, too: their reads fail later than
+    the call that opened them.
+
+    Raises:
+        FileNotFoundError: as it came, unless it is the bucket that is not there.
+    """
+    try:
+        yield
+    except (FileNotFoundError, NotADirectoryError) as error:
+        if is_remote(uri):
+            _check_bucket(uri)
+        message = f"cannot {action} {absolute(uri)}: it does not exist"
+        raise FileNotFoundError(errno.ENOENT, message) from error
+    except (OSError, pa.ArrowException) as error:
+        raise StorageError(f"cannot {action} {absolute(uri)}: {_explain(uri, error)}") from error
+
+
+def _check_bucket(uri: str) -> None:
+    """Tell a missing bucket, or refused keys, from a missing object: both look like a 404."""
+    filesystem, path = open_filesystem(uri)
+    try:
+        filesystem.get_file_info(pafs.FileSelector(f"{path.split('/')[0]}/.no-such-folder"))
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise StorageError(f"cannot use {absolute(uri)}: {_explain(uri, error)}") from error
+
+
+def _explain(uri: str, error: BaseException) -> str:
+    text = str(error)
+    if not is_remote(uri):
+        if getattr(error, "errno", None) == errno.ENOSPC:
+            return f"the disk is full ({text}). Make room, or choose another storage.root"
+        return text
+    if "ACCESS_DENIED during HeadObject" in text:
+        # A HEAD has no body to say why; a listing has one.
+        try:
+            _check_bucket(uri)
+        except StorageError as precise:
+            text = str(precise.__cause__)
+    endpoint = os.environ.get("AWS_ENDPOINT_URL") or "AWS (AWS_ENDPOINT_URL is not set)"
+    bucket = open_filesystem(uri)[1].split("/")[0]
+    for code, what in {
+        "SIGNATURE_DOES_NOT_MATCH": f"{endpoint} refused the secret; check AWS_SECRET_ACCESS_KEY",
+        "INVALID_ACCESS_KEY_ID": f"{endpoint} does not know the key; check AWS_ACCESS_KEY_ID",
+        "NO_SUCH_BUCKET": f"there is no bucket {bucket!r} at {endpoint}; create it, or check"
+        " the bucket's name and AWS_ENDPOINT_URL",
+        "ACCESS_DENIED": f"{endpoint} denied access; check AWS_ACCESS_KEY_ID,"
+        " AWS_SECRET_ACCESS_KEY and what the key may do",
+        "NETWORK_CONNECTION": f"{endpoint} cannot be reached; start it (make up), or check"
+        " AWS_ENDPOINT_URL",
+    }.items():
+        if code in text:
+            return f"{what}. ({text})"
+    return text
+
+
+def exists(uri: str) -> bool:
+    """Whether a file or a folder is there."""
+    return _file_info(uri).type != pafs.FileType.NotFound
+
+
+def file_size(uri: str) -> int:
+    """Size in bytes.
+
+    Raises:
+        FileNotFoundError: there is no such file, or it is a folder.
+    """
+    info = _file_info(uri)
+    if info.type != pafs.FileType.File:
+        raise FileNotFoundError(errno.ENOENT, f"{absolute(uri)} is not a file")
+    return int(info.size)
+
+
+def _file_info(uri: str) -> pafs.FileInfo:
+    filesystem, path = open_filesystem(uri)
+    with storage_errors("look at", uri):
+        info = filesystem.get_file_info(path)
+    if info.type == pafs.FileType.NotFound and is_remote(uri):
+        _check_bucket(uri)
+    return info
+
+
+def read_bytes(uri: str) -> bytes:
+    with storage_errors("read", uri), open_random(uri) as file:
+        return file.read()
+
+
+def read_range(uri: str, start: int, stop: int) -> bytes:
+    """Bytes [start, stop); fewer where the file ends before `stop`."""
+    filesystem, path = open_filesystem(uri)
+    with storage_errors("read", uri), filesystem.open_input_file(path) as file:
+        return bytes(file.read_at(stop - start, start))
+
+
+def open_stream(uri: str) -> BinaryIO:
+    """A file to read once from its start, as tarfile's mode "r|" does."""
+    filesystem, path = open_filesystem(uri)
+    with storage_errors("open", uri):
+        return filesystem.open_input_stream(
+            path, compression=None, buffer_size=STREAM_BUFFER_BYTES if is_remote(uri) else None
+        )
+
+
+def open_random(uri: str) -> BinaryIO:
+    """A seekable file; on S3 each read is one request."""
+    filesystem, path = open_filesystem(uri)
+    with storage_errors("open", uri):
+        return filesystem.open_input_file(path)
+
+
+def write_bytes(uri: str, data: bytes) -> None:
+    """Write a whole file: a reader sees the old one or the new one, never a part."""
+    _write_chunks(uri, [data])
+
+
+def _write_chunks(uri: str, chunks: Iterable[bytes]) -> None:
+    filesystem, path = open_filesystem(uri)
+    with storage_errors("write", uri):
+        if is_remote(uri):
+            with filesystem.open_output_stream(path) as stream:
+                for chunk in chunks:
+                    stream.write(chunk)
+            return
+        _replace_file(Path(path), chunks)
+
+
+def _replace_file(path: Path, chunks: Iterable[bytes]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
+    try:
+        with partial.open("xb") as file:
+            for chunk in chunks:
+                file.write(chunk)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+    # The new name is on the disk only when its folder is.
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def list_files(uri: str) -> list[str]:
+    """Names of the files directly in a folder; none if it is not there."""
+    return _list_names(uri, pafs.FileType.File)
+
+
+def list_folders(uri: str) -> list[str]:
+    """Names of the folders directly in a folder; none if it is not there."""
+    return _list_names(uri, pafs.FileType.Directory)
+
+
+def _list_names(uri: str, kind: pafs.FileType) -> list[str]:
+    filesystem, path = open_filesystem(uri)
+    try:
+        with storage_errors("list", uri):
+            # Not allow_not_found: it takes a missing bucket for an empty one.
+            infos = filesystem.get_file_info(pafs.FileSelector(path))
+    except FileNotFoundError:
+        return []
+    return sorted(info.base_name for info in infos if info.type == kind)
+
+
+def delete_folder(uri: str) -> None:
+    """Delete a folder and all in it; nothing happens if it is not there."""
+    filesystem, path = open_filesystem(uri)
+    if "/" not in path.strip("/"):
+        raise ValueError(f"{absolute(uri)} is a whole bucket or disk; not deleted")
+    try:
+        with storage_errors("delete", uri):
+            filesystem.delete_dir(path)
+    except FileNotFoundError:
+        return
+
+
+def upload_folder(local: Path, uri: str, *, last: str) -> None:
+    """Copy a folder, the file named `last` after all others: its presence says "complete".
+
+    A `last` that is already at `uri` is removed first, so that it never vouches for a mixture.
+    """
+    files = sorted(file for file in local.rglob("*") if file.is_file())
+    marker = local / last
+    if marker not in files:
+        raise FileNotFoundError(errno.ENOENT, f"{local} has no {last!r} to write last")
+    if exists(join(uri, last)):
+        filesystem, path = open_filesystem(join(uri, last))
+        with storage_errors("delete", join(uri, last)):
+            filesystem.delete_file(path)
+    for file in [*(file for file in files if file != marker), marker]:
+        _write_chunks(join(uri, file.relative_to(local).as_posix()), _read_chunks(file))
+
+
+def _read_chunks(path: Path) -> Iterator[bytes]:
+    with path.open("rb") as file:
+        while chunk := file.read(COPY_BYTES):
+            yield chunk
+
+
+def download_folder(uri: str, local: Path) -> None:
+    """Copy a folder with all its subfolders to a local one.
+
+    Raises:
+        FileNotFoundError: the folder is not there.
+        StorageError: also when a file came out shorter than it was listed.
+    """
+    filesystem, path = open_filesystem(uri)
+    with storage_errors("download", uri):
+        for info in filesystem.get_file_info(pafs.FileSelector(path, recursive=True)):
+            if info.type != pafs.FileType.File:
+                continue
+            target = local / Path(info.path).relative_to(path)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with filesystem.open_input_stream(info.path) as source, target.open("wb") as file:
+                shutil.copyfileobj(source, file, COPY_BYTES)
+            if target.stat().st_size != info.size:
+                raise StorageError(
+                    f"cannot download {join(uri, target.relative_to(local).as_posix())}:"
+                    f" got {target.stat().st_size} of {info.size} bytes. Try again"
+                )
+
+
+def expand_shards(spec: str | Sequence[str]) -> list[str]:
+    """Absolute URIs of the shards that `spec` names, all of which are there.
+
+    An entry is a folder or s3:// prefix (its *.tar, not those of its subfolders), one .tar, a
+    brace pattern such as train-{000000..000099}.tar, a pattern with * or ? in its last part, or
+    a list of these. Entries keep their order; inside one, names are sorted.
+
+    Raises:
+        NoShardsError: an entry matches nothing, or a named shard is not there.
+        ValueError: a shard is named twice.
+    """
+    entries = [spec] if isinstance(spec, str) else list(spec)
+    shards = [shard for entry in entries for shard in _expand_entry(entry)]
+    if not shards:
+        raise NoShardsError("the list of shards is empty")
+    seen: set[str] = set()
+    twice = [shard for shard in shards if shard in seen or seen.add(shard)]  # type: ignore[func-returns-value]
+    if twice:
+        raise ValueError(f"{len(twice)} shards are named twice, the first is {twice[0]}")
+    return shards
+
+
+def _expand_entry(entry: str) -> list[str]:
+    if "{" in entry:
+        return _named_shards(entry, [absolute(uri) for uri in braceexpand(entry)])
+    place = absolute(entry)
+    folder, name = _parent(place), place.rsplit("/", 1)[1]
+    if "*" in name or "?" in name:
+        names = [file for file in list_files(folder) if fnmatchcase(file, name)]
+        shards = [join(folder, file) for file in names]
+    elif name.endswith(SHARD_SUFFIX):
+        return _named_shards(entry, [place])
+    else:
+        folder, names = place, list_files(place)
+        shards = [join(place, file) for file in names if _is_shard(file)]
+    if not shards:
+        raise NoShardsError(f"no *{SHARD_SUFFIX} file matches {place}: {_what_is_near(folder)}")
+    return shards
+
+
+def _is_shard(name: str) -> bool:
+    return name.endswith(SHARD_SUFFIX) and not name.startswith(".")
+
+
+def _named_shards(entry: str, shards: list[str]) -> list[str]:
+    # One listing a folder, not one request a shard.
+    folders = {_parent(shard) for shard in shards}
+    present = {join(folder, name) for folder in folders for name in list_files(folder)}
+    missing = [shard for shard in shards if shard not in present]
+    if missing:
+        raise NoShardsError(
+            f"{len(missing)} of {len(shards)} shards that {entry!r} names do not exist,"
+            f" the first is {missing[0]}: {_what_is_near(_parent(missing[0]))}"
+        )
+    return shards
+
+
+def _parent(place: str) -> str:
+    return place.rsplit("/", 1)[0] or "/"
+
+
+def _what_is_near(folder: str) -> str:
+    """What a person would look at next: the nearest folder that is there, and what it holds."""
+    nearest = folder
+    while nearest.count("/") > (2 if is_remote(nearest) else 0) and not exists(nearest):
+        nearest = _parent(nearest)
+    names = [f"{name}/" for name in list_folders(nearest)] + list_files(nearest)
+    shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+    missing = "" if nearest == folder else f"there is no {folder}; "
+    return f"{missing}{nearest} holds {shown or 'nothing'}"
