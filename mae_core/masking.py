@@ -1,0 +1,153 @@
+"""Choose which patches the encoder sees.
+
+Polarity, here and everywhere: `mask` is True where a patch is REMOVED from the
+encoder's input, which is where the loss is taken.
+
+A mask is a ranking: the model keeps the patches with the smallest noise, and
+never knows which kind of mask the noise stands for.
+
+Source: He et al. 2021, https://arxiv.org/abs/2111.06377, section 3, "Masking".
+"""
+
+import math
+from typing import Literal, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+# Bao et al. 2021, https://arxiv.org/abs/2106.08254, algorithm 1: a block's area and sides.
+MIN_BLOCK_PATCHES = 16
+MIN_BLOCK_ASPECT = 0.3
+
+
+class PatchMask(NamedTuple):
+    """One masking decision for a batch, in the three forms its readers need."""
+
+    ids_keep: Int[Tensor, "B K"]  # patches the encoder sees, in shuffled order
+    ids_restore: Int[Tensor, "B L"]  # undoes the shuffle: shuffled.gather(1, ids_restore)
+    mask: Bool[Tensor, "B L"]  # True = removed
+
+
+def num_patches_kept(num_patches: int, mask_ratio: float) -> int:
+    """Patches left per image. Rounds down as the reference does, and keeps at least one.
+
+    Rounding is in floating point: of 196 patches a ratio of 0.8 keeps 39, and 0.9 keeps 19.
+    """
+    return max(1, int(num_patches * (1 - mask_ratio)))
+
+
+def mask_from_noise(noise: Float[Tensor, "B L"], mask_ratio: float) -> PatchMask:
+    """Keep the patches with the smallest noise, the same number in each image.
+
+    Pure: the caller draws the noise, so the caller owns the random seed.
+    """
+    num_kept = num_patches_kept(noise.shape[1], mask_ratio)
+    # Stable: two patches with equal noise rank the same on every device.
+    ids_shuffle = noise.argsort(dim=1, stable=True)
+    ids_restore = ids_shuffle.argsort(dim=1)
+    return PatchMask(
+        ids_keep=ids_shuffle[:, :num_kept],
+        ids_restore=ids_restore,
+        mask=ids_restore >= num_kept,
+    )
+
+
+def keep_patches(
+    patches: Float[Tensor, "B L D"], ids_keep: Int[Tensor, "B K"]
+) -> Float[Tensor, "B K D"]:
+    return patches.take_along_dim(ids_keep[..., None], dim=1)
+
+
+def restore_order(
+    kept: Float[Tensor, "B K D"], fill: Float[Tensor, " D"], ids_restore: Int[Tensor, "B L"]
+) -> Float[Tensor, "B L D"]:
+    """Put kept patches back in image order, with `fill` at every removed place."""
+    batch_size, num_kept, _ = kept.shape
+    num_removed = ids_restore.shape[1] - num_kept
+    shuffled = torch.cat([kept, fill.expand(batch_size, num_removed, -1)], dim=1)  # (B, L, D)
+    return shuffled.take_along_dim(ids_restore[..., None], dim=1)
+
+
+def draw_noise(
+    generator: np.random.Generator,
+    grid_size: tuple[int, int],
+    *,
+    kind: Literal["random", "block", "grid"],
+    mask_ratio: float,
+) -> npt.NDArray[np.float32]:
+    """Draw one sample's noise, (L,), whose ranking in `mask_from_noise` is the wanted mask.
+
+    Takes the generator of one sample, so a sample's mask does not depend on its batch.
+
+    Args:
+        generator: of this sample and epoch.
+        grid_size: rows and columns of patches.
+        kind: random, each patch alone; block, rectangles are removed (see `_block_mask`);
+            grid, the top left patch of every 2x2 is kept (He et al. 2021, figure 6).
+        mask_ratio: share removed; the same number must reach `mask_from_noise`.
+    """
+    rows, columns = grid_size
+    noise = generator.random(rows * columns, dtype=np.float32)
+    if kind == "random":
+        return noise
+    if kind == "block":
+        num_removed = rows * columns - num_patches_kept(rows * columns, mask_ratio)
+        removed = _block_mask(generator, grid_size, num_removed)
+    else:
+        removed = _grid_mask(grid_size, mask_ratio)
+    # Noise is in [0, 1): every removed patch now ranks behind every kept one.
+    noise[removed.ravel()] += 1
+    return noise
+
+
+def _block_mask(
+    generator: np.random.Generator, grid_size: tuple[int, int], num_removed: int
+) -> npt.NDArray[np.bool_]:
+    """Remove rectangles until exactly `num_removed` patches are gone.
+
+    Source: Bao et al. 2021, https://arxiv.org/abs/2106.08254, algorithm 1.
+    Differs: a rectangle lies over a patch that is still there, so that each one makes
+    headway, and it is cut off where the number is reached; theirs may end near the number.
+    """
+    rows, columns = grid_size
+    removed = np.zeros(rows * columns, dtype=np.bool_)
+    grid = removed.reshape(grid_size)
+    missing = num_removed
+    while missing > 0:
+        area_draw, aspect_draw, patch_draw, row_draw, column_draw = generator.random(5).tolist()
+        smallest = min(MIN_BLOCK_PATCHES, missing)
+        area = smallest + area_draw * (missing - smallest)
+        aspect = MIN_BLOCK_ASPECT ** (1 - 2 * aspect_draw)  # log-uniform, height over width
+        height = min(rows, max(1, round(math.sqrt(area * aspect))))
+        width = min(columns, max(1, round(math.sqrt(area / aspect))))
+
+        there = np.flatnonzero(~removed)
+        row, column = divmod(int(there[int(patch_draw * len(there))]), columns)
+        top = _cover(row, height, rows, row_draw)
+        left = _cover(column, width, columns, column_draw)
+        block = grid[top : top + height, left : left + width]
+        fresh = np.flatnonzero(~block)[:missing]
+        block.flat[fresh] = True
+        missing -= len(fresh)
+    return grid
+
+
+def _cover(position: int, length: int, size: int, draw: float) -> int:
+    """Start of a span of `length` within `size` that covers `position`; `draw` is in [0, 1)."""
+    first = max(0, position - length + 1)
+    last = min(position, size - length)
+    return first + int(draw * (last - first + 1))
+
+
+def _grid_mask(grid_size: tuple[int, int], mask_ratio: float) -> npt.NDArray[np.bool_]:
+    rows, columns = grid_size
+    if mask_ratio != 0.75:
+        raise ValueError(f"kind=grid keeps one patch of four: mask_ratio={mask_ratio} is not 0.75")
+    if rows % 2 or columns % 2:
+        raise ValueError(f"kind=grid needs an even number of patches a side, not {rows}x{columns}")
+    removed = np.ones(grid_size, dtype=np.bool_)
+    removed[::2, ::2] = False
+    return removed
