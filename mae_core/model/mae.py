@@ -1,0 +1,93 @@
+"""The masked autoencoder: mask, encode what is left, decode all of it, compare."""
+
+from typing import NamedTuple
+
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from mae_core.config import LossConfig, MaskingConfig, ModelConfig
+from mae_core.losses import masked_pixel_loss_per_image, normalize_patches
+from mae_core.masking import mask_from_noise, num_patches_kept
+from mae_core.model.decoder import PixelDecoder
+from mae_core.model.encoder import MaskedEncoder, build_encoder
+from mae_core.patching import patchify
+
+
+class MAEOutput(NamedTuple):
+    loss: Float[Tensor, ""]
+    loss_per_image: Float[Tensor, " B"]
+    pred: Float[Tensor, "B L P"]
+    mask: Bool[Tensor, "B L"]  # True = removed
+
+
+class MaskedAutoencoder(nn.Module):
+    """He et al. 2021, https://arxiv.org/abs/2111.06377, figure 1."""
+
+    def __init__(
+        self,
+        encoder: MaskedEncoder,
+        decoder: PixelDecoder,
+        *,
+        patch_size: int,
+        mask_ratio: float,
+        norm_pix_loss: bool,
+    ) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.decoder = decoder
+        self.patch_size = patch_size
+        self.mask_ratio = mask_ratio
+        self.norm_pix_loss = norm_pix_loss
+
+    def forward(self, images: Float[Tensor, "B C H W"], noise: Float[Tensor, "B L"]) -> MAEOutput:
+        """Reconstruct images of the size the decoder was built for; `noise` picks the mask."""
+        self._check_sizes(images, noise)
+        ids_keep, ids_restore, mask = mask_from_noise(noise, self.mask_ratio)
+        latent = self.encoder(images, ids_keep)  # (B, 1 + K, D)
+        pred = self.decoder(latent, ids_restore)  # (B, L, P)
+
+        # fp32: a bf16 sum over B * L patches loses the small ones.
+        target = patchify(images.float(), self.patch_size)
+        if self.norm_pix_loss:
+            target = normalize_patches(target)
+        loss_per_image = masked_pixel_loss_per_image(pred.float(), target, mask)
+        # Each image has as many removed patches, so this is `masked_pixel_loss`.
+        return MAEOutput(loss_per_image.mean(), loss_per_image, pred, mask)
+
+    def _check_sizes(self, images: Tensor, noise: Tensor) -> None:
+        """Refuse an image of the right area and the wrong shape, which would run."""
+        height, width = images.shape[-2:]
+        rows, columns = self.decoder.grid_size
+        if (height, width) != (rows * self.patch_size, columns * self.patch_size):
+            raise ValueError(
+                f"image {height}x{width}, but the decoder was built for "
+                f"{rows}x{columns} patches of patch_size={self.patch_size}"
+            )
+        if noise.shape[1] != rows * columns:
+            raise ValueError(
+                f"noise for {noise.shape[1]} patches, but an image has {rows}x{columns}"
+            )
+
+
+def build_mae(model: ModelConfig, masking: MaskingConfig, loss: LossConfig) -> MaskedAutoencoder:
+    """Fresh weights are drawn from torch's global generator: seed it first."""
+    if num_patches_kept(model.num_patches, masking.mask_ratio) == model.num_patches:
+        raise ValueError(
+            f"mask_ratio={masking.mask_ratio} removes none of {model.num_patches} patches"
+        )
+    encoder = build_encoder(model)
+    decoder = PixelDecoder(
+        encoder_dim=encoder.embed_dim,
+        grid_size=model.grid_size,
+        dim=model.decoder.dim,
+        depth=model.decoder.depth,
+        num_heads=model.decoder.num_heads,
+        values_per_patch=model.in_chans * model.patch_size**2,
+    )
+    return MaskedAutoencoder(
+        encoder,
+        decoder,
+        patch_size=model.patch_size,
+        mask_ratio=masking.mask_ratio,
+        norm_pix_loss=loss.norm_pix,
+    )

@@ -1,0 +1,64 @@
+"""Fixed 2-D sine-cosine position embeddings.
+
+Source: MoCo v3, Chen et al. 2021, https://arxiv.org/abs/2104.02057, in the layout of the
+MAE authors' code: columns of the image first, then rows.
+"""
+
+import torch
+from jaxtyping import Float
+from timm.layers.pos_embed import resample_abs_pos_embed
+from torch import Tensor
+
+
+def sincos_positions(
+    grid_size: tuple[int, int], dim: int, temperature: float = 10_000.0
+) -> Float[Tensor, "L D"]:
+    """One row per patch, row by row from the top left.
+
+    A quarter of the columns each for sin(x), cos(x), sin(y), cos(y).
+    """
+    if dim % 4:
+        raise ValueError(f"dim={dim} is not a multiple of 4")
+    rows, columns = grid_size
+    # float64: the reference computes in it, and a float32 angle is off in the sixth digit.
+    exponents = torch.arange(dim // 4, dtype=torch.float64) / (dim // 4)
+    frequencies = temperature**-exponents
+    y, x = torch.meshgrid(
+        torch.arange(rows, dtype=torch.float64),
+        torch.arange(columns, dtype=torch.float64),
+        indexing="ij",
+    )
+    angles_x = x.reshape(-1, 1) * frequencies  # (L, D/4)
+    angles_y = y.reshape(-1, 1) * frequencies
+    positions = [angles_x.sin(), angles_x.cos(), angles_y.sin(), angles_y.cos()]
+    return torch.cat(positions, dim=1).float()
+
+
+def resample_positions(
+    positions: Float[Tensor, "L D"],
+    grid_size: tuple[int, int],
+    new_grid_size: tuple[int, int],
+    *,
+    antialias: bool = True,
+) -> Float[Tensor, "M D"]:
+    """Stretch `positions` of one grid over another by bicubic interpolation.
+
+    A model keeps its sense of place: the image's corners keep their embeddings at any size.
+
+    Args:
+        positions: of `grid_size`.
+        grid_size: rows and columns they were made for.
+        new_grid_size: rows and columns wanted.
+        antialias: timm's choice. Differs: the authors' code and transformers say False,
+            which takes another kernel, also when enlarging.
+    """
+    if new_grid_size == grid_size:
+        return positions
+    resampled = resample_abs_pos_embed(
+        positions[None],
+        new_size=list(new_grid_size),
+        old_size=list(grid_size),
+        num_prefix_tokens=0,
+        antialias=antialias,
+    )
+    return resampled[0]
