@@ -1,0 +1,81 @@
+"""Weights under the names of the MAE authors' files, and back.
+
+The encoder's part is also the state dict of timm's VisionTransformer. Positions are in
+these files and not in our state dict: they are written from the model, and on the way
+back must be the ones that the model has.
+
+Source: https://github.com/facebookresearch/mae, models_mae.py.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from mae_core.model.encoder import MaskedEncoder
+from mae_core.model.mae import MaskedAutoencoder
+
+# The reference computes positions in numpy: the last digit may differ.
+POSITIONS_TOLERANCE = 1e-6
+
+
+def fair_encoder_state_dict(encoder: MaskedEncoder) -> dict[str, Tensor]:
+    """The encoder's weights as in `mae_pretrain_vit_base.pth`; tensors are shared, not copied."""
+    return {**encoder.state_dict(), "pos_embed": _with_class_row(encoder.positions)}
+
+
+def fair_state_dict(mae: MaskedAutoencoder) -> dict[str, Tensor]:
+    """All weights as in `mae_visualize_vit_base.pth`; tensors are shared, not copied."""
+    decoder = {_fair_decoder_name(k): v for k, v in mae.decoder.state_dict().items()}
+    positions = {"decoder_pos_embed": _with_class_row(mae.decoder.positions)}
+    return {**fair_encoder_state_dict(mae.encoder), **decoder, **positions}
+
+
+def load_fair_encoder(encoder: MaskedEncoder, weights: Mapping[str, Tensor]) -> None:
+    """Copy `weights` into the encoder; a decoder among them is left out.
+
+    Raises:
+        ValueError: positions are not the fixed ones of this encoder's size.
+        RuntimeError: a name is missing or unknown, or a shape differs (torch lists them).
+    """
+    own = {k: v for k, v in weights.items() if not _is_decoder_name(k)}
+    _check_positions("pos_embed", own.pop("pos_embed", None), encoder.positions)
+    encoder.load_state_dict(own)
+
+
+def load_fair(mae: MaskedAutoencoder, weights: Mapping[str, Tensor]) -> None:
+    """Copy `weights` into both halves; raises as `load_fair_encoder` does."""
+    decoder = {k: v for k, v in weights.items() if _is_decoder_name(k)}
+    if not decoder:
+        raise ValueError("these weights have no decoder: a file of the encoder alone")
+    _check_positions(
+        "decoder_pos_embed", decoder.pop("decoder_pos_embed", None), mae.decoder.positions
+    )
+    load_fair_encoder(mae.encoder, weights)
+    mae.decoder.load_state_dict({k.removeprefix("decoder_"): v for k, v in decoder.items()})
+
+
+def _is_decoder_name(name: str) -> bool:
+    return name == "mask_token" or name.startswith("decoder_")
+
+
+def _fair_decoder_name(name: str) -> str:
+    return name if name == "mask_token" else f"decoder_{name}"
+
+
+def _with_class_row(positions: Tensor) -> Tensor:
+    """(L, D) to (1, 1 + L, D): the class token's position is zero."""
+    return torch.cat([torch.zeros_like(positions[:1]), positions])[None]
+
+
+def _check_positions(name: str, given: Tensor | None, positions: Tensor) -> None:
+    expected = _with_class_row(positions)
+    if given is None:
+        raise ValueError(f"{name} is missing")
+    if given.shape != expected.shape:
+        raise ValueError(
+            f"{name} is {tuple(given.shape)}, this model's is {tuple(expected.shape)}: build it "
+            "for the file's image size (an encoder then takes images of other sizes too)"
+        )
+    if not torch.allclose(given.to(expected), expected, rtol=0, atol=POSITIONS_TOLERANCE):
+        raise ValueError(f"{name} is not the fixed sine-cosine one: learned or resized positions")
