@@ -1,0 +1,357 @@
+"""Keep a training run in a local folder, and know when the folder is damaged.
+
+    model.safetensors            every weight and persistent buffer, named as in the module; fp32
+    training_state.safetensors   the optimizer's tensors, `exp_avg/<parameter>`, `step/<parameter>`
+    manifest.json                what the run was, and size and sha256 of the other files; last
+
+The manifest also carries a sha256 of itself. Whatever stops a save leaves no manifest, or one
+that does not fit its files; both raise `CorruptCheckpointError`. Loading runs no pickle.
+Saving the same state twice gives the same bytes. Learning rate and weight decay are not kept:
+they follow from the config and the step.
+
+Safetensors: https://github.com/huggingface/safetensors.
+"""
+
+import hashlib
+import importlib.metadata
+import json
+import platform
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import torch
+from pydantic import Field, ValidationError, model_validator
+from pydantic_core import from_json
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from mae_core.config import LossConfig, MaskingConfig, ModelConfig, StrictConfig
+from mae_core.model.encoder import MaskedEncoder, build_encoder
+
+MANIFEST_FILE = "manifest.json"
+WEIGHTS_FILE = "model.safetensors"
+TRAINING_STATE_FILE = "training_state.safetensors"
+_SELF_DIGEST = "manifest_sha256"
+_NO_STATE = "none"
+
+
+class CorruptCheckpointError(RuntimeError):
+    """A file of the checkpoint is missing, cut, changed or unreadable; the message names it."""
+
+
+class FileDigest(StrictConfig):
+    bytes: int = Field(ge=0)
+    sha256: str = Field(pattern="^[0-9a-f]{64}$")
+
+
+class CheckpointRecord(StrictConfig):
+    """What the run tells about itself; the rest of the manifest follows from the files."""
+
+    step: int = Field(ge=0)
+    """Optimizer steps done."""
+    samples_seen: int = Field(ge=0)
+    """Position in the run's sequence of samples."""
+    epoch: float = Field(ge=0)
+    """Passes over the data done."""
+    total_steps: int = Field(gt=0)
+    """Optimizer steps of the whole run, which the learning rate schedule spans."""
+    seed: int
+    """Seed of the run's order, augmentation and masking noise."""
+    data_digest: str
+    """Names the training data: a resume on other data is another run."""
+    channel_mean: tuple[float, ...]
+    """Subtracted from each channel, in units of 0..1 pixels."""
+    channel_std: tuple[float, ...]
+    """Divides each channel, in units of 0..1 pixels."""
+    model: ModelConfig
+    masking: MaskingConfig
+    loss: LossConfig
+
+    @model_validator(mode="after")
+    def _statistics_fit_the_channels(self) -> Self:
+        for name in ("channel_mean", "channel_std"):
+            if len(getattr(self, name)) != self.model.in_chans:
+                raise ValueError(
+                    f"{name} has {len(getattr(self, name))} values for "
+                    f"in_chans={self.model.in_chans}"
+                )
+        return self
+
+
+class CheckpointManifest(CheckpointRecord):
+    """A record and the files it belongs to."""
+
+    format_version: Literal[1]
+    decoder_present: bool
+    """Whether the weights hold a decoder, which more pretraining and pictures need."""
+    versions: dict[str, str]
+    """torch, timm, python and this package, at the time of saving."""
+    files: dict[Annotated[str, Field(pattern=r"^\w[\w.-]*$")], FileDigest]
+    """Every file but the manifest."""
+
+    @model_validator(mode="after")
+    def _weights_are_listed(self) -> Self:
+        if WEIGHTS_FILE not in self.files:
+            raise ValueError(f"files does not list {WEIGHTS_FILE}")
+        return self
+
+
+def save_checkpoint(
+    folder: Path,
+    record: CheckpointRecord,
+    *,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | None,
+) -> CheckpointManifest:
+    """Write the checkpoint into `folder`, over an older one if there is one.
+
+    Args:
+        folder: Made if missing.
+        record: What the run tells about itself.
+        model: The bare module, not its DDP or compiled wrapper.
+        optimizer: None leaves the training state out: such a checkpoint cannot be resumed.
+    """
+    weights = {name: _stored_weight(tensor) for name, tensor in model.state_dict().items()}
+    for name in weights:
+        if name.startswith(("module.", "_orig_mod.")):
+            raise ValueError(f"{name}: save the bare module, not its DDP or compiled wrapper")
+    contents = {WEIGHTS_FILE: weights}
+    if optimizer is not None:
+        contents[TRAINING_STATE_FILE] = _flat_state(model, optimizer)
+
+    folder.mkdir(parents=True, exist_ok=True)
+    # The manifest goes first: from here to the end, a folder that is cut short has none.
+    for stale in (MANIFEST_FILE, WEIGHTS_FILE, TRAINING_STATE_FILE):
+        (folder / stale).unlink(missing_ok=True)
+    for file_name, tensors in contents.items():
+        # One key: safetensors keeps metadata in a hash map, whose order is not fixed.
+        save_file(tensors, folder / file_name, metadata={"format": "pt"})
+    manifest = CheckpointManifest(
+        **dict(record),
+        format_version=1,
+        decoder_present=any(name.startswith("decoder.") for name in weights),
+        versions=_versions(),
+        files={file_name: _digest(folder / file_name) for file_name in contents},
+    )
+    fields = manifest.model_dump(mode="json")
+    sealed = {**fields, _SELF_DIGEST: _fields_sha256(fields)}
+    (folder / MANIFEST_FILE).write_text(json.dumps(sealed, indent=2) + "\n")
+    return manifest
+
+
+def _stored_weight(tensor: Tensor) -> Tensor:
+    dtype = torch.float32 if tensor.is_floating_point() else tensor.dtype
+    return tensor.detach().to("cpu", dtype).contiguous()
+
+
+def _flat_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    flat: dict[str, Tensor] = {}
+    for name, parameter in _optimized(model, optimizer):
+        # A parameter that never had a gradient has no state, which is a fact to keep too.
+        state = optimizer.state.get(parameter) or {_NO_STATE: torch.empty(0)}
+        for kind, value in state.items():
+            if not isinstance(value, Tensor):
+                raise ValueError(f"{kind} of {name} is {value!r}: only tensors can be saved")
+            flat[f"{kind}/{name}"] = value.detach().cpu().contiguous()
+    return flat
+
+
+def _optimized(
+    model: nn.Module, optimizer: torch.optim.Optimizer
+) -> list[tuple[str, nn.Parameter]]:
+    """Name the optimizer's parameters, in the optimizer's order."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    if any(p not in names for p in parameters):
+        raise ValueError("the optimizer has a parameter that is not the model's")
+    return [(names[p], p) for p in parameters]
+
+
+def _versions() -> dict[str, str]:
+    return {
+        "torch": str(torch.__version__),
+        "timm": _installed("timm"),
+        "python": platform.python_version(),
+        "mae-pipeline": _installed("mae-pipeline"),
+    }
+
+
+def _installed(package: str) -> str:
+    # `ray job submit --working-dir .` runs this package from its sources, not installed.
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _digest(path: Path) -> FileDigest:
+    with path.open("rb") as file:
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    return FileDigest(bytes=path.stat().st_size, sha256=sha256)
+
+
+def _fields_sha256(fields: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+
+
+def read_manifest(folder: Path) -> CheckpointManifest:
+    """Read the manifest alone; the files it lists are not looked at.
+
+    Raises:
+        CorruptCheckpointError: It is missing, unreadable, changed, or of another format version.
+    """
+    path = folder / MANIFEST_FILE
+    try:
+        fields = from_json(path.read_bytes())
+    except OSError as error:
+        raise CorruptCheckpointError(f"{path}: {error.strerror}") from error
+    except ValueError as error:
+        raise CorruptCheckpointError(f"{path}: not JSON: {error}") from error
+    if not isinstance(fields, dict):
+        raise CorruptCheckpointError(f"{path}: not a JSON object")
+    if fields.get("format_version") != 1:
+        version = fields.get("format_version")
+        raise CorruptCheckpointError(f"{path}: format_version={version!r}, this code reads 1")
+    if fields.pop(_SELF_DIGEST, None) != _fields_sha256(fields):
+        raise CorruptCheckpointError(f"{path}: changed since it was written ({_SELF_DIGEST})")
+    try:
+        return CheckpointManifest.model_validate(fields)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise CorruptCheckpointError(f"{path}: {where}: {first['msg']}") from error
+
+
+def verify_checkpoint(folder: Path) -> CheckpointManifest:
+    """Compare every file with the manifest.
+
+    Raises:
+        CorruptCheckpointError: The first file that is missing, cut or changed.
+    """
+    manifest = read_manifest(folder)
+    for file_name in manifest.files:
+        _verify_file(folder, file_name, manifest)
+    return manifest
+
+
+def _verify_file(folder: Path, file_name: str, manifest: CheckpointManifest) -> None:
+    path, expected = folder / file_name, manifest.files[file_name]
+    try:
+        found_bytes = path.stat().st_size
+        if found_bytes != expected.bytes:
+            raise CorruptCheckpointError(
+                f"{path}: has {found_bytes} bytes, the manifest says {expected.bytes}"
+            )
+        found = _digest(path)
+    except OSError as error:
+        raise CorruptCheckpointError(f"{path}: {error.strerror}") from error
+    if found.sha256 != expected.sha256:
+        raise CorruptCheckpointError(
+            f"{path}: sha256 is {found.sha256}, the manifest says {expected.sha256}"
+        )
+
+
+def load_weights(folder: Path, model: nn.Module, *, strict: bool = True) -> None:
+    """Load the weights into `model`, after comparing their file with the manifest.
+
+    Args:
+        folder: The checkpoint.
+        model: The bare module.
+        strict: False allows tensors that only one side has; the shapes of the others must agree.
+
+    Raises:
+        CorruptCheckpointError: The weights or the manifest are damaged.
+        ValueError: The first tensor that does not fit the model.
+    """
+    _load_named(model, _load_tensors(folder, WEIGHTS_FILE, read_manifest(folder)), strict=strict)
+
+
+def load_encoder(folder: Path) -> tuple[MaskedEncoder, CheckpointManifest]:
+    """Build the encoder that the manifest describes and load its weights.
+
+    Raises:
+        CorruptCheckpointError: The weights or the manifest are damaged.
+        ValueError: The first tensor that does not fit the encoder.
+    """
+    manifest = read_manifest(folder)
+    weights = _load_tensors(folder, WEIGHTS_FILE, manifest)
+    encoder = build_encoder(manifest.model)
+    prefix = "encoder."
+    own = {n.removeprefix(prefix): t for n, t in weights.items() if n.startswith(prefix)}
+    _load_named(encoder, own, strict=True)
+    return encoder, manifest
+
+
+def _load_tensors(folder: Path, file_name: str, manifest: CheckpointManifest) -> dict[str, Tensor]:
+    _verify_file(folder, file_name, manifest)
+    try:
+        return load_file(folder / file_name)
+    except SafetensorError as error:
+        raise CorruptCheckpointError(f"{folder / file_name}: {error}") from error
+
+
+def _load_named(model: nn.Module, weights: dict[str, Tensor], *, strict: bool) -> None:
+    expected = model.state_dict()
+    for name, tensor in expected.items():
+        if name in weights:
+            _check_shape(name, weights[name], tensor)
+        elif strict:
+            raise ValueError(f"{name}: the model has it, the checkpoint does not")
+    for name in weights:
+        if strict and name not in expected:
+            raise ValueError(f"{name}: the checkpoint has it, the model does not")
+    if weights.keys().isdisjoint(expected):
+        raise ValueError("the checkpoint and the model have no tensor in common")
+    model.load_state_dict(weights, strict=strict)
+
+
+def _check_shape(name: str, found: Tensor, expected: Tensor) -> None:
+    if found.shape != expected.shape:
+        raise ValueError(
+            f"{name}: {tuple(found.shape)} in the checkpoint, {tuple(expected.shape)} in the model"
+        )
+
+
+def load_training_state(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Give each parameter the optimizer state saved under its name.
+
+    The order of the parameters and their groups may differ from when it was saved. Call it
+    after `load_weights`.
+
+    Raises:
+        CorruptCheckpointError: The training state or the manifest is damaged.
+        ValueError: There is no training state, or the first tensor that does not fit.
+    """
+    manifest = read_manifest(folder)
+    if TRAINING_STATE_FILE not in manifest.files:
+        raise ValueError(f"{folder} was saved without an optimizer and cannot be resumed")
+    saved: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in _load_tensors(folder, TRAINING_STATE_FILE, manifest).items():
+        kind, name = key.split("/", maxsplit=1)
+        saved.setdefault(name, {})[kind] = tensor
+    optimized = _optimized(model, optimizer)
+    _check_state(saved, dict(optimized))
+
+    # Through torch's own format, which puts each tensor on its parameter's device; it numbers
+    # the parameters in the optimizer's order.
+    groups = optimizer.state_dict()["param_groups"]
+    numbers = [number for group in groups for number in group["params"]]
+    state = {
+        number: saved[name]
+        for number, (name, _) in zip(numbers, optimized, strict=True)
+        if _NO_STATE not in saved[name]
+    }
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def _check_state(saved: dict[str, dict[str, Tensor]], parameters: dict[str, nn.Parameter]) -> None:
+    for name, parameter in parameters.items():
+        if name not in saved:
+            raise ValueError(f"{name}: the optimizer has it, the training state does not")
+        for kind, tensor in saved[name].items():
+            if kind not in ("step", _NO_STATE):
+                _check_shape(f"{kind}/{name}", tensor, parameter)
+    for name in saved:
+        if name not in parameters:
+            raise ValueError(f"{name}: the training state has it, the optimizer does not")
