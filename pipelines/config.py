@@ -43,7 +43,7 @@ class DataConfig(StrictConfig):
     decode: Literal["worker", "cluster"] = "worker"
     """Where images are decoded: in the training workers, or in Ray Data tasks on CPU nodes."""
     shuffle_window: int = Field(default=1024, gt=0)
-    """Samples permuted together, beside the permutation of shards; a multiple of the micro batch."""
+    """Samples permuted together, after the shards are permuted; a multiple of the micro batch."""
     crop_scale: tuple[float, float] = (0.2, 1.0)
     """Share of the image's area that a random crop covers, from and to."""
     flip: bool = True
@@ -154,6 +154,42 @@ _IDENTITY: Any = {
     "optim": set(OptimConfig.model_fields) - {"micro_batch_size", "compile"},
     "init_from": True,
 }
+
+
+class PrepareConfig(StrictConfig):
+    source: str | None = None
+    """Images to pack: a folder, with or without one subfolder a class, or a list file with a path
+    and, after a tab or a comma, a label on each line."""
+    synthetic: Literal["shapes"] | None = None
+    """Draw the images instead; makes the folders train and val in `output`."""
+    output: str
+    """Folder or s3://bucket/prefix for the shards."""
+    split: str = Field(default="train", pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")
+    """Starts the names of the shards: train-000000.tar."""
+    seed: int = Field(default=0, ge=0)
+    """Fixes the order in which samples are packed, and the drawn images."""
+    samples_per_shard: int = Field(default=1000, gt=0)
+    """Most images in a shard."""
+    max_shard_bytes: int = Field(default=256 * 2**20, gt=0)
+    """Most bytes in a shard, unless one image is larger; each worker holds one shard in memory."""
+    workers: int = Field(default=2, gt=0)
+    """Processes that pack; the shards do not depend on it."""
+    max_bad_ratio: float = Field(default=0.1, ge=0, le=1)
+    """Packing fails when a larger share of the images can't be decoded."""
+    in_chans: Literal[1, 3] = 3
+    """Channels that the images are measured in: 1 (grey) or 3 (RGB)."""
+    img_size: int = Field(default=64, ge=16, le=1024)
+    """Side of a drawn image, in pixels."""
+    num_train: int = Field(default=3000, gt=0)
+    """Images drawn for training."""
+    num_val: int = Field(default=600, gt=0)
+    """Images drawn for validation."""
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> Self:
+        if (self.source is None) == (self.synthetic is None):
+            raise ValueError("give either source=FOLDER or synthetic=shapes")
+        return self
 
 
 ConfigT = TypeVar("ConfigT", bound=StrictConfig)
