@@ -1,0 +1,421 @@
+"""Record runs in MLflow, off the training step's path.
+
+MLflow is the record and never a reason to stop: what cannot be recorded costs a warning and some
+seconds, not the run. So no function here raises for a server that is down, and each takes
+`run_id=None` (no run could be started) and then does nothing.
+"""
+
+import json
+import logging
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from infra.config import TrackingConfig
+
+# MLflow reads the first two while it is imported. The others bound a call to a server that is
+# down: its own defaults (7 retries of 120 s) take 246 s.
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+
+from mlflow import MlflowClient
+from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
+from mlflow.exceptions import MlflowException
+
+Status = Literal["FINISHED", "FAILED", "KILLED"]
+
+logger = logging.getLogger(__name__)
+
+# Limits of MLflow's log_batch.
+MAX_METRICS_PER_BATCH = 1000
+MAX_PARAMS_PER_BATCH = 100
+MAX_DIGEST_CHARS = 36
+
+# Answers that the same request would get again.
+_REFUSALS = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST", "RESOURCE_DOES_NOT_EXIST", "INVALID_STATE")
+
+SQLITE_SCHEME = "sqlite:///"
+
+
+@lru_cache(maxsize=4)
+def _client(uri: str) -> MlflowClient:
+    if uri.startswith(SQLITE_SCHEME):
+        Path(uri.removeprefix(SQLITE_SCHEME)).parent.mkdir(parents=True, exist_ok=True)
+    # It would warn of each retry of a request; we warn once that the server is down.
+    logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)
+    return MlflowClient(tracking_uri=uri)
+
+
+@contextmanager
+def _or_warn(action: str, uri: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        logger.warning("could not %s at %s: %s", action, uri, _reason(error))
+
+
+def _reason(error: BaseException) -> str:
+    """One line: below MLflow's, requests' and urllib3's wrapping, what the system said."""
+    chain = [error]
+    while cause := chain[-1].__cause__ or chain[-1].__context__:
+        chain.append(cause)
+    system_errors = [link for link in chain if isinstance(link, OSError)]
+    text = str((system_errors or chain[:1])[-1]).strip()
+    return text.splitlines()[0][:300] if text else type(error).__name__
+
+
+def start_run(
+    tracking: TrackingConfig,
+    *,
+    run_name: str,
+    params: dict[str, str],
+    tags: dict[str, str],
+    run_id: str | None,
+) -> str | None:
+    """Start a run, or reopen `run_id`; None, after one warning, where the store does not answer.
+
+    A param cannot change once it is logged: where a reopened run has another value, the new one
+    becomes the tag `resumed_with.<param>`.
+    """
+    try:
+        client = _client(tracking.uri)
+        run = _reopen_run(client, run_id) if run_id else None
+        if run is None:
+            experiment_id = _experiment_id(client, tracking)
+            run = client.create_run(experiment_id, run_name=run_name)
+        logged = run.data.params
+        changed = {
+            f"resumed_with.{key}": value
+            for key, value in params.items()
+            if logged.get(key, value) != value
+        }
+        new_params = [Param(key, value) for key, value in params.items() if key not in logged]
+        new_tags = [RunTag(key, value) for key, value in {**tags, **changed}.items()]
+        for start in range(0, max(len(new_params), len(new_tags)), MAX_PARAMS_PER_BATCH):
+            part = slice(start, start + MAX_PARAMS_PER_BATCH)
+            client.log_batch(run.info.run_id, params=new_params[part], tags=new_tags[part])
+    except Exception as error:
+        # Whatever it is, a run without a record is better than no run.
+        logger.warning(
+            "MLflow at %s cannot be used, so this run is not recorded: %s. %s, or set tracking.uri",
+            tracking.uri,
+            _reason(error),
+            "Start it (make up)" if tracking.uri.startswith("http") else "Check the path",
+        )
+        return None
+    return str(run.info.run_id)
+
+
+def _reopen_run(client: MlflowClient, run_id: str) -> Any:
+    try:
+        run = client.get_run(run_id)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        run = None
+    if run is None or run.info.lifecycle_stage == "deleted":
+        logger.warning("MLflow has no run %s any more; a new one is started", run_id)
+        return None
+    client.update_run(run_id, status="RUNNING")
+    return run
+
+
+def _experiment_id(client: MlflowClient, tracking: TrackingConfig) -> str:
+    experiment = client.get_experiment_by_name(tracking.experiment)
+    if experiment is None:
+        try:
+            return client.create_experiment(tracking.experiment, _artifact_location(tracking.uri))
+        except MlflowException as error:
+            # Another run may have created it since.
+            experiment = client.get_experiment_by_name(tracking.experiment)
+            if experiment is None:
+                raise error
+    return str(experiment.experiment_id)
+
+
+def _artifact_location(uri: str) -> str | None:
+    """Beside a sqlite store, for MLflow's default is the folder where the program started."""
+    if not uri.startswith(SQLITE_SCHEME):
+        return None
+    store = Path(uri.removeprefix(SQLITE_SCHEME)).absolute()
+    return (store.parent / "mlartifacts").as_uri()
+
+
+def end_run(uri: str, run_id: str | None, status: Status) -> None:
+    if run_id is not None:
+        with _or_warn(f"end run {run_id} as {status}", uri):
+            _client(uri).set_terminated(run_id, status)
+
+
+def log_dataset(
+    uri: str, run_id: str | None, *, name: str, digest: str, source: str, context: str
+) -> None:
+    """Record what data a run read: `source` is a URI, `context` such as "train"."""
+    if run_id is None:
+        return
+    dataset = Dataset(
+        name=name,
+        digest=digest[:MAX_DIGEST_CHARS],
+        source_type="s3" if source.startswith("s3://") else "local",
+        source=json.dumps({"uri": source}),
+    )
+    tag = InputTag("mlflow.data.context", context)
+    with _or_warn(f"log data set {name}", uri):
+        _client(uri).log_inputs(run_id, [DatasetInput(dataset, [tag])])
+
+
+def log_artifact_text(uri: str, run_id: str | None, text: str, artifact_file: str) -> None:
+    if run_id is not None:
+        with _or_warn(f"log {artifact_file}", uri):
+            _client(uri).log_text(run_id, text, artifact_file)
+
+
+def log_artifact_file(uri: str, run_id: str | None, file: Path, folder: str | None = None) -> None:
+    if run_id is not None:
+        with _or_warn(f"log {file}", uri):
+            _client(uri).log_artifact(run_id, str(file), folder)
+
+
+def log_picture(
+    uri: str, run_id: str | None, image: NDArray[np.uint8], key: str, step: int
+) -> None:
+    """Log an (H, W, 3) image; the MLflow UI shows those of one key with a slider over steps."""
+    if run_id is not None:
+        with _or_warn(f"log picture {key}", uri):
+            _client(uri).log_image(run_id, image, key=key, step=step, synchronous=True)
+
+
+def log_final_metrics(
+    uri: str, run_id: str | None, metrics: Mapping[str, float], step: int
+) -> None:
+    if run_id is not None:
+        with _or_warn("log the final metrics", uri):
+            points = _to_points(_now_ms(), step, metrics)
+            _client(uri).log_batch(run_id, metrics=points)
+
+
+def last_logged_step(uri: str, run_id: str | None, metric: str) -> int:
+    """The highest step that a run has a value of `metric` for; -1 if there is none."""
+    if run_id is not None:
+        with _or_warn(f"read the history of {metric}", uri):
+            history = _client(uri).get_metric_history(run_id, metric)
+            return max((point.step for point in history), default=-1)
+    return -1
+
+
+def _now_ms() -> int:
+    return int(time.time() * 1000)
+
+
+def _to_points(timestamp_ms: int, step: int, metrics: Mapping[str, float]) -> list[Metric]:
+    return [Metric(key, value, timestamp_ms, step) for key, value in metrics.items()]
+
+
+class _StepEntry(NamedTuple):
+    timestamp_ms: int
+    step: int
+    metrics: dict[str, float]
+
+
+class _PictureEntry(NamedTuple):
+    image: NDArray[np.uint8]
+    key: str
+    step: int
+
+
+_Entry = _StepEntry | _PictureEntry
+
+
+class MetricWriter:
+    """Send metrics and pictures from a thread of its own; `write` costs microseconds.
+
+    What cannot be sent is kept, up to the limits below, and sent when the server is back, with
+    the time at which it was written. MLflow stores a point that comes twice once, so a batch
+    whose answer got lost is sent again.
+
+    Args:
+        run_id: None makes a writer that does nothing.
+        after_step: steps up to this one are in MLflow already (see `last_logged_step`).
+    """
+
+    SEND_INTERVAL_S = 2.0
+    MAX_BACKOFF_S = 30.0
+    # While somebody waits in `flush` or `close`.
+    MAX_HURRIED_BACKOFF_S = 0.5
+    # About 1 kB each; the oldest go first.
+    MAX_KEPT_STEPS = 20_000
+    MAX_KEPT_PICTURES = 16
+
+    def __init__(self, uri: str, run_id: str | None, *, after_step: int = -1) -> None:
+        self._uri = uri
+        self._after_step = after_step
+        self._steps: deque[_StepEntry] = deque()
+        self._pictures: deque[_PictureEntry] = deque()
+        self._num_in_flight = 0
+        self._num_dropped = 0
+        self._num_waiting = 0
+        self._warned_of: set[str] = set()
+        self._is_closed = run_id is None
+        self._is_stopped = False
+        self._changed = threading.Condition()
+        if run_id is not None:
+            # Daemon: a server that hangs must not keep the process alive.
+            threading.Thread(
+                target=self._run, args=(run_id,), name="mlflow-writer", daemon=True
+            ).start()
+
+    def write(self, metrics: Mapping[str, float], step: int) -> None:
+        if self._is_closed or step <= self._after_step:
+            return
+        try:
+            values = {key: float(value) for key, value in metrics.items()}
+        except (TypeError, ValueError) as error:
+            self._num_dropped += 1
+            self._warn_once("value", f"takes only numbers; step {step} is left out", error)
+            return
+        with self._changed:
+            self._steps.append(_StepEntry(_now_ms(), step, values))
+            self._drop_oldest()
+
+    def picture(self, image: NDArray[np.uint8], key: str, step: int) -> None:
+        """Log an (H, W, 3) image, as `log_picture` does."""
+        if self._is_closed or step <= self._after_step:
+            return
+        entry = _PictureEntry(image.copy(), key, step)
+        with self._changed:
+            self._pictures.append(entry)
+            self._drop_oldest()
+
+    def flush(self, timeout_s: float) -> bool:
+        """Wait until all that was written is sent; False if it is not within `timeout_s`."""
+        with self._changed:
+            self._num_waiting += 1
+            self._changed.notify_all()
+            is_sent = self._changed.wait_for(lambda: self._num_left() == 0, timeout_s)
+            self._num_waiting -= 1
+        return is_sent
+
+    def close(self, timeout_s: float = 30.0) -> None:
+        """Flush, and say once what could not be recorded. Later writes do nothing."""
+        if self._is_closed:
+            return
+        self._is_closed = True
+        self.flush(timeout_s)
+        with self._changed:
+            num_lost = self._num_dropped + self._num_left()
+            self._is_stopped = True
+            self._changed.notify_all()
+        if num_lost:
+            logger.warning("MLflow at %s did not get %d steps or pictures", self._uri, num_lost)
+
+    def _num_left(self) -> int:
+        return len(self._steps) + len(self._pictures) + self._num_in_flight
+
+    def _drop_oldest(self) -> None:
+        while len(self._steps) > self.MAX_KEPT_STEPS:
+            self._steps.popleft()
+            self._num_dropped += 1
+        while len(self._pictures) > self.MAX_KEPT_PICTURES:
+            self._pictures.popleft()
+            self._num_dropped += 1
+
+    def _run(self, run_id: str) -> None:
+        backoff_s = 0.0
+        while True:
+            with self._changed:
+                pause_s = max(self.SEND_INTERVAL_S, backoff_s)
+                self._changed.wait_for(lambda: self._num_waiting or self._is_stopped, pause_s)
+                if self._num_waiting and backoff_s:
+                    hurried_s = min(backoff_s, self.MAX_HURRIED_BACKOFF_S)
+                    self._changed.wait_for(lambda: self._is_stopped, hurried_s)
+                if self._is_stopped:
+                    return
+            if self._send_all(run_id):
+                backoff_s = 0.0
+            else:
+                backoff_s = min(2 * backoff_s or 1.0, self.MAX_BACKOFF_S)
+
+    def _send_all(self, run_id: str) -> bool:
+        """Send what is kept, oldest first; False as soon as the server does not answer."""
+        while entries := self._take():
+            is_sent = self._send(run_id, entries)
+            with self._changed:
+                self._num_in_flight = 0
+                if not is_sent:
+                    self._put_back(entries)
+                self._changed.notify_all()
+            if not is_sent:
+                return False
+        return True
+
+    def _take(self) -> list[_Entry]:
+        with self._changed:
+            entries: list[_Entry] = []
+            num_points = 0
+            while self._steps and num_points < MAX_METRICS_PER_BATCH:
+                num_points += len(self._steps[0].metrics)
+                entries.append(self._steps.popleft())
+            if not entries and self._pictures:
+                entries.append(self._pictures.popleft())
+            self._num_in_flight = len(entries)
+            return entries
+
+    def _put_back(self, entries: list[_Entry]) -> None:
+        for entry in reversed(entries):
+            if isinstance(entry, _StepEntry):
+                self._steps.appendleft(entry)
+            else:
+                self._pictures.appendleft(entry)
+        self._drop_oldest()
+
+    def _send(self, run_id: str, entries: list[_Entry]) -> bool:
+        """False if it is worth another try; what MLflow refuses is dropped and counted."""
+        try:
+            self._send_once(run_id, entries)
+        except Exception as error:
+            if not _is_refusal(error):
+                self._warn_once("down", "is not reached; metrics are kept and sent later", error)
+                return False
+            if len(entries) > 1:
+                # One bad value must not take its neighbours with it.
+                return all(self._send(run_id, [entry]) for entry in entries)
+            self._warn_once("refusal", f"refused what was logged at step {entries[0].step}", error)
+            self._num_dropped += 1
+        return True
+
+    def _send_once(self, run_id: str, entries: list[_Entry]) -> None:
+        client = _client(self._uri)
+        points: list[Metric] = []
+        for entry in entries:
+            if isinstance(entry, _StepEntry):
+                points += _to_points(*entry)
+            else:
+                client.log_image(
+                    run_id, entry.image, key=entry.key, step=entry.step, synchronous=True
+                )
+        for start in range(0, len(points), MAX_METRICS_PER_BATCH):
+            client.log_batch(run_id, metrics=points[start : start + MAX_METRICS_PER_BATCH])
+
+    def _warn_once(self, kind: str, what: str, error: Exception) -> None:
+        if kind not in self._warned_of:
+            self._warned_of.add(kind)
+            logger.warning("MLflow at %s %s: %s", self._uri, what, _reason(error))
+
+
+def _is_refusal(error: Exception) -> bool:
+    """Whether the same request would fail again: a bad name or value, a run that is gone."""
+    if isinstance(error, MlflowException):
+        return error.error_code in _REFUSALS
+    return isinstance(error, TypeError | ValueError) and not isinstance(error, OSError)
