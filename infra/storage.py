@@ -282,6 +282,16 @@ def _list_names(uri: str, kind: pafs.FileType) -> list[str]:
     return sorted(info.base_name for info in infos if info.type == kind)
 
 
+def delete_file(uri: str) -> None:
+    """Delete a file; nothing happens if it is not there."""
+    filesystem, path = open_filesystem(uri)
+    try:
+        with storage_errors("delete", uri):
+            filesystem.delete_file(path)
+    except FileNotFoundError:
+        return
+
+
 def delete_folder(uri: str) -> None:
     """Delete a folder and all in it; nothing happens if it is not there."""
     filesystem, path = open_filesystem(uri)

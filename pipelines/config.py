@@ -345,6 +345,19 @@ def describe(
         )
 
 
+def flatten(config: StrictConfig) -> dict[str, str]:
+    """Dotted keys to values as text, as MLflow keeps params."""
+    return dict(_flat_items(config.model_dump(mode="json")))
+
+
+def _flat_items(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from _flat_items(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value if isinstance(value, str) else json.dumps(value)
+
+
 def _type_name(annotation: Any) -> str:
     if isinstance(annotation, type) and not get_args(annotation):
         return annotation.__name__

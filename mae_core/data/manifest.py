@@ -29,6 +29,12 @@ class ChannelStats(StrictConfig):
     """How many images were measured."""
 
 
+# Of the 1.28 million training images: https://github.com/facebookresearch/mae, main_pretrain.py.
+IMAGENET_STATS = ChannelStats(
+    mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), num_images=1_281_167
+)
+
+
 class ShardInfo(StrictConfig):
     path: str
     """Relative to the manifest's folder, or a full path or URI."""

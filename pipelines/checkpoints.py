@@ -1,0 +1,81 @@
+"""Checkpoints of a run in storage: commit, find the newest whole one, prune.
+
+A checkpoint is a folder `checkpoints/step-00000100` of the run. Its manifest is written last and
+holds the size and sha256 of every other file: what was cut in mid-write is not a checkpoint.
+This, not Ray's own bookkeeping, says where a run goes on (docs/adr/0005).
+"""
+
+import logging
+import re
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+from infra import storage
+from mae_core.checkpoint import (
+    MANIFEST_FILE,
+    CheckpointManifest,
+    CorruptCheckpointError,
+    verify_checkpoint,
+)
+
+logger = logging.getLogger(__name__)
+
+
+class FoundCheckpoint(NamedTuple):
+    uri: str
+    folder: Path  # a verified local copy
+    manifest: CheckpointManifest
+
+
+def checkpoints_uri(run_uri: str) -> str:
+    return storage.join(run_uri, "checkpoints")
+
+
+def commit_checkpoint(local: Path, run_uri: str, *, step: int, keep: int) -> str:
+    """Copy a checkpoint to the run's storage, then delete all but the `keep` newest.
+
+    When this returns, a run that dies goes on from here.
+    """
+    uri = storage.join(checkpoints_uri(run_uri), f"step-{step:08d}")
+    storage.upload_folder(local, uri, last=MANIFEST_FILE)
+    older = [s for s in list_steps(run_uri) if s <= step]
+    for old in older[:-keep]:
+        storage.delete_folder(storage.join(checkpoints_uri(run_uri), f"step-{old:08d}"))
+    return uri
+
+
+def list_steps(run_uri: str) -> list[int]:
+    """Steps that have a checkpoint folder, whole or not, oldest first."""
+    names = storage.list_folders(checkpoints_uri(run_uri))
+    return sorted(int(m.group(1)) for m in (re.fullmatch(r"step-(\d+)", n) for n in names) if m)
+
+
+def find_checkpoint(run_uri: str, workspace: Path) -> FoundCheckpoint | None:
+    """Download the newest checkpoint that is whole; a broken one costs a warning.
+
+    Args:
+        run_uri: the run's folder.
+        workspace: an empty local folder for the copy.
+    """
+    for step in reversed(list_steps(run_uri)):
+        uri = storage.join(checkpoints_uri(run_uri), f"step-{step:08d}")
+        try:
+            return fetch_checkpoint(uri, workspace / f"step-{step:08d}")
+        except CorruptCheckpointError as error:
+            logger.warning("checkpoint %s is not whole (%s); trying the one before", uri, error)
+    return None
+
+
+def fetch_checkpoint(uri: str, folder: Path) -> FoundCheckpoint:
+    """Raises: CorruptCheckpointError: it is not whole."""
+    folder.mkdir(parents=True)
+    storage.download_folder(uri, folder)
+    return FoundCheckpoint(uri, folder, verify_checkpoint(folder))
+
+
+def resume_position(run_uri: str) -> int:
+    """Samples of the run's sequence that the newest whole checkpoint was trained on."""
+    with tempfile.TemporaryDirectory() as workspace:
+        found = find_checkpoint(run_uri, Path(workspace))
+    return found.manifest.samples_seen if found else 0

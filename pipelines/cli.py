@@ -1,0 +1,147 @@
+"""The `mae` command: words to a config, a stage's result to one line, errors to exit codes.
+
+Exit codes: 0 done, 2 config, 4 data, 5 infrastructure, 130 and 143 stopped, 1 anything else.
+"""
+
+import argparse
+import importlib
+import json
+import logging
+import os
+import sys
+import textwrap
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from infra.storage import NoShardsError, StorageError
+from mae_core.config import StrictConfig
+from mae_core.data.samples import DataError
+from pipelines.config import (
+    ConfigError,
+    PrepareConfig,
+    PretrainConfig,
+    StageResult,
+    describe,
+    load_config,
+)
+
+STAGES: dict[str, tuple[type[StrictConfig], str]] = {
+    "prepare": (PrepareConfig, "Pack images into shards, or draw a small data set."),
+    "pretrain": (PretrainConfig, "Pretrain a masked autoencoder on shards."),
+}
+EXIT_CODES: list[tuple[tuple[type[Exception], ...], int, str]] = [
+    ((ConfigError,), 2, "config error"),
+    ((DataError, NoShardsError), 4, "data error"),
+    ((StorageError,), 5, "infrastructure error"),
+]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a stage; returns the exit code."""
+    # Quiet the libraries before they are imported.
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_DEDUP_LOGS", "0")
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    arguments = _parser().parse_args(argv)
+    started_s = time.monotonic()
+    try:
+        config = _config(arguments)
+        # By name: a wrong config is told before torch and Ray are loaded.
+        stage = importlib.import_module(f"pipelines.{arguments.stage}")
+        result: StageResult = stage.run(config, fresh=arguments.fresh)
+    except BaseException as error:
+        return _tell(error, debug=arguments.debug)
+    fields = {**result._asdict(), "seconds": round(time.monotonic() - started_s, 1)}
+    print(json.dumps(fields), flush=True)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="mae", description="Masked-autoencoder pretraining on WebDataset shards."
+    )
+    stages = parser.add_subparsers(dest="stage", required=True, metavar="STAGE")
+    for name, (config_type, summary) in STAGES.items():
+        stage = stages.add_parser(
+            name,
+            help=summary,
+            description=summary,
+            epilog=_fields_help(config_type),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        stage.add_argument(
+            "words",
+            nargs="*",
+            metavar="FILE.yaml | section.key=value",
+            help="files are merged left to right, then the values",
+        )
+        stage.add_argument("--fresh", action="store_true", help="delete what is there; start over")
+        stage.add_argument("--debug", action="store_true", help="show tracebacks")
+        if name == "prepare":
+            stage.add_argument(
+                "--synthetic",
+                choices=["shapes"],
+                help="draw scenes: mae prepare --synthetic shapes OUT",
+            )
+    return parser
+
+
+def _fields_help(config_type: type[StrictConfig]) -> str:
+    lines = ["fields (key, type, default):"]
+    for key, kind, default, meaning in describe(config_type):
+        lines.append(f"  {key}  {kind}  [{default}]")
+        lines += textwrap.wrap(meaning, 92, initial_indent=" " * 6, subsequent_indent=" " * 6)
+    return "\n".join(lines)
+
+
+def _config(arguments: argparse.Namespace) -> StrictConfig:
+    files = [Path(word) for word in arguments.words if _is_file(word)]
+    overrides = [word for word in arguments.words if "=" in word]
+    bare = [word for word in arguments.words if not _is_file(word) and "=" not in word]
+    if arguments.stage == "prepare":
+        overrides += _prepare_words(bare, arguments.synthetic)
+    elif bare:
+        raise ConfigError(f"{bare[0]!r} is neither a .yaml file nor section.key=value")
+    return load_config(STAGES[arguments.stage][0], files, overrides)
+
+
+def _is_file(word: str) -> bool:
+    return "=" not in word and word.endswith((".yaml", ".yml"))
+
+
+def _prepare_words(bare: list[str], synthetic: str | None) -> list[str]:
+    """`mae prepare SOURCE OUT` and `mae prepare --synthetic shapes OUT` as key=value."""
+    keys = ["output"] if synthetic else ["source", "output"]
+    if len(bare) > len(keys):
+        raise ConfigError(f"too many words: {' '.join(bare)}; expected {' '.join(keys).upper()}")
+    given = [f"{key}={word}" for key, word in zip(keys, bare, strict=False)]
+    return [*given, *([f"synthetic={synthetic}"] if synthetic else [])]
+
+
+def _tell(error: BaseException, *, debug: bool) -> int:
+    """Say what went wrong on stderr; returns the exit code."""
+    if debug:
+        logging.getLogger(__name__).error("traceback follows", exc_info=error)
+    exit_code = getattr(error, "exit_code", None)
+    if isinstance(exit_code, int):  # a stage that was stopped from outside
+        return exit_code
+    if isinstance(error, KeyboardInterrupt):
+        return 130
+    if isinstance(error, SystemExit):
+        return error.code if isinstance(error.code, int) else 1
+    for kinds, code, title in EXIT_CODES:
+        if isinstance(error, kinds):
+            for line in str(error).splitlines():
+                print(f"{title}: {line}", file=sys.stderr)
+            return code
+    name = type(error).__name__
+    hint = "" if debug else "; --debug shows where"
+    print(f"error: {name}: {error}{hint}", file=sys.stderr)
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

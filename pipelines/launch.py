@@ -1,0 +1,193 @@
+"""From our config to a running Ray: what can't work is refused in words before it hangs."""
+
+import json
+import logging
+import os
+import shutil
+import signal
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import ray
+from ray.train import FailureConfig, RunConfig
+from ray.train import ScalingConfig as RayScalingConfig
+
+from infra import storage
+from pipelines.config import ConfigError, ScalingConfig
+from pipelines.datasets import READ_CPUS, configure_ray_data
+
+ROOT = Path(__file__).resolve().parents[1]
+# Logical CPUs that a local Ray gets beyond the workers', for reading: without any left, Ray Data
+# waits for ever (facts: reproduced).
+SPARE_CPUS = 2
+
+
+def ray_job_id() -> str | None:
+    """The submission id of the Ray job that this process is the driver of."""
+    raw = os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR")
+    return json.loads(raw).get("metadata", {}).get("job_submission_id") if raw else None
+
+
+def check_paths(uris: dict[str, str]) -> None:
+    """In a Ray job the working folder is a passing copy: relative paths would be lost with it."""
+    if ray_job_id() is None:
+        return
+    for key, uri in uris.items():
+        if not (storage.is_remote(uri) or Path(uri).is_absolute()):
+            raise ConfigError(
+                f"{key}={uri}: in a Ray job a path must be absolute or s3://...; "
+                f"give {key}=... on the command line, or MAE__{key.upper().replace('.', '__')}"
+            )
+
+
+def check_resources(scaling: ScalingConfig, cpus: float, gpus: float, place: str) -> None:
+    """Refuse a layout that would wait for ever.
+
+    Raises:
+        ConfigError: names what is asked for, what there is, and what would fit.
+    """
+    need = scaling.num_workers * scaling.cpus_per_worker
+    if need > cpus:
+        fits = int(cpus // scaling.cpus_per_worker)
+        raise ConfigError(
+            f"scaling.num_workers={scaling.num_workers} x scaling.cpus_per_worker="
+            f"{scaling.cpus_per_worker} needs {need} CPUs, {place} has {cpus:g}; "
+            f"try scaling.num_workers={max(fits, 1)}"
+            + (" scaling.cpus_per_worker=1" if fits < 1 else "")
+        )
+    if scaling.use_gpu and scaling.num_workers > gpus:
+        raise ConfigError(
+            f"scaling.num_workers={scaling.num_workers} with scaling.use_gpu needs as many GPUs, "
+            f"{place} has {gpus:g}; "
+            + (f"try scaling.num_workers={int(gpus)}" if gpus else "try scaling.use_gpu=false")
+        )
+
+
+def start_ray(scaling: ScalingConfig) -> None:
+    """Join the cluster that RAY_ADDRESS names, or start a local Ray.
+
+    Raises:
+        ConfigError: the workers do not fit.
+        StorageError: the cluster can't be reached.
+    """
+    address = os.environ.get("RAY_ADDRESS")
+    if not ray.is_initialized():
+        if address:
+            try:
+                ray.init(address, log_to_driver=True)
+            except ConnectionError as error:
+                raise storage.StorageError(
+                    f"RAY_ADDRESS={address}: no Ray cluster answers there ({error}); "
+                    "start it (make up), or unset RAY_ADDRESS to run on this machine alone"
+                ) from error
+        else:
+            _start_local(scaling)
+    if address:
+        total: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+        check_resources(
+            scaling, total.get("CPU", 0) - READ_CPUS, total.get("GPU", 0), f"the cluster {address}"
+        )
+    configure_ray_data()
+
+
+def _start_local(scaling: ScalingConfig) -> None:
+    cores = os.cpu_count() or 1
+    gpus = _count_gpus()
+    check_resources(scaling, cores, gpus, "this machine")
+    # "local": never join another Ray that happens to run here. The loopback needs no token.
+    os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+    ray.init(
+        "local",
+        num_cpus=max(cores, scaling.num_workers * scaling.cpus_per_worker) + SPARE_CPUS,
+        num_gpus=gpus,
+        include_dashboard=False,
+        logging_level=logging.WARNING,
+        object_store_memory=1 << 30,
+        runtime_env={"env_vars": {"PYTHONPATH": str(ROOT)}},
+    )
+
+
+def _count_gpus() -> int:
+    """GPUs by the driver's own tool: importing torch here would take seconds."""
+    if shutil.which("nvidia-smi") is None:
+        return 0
+    listing = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False)
+    return sum(line.startswith("GPU ") for line in listing.stdout.splitlines())
+
+
+def ray_scaling(scaling: ScalingConfig) -> RayScalingConfig:
+    return RayScalingConfig(
+        num_workers=scaling.num_workers,
+        use_gpu=scaling.use_gpu,
+        resources_per_worker={
+            "CPU": scaling.cpus_per_worker,
+            **({"GPU": 1} if scaling.use_gpu else {}),
+        },
+    )
+
+
+def ray_run(run_uri: str, scaling: ScalingConfig) -> RunConfig:
+    """Ray keeps its bookkeeping in the run's own folder."""
+    filesystem, path = storage.open_filesystem(run_uri)
+    folder, _, name = path.rpartition("/")
+    return RunConfig(
+        name=name,
+        storage_path=folder,
+        storage_filesystem=filesystem,
+        # mypy sees Ray Train's first version, which has no such field.
+        failure_config=FailureConfig(  # type: ignore[call-arg]
+            max_failures=scaling.max_failures, controller_failure_limit=0
+        ),
+    )
+
+
+def run_tags(stage: str, *, seed: int, output: str) -> dict[str, str]:
+    """What MLflow's run list can be searched by."""
+    tags = {"stage": stage, "seed": str(seed), "output": output}
+    commit = _git_commit()
+    if commit:
+        tags["mlflow.source.git.commit"] = commit
+    job_id = ray_job_id()
+    if job_id:
+        tags["ray.job_id"] = job_id
+    return tags
+
+
+def _git_commit() -> str | None:
+    """Of the sources that run. A job's copy has no .git: its submitter may set MAE_GIT_COMMIT."""
+    given = os.environ.get("MAE_GIT_COMMIT")
+    if given or shutil.which("git") is None:
+        return given
+    asked = subprocess.run(
+        ["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+    )
+    return asked.stdout.strip() or None
+
+
+class CancelledError(BaseException):
+    """SIGTERM or Ctrl-C: the run was stopped from outside."""
+
+    def __init__(self, signal_number: int) -> None:
+        super().__init__(f"stopped by {signal.Signals(signal_number).name}")
+        self.exit_code = 128 + signal_number
+
+
+@contextmanager
+def cancel_on_signals(first: Callable[[], None]) -> Iterator[None]:
+    """Inside, SIGTERM and SIGINT call `first` and raise CancelledError.
+
+    `first` comes at once: `ray job stop` kills three seconds after it asked.
+    """
+
+    def handle(signal_number: int, _frame: object) -> None:
+        first()
+        raise CancelledError(signal_number)
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

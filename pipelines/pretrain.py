@@ -1,0 +1,303 @@
+#!/usr/bin/env python
+"""Pretrain a masked autoencoder on image shards.
+
+    python pipelines/pretrain.py configs/pretrain/demo.yaml optim.epochs=20
+    ray job submit --working-dir . -- python pipelines/pretrain.py FILE.yaml data.train=s3://...
+
+The same command goes on where it was stopped; a finished run is not trained again.
+"""
+
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":  # run as a file: import the package, not the files beside this one
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+    from pipelines.cli import main
+
+    sys.exit(main(["pretrain", *sys.argv[1:]]))
+
+import logging
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import ray.data
+import ray.train
+from ray.train.torch import TorchTrainer
+
+from infra import storage, tracking
+from mae_core.data.decode import CorruptSampleError, decode_image
+from mae_core.data.manifest import IMAGENET_STATS, ChannelStats, Manifest, ShardInfo
+from mae_core.data.order import RunOrder
+from mae_core.data.randomness import named_generator
+from mae_core.data.samples import DataError
+from mae_core.data.transforms import center_crop
+from mae_core.masking import draw_noise
+from pipelines import launch
+from pipelines.batches import decode_block, view_spec
+from pipelines.checkpoints import find_checkpoint, resume_position
+from pipelines.config import ConfigError, PretrainConfig, StageResult, flatten
+from pipelines.datasets import (
+    SequencePlan,
+    configure_ray_data,
+    measure_channel_stats,
+    open_shards,
+    read_rows,
+    sequence_dataset,
+)
+from pipelines.features import knn_metrics
+from pipelines.reporting import RunSize, log_encoder
+from pipelines.run_folder import RunFolder, RunRecord
+from pipelines.train_worker import Pictures, TrainTask, train_worker
+
+logger = logging.getLogger(__name__)
+
+STAGE = "pretrain"
+NUM_PICTURES = 8
+
+
+class Plan(NamedTuple):
+    """What the run will do, known before anything is started."""
+
+    manifest: Manifest
+    stats: ChannelStats
+    size: RunSize
+
+
+def run(config: PretrainConfig, *, fresh: bool) -> StageResult:
+    """Pretrain, or go on with it, or find that it is done.
+
+    Raises:
+        ConfigError, DataError, NoShardsError, StorageError: before any worker is started, unless
+            only reading can tell.
+    """
+    launch.check_paths(_paths(config))
+    folder = RunFolder(storage.join(storage.absolute(config.storage.root), STAGE, config.run_name))
+    if fresh:
+        folder.clear()
+    elif (done := folder.read_result()) is not None:
+        logger.info("%s is done: not trained again (--fresh starts over)", folder.uri)
+        return done._replace(status="reused")
+    plan = _plan(config, folder)
+    record = folder.read_record()
+    if record is not None and record.data_digest != plan.manifest.digest:
+        raise DataError(
+            f"the training data changed since this run began (digest {record.data_digest}, "
+            f"now {plan.manifest.digest}); bring it back, or start over with --fresh"
+        )
+    launch.start_ray(config.scaling)
+    run_id = _start_record(config, plan, folder, record.run_id if record else None)
+    with _ended_in_mlflow(config, run_id, folder):
+        folder.forget_earlier_start()
+        task = TrainTask(
+            raw_config=config.model_dump(mode="json"),
+            run_uri=folder.uri,
+            run_id=run_id,
+            size=plan.size,
+            data_digest=plan.manifest.digest,
+            mean=plan.stats.mean,
+            std=plan.stats.std,
+            pictures=_pictures(config, plan.manifest),
+        )
+        if resume_position(folder.uri) < plan.size.num_samples:
+            _train(config, plan.manifest, task)
+        return _finish(config, plan, folder, run_id)
+
+
+def _paths(config: PretrainConfig) -> dict[str, str]:
+    named = {"data.train": config.data.train, "data.val": config.data.val or ()}
+    paths = {
+        key: uri
+        for key, uris in named.items()
+        for uri in ([uris] if isinstance(uris, str) else uris)
+    }
+    paths["storage.root"] = config.storage.root
+    if config.init_from:
+        paths["init_from"] = config.init_from
+    return paths
+
+
+def _plan(config: PretrainConfig, folder: RunFolder) -> Plan:
+    manifest = open_shards(config.data.train, storage.join(folder.uri, "shards", "train"))
+    optim = config.optim
+    total_steps = int(optim.epochs * manifest.num_samples / optim.global_batch_size + 1e-9)
+    total_steps = min(total_steps, optim.max_steps or total_steps)
+    if total_steps == 0:
+        raise ConfigError(
+            f"optim.epochs={optim.epochs:g} of {manifest.num_samples} samples is less than one "
+            f"optim.global_batch_size={optim.global_batch_size}; lower it, or train longer"
+        )
+    stats = _channel_stats(config, manifest)
+    logger.info(
+        "data: %d samples in %d shards, digest=%s mean=%s std=%s",
+        manifest.num_samples,
+        len(manifest.shards),
+        manifest.digest[:12],
+        np.round(stats.mean, 3).tolist(),
+        np.round(stats.std, 3).tolist(),
+    )
+    logger.info(
+        "plan: %d steps of global batch %d = micro batch %d x %d workers x %d accumulated, "
+        "learning rate %.2e",
+        total_steps,
+        optim.global_batch_size,
+        optim.micro_batch_size,
+        config.scaling.num_workers,
+        config.grad_accum_steps,
+        optim.learning_rate,
+    )
+    return Plan(
+        manifest, stats, RunSize(total_steps, optim.global_batch_size, manifest.num_samples)
+    )
+
+
+def _channel_stats(config: PretrainConfig, manifest: Manifest) -> ChannelStats:
+    in_chans = config.model.in_chans
+    if config.data.stats == "imagenet":
+        stats = IMAGENET_STATS
+    else:
+        stats = manifest.channel_stats or measure_channel_stats(manifest, in_chans)
+    if len(stats.mean) != in_chans:
+        raise ConfigError(
+            f"model.in_chans={in_chans}, but the channel statistics (data.stats="
+            f"{config.data.stats}) have {len(stats.mean)} channels"
+        )
+    return stats
+
+
+def _start_record(
+    config: PretrainConfig, plan: Plan, folder: RunFolder, run_id: str | None
+) -> str | None:
+    """Start or reopen the run in MLflow, and write down what this run is."""
+    started = tracking.start_run(
+        config.tracking,
+        run_name=config.run_name,
+        params=flatten(config),
+        tags=launch.run_tags(STAGE, seed=config.seed, output=folder.uri),
+        run_id=run_id,
+    )
+    folder.write_record(
+        RunRecord(
+            data_digest=plan.manifest.digest,
+            # A server that is down now does not make the run a new one later.
+            run_id=started or run_id,
+            config=config.model_dump(mode="json"),
+        )
+    )
+    tracking.log_dataset(
+        config.tracking.uri,
+        started,
+        name="train",
+        digest=plan.manifest.digest,
+        source=str(config.data.train),
+        context="pretrain",
+    )
+    logger.info("run: %s", folder.uri)
+    return started
+
+
+@contextmanager
+def _ended_in_mlflow(
+    config: PretrainConfig, run_id: str | None, folder: RunFolder
+) -> Iterator[None]:
+    """Mark the run as it ends: finished, failed, or killed and resumable."""
+    uri = config.tracking.uri
+    try:
+        with launch.cancel_on_signals(partial(tracking.end_run, uri, run_id, "KILLED")):
+            yield
+    except launch.CancelledError:
+        logger.info("stopped; the same command goes on from the last checkpoint in %s", folder.uri)
+        raise
+    except BaseException as error:
+        folder.record_failure(error)
+        tracking.end_run(uri, run_id, "FAILED")
+        folder.raise_failure()
+        raise
+    tracking.end_run(uri, run_id, "FINISHED")
+
+
+def _pictures(config: PretrainConfig, manifest: Manifest) -> Pictures:
+    """The images and masks of the reconstruction picture: the same ones all through the run."""
+    model = config.model
+    pixels: list[npt.NDArray[np.uint8]] = []
+    for shard in manifest.shards:
+        for sample in read_rows(shard, 0, min(shard.num_samples, 4 * NUM_PICTURES)):
+            try:
+                pixels.append(
+                    center_crop(decode_image(sample.image, model.in_chans), model.img_size)
+                )
+            except CorruptSampleError:
+                continue
+            if len(pixels) == NUM_PICTURES:
+                break
+        if len(pixels) == NUM_PICTURES:
+            break
+    noise = [
+        draw_noise(
+            named_generator(config.seed, "picture", i),
+            model.grid_size,
+            kind=config.masking.kind,
+            mask_ratio=config.masking.mask_ratio,
+        )
+        for i in range(len(pixels))
+    ]
+    if not pixels:
+        raise DataError(f"none of the first images of {manifest.shards[0].path} can be decoded")
+    return Pictures(np.stack(pixels), np.stack(noise))
+
+
+def _train(config: PretrainConfig, manifest: Manifest, task: TrainTask) -> None:
+    trainer = TorchTrainer(
+        train_worker,
+        train_loop_config={"task": task},
+        scaling_config=launch.ray_scaling(config.scaling),
+        run_config=launch.ray_run(task.run_uri, config.scaling),
+        # Called before each start of the workers, so a recovery reads from its own position on.
+        datasets={"train": partial(_remaining_data, config, manifest.shards, task)},
+        dataset_config=ray.train.DataConfig(enable_shard_locality=False),
+    )
+    trainer.fit()
+
+
+def _remaining_data(
+    config: PretrainConfig, shards: tuple[ShardInfo, ...], task: TrainTask
+) -> ray.data.Dataset:
+    """The run's sequence from the newest whole checkpoint on."""
+    RunFolder(task.run_uri).raise_failure()
+    configure_ray_data()
+    order = RunOrder(
+        counts=np.asarray([shard.num_samples for shard in shards], dtype=np.int64),
+        seed=config.seed,
+        window=config.data.shuffle_window,
+        num_samples=task.size.num_samples,
+    )
+    start = resume_position(task.run_uri)
+    plan = SequencePlan(shards, order, start, config.optim.micro_batch_size)
+    in_cluster = config.data.decode == "cluster"
+    return sequence_dataset(
+        plan, decode=partial(decode_block, spec=view_spec(config)) if in_cluster else None
+    )
+
+
+def _finish(
+    config: PretrainConfig, plan: Plan, folder: RunFolder, run_id: str | None
+) -> StageResult:
+    """Evaluate and record the last checkpoint; then the run is done."""
+    uri = config.tracking.uri
+    with tempfile.TemporaryDirectory() as workspace:
+        found = find_checkpoint(folder.uri, Path(workspace))
+        if found is None or found.manifest.step != plan.size.total_steps:
+            raise storage.StorageError(f"{folder.uri}: the last checkpoint is not there")
+        metrics: dict[str, float] = {}
+        if config.data.val is not None:
+            metrics = knn_metrics(config, plan.manifest, found, cache_uri=folder.uri)
+            tracking.log_final_metrics(uri, run_id, metrics, plan.size.total_steps)
+        log_encoder(uri, run_id, found.folder)
+        tracking.log_artifact_file(uri, run_id, found.folder / "manifest.json", "checkpoint")
+    result = StageResult(STAGE, "done", run_id, found.uri, metrics)
+    folder.write_result(result)
+    return result

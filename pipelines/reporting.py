@@ -1,0 +1,182 @@
+"""What a training worker says about itself: a progress line, metrics and pictures in MLflow.
+
+Only rank 0 speaks. Nothing here waits for MLflow: the writer has a thread of its own.
+"""
+
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import mlflow
+import mlflow.pytorch
+import numpy as np
+import torch
+import torch.distributed
+from mlflow.models import ModelSignature
+from mlflow.types import Schema, TensorSpec
+from torch import Tensor
+
+from infra.tracking import MetricWriter
+from mae_core.checkpoint import load_encoder
+from pipelines.batches import BadSample
+
+logger = logging.getLogger(__name__)
+
+SHOWN_BAD_SAMPLES = 20  # in the log, of one worker
+
+
+class RunSize(NamedTuple):
+    total_steps: int
+    global_batch_size: int
+    samples_per_epoch: int
+
+    @property
+    def num_samples(self) -> int:
+        """Length of the run's sequence."""
+        return self.total_steps * self.global_batch_size
+
+
+class Totals(NamedTuple):
+    """Sums over all workers."""
+
+    loss: float  # mean over the samples of the last step
+    num_bad: int  # samples that could not be decoded, since this start
+
+
+@dataclass
+class StepReporter:
+    """Collects on every rank, sums over the ranks at an interval, tells on rank 0."""
+
+    size: RunSize
+    every_steps: int
+    first_step: int
+    writer: MetricWriter | None  # rank 0 has one
+    num_bad: int = 0
+    waited_s: float = 0.0
+    _since: float = field(default_factory=time.monotonic)
+    _since_step: int = -1
+    _shown: int = 0
+
+    def __post_init__(self) -> None:
+        self._since_step = self.first_step
+
+    def count_bad(self, bad: Sequence[BadSample]) -> None:
+        self.num_bad += len(bad)
+        for sample in bad[: max(0, SHOWN_BAD_SAMPLES - self._shown)]:
+            logger.warning(
+                "left out: shard=%s key=%s reason=%s", sample.shard, sample.key, sample.reason
+            )
+            self._shown += 1
+
+    def is_due(self, step: int) -> bool:
+        return step % self.every_steps == 0 or step == self.size.total_steps
+
+    def report(
+        self,
+        step: int,
+        *,
+        loss: Tensor,
+        num_samples: Tensor,
+        learning_rate: float,
+        grad_norm: Tensor,
+    ) -> Totals:
+        """Sum over the ranks and tell. Every rank calls it at the same steps.
+
+        `loss` is the rank's share of the global batch's mean, as `StepMetrics` has it.
+        """
+        totals = self._sum_over_ranks(loss, num_samples)
+        now = time.monotonic()
+        elapsed = max(now - self._since, 1e-9)
+        images_per_s = (step - self._since_step) * self.size.global_batch_size / elapsed
+        wait_share = min(1.0, self.waited_s / elapsed)
+        self._since, self._since_step, self.waited_s = now, step, 0.0
+        if self.writer is not None:
+            seen = step * self.size.global_batch_size
+            epoch = seen / self.size.samples_per_epoch
+            self.writer.write(
+                {
+                    "train/loss": totals.loss,
+                    "train/learning_rate": learning_rate,
+                    "train/grad_norm": float(grad_norm),
+                    "train/epoch": epoch,
+                    "train/samples_seen": seen,
+                    "data/images_per_s": images_per_s,
+                    "data/wait_share": wait_share,
+                    "data/bad_samples": totals.num_bad,
+                },
+                step,
+            )
+            left_s = (self.size.total_steps - step) * self.size.global_batch_size / images_per_s
+            logger.info(
+                "step %d/%d epoch=%.2f loss=%.4f lr=%.2e images/s=%.0f data_wait=%.0f%% bad=%d "
+                "eta=%s",
+                step,
+                self.size.total_steps,
+                epoch,
+                totals.loss,
+                learning_rate,
+                images_per_s,
+                100 * wait_share,
+                totals.num_bad,
+                format_seconds(left_s),
+            )
+        return totals
+
+    def _sum_over_ranks(self, loss: Tensor, num_samples: Tensor) -> Totals:
+        sums = torch.stack(
+            [
+                loss.detach().double(),
+                num_samples.detach().double(),
+                torch.tensor(float(self.num_bad), device=loss.device, dtype=torch.float64),
+            ]
+        )
+        world_size = 1
+        if torch.distributed.is_initialized():
+            torch.distributed.all_reduce(sums)
+            world_size = torch.distributed.get_world_size()
+        loss_sum, counted, num_bad = sums.tolist()
+        # The step divides by the nominal batch; shown is the mean over the samples that came.
+        share_that_came = counted / self.size.global_batch_size
+        return Totals(loss_sum / world_size / max(share_that_came, 1e-9), int(num_bad))
+
+
+def format_seconds(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{rest:02d}s"
+
+
+def log_encoder(uri: str, run_id: str | None, checkpoint: Path) -> None:
+    """Log the encoder as an MLflow model that loads without this package, for any batch size.
+
+    A failure costs a warning: the checkpoint is the model of record.
+    """
+    if run_id is None:
+        return
+    encoder, manifest = load_encoder(checkpoint)
+    height, width = manifest.model.img_size
+    channels = manifest.model.in_chans
+    example = np.zeros((2, channels, height, width), np.float32)
+    signature = ModelSignature(
+        inputs=Schema([TensorSpec(np.dtype(np.float32), (-1, channels, height, width))]),
+        outputs=Schema([TensorSpec(np.dtype(np.float32), (-1, -1, encoder.embed_dim))]),
+    )
+    try:
+        mlflow.set_tracking_uri(uri)
+        with mlflow.start_run(run_id=run_id):
+            mlflow.pytorch.log_model(
+                encoder.eval(),
+                name="encoder",
+                input_example=example,
+                signature=signature,
+                metadata={
+                    "channel_mean": list(manifest.channel_mean),
+                    "channel_std": list(manifest.channel_std),
+                    "patch_size": manifest.model.patch_size,
+                },
+            )
+    except Exception as error:  # whatever MLflow or the export raises
+        logger.warning("the encoder could not be logged to MLflow as a model: %s", error)

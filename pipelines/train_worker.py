@@ -1,0 +1,346 @@
+"""One training process: from its stream of blocks to optimizer steps and checkpoints."""
+
+import json
+import logging
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, NamedTuple, TextIO
+
+import numpy as np
+import numpy.typing as npt
+import ray.train
+import ray.train.torch
+import torch
+import torch.distributed
+from mae_core.evaluation.reconstruction import reconstruct, reconstruction_picture
+from ray.train import CheckpointUploadMode
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from infra import storage, tracking
+from mae_core.checkpoint import (
+    CheckpointRecord,
+    load_training_state,
+    load_weights,
+    save_checkpoint,
+)
+from mae_core.data.samples import DataError
+from mae_core.data.views import normalize
+from mae_core.model.mae import MaskedAutoencoder, build_mae
+from mae_core.optim import build_optimizer, warmup_cosine
+from mae_core.train_step import MicroBatch, pretrain_step
+from pipelines.batches import BatchDecoder, DecodedBatch, ahead, view_spec
+from pipelines.checkpoints import commit_checkpoint, fetch_checkpoint, find_checkpoint
+from pipelines.config import PretrainConfig
+from pipelines.reporting import RunSize, StepReporter
+from pipelines.run_folder import RunFolder
+
+logger = logging.getLogger(__name__)
+
+BATCHES_AHEAD = 2
+LOSS_METRIC = "train/loss"
+
+
+class Pictures(NamedTuple):
+    """What the reconstruction picture shows."""
+
+    pixels: npt.NDArray[np.uint8]  # (B, H, W, C)
+    noise: npt.NDArray[np.float32]  # (B, L)
+
+
+class TrainTask(NamedTuple):
+    """All that a worker is told."""
+
+    raw_config: dict[str, Any]
+    run_uri: str
+    run_id: str | None  # MLflow's
+    size: RunSize
+    data_digest: str
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    pictures: Pictures
+
+
+def train_worker(arguments: dict[str, TrainTask]) -> None:
+    """Ray Train's entry: runs in each worker, and again in each after one was lost."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    task = arguments["task"]
+    try:
+        _Worker(task).train()
+    except Exception as error:
+        RunFolder(task.run_uri).record_failure(error)
+        raise
+
+
+class _Worker:
+    def __init__(self, task: TrainTask) -> None:
+        self.task = task
+        self.config = config = PretrainConfig.model_validate(task.raw_config)
+        context = ray.train.get_context()
+        self.rank, self.world_size = context.get_world_rank(), context.get_world_size()
+        self.device = ray.train.torch.get_device()
+        if self.device.type == "cpu":
+            torch.set_num_threads(config.scaling.cpus_per_worker)
+        torch.manual_seed(config.seed)
+        self.mae = build_mae(config.model, config.masking, config.loss).to(self.device)
+        self.optimizer = build_optimizer(self.mae, config.optim, fused=self.device.type == "cuda")
+        self.mean = torch.tensor(task.mean, device=self.device)
+        self.std = torch.tensor(task.std, device=self.device)
+        self.autocast_dtype = _autocast_dtype(config, self.device)
+
+    def train(self) -> None:
+        first_step = self._restore()
+        model = self._wrap(self.mae)
+        task, config = self.task, self.config
+        writer = None
+        if self.rank == 0:
+            logged = tracking.last_logged_step(config.tracking.uri, task.run_id, LOSS_METRIC)
+            writer = tracking.MetricWriter(config.tracking.uri, task.run_id, after_step=logged)
+            logger.info(
+                "training from step %d on: %d workers, device=%s precision=%s",
+                first_step,
+                self.world_size,
+                self.device.type,
+                "bf16" if self.autocast_dtype else "fp32",
+            )
+        reporter = StepReporter(task.size, config.reporting.every_steps, first_step, writer)
+        with ExitStack() as stack:
+            if writer is not None:
+                stack.callback(writer.close)
+            trace = stack.enter_context(_SampleTrace(config.debug.sample_trace, self.rank))
+            batches = self._micro_batches(first_step, reporter, trace)
+            for step in range(first_step + 1, task.size.total_steps + 1):
+                self._step(model, step, batches, reporter)
+                if reporter.writer is not None and self._is_due(
+                    step, config.reporting.picture_every_steps
+                ):
+                    reporter.writer.picture(self._picture(), "reconstruction", step)
+                if self._is_due(step, config.checkpoint.every_steps):
+                    self._checkpoint(step)
+
+    def _is_due(self, step: int, every_steps: int) -> bool:
+        return step % every_steps == 0 or step == self.task.size.total_steps
+
+    def _wrap(self, mae: MaskedAutoencoder) -> nn.Module:
+        model: nn.Module = mae
+        if self.config.optim.compile and self.device.type == "cuda":
+            model = torch.compile(model)  # type: ignore[assignment]
+        if self.world_size > 1:
+            on_gpu = [self.device] if self.device.type == "cuda" else None
+            model = DistributedDataParallel(model, device_ids=on_gpu, broadcast_buffers=False)
+        return model
+
+    def _restore(self) -> int:
+        """Load the newest whole checkpoint, or the weights to start from; steps done so far."""
+        with tempfile.TemporaryDirectory() as workspace:
+            found = find_checkpoint(self.task.run_uri, Path(workspace))
+            if found is not None:
+                load_weights(found.folder, self.mae)
+                load_training_state(found.folder, self.mae, self.optimizer)
+                return found.manifest.step
+            if self.config.init_from is not None:
+                start = fetch_checkpoint(
+                    storage.absolute(self.config.init_from), Path(workspace) / "init"
+                )
+                load_weights(start.folder, self.mae)
+        return 0
+
+    def _step(
+        self,
+        model: nn.Module,
+        step: int,
+        batches: Iterator[MicroBatch],
+        reporter: StepReporter,
+    ) -> None:
+        size, config = self.task.size, self.config
+        learning_rate = warmup_cosine(
+            step - 1,
+            peak=config.optim.learning_rate,
+            warmup_steps=config.optim.warmup_epochs
+            * size.samples_per_epoch
+            / size.global_batch_size,
+            total_steps=size.total_steps,
+        )
+        metrics = pretrain_step(
+            model,
+            self.optimizer,
+            batches,
+            grad_accum_steps=size.global_batch_size
+            // (config.optim.micro_batch_size * self.world_size),
+            learning_rate=learning_rate,
+            autocast_dtype=self.autocast_dtype,
+        )
+        if not reporter.is_due(step):
+            return
+        totals = reporter.report(
+            step,
+            loss=metrics.loss,
+            num_samples=metrics.num_samples,
+            learning_rate=learning_rate,
+            grad_norm=metrics.grad_norm,
+        )
+        # Bad ones are judged against a thousand samples at least: one of the first ten is no 10 %.
+        seen = max((step - reporter.first_step) * size.global_batch_size, 1000)
+        if totals.num_bad > config.data.max_bad_ratio * seen:
+            raise DataError(
+                f"{totals.num_bad} of {seen} samples can't be decoded, more than "
+                f"data.max_bad_ratio={config.data.max_bad_ratio:g}; the log names the first of them"
+            )
+
+    def _micro_batches(
+        self, first_step: int, reporter: StepReporter, trace: "_SampleTrace"
+    ) -> Iterator[MicroBatch]:
+        config = self.config
+        decoder = BatchDecoder(
+            view_spec(config),
+            config.masking,
+            config.model.grid_size,
+            config.scaling.cpus_per_worker,
+        )
+        shard = ray.train.get_dataset_shard("train")
+        blocks = shard.iter_batches(
+            batch_size=config.optim.micro_batch_size, batch_format="pyarrow", prefetch_batches=2
+        )
+        batches = ahead(blocks, decoder, BATCHES_AHEAD)
+        seen = first_step * self.task.size.global_batch_size
+        passes = 0
+        while True:
+            since = time.monotonic()
+            batch = next(batches, None)
+            reporter.waited_s += time.monotonic() - since
+            if batch is None:
+                return
+            self._check_place(batch, seen, passes)
+            reporter.count_bad(batch.bad)
+            passes += 1
+            per_step = config.optim.micro_batch_size * self.world_size
+            trace.write(
+                batch, 1 + (seen + (passes - 1) * per_step) // self.task.size.global_batch_size
+            )
+            yield self._to_device(batch)
+
+    def _check_place(self, batch: DecodedBatch, seen: int, passes: int) -> None:
+        """Data and weights must be at the same place, or samples would be lost or seen twice."""
+        size = self.config.optim.micro_batch_size
+        expected = seen + (passes * self.world_size + self.rank) * size
+        if batch.first_position != expected or len(batch.weights) != size:
+            raise DataError(
+                f"rank {self.rank} got samples {batch.first_position} + {len(batch.weights)} of "
+                f"the run's sequence where {expected} + {size} were due: a bug, please report it"
+            )
+
+    def _to_device(self, batch: DecodedBatch) -> MicroBatch:
+        """uint8 until here; floats come on the device."""
+        on_gpu = self.device.type == "cuda"
+
+        def move(tensor: Tensor) -> Tensor:
+            return tensor.pin_memory().to(self.device, non_blocking=True) if on_gpu else tensor
+
+        scaled = move(batch.pixels).float().div_(255.0)
+        images = ((scaled - self.mean) / self.std).permute(0, 3, 1, 2).contiguous()
+        return MicroBatch(images, move(batch.noise), move(batch.weights))
+
+    def _picture(self) -> npt.NDArray[np.uint8]:
+        task = self.task
+        images = torch.from_numpy(normalize(task.pictures.pixels, task.mean, task.std))
+        noise = torch.from_numpy(task.pictures.noise)
+        result = reconstruct(self.mae, images.to(self.device), noise.to(self.device))
+        return reconstruction_picture(
+            images,
+            result.pred.float().cpu(),
+            result.mask.cpu(),
+            patch_size=self.config.model.patch_size,
+            norm_pix=self.config.loss.norm_pix,
+            channel_mean=task.mean,
+            channel_std=task.std,
+        )
+
+    def _checkpoint(self, step: int) -> None:
+        """Commit on rank 0, then report on every rank, which waits for all of them."""
+        size, config = self.task.size, self.config
+        checkpoint = None
+        if self.rank == 0:
+            record = CheckpointRecord(
+                step=step,
+                samples_seen=step * size.global_batch_size,
+                epoch=step * size.global_batch_size / size.samples_per_epoch,
+                total_steps=size.total_steps,
+                seed=config.seed,
+                data_digest=self.task.data_digest,
+                channel_mean=self.task.mean,
+                channel_std=self.task.std,
+                model=config.model,
+                masking=config.masking,
+                loss=config.loss,
+            )
+            with tempfile.TemporaryDirectory() as local:
+                save_checkpoint(Path(local), record, model=self.mae, optimizer=self.optimizer)
+                uri = commit_checkpoint(
+                    Path(local), self.task.run_uri, step=step, keep=config.checkpoint.keep
+                )
+            filesystem, path = storage.open_filesystem(uri)
+            checkpoint = ray.train.Checkpoint(path, filesystem)
+            logger.info("checkpoint: %s", uri)
+        ray.train.report(
+            {"step": step},
+            checkpoint=checkpoint,
+            checkpoint_upload_mode=CheckpointUploadMode.NO_UPLOAD,
+        )
+
+
+def _autocast_dtype(config: PretrainConfig, device: torch.device) -> torch.dtype | None:
+    wanted = config.optim.precision == "bf16" and device.type == "cuda"
+    return torch.bfloat16 if wanted and torch.cuda.is_bf16_supported() else None
+
+
+class _SampleTrace:
+    """`rank-R.jsonl`: a line for each sample trained on, for anyone to check the order by."""
+
+    def __init__(self, folder: str | None, rank: int) -> None:
+        self._folder = None if folder is None else Path(folder)
+        self._rank = rank
+        self._attempt = 0
+        self._file: TextIO | None = None
+
+    def __enter__(self) -> "_SampleTrace":
+        if self._folder is not None:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            self._attempt = self._next_attempt(self._folder)
+            self._file = (self._folder / f"rank-{self._rank}.jsonl").open("a")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._file is not None:
+            self._file.close()
+
+    def _next_attempt(self, folder: Path) -> int:
+        """The same number on every rank: one more than the highest in any rank's file."""
+        attempts = [0]
+        if self._rank == 0:
+            for file in folder.glob("rank-*.jsonl"):
+                lines = [line for line in file.read_text().splitlines() if line.endswith("}")]
+                attempts += [json.loads(line)["attempt"] for line in lines[-1:]]
+        shared = [max(attempts) + 1]
+        if torch.distributed.is_initialized():
+            torch.distributed.broadcast_object_list(shared)
+        return shared[0]
+
+    def write(self, batch: DecodedBatch, step: int) -> None:
+        if self._file is None:
+            return
+        rows = batch.rows.select(["epoch", "shard", "key"]).to_pylist()
+        for row, weight in zip(rows, batch.weights.tolist(), strict=True):
+            if weight:
+                line = {
+                    "epoch": row["epoch"],
+                    "step": step,
+                    "shard": row["shard"],
+                    "key": row["key"],
+                    "attempt": self._attempt,
+                }
+                self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
