@@ -6,7 +6,7 @@ import zlib
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 # Everything Pillow was seen to raise on broken files (facts: 69 real ones), beside OSError.
 _BROKEN = (OSError, ValueError, SyntaxError, TypeError, EOFError, struct.error, zlib.error)
@@ -41,6 +41,9 @@ def decode_image(data: bytes, in_chans: int) -> npt.NDArray[np.uint8]:
             upright = ImageOps.exif_transpose(image).convert(mode)
     except CorruptSampleError:
         raise
+    except UnidentifiedImageError as error:
+        # Pillow's text has the address of the buffer: never the same twice.
+        raise CorruptSampleError("not an image of a known format") from error
     except (*_BROKEN, Image.DecompressionBombError) as error:
         raise CorruptSampleError(f"{type(error).__name__}: {error}") from error
     pixels = np.asarray(upright)

@@ -117,10 +117,10 @@ def _scan_folder(root: Path) -> list[_Found]:
     if in_root:
         return [(r.as_posix(), p, None) for r, p in zip(relatives, images, strict=True)]
     with_images = {relative.parts[0] for relative in relatives}
-    empty = sorted({p.name for p in root.iterdir() if p.is_dir()} - with_images)
-    empty = [name for name in empty if not name.startswith(".")]
-    if empty:  # leaving it out would number the classes after it otherwise than in another split
-        raise DataError(f"source={root}: the class folder {empty[0]} holds no image; remove it")
+    empty = {path.name for path in root.iterdir() if path.is_dir()} - with_images
+    empty = {name for name in empty if not name.startswith(".")}
+    if empty:
+        log.warning("source=%s: no image, so no class: %s", root, ", ".join(sorted(empty)[:5]))
     return [(r.as_posix(), p, r.parts[0]) for r, p in zip(relatives, images, strict=True)]
 
 

@@ -1,0 +1,512 @@
+#!/usr/bin/env python
+"""Pack images into WebDataset shards with a manifest.
+
+    mae prepare photos shards/photos
+    mae prepare list.txt s3://bucket/photos
+    mae prepare --synthetic shapes data/shapes
+    python pipelines/prepare.py configs/prepare/demo.yaml num_train=10000
+
+A folder of folders is a class each, in the order of their names; a flat folder has no labels. Files
+beside x.jpg that are named x.json, x.txt or x.seg.png go with it. The same input and config give
+the same bytes, whatever the number of workers. The same command goes on where it was stopped.
+
+The image's own bytes are kept. What can't be decoded is left out and listed in skipped.jsonl.
+How images are found and keyed: mae_core/data/image_files.py.
+"""
+
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":  # run as a file: import the package, not the files beside this one
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+    from pipelines.cli import main
+
+    sys.exit(main(["prepare", *sys.argv[1:]]))
+
+import hashlib
+import io
+import json
+import logging
+import math
+import multiprocessing
+import os
+import tarfile
+import threading
+import time
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from itertools import islice
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+from pydantic import ValidationError
+
+from infra import storage
+from mae_core.config import StrictConfig
+from mae_core.data.decode import CorruptSampleError, decode_image
+from mae_core.data.image_files import ImageFile, find_images
+from mae_core.data.manifest import (
+    MANIFEST_NAME,
+    ChannelStats,
+    Manifest,
+    ShardInfo,
+    offsets_to_bytes,
+    parse_manifest,
+)
+from mae_core.data.randomness import named_generator
+from mae_core.data.samples import DataError, index_shard
+from mae_core.data.synthetic import SHAPE_CLASSES, draw_scene, encode_scene
+from pipelines.config import ConfigError, PrepareConfig, StageResult
+
+log = logging.getLogger(__name__)
+
+SKIPPED_NAME = "skipped.jsonl"
+STATE_FOLDER = ".prepare"  # the plan, and a record of each shard that is done
+PLAN_NAME = "plan.json"
+PROGRESS_EVERY_S = 5.0
+# Validation scenes are far away from any training scene, so neither count moves the other's.
+FIRST_VAL_SCENE = 1 << 32
+
+
+class SceneItem(NamedTuple):
+    """One scene to draw and pack."""
+
+    key: str
+    seed: int
+    scene: int
+    size: int
+
+    @property
+    def source(self) -> str:
+        return self.key
+
+    @property
+    def identity(self) -> str:
+        return json.dumps(self)
+
+
+Item = ImageFile | SceneItem
+
+
+class ShardPlan(NamedTuple):
+    name: str  # without an extension
+    items: tuple[Item, ...]
+
+
+class SetPlan(NamedTuple):
+    """All that decides the bytes of one folder of shards."""
+
+    output: str
+    shards: tuple[ShardPlan, ...]
+    classes: tuple[str, ...] | None
+    in_chans: int
+    facts: dict[str, int | str]  # what a person would compare, and the digest of everything
+
+    @property
+    def num_items(self) -> int:
+        return sum(len(shard.items) for shard in self.shards)
+
+    @property
+    def digest(self) -> str:
+        return str(self.facts["digest"])
+
+
+class SkippedImage(StrictConfig):
+    source: str
+    reason: str
+
+
+class ShardRecord(StrictConfig):
+    """What became of a shard; written after it, so that its presence says that it is whole."""
+
+    plan: str
+    """Digest of the plan that the shard belongs to."""
+    shard: ShardInfo
+    skipped: tuple[SkippedImage, ...]
+    sums: tuple[int, ...]
+    """Of the values of each channel, 0 to 255. Whole numbers add up the same in any order."""
+    squares: tuple[int, ...]
+    num_pixels: int
+
+
+def run(config: PrepareConfig, *, fresh: bool) -> StageResult:
+    """Pack what `config` names; go on where an earlier run was stopped, or start over if `fresh`.
+
+    Raises:
+        DataError: there is no image, or too many are broken.
+        ConfigError: the output holds something else.
+    """
+    plans = _plan(config)
+    for plan in plans:
+        _claim_output(plan, fresh=fresh)
+    manifests = [_finished_manifest(plan) for plan in plans]
+    reused = all(manifest is not None for manifest in manifests)
+    if reused:
+        log.info("output=%s is already packed; nothing to do", config.output)
+    manifests = [
+        manifest or _pack_set(plan, config) for plan, manifest in zip(plans, manifests, strict=True)
+    ]
+    packed = [manifest for manifest in manifests if manifest is not None]
+    num_samples = sum(manifest.num_samples for manifest in packed)
+    metrics = {
+        "num_samples": num_samples,
+        "num_shards": sum(len(manifest.shards) for manifest in packed),
+        "num_bytes": sum(manifest.num_bytes for manifest in packed),
+        "num_skipped": sum(plan.num_items for plan in plans) - num_samples,
+    }
+    return StageResult(
+        stage="prepare",
+        status="reused" if reused else "done",
+        run_id=None,
+        output=storage.absolute(config.output),
+        metrics={name: float(value) for name, value in metrics.items()},
+    )
+
+
+def _plan(config: PrepareConfig) -> list[SetPlan]:
+    """Say which image goes where, before any pixel is read."""
+    if config.source is not None:
+        files, classes = find_images(Path(config.source).expanduser())
+        return [_plan_set(config, config.output, config.split, files, classes)]
+    plans = []
+    for split, first, count in (
+        ("train", 0, config.num_train),
+        ("val", FIRST_VAL_SCENE, config.num_val),
+    ):
+        scenes = [
+            SceneItem(f"{split}-{i:06d}", config.seed, first + i, config.img_size)
+            for i in range(count)
+        ]
+        output = storage.join(config.output, split)
+        plans.append(_plan_set(config, output, split, scenes, SHAPE_CLASSES))
+    return plans
+
+
+def _plan_set(
+    config: PrepareConfig,
+    output: str,
+    split: str,
+    items: Sequence[Item],
+    classes: tuple[str, ...] | None,
+) -> SetPlan:
+    order = named_generator(config.seed, "prepare", split).permutation(len(items))
+    limits = config.samples_per_shard, config.max_shard_bytes
+    groups = list(_cut([items[i] for i in order], *limits))
+    shards = tuple(ShardPlan(f"{split}-{i:06d}", tuple(g)) for i, g in enumerate(groups))
+    facts: dict[str, int | str] = {
+        "images": len(items),
+        "split": split,
+        "seed": config.seed,
+        "samples_per_shard": config.samples_per_shard,
+        "max_shard_bytes": config.max_shard_bytes,
+        "in_chans": config.in_chans,
+    }
+    if config.synthetic is not None:
+        facts["img_size"] = config.img_size
+    hasher = hashlib.sha256(json.dumps([facts, classes]).encode())
+    for shard in shards:
+        for item in shard.items:
+            hasher.update(f"{shard.name} {item.identity}\n".encode())
+    facts["digest"] = hasher.hexdigest()[:32]
+    return SetPlan(storage.absolute(output), shards, classes, config.in_chans, facts)
+
+
+def _cut(items: Sequence[Item], max_samples: int, max_bytes: int) -> Iterator[list[Item]]:
+    group: list[Item] = []
+    num_bytes = 0
+    for item in items:
+        size = item.packed_bytes if isinstance(item, ImageFile) else 0
+        if group and (len(group) == max_samples or num_bytes + size > max_bytes):
+            yield group
+            group, num_bytes = [], 0
+        group.append(item)
+        num_bytes += size
+    if group:
+        yield group
+
+
+def _claim_output(plan: SetPlan, *, fresh: bool) -> None:
+    """Write the plan's facts into the output, or find them there from an earlier run."""
+    place = storage.join(plan.output, STATE_FOLDER, PLAN_NAME)
+    if fresh:
+        _clear_output(plan.output)
+    if storage.exists(place):
+        try:
+            old = json.loads(storage.read_bytes(place))
+        except ValueError:
+            raise ConfigError(f"{place} is damaged; start over with --fresh") from None
+        if old == plan.facts:
+            return
+        changed = [name for name in plan.facts if old.get(name) != plan.facts[name]]
+        shown = [f"{name}: {old.get(name)} -> {plan.facts[name]}" for name in changed[:-1]]
+        raise ConfigError(
+            f"output={plan.output} was packed from other images or with another config "
+            f"({', '.join(shown) or 'the files differ'}); choose another output, or replace it "
+            "with --fresh"
+        )
+    names = storage.list_files(plan.output)
+    alien = [name for name in names if name.endswith(".tar") or name == MANIFEST_NAME]
+    if alien:
+        raise ConfigError(
+            f"output={plan.output} holds shards of another origin, such as {alien[0]}; "
+            "choose another output"
+        )
+    storage.write_bytes(place, _json_bytes(plan.facts))
+
+
+def _clear_output(output: str) -> None:
+    """Delete what an earlier run packed, and nothing else."""
+    names, folders = storage.list_files(output), storage.list_folders(output)
+    alien = [name for name in names if not name.startswith(".") and not _is_ours(name)]
+    alien += [name for name in folders if name != STATE_FOLDER]
+    packed = STATE_FOLDER in folders
+    if alien or (names and not packed):
+        raise ConfigError(
+            f"--fresh: output={output} holds what `mae prepare` did not make, such as "
+            f"{(alien or names)[0]}; move it away, or choose another output"
+        )
+    if packed:
+        storage.delete_folder(output)
+
+
+def _is_ours(name: str) -> bool:
+    return name.endswith((".tar", ".index.npy")) or name in {MANIFEST_NAME, SKIPPED_NAME}
+
+
+def _finished_manifest(plan: SetPlan) -> Manifest | None:
+    """The manifest of a finished earlier run whose shards are all still there."""
+    place = storage.join(plan.output, MANIFEST_NAME)
+    names = set(storage.list_files(plan.output))
+    if MANIFEST_NAME not in names:
+        return None
+    manifest = parse_manifest(storage.read_bytes(place), place)
+    for shard in manifest.shards:
+        if not {shard.path, shard.index} <= names:
+            return None
+        if storage.file_size(storage.join(plan.output, shard.path)) != shard.num_bytes:
+            return None
+    return manifest
+
+
+def _pack_set(plan: SetPlan, config: PrepareConfig) -> Manifest:
+    """Pack the shards that are not there yet; the manifest comes last."""
+    started_at_s = time.monotonic()
+    log.info("output=%s shards=%d images=%d", plan.output, len(plan.shards), plan.num_items)
+    records: dict[str, ShardRecord] = {}
+    skipped: list[SkippedImage] = []
+    num_images = 0
+    logged_at_s = started_at_s
+    for name, record in _pack_shards(plan, min(config.workers, len(plan.shards))):
+        records[name] = record
+        skipped += record.skipped
+        num_images += record.shard.num_samples
+        if len(skipped) > config.max_bad_ratio * plan.num_items:
+            _refuse(plan, skipped, config.max_bad_ratio)
+        now_s = time.monotonic()
+        if now_s - logged_at_s >= PROGRESS_EVERY_S or len(records) == len(plan.shards):
+            logged_at_s = now_s
+            rate = num_images / max(now_s - started_at_s, 1e-9)
+            shown = f"shards={len(records)}/{len(plan.shards)} images={num_images}"
+            log.info("output=%s %s images_per_s=%.0f", plan.output, shown, rate)
+    ordered = [records[shard.name] for shard in plan.shards]
+    place = _write_skipped(plan, [image for record in ordered for image in record.skipped])
+    if skipped:
+        log.warning(
+            "left out %d of %d images: %s; see %s",
+            len(skipped),
+            plan.num_items,
+            _reasons(skipped),
+            place,
+        )
+    manifest = Manifest(
+        shards=tuple(record.shard for record in ordered),
+        classes=plan.classes,
+        channel_stats=_channel_stats(ordered),
+    )
+    text = manifest.model_dump_json(indent=2) + "\n"
+    storage.write_bytes(storage.join(plan.output, MANIFEST_NAME), text.encode())
+    return manifest
+
+
+def _refuse(plan: SetPlan, skipped: Sequence[SkippedImage], max_bad_ratio: float) -> None:
+    place = _write_skipped(plan, skipped)
+    raise DataError(
+        f"{len(skipped)} of {plan.num_items} images can't be used, more than "
+        f"max_bad_ratio={max_bad_ratio}: {_reasons(skipped)}; the first is {skipped[0].source}; "
+        f"see {place}"
+    )
+
+
+def _write_skipped(plan: SetPlan, skipped: Iterable[SkippedImage]) -> str:
+    place = storage.join(plan.output, SKIPPED_NAME)
+    lines = [json.dumps(image.model_dump()) + "\n" for image in skipped]
+    storage.write_bytes(place, "".join(lines).encode())
+    return place
+
+
+def _reasons(skipped: Iterable[SkippedImage]) -> str:
+    counts = Counter(image.reason.partition(" (")[0] for image in skipped)
+    return ", ".join(f"{count} x {reason}" for reason, count in counts.most_common(5))
+
+
+def _channel_stats(records: Sequence[ShardRecord]) -> ChannelStats | None:
+    num_images = sum(record.shard.num_samples for record in records)
+    if not num_images:
+        return None
+    n = sum(record.num_pixels for record in records)
+    sums = [sum(values) for values in zip(*(record.sums for record in records), strict=True)]
+    squares = [sum(values) for values in zip(*(record.squares for record in records), strict=True)]
+    mean = tuple(s / (255 * n) for s in sums)
+    # Whole numbers until the last step: no digits are lost in the difference.
+    std = tuple(math.sqrt(n * q - s * s) / (255 * n) for s, q in zip(sums, squares, strict=True))
+    return ChannelStats(mean=mean, std=std, num_images=num_images)
+
+
+def _pack_shards(plan: SetPlan, workers: int) -> Iterator[tuple[str, ShardRecord]]:
+    """Pack in any order, and give each shard's record when it is done."""
+    if workers == 1:
+        for shard in plan.shards:
+            yield shard.name, _pack_shard(shard, plan.output, plan.digest, plan.in_chans)
+        return
+    with _process_pool(workers) as pool:
+        waiting = iter(plan.shards)
+        running: dict[Future[ShardRecord], str] = {}
+        while True:
+            # Few at a time: a plan of millions of images is not copied at once.
+            for shard in islice(waiting, 2 * workers - len(running)):
+                task = pool.submit(_pack_shard, shard, plan.output, plan.digest, plan.in_chans)
+                running[task] = shard.name
+            if not running:
+                return
+            done, _ = wait(running, return_when=FIRST_COMPLETED)
+            for task in done:
+                yield running.pop(task), task.result()
+
+
+@contextmanager
+def _process_pool(workers: int) -> Iterator[ProcessPoolExecutor]:
+    # Not fork: the caller may have threads, and a copy of their locks would hang.
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_end_with_parent)
+    try:
+        yield pool
+    except BrokenProcessPool as error:
+        raise DataError(
+            "a packing process was killed, perhaps for memory; lower workers or max_shard_bytes, "
+            "and give the same command again"
+        ) from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _end_with_parent() -> None:
+    """Don't outlive a parent that was killed: a pool's process would wait for work for ever."""
+
+    def watch() -> None:
+        parent = multiprocessing.parent_process()
+        if parent is not None:
+            parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _pack_shard(shard: ShardPlan, output: str, digest: str, in_chans: int) -> ShardRecord:
+    """Write tar, index and record, unless they are there."""
+    record_place = storage.join(output, STATE_FOLDER, f"{shard.name}.json")
+    old = _finished_record(record_place, output, digest)
+    if old is not None:
+        return old
+    tar_name, index_name = f"{shard.name}.tar", f"{shard.name}.index.npy"
+    buffer = io.BytesIO()
+    offsets: list[int] = []
+    skipped: list[SkippedImage] = []
+    histogram = np.zeros((in_chans, 256), dtype=np.int64)
+    with tarfile.open(fileobj=buffer, mode="w:", format=tarfile.PAX_FORMAT) as tar:
+        for item in shard.items:
+            try:
+                parts, counts = _read_item(item, in_chans)
+            except CorruptSampleError as error:
+                skipped.append(SkippedImage(source=item.source, reason=str(error)))
+                continue
+            histogram += counts
+            offsets.append(tar.offset)
+            for extension in sorted(parts):
+                member = tarfile.TarInfo(f"{item.key}.{extension}")  # mode 0644, no owner, no time
+                member.size = len(parts[extension])
+                tar.addfile(member, io.BytesIO(parts[extension]))
+        offsets.append(tar.offset)
+    data = buffer.getvalue()
+    index = index_shard(io.BytesIO(data), tar_name)
+    assert index.offsets.tolist() == (offsets if len(offsets) > 1 else [0])
+    levels = np.arange(256)
+    record = ShardRecord(
+        plan=digest,
+        shard=ShardInfo(
+            path=tar_name,
+            index=index_name,
+            num_samples=index.num_samples,
+            num_bytes=len(data),
+            sha256=hashlib.sha256(data).hexdigest(),
+        ),
+        skipped=tuple(skipped),
+        sums=tuple((histogram @ levels).tolist()),
+        squares=tuple((histogram @ levels**2).tolist()),
+        num_pixels=int(histogram[0].sum()),
+    )
+    storage.write_bytes(storage.join(output, tar_name), data)
+    storage.write_bytes(storage.join(output, index_name), offsets_to_bytes(index.offsets))
+    storage.write_bytes(record_place, _json_bytes(record.model_dump(mode="json")))
+    return record
+
+
+def _finished_record(place: str, output: str, digest: str) -> ShardRecord | None:
+    if not storage.exists(place):
+        return None
+    try:
+        record = ShardRecord.model_validate_json(storage.read_bytes(place))
+        size = storage.file_size(storage.join(output, record.shard.path))
+    except (ValidationError, FileNotFoundError):
+        return None
+    whole = size == record.shard.num_bytes and storage.exists(
+        storage.join(output, record.shard.index)
+    )
+    return record if whole and record.plan == digest else None
+
+
+def _read_item(item: Item, in_chans: int) -> tuple[dict[str, bytes], npt.NDArray[np.int64]]:
+    """The members of a sample, and how often each value comes in each channel of its image."""
+    if isinstance(item, SceneItem):
+        parts = encode_scene(draw_scene(item.seed, item.scene, item.size))
+        image = parts["jpg"]
+    else:
+        parts = _read_files(item)
+        image = parts[item.extension]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow's about metadata; what matters is an error
+        pixels = decode_image(image, in_chans)
+    picture = Image.fromarray(pixels if in_chans == 3 else pixels[..., 0])
+    return parts, np.asarray(picture.histogram(), dtype=np.int64).reshape(in_chans, 256)
+
+
+def _read_files(item: ImageFile) -> dict[str, bytes]:
+    wanted = [(item.extension, item.path, item.num_bytes), *item.companions]
+    parts = {} if item.label is None else {"cls": str(item.label).encode()}
+    for extension, path, num_bytes in wanted:
+        try:
+            parts[extension] = Path(path).read_bytes()
+        except OSError as error:
+            raise CorruptSampleError(f"cannot be read: {error.strerror}") from error
+        if len(parts[extension]) != num_bytes:
+            raise DataError(f"{path} changed while it was packed; give the same command again")
+    return parts
+
+
+def _json_bytes(value: object) -> bytes:
+    return (json.dumps(value, indent=1) + "\n").encode()
