@@ -71,7 +71,7 @@ class MaskedEncoder(nn.Module):
         if ids_keep is not None:
             patches = keep_patches(patches, ids_keep)  # (B, K, D)
         # The class token's position is zero, in the reference too.
-        class_token = self.cls_token.expand(len(patches), -1, -1)
+        class_token = self.cls_token.expand(patches.shape[0], -1, -1)
         tokens = torch.cat([class_token, patches], dim=1)  # (B, 1 + K, D)
         return self.norm(self.blocks(tokens))
 
