@@ -1,0 +1,155 @@
+"""Background processes that outlive the command that started them, and can be found again.
+
+Each has a folder's NAME.json with its pid and start time, so that a pid that now belongs to
+another program is never taken for ours, and NAME.log with its output. A variable in its
+environment, which its children inherit, finds those that it leaves behind when it is killed.
+"""
+
+import contextlib
+import json
+import random
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+
+import psutil
+
+# psutil derives start times from the clock, which may be set meanwhile.
+START_TIME_TOLERANCE_S = 5.0
+POLL_S = 0.2
+LOG_TAIL_LINES = 15
+MARKER_VARIABLE = "MAE_SERVICE"
+
+
+class ServiceError(RuntimeError):
+    """A service cannot be started; says which, why, and what to try."""
+
+
+def start_process(folder: Path, name: str, command: list[str], env: Mapping[str, str]) -> int:
+    """Start a program in a session of its own, with `folder` as its working folder."""
+    with _log_file(folder, name).open("ab") as log:
+        process = subprocess.Popen(
+            command,
+            cwd=folder,
+            env={**env, MARKER_VARIABLE: _marker(folder, name)},
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    # It is meant to outlive this object, which would warn of that.
+    process.returncode = 0
+    record = {"pid": process.pid, "started_at_s": psutil.Process(process.pid).create_time()}
+    _record_file(folder, name).write_text(json.dumps(record))
+    return process.pid
+
+
+def find_process(folder: Path, name: str) -> psutil.Process | None:
+    """The process that `start_process` started under this name, if it still runs."""
+    try:
+        record = json.loads(_record_file(folder, name).read_text())
+        process = psutil.Process(record["pid"])
+        age_difference_s = abs(process.create_time() - record["started_at_s"])
+        is_ours = age_difference_s < START_TIME_TOLERANCE_S
+        return process if is_ours and process.status() != psutil.STATUS_ZOMBIE else None
+    except (FileNotFoundError, ValueError, KeyError, psutil.NoSuchProcess):
+        return None
+
+
+def stop_process(folder: Path, name: str, grace_s: float) -> bool:
+    """Stop it and all that it started: SIGTERM, and SIGKILL after `grace_s`.
+
+    Returns:
+        False if there was nothing to stop.
+    """
+    root = find_process(folder, name)
+    family = _find_family(folder, name)
+    _signal_all([root] if root else family, psutil.Process.terminate)
+    psutil.wait_procs([root] if root else family, timeout=grace_s)
+    # Asked again, for it may have started others; the first answer has those that lost it.
+    remaining = {*family, *_find_family(folder, name)}
+    _signal_all(remaining, psutil.Process.kill)
+    psutil.wait_procs(remaining, timeout=grace_s)
+    _record_file(folder, name).unlink(missing_ok=True)
+    return bool(family)
+
+
+def _find_family(folder: Path, name: str) -> set[psutil.Process]:
+    root = find_process(folder, name)
+    family = {root, *root.children(recursive=True)} if root else set()
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.environ().get(MARKER_VARIABLE) == _marker(folder, name):
+                family.add(process)
+    return family
+
+
+def _signal_all(
+    processes: Iterable[psutil.Process], send: Callable[[psutil.Process], None]
+) -> None:
+    for process in processes:
+        # psutil compares start times, too: it signals no process that has taken over a pid.
+        with contextlib.suppress(psutil.NoSuchProcess):
+            send(process)
+
+
+def wait_until_ready(
+    folder: Path, name: str, is_ready: Callable[[], bool], timeout_s: float
+) -> None:
+    """Poll `is_ready` until it holds.
+
+    Raises:
+        ServiceError: the process ended, or the time is up; has the end of its log.
+    """
+    deadline_s = time.monotonic() + timeout_s
+    while not is_ready():
+        if find_process(folder, name) is None:
+            raise ServiceError(f"{name} stopped while it started.\n{_log_tail(folder, name)}")
+        if time.monotonic() > deadline_s:
+            tail = _log_tail(folder, name)
+            raise ServiceError(f"{name} is not ready after {timeout_s:.0f} s.\n{tail}")
+        time.sleep(POLL_S)
+
+
+def _log_tail(folder: Path, name: str) -> str:
+    file = _log_file(folder, name)
+    lines = file.read_text(errors="replace").splitlines()[-LOG_TAIL_LINES:]
+    return "\n".join([f"The end of {file}:", *(f"  {line}" for line in lines)])
+
+
+def is_port_free(port: int) -> bool:
+    with socket.socket() as probe:
+        # As servers do, so that a connection that has just ended does not count.
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+    return True
+
+
+def find_free_ports(count: int, also_free_at: int) -> int:
+    """The first of `count` ports in a row that are free, and are free `also_free_at` higher.
+
+    All below 32768: the system gives higher ones to outgoing connections at any moment.
+    """
+    for _ in range(1000):
+        first = random.randrange(20_000, 32_768 - also_free_at - count)
+        ports = range(first, first + count)
+        if all(is_port_free(port) and is_port_free(port + also_free_at) for port in ports):
+            return first
+    raise ServiceError(f"no {count} free ports in a row above 20000")
+
+
+def _record_file(folder: Path, name: str) -> Path:
+    return folder / f"{name}.json"
+
+
+def _log_file(folder: Path, name: str) -> Path:
+    return folder / f"{name}.log"
+
+
+def _marker(folder: Path, name: str) -> str:
+    return str(folder / name)
