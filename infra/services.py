@@ -196,7 +196,9 @@ def _start_ray(state_dir: Path, ports: Ports, env: Mapping[str, str]) -> None:
     # A job's `python` is looked up in the PATH of the head.
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     inherited = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
-    start_process(state_dir, "ray", command, {**inherited, **env, "PATH": path})
+    # Ray takes 127.0.0.1 for a node's address only where it believes that it has no cluster.
+    loopback = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+    start_process(state_dir, "ray", command, {**inherited, **env, **loopback, "PATH": path})
 
 
 def _program(name: str) -> str:
