@@ -1,0 +1,161 @@
+"""What a masked autoencoder makes of an image, as numbers and as a picture for people.
+
+With `norm_pix` a prediction is in units of its own target patch (zero mean, unit variance), and
+shown as it is it looks broken: https://github.com/facebookresearch/mae/issues/174. Here it is
+brought back with the target's mean and deviation, which come from the hidden pixels: such a
+picture shows the texture that was predicted, not the brightness.
+
+Polarity as in `masking`: `mask` is True where a patch was removed.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from jaxtyping import Bool, Float
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from mae_core.model.mae import MaskedAutoencoder
+from mae_core.patching import patchify, unpatchify
+
+Pixels = npt.NDArray[np.uint8]
+
+_TITLES = ("original", "masked", "reconstruction", "with visible")
+_TILE_PX = 128  # smaller images are enlarged to about this
+_GUTTER_PX = 4
+_GREY = 128
+_WHITE = 255
+
+
+class Reconstruction(NamedTuple):
+    pred: Float[Tensor, "B L P"]  # normalised by patch if the model's loss is
+    mask: Bool[Tensor, "B L"]  # True = removed
+
+
+def reconstruct(
+    mae: MaskedAutoencoder, images: Float[Tensor, "B C H W"], noise: Float[Tensor, "B L"]
+) -> Reconstruction:
+    """Predict every patch, without gradients and in eval mode; the model's mode is put back."""
+    was_training = mae.training
+    mae.eval()
+    try:
+        with torch.no_grad():
+            output = mae(images, noise)
+    finally:
+        mae.train(was_training)
+    return Reconstruction(output.pred.float(), output.mask)
+
+
+def denormalize_patches(
+    pred: Float[Tensor, "B L P"], target: Float[Tensor, "B L P"], eps: float = 1e-6
+) -> Float[Tensor, "B L P"]:
+    """Undo `losses.normalize_patches` with the mean and unbiased variance of `target`."""
+    mean = target.mean(dim=-1, keepdim=True)
+    variance = target.var(dim=-1, keepdim=True)
+    return pred * (variance + eps).sqrt() + mean
+
+
+def reconstruction_picture(
+    images: Float[Tensor, "B C H W"],
+    pred: Float[Tensor, "B L P"],
+    mask: Bool[Tensor, "B L"],
+    *,
+    patch_size: int,
+    norm_pix: bool,
+    channel_mean: Sequence[float],
+    channel_std: Sequence[float],
+    max_images: int = 8,
+) -> Pixels:
+    """Draw a row for each image: original, masked, reconstruction, and that with what was visible.
+
+    Three channels are shown as RGB, of more the first three, of fewer the first one in grey.
+    Small images are enlarged by a whole factor, without smoothing.
+
+    Args:
+        images: Normalised, as the model saw them.
+        pred: Prediction for every patch.
+        mask: Removed patches; grey in the second column.
+        patch_size: Side of a patch in pixels.
+        norm_pix: Whether `pred` is normalised by patch (`LossConfig.norm_pix`).
+        channel_mean: Of the normalisation, in units of 0..1 pixels.
+        channel_std: Of the normalisation, in units of 0..1 pixels.
+        max_images: Rows at most; the first images are taken.
+
+    Returns:
+        (height, width, 3), RGB.
+    """
+    images, pred, mask = (t[:max_images].detach().cpu() for t in (images, pred, mask))
+    images, pred = images.float(), pred.float()
+    _check_shapes(images, pred, mask, patch_size)
+    target = patchify(images, patch_size)
+    if norm_pix:
+        pred = denormalize_patches(pred, target)
+    grid_size = (images.shape[2] // patch_size, images.shape[3] // patch_size)
+    removed = mask[:, :, None]
+    grey = torch.full_like(target, torch.nan)
+    columns = [
+        _pixels(unpatchify(patches, grid_size, patch_size), channel_mean, channel_std)
+        for patches in (
+            target,
+            torch.where(removed, grey, target),
+            pred,
+            torch.where(removed, pred, target),
+        )
+    ]
+    return _sheet(np.stack(columns, axis=1))
+
+
+def _check_shapes(images: Tensor, pred: Tensor, mask: Tensor, patch_size: int) -> None:
+    expected = patchify(images, patch_size).shape
+    if not len(images):
+        raise ValueError("there is no image to show")
+    if pred.shape != expected:
+        raise ValueError(
+            f"pred is {tuple(pred.shape)}, but images {tuple(images.shape)} in patches of "
+            f"patch_size={patch_size} are {tuple(expected)}"
+        )
+    if mask.shape != expected[:2] or mask.dtype != torch.bool:
+        raise ValueError(
+            f"mask is {mask.dtype} {tuple(mask.shape)}, not torch.bool {tuple(expected[:2])}"
+        )
+
+
+def _pixels(images: Tensor, channel_mean: Sequence[float], channel_std: Sequence[float]) -> Pixels:
+    """Undo the normalisation and choose what to show: (B, H, W, 3), grey where it is NaN."""
+    num_channels = images.shape[1]
+    if not len(channel_mean) == len(channel_std) == num_channels:
+        raise ValueError(
+            f"{len(channel_mean)} channel_mean and {len(channel_std)} channel_std "
+            f"for {num_channels} channels"
+        )
+    std = torch.tensor(channel_std)[:, None, None]
+    mean = torch.tensor(channel_mean)[:, None, None]
+    shown = (images * std + mean)[:, : 3 if num_channels >= 3 else 1].expand(-1, 3, -1, -1)
+    grey_levels = (shown * 255).nan_to_num(nan=_GREY).round().clamp(0, 255)
+    return grey_levels.to(torch.uint8).permute(0, 2, 3, 1).numpy()
+
+
+def _sheet(tiles: Pixels) -> Pixels:
+    """Lay out (rows, columns, H, W, 3) tiles under their titles."""
+    factor = max(1, _TILE_PX // max(tiles.shape[2:4]))
+    tiles = tiles.repeat(factor, axis=2).repeat(factor, axis=3)
+    rows, columns, height, width = tiles.shape[:4]
+    font_px = max(13, width // 18)
+    font = ImageFont.load_default(size=font_px)
+    # A narrow image leaves room for its title.
+    column_px = max(width, *(int(font.getlength(title)) + 1 for title in _TITLES)) + _GUTTER_PX
+    header_px, row_px = font_px + 12, height + _GUTTER_PX
+    sheet = Image.new(
+        "RGB", (columns * column_px + _GUTTER_PX, header_px + rows * row_px), (_WHITE,) * 3
+    )
+    draw = ImageDraw.Draw(sheet)
+    for column, title in enumerate(_TITLES):
+        left = _GUTTER_PX + column * column_px + (column_px - _GUTTER_PX - width) // 2
+        draw.text((left + width / 2, header_px / 2), title, fill="black", font=font, anchor="mm")
+        for row in range(rows):
+            tile = Image.fromarray(tiles[row, column])
+            sheet.paste(tile, (left, header_px + row * row_px))
+    return np.array(sheet)  # a copy: PIL's own memory is read-only, and torch warns about that
