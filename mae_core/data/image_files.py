@@ -205,6 +205,6 @@ def _unique_keys(relatives: Iterable[str]) -> dict[str, str]:
 def _key(relative: str) -> str:
     parts = [part for part in Path(relative).with_suffix("").parts if part not in ("/", "..")]
     clean = ["".join(c if c.isprintable() and c != "." else "_" for c in part) for part in parts]
-    if clean[-1].startswith("__"):  # readers take such names for metadata
-        clean[-1] = "_" + clean[-1].lstrip("_")
+    # Readers take names that start with two of them for metadata.
+    clean = ["_" + part.lstrip("_") if part.startswith("__") else part for part in clean]
     return "/".join(clean)

@@ -11,7 +11,9 @@ import numpy as np
 
 def named_generator(seed: int, *names: int | str) -> np.random.Generator:
     """A generator for (seed, names), the same in every process and on every machine."""
-    words = "\x1f".join(f"{type(name).__name__}:{name}" for name in (seed, *names))
+    # A numpy number names the same as the number.
+    parts = (f"str:{x}" if isinstance(x, str) else f"int:{int(x)}" for x in (seed, *names))
+    words = "\x1f".join(parts)
     digest = hashlib.blake2b(words.encode(), digest_size=16).digest()
     return np.random.Generator(np.random.Philox(key=int.from_bytes(digest, "little")))
 

@@ -8,6 +8,7 @@ Source: the WebDataset format, https://github.com/webdataset/webdataset.
 """
 
 import tarfile
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import BinaryIO, Literal, NamedTuple, cast
@@ -15,6 +16,7 @@ from typing import BinaryIO, Literal, NamedTuple, cast
 import numpy as np
 import numpy.typing as npt
 
+_READ_BUFFER_BYTES = 2**20
 IMAGE_EXTENSIONS = frozenset({"jpg", "jpeg", "png", "webp", "tif", "tiff"})
 
 
@@ -45,6 +47,9 @@ class ShardIndex(NamedTuple):
 
 def split_name(name: str) -> tuple[str, str] | None:
     """Key and extension of a tar member, or None where the name is not a sample's."""
+    if not name.isascii():
+        # tarfile gives bytes that are not UTF-8 as lone surrogates, which Arrow and JSON refuse.
+        name = name.encode(errors="surrogateescape").decode(errors="backslashreplace")
     folder, _, base = name.removeprefix("./").rpartition("/")
     if base.startswith((".", "__")) or "." not in base:
         return None
@@ -62,10 +67,15 @@ def iter_samples(stream: BinaryIO, shard: str) -> Iterator[Sample]:
     Raises:
         DataError: the tar is cut or damaged, or the members of a key are not next to each other.
     """
-    with _open_tar(stream, shard) as tar:
+    source = stream if stream.seekable() else _TailReader(stream)
+    with _open_tar(source, shard) as tar:
         for group in _groups(tar, shard, contents=True):
             if _has_image(group):
                 yield group
+        end = tar.offset
+    # tarfile takes a damaged header for the end; a slice just stops, a whole tar has zeros.
+    if _block_at(source, end).strip(b"\0"):
+        raise _cut_or_damaged(shard, end)
 
 
 def index_shard(stream: BinaryIO, shard: str) -> ShardIndex:
@@ -87,11 +97,15 @@ def index_shard(stream: BinaryIO, shard: str) -> ShardIndex:
         end = tar.offset
     # tarfile takes a damaged or missing header for the end; only a block of zeros is the end.
     if _block_at(source, end) != bytes(tarfile.BLOCKSIZE):
-        raise DataError(f"{shard}: cut or damaged at byte {end}; fetch or pack it again")
+        raise _cut_or_damaged(shard, end)
     offsets.append(end)
     if len(offsets) == 1:
         offsets = [0]
     return ShardIndex(np.asarray(offsets, dtype=np.int64), num_without_image)
+
+
+def _cut_or_damaged(shard: str, end: int) -> DataError:
+    return DataError(f"{shard}: cut or damaged at byte {end}; fetch or pack it again")
 
 
 def _has_image(sample: Sample) -> bool:
@@ -103,7 +117,8 @@ class _TailReader:
 
     def __init__(self, stream: BinaryIO) -> None:
         self._stream = stream
-        self._chunks: list[bytes] = [b"", b""]
+        self._chunks: deque[bytes] = deque()
+        self._num_kept = 0
         self.position = 0
 
     def seekable(self) -> bool:
@@ -111,8 +126,12 @@ class _TailReader:
 
     def read(self, size: int = -1) -> bytes:
         data = self._stream.read(size)
-        self._chunks = [self._chunks[-1], data]
+        self._chunks.append(data)
+        self._num_kept += len(data)
         self.position += len(data)
+        # tarfile reads at most one buffer ahead, but a socket gives it in many small pieces.
+        while self._num_kept - len(self._chunks[0]) >= 2 * _READ_BUFFER_BYTES:
+            self._num_kept -= len(self._chunks.popleft())
         return data
 
     def tail_from(self, start: int) -> bytes:
@@ -131,7 +150,9 @@ def _block_at(source: BinaryIO | _TailReader, offset: int) -> bytes:
 def _open_tar(stream: BinaryIO | _TailReader, shard: str) -> Iterator[tarfile.TarFile]:
     mode: Literal["r:", "r|"] = "r:" if stream.seekable() else "r|"
     try:
-        with tarfile.open(fileobj=cast(BinaryIO, stream), mode=mode, bufsize=1 << 20) as tar:
+        with tarfile.open(
+            fileobj=cast(BinaryIO, stream), mode=mode, bufsize=_READ_BUFFER_BYTES
+        ) as tar:
             yield tar
     except (tarfile.TarError, EOFError) as error:
         raise DataError(
