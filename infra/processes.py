@@ -1,18 +1,19 @@
 """Background processes that outlive the command that started them, and can be found again.
 
 Each has a folder's NAME.json with its pid and start time, so that a pid that now belongs to
-another program is never taken for ours, and NAME.log with its output. A variable in its
-environment, which its children inherit, finds those that it leaves behind when it is killed.
+another program is never taken for ours, and NAME.log with its output.
 """
 
 import contextlib
 import json
+import os
 import random
 import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import psutil
 
@@ -21,6 +22,11 @@ START_TIME_TOLERANCE_S = 5.0
 POLL_S = 0.2
 LOG_TAIL_LINES = 15
 MARKER_VARIABLE = "MAE_SERVICE"
+
+
+class _Record(NamedTuple):
+    pid: int
+    started_at_s: float
 
 
 class ServiceError(RuntimeError):
@@ -41,21 +47,23 @@ def start_process(folder: Path, name: str, command: list[str], env: Mapping[str,
         )
     # It is meant to outlive this object, which would warn of that.
     process.returncode = 0
-    record = {"pid": process.pid, "started_at_s": psutil.Process(process.pid).create_time()}
-    _record_file(folder, name).write_text(json.dumps(record))
+    record = _Record(process.pid, psutil.Process(process.pid).create_time())
+    _record_file(folder, name).write_text(json.dumps(record._asdict()))
     return process.pid
 
 
 def find_process(folder: Path, name: str) -> psutil.Process | None:
     """The process that `start_process` started under this name, if it still runs."""
-    try:
-        record = json.loads(_record_file(folder, name).read_text())
-        process = psutil.Process(record["pid"])
-        age_difference_s = abs(process.create_time() - record["started_at_s"])
-        is_ours = age_difference_s < START_TIME_TOLERANCE_S
-        return process if is_ours and process.status() != psutil.STATUS_ZOMBIE else None
-    except (FileNotFoundError, ValueError, KeyError, psutil.NoSuchProcess):
+    record = _read_record(folder, name)
+    if record is None:
         return None
+    with contextlib.suppress(psutil.NoSuchProcess):
+        process = psutil.Process(record.pid)
+        age_difference_s = abs(process.create_time() - record.started_at_s)
+        is_ours = age_difference_s < START_TIME_TOLERANCE_S
+        if is_ours and process.status() != psutil.STATUS_ZOMBIE:
+            return process
+    return None
 
 
 def stop_process(folder: Path, name: str, grace_s: float) -> bool:
@@ -68,7 +76,7 @@ def stop_process(folder: Path, name: str, grace_s: float) -> bool:
     family = _find_family(folder, name)
     _signal_all([root] if root else family, psutil.Process.terminate)
     psutil.wait_procs([root] if root else family, timeout=grace_s)
-    # Asked again, for it may have started others; the first answer has those that lost it.
+    # Asked again, for it may have started others meanwhile.
     remaining = {*family, *_find_family(folder, name)}
     _signal_all(remaining, psutil.Process.kill)
     psutil.wait_procs(remaining, timeout=grace_s)
@@ -77,13 +85,34 @@ def stop_process(folder: Path, name: str, grace_s: float) -> bool:
 
 
 def _find_family(folder: Path, name: str) -> set[psutil.Process]:
+    """It, what it started, and what they left behind: the last are no one's children any more."""
     root = find_process(folder, name)
-    family = {root, *root.children(recursive=True)} if root else set()
+    found = [root] if root else []
     for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error):
-            if process.environ().get(MARKER_VARIABLE) == _marker(folder, name):
-                family.add(process)
+        with contextlib.suppress(psutil.Error, ProcessLookupError, PermissionError):
+            if _has_marker(process, folder, name) or _is_in_session(process, folder, name):
+                found.append(process)
+    family = set(found)
+    for process in found:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            family.update(process.children(recursive=True))
     return family
+
+
+def _has_marker(process: psutil.Process, folder: Path, name: str) -> bool:
+    """Misses those that write themselves another title over it, as Ray's workers do."""
+    with contextlib.suppress(psutil.AccessDenied):
+        return process.environ().get(MARKER_VARIABLE) == _marker(folder, name)
+    return False
+
+
+def _is_in_session(process: psutil.Process, folder: Path, name: str) -> bool:
+    """Misses those that start a session of their own, as the drivers of Ray's jobs do."""
+    record = _read_record(folder, name)
+    if record is None or os.getsid(process.pid) != record.pid:
+        return False
+    # A session's number is given out again only after its last process has ended.
+    return process.create_time() > record.started_at_s - START_TIME_TOLERANCE_S
 
 
 def _signal_all(
@@ -141,6 +170,13 @@ def find_free_ports(count: int, also_free_at: int) -> int:
         if all(is_port_free(port) and is_port_free(port + also_free_at) for port in ports):
             return first
     raise ServiceError(f"no {count} free ports in a row above 20000")
+
+
+def _read_record(folder: Path, name: str) -> _Record | None:
+    try:
+        return _Record(**json.loads(_record_file(folder, name).read_text()))
+    except (FileNotFoundError, ValueError, TypeError):
+        return None
 
 
 def _record_file(folder: Path, name: str) -> Path:
