@@ -1,0 +1,19 @@
+from collections.abc import Iterator
+
+import pytest
+
+from infra.services import object_store
+
+
+@pytest.fixture(scope="session")
+def object_store_env(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """The AWS_* variables of a real S3 server, with the buckets data, mae and mlflow."""
+    with object_store(tmp_path_factory.mktemp("object-store")) as env:
+        yield env
+
+
+@pytest.fixture
+def s3(object_store_env: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """This process reaches the S3 server."""
+    for name, value in object_store_env.items():
+        monkeypatch.setenv(name, value)

@@ -1,0 +1,376 @@
+import errno
+import io
+import os
+import tarfile
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+from infra import storage
+from infra.storage import NoShardsError, StorageError
+
+S3 = pytest.param("s3", marks=pytest.mark.services)
+
+
+@pytest.fixture(params=["local", S3])
+def root(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """A folder that does not exist yet, on a disk and in a bucket."""
+    if request.param == "local":
+        return str(tmp_path / "root")
+    request.getfixturevalue("s3")
+    return f"s3://mae/{tmp_path.name}"
+
+
+def make_shards(root: str, *names: str) -> None:
+    for name in names:
+        storage.write_bytes(storage.join(root, name), b"shard")
+
+
+def test_what_was_written_is_read_back(root: str) -> None:
+    uri = storage.join(root, "deep", "er", "file.bin")
+    storage.write_bytes(uri, b"0123456789")
+    assert storage.read_bytes(uri) == b"0123456789"
+    assert storage.read_range(uri, 2, 5) == b"234"
+    assert storage.read_range(uri, 8, 99) == b"89"
+    assert storage.file_size(uri) == 10
+    with storage.open_random(uri) as file:
+        file.seek(7)
+        assert file.read(2) == b"78"
+
+
+def test_a_second_write_replaces_the_first(root: str) -> None:
+    uri = storage.join(root, "file")
+    storage.write_bytes(uri, b"a long first version")
+    storage.write_bytes(uri, b"short")
+    assert storage.read_bytes(uri) == b"short"
+
+
+def test_a_stream_serves_tarfile(root: str) -> None:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as tar:
+        for name in ("a.jpg", "b.jpg"):
+            member = tarfile.TarInfo(name)
+            member.size = 3
+            tar.addfile(member, io.BytesIO(b"jpg"))
+    uri = storage.join(root, "train.tar")
+    storage.write_bytes(uri, buffer.getvalue())
+    with storage.open_stream(uri) as stream, tarfile.open(fileobj=stream, mode="r|") as tar:
+        assert [member.name for member in tar] == ["a.jpg", "b.jpg"]
+
+
+def test_a_missing_file_is_a_file_not_found_error(root: str) -> None:
+    storage.write_bytes(storage.join(root, "here"), b"")
+    uri = storage.join(root, "not-here")
+    for read in (storage.read_bytes, storage.file_size, storage.open_stream, storage.open_random):
+        with pytest.raises(FileNotFoundError, match="not-here"):
+            read(uri)
+
+
+def test_exists_tells_files_and_folders_from_nothing(root: str) -> None:
+    storage.write_bytes(storage.join(root, "folder", "file"), b"")
+    assert storage.exists(root)
+    assert storage.exists(storage.join(root, "folder"))
+    assert storage.exists(storage.join(root, "folder", "file"))
+    assert not storage.exists(storage.join(root, "folder", "fil"))
+
+
+def test_listings_are_sorted_and_hold_direct_members_only(root: str) -> None:
+    make_shards(root, "b", "a", "z/1", "y/2", "y/x/3")
+    assert storage.list_files(root) == ["a", "b"]
+    assert storage.list_folders(root) == ["y", "z"]
+
+
+def test_a_missing_folder_lists_nothing(root: str) -> None:
+    assert storage.list_files(root) == []
+    assert storage.list_folders(root) == []
+
+
+def test_a_deleted_folder_is_gone_and_its_neighbour_is_not(root: str) -> None:
+    make_shards(root, "step-1/a", "step-1/b/c", "step-10/a")
+    storage.delete_folder(storage.join(root, "step-1"))
+    storage.delete_folder(storage.join(root, "step-1"))
+    assert storage.list_folders(root) == ["step-10"]
+    assert storage.list_files(storage.join(root, "step-10")) == ["a"]
+
+
+@pytest.mark.parametrize("uri", ["s3://mae", "s3://mae/", "/"])
+def test_a_whole_bucket_or_disk_is_not_deleted(uri: str) -> None:
+    with pytest.raises(ValueError, match="not deleted"):
+        storage.delete_folder(uri)
+
+
+def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uri = str(tmp_path / "metrics.json")
+    storage.write_bytes(uri, b"old")
+
+    def no_space(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", no_space)
+    with pytest.raises(StorageError, match=r"the disk is full .*storage\.root") as caught:
+        storage.write_bytes(uri, b"new")
+    assert uri in str(caught.value)
+    assert [file.name for file in tmp_path.iterdir()] == ["metrics.json"]
+    assert storage.read_bytes(uri) == b"old"
+
+
+def test_a_new_file_is_on_the_disk_before_it_has_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "file"
+    seen: list[bool] = []
+    fsync = os.fsync
+    monkeypatch.setattr(os, "fsync", lambda fd: (seen.append(target.exists()), fsync(fd)))
+    storage.write_bytes(str(target), b"data")
+    # First the data, without the name; then the folder, with it.
+    assert seen == [False, True]
+
+
+def test_a_folder_comes_back_as_it_was_sent(root: str, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    (source / "sub").mkdir(parents=True)
+    (source / "sub" / "weights").write_bytes(bytes(range(256)))
+    (source / "empty").write_bytes(b"")
+    (source / "DONE").write_bytes(b"{}")
+    storage.upload_folder(source, root, last="DONE")
+    storage.download_folder(root, tmp_path / "back")
+    back = {
+        str(file.relative_to(tmp_path / "back")): file.read_bytes()
+        for file in (tmp_path / "back").rglob("*")
+        if file.is_file()
+    }
+    assert back == {"sub/weights": bytes(range(256)), "empty": b"", "DONE": b"{}"}
+
+
+def test_the_marker_is_uploaded_last(
+    root: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = make_checkpoint(tmp_path)
+    written: list[str] = []
+    write_chunks = storage._write_chunks
+
+    def record(uri: str, chunks: Iterator[bytes]) -> None:
+        written.append(uri.rsplit("/", 1)[1])
+        write_chunks(uri, chunks)
+
+    monkeypatch.setattr(storage, "_write_chunks", record)
+    storage.upload_folder(source, root, last="DONE")
+    assert written == ["a", "z", "DONE"]
+
+
+def make_checkpoint(tmp_path: Path) -> Path:
+    source = tmp_path / "checkpoint"
+    source.mkdir()
+    for name in ("a", "DONE", "z"):
+        (source / name).write_text(name)
+    return source
+
+
+def test_an_upload_that_breaks_off_leaves_no_marker_of_an_earlier_one(
+    root: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = make_checkpoint(tmp_path)
+    storage.upload_folder(source, root, last="DONE")
+
+    def break_off(uri: str, chunks: Iterator[bytes]) -> None:
+        raise StorageError(uri)
+
+    monkeypatch.setattr(storage, "_write_chunks", break_off)
+    with pytest.raises(StorageError):
+        storage.upload_folder(source, root, last="DONE")
+    assert not storage.exists(storage.join(root, "DONE"))
+
+
+def test_a_folder_without_its_marker_is_not_uploaded(tmp_path: Path) -> None:
+    source = make_checkpoint(tmp_path)
+    with pytest.raises(FileNotFoundError, match="MANIFEST"):
+        storage.upload_folder(source, str(tmp_path / "target"), last="MANIFEST")
+    assert not (tmp_path / "target").exists()
+
+
+def test_downloading_a_missing_folder_is_a_file_not_found_error(root: str, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=tmp_path.name):
+        storage.download_folder(root, tmp_path / "back")
+
+
+def test_a_folder_gives_its_own_shards_in_order(root: str) -> None:
+    make_shards(root, "b.tar", "a.tar", "manifest.json", "c.tar.tmp", ".d.tar", "sub/e.tar")
+    assert storage.expand_shards(root) == [f"{root}/a.tar", f"{root}/b.tar"]
+    assert storage.expand_shards(root + "/") == [f"{root}/a.tar", f"{root}/b.tar"]
+
+
+def test_a_brace_pattern_names_each_shard(root: str) -> None:
+    make_shards(root, *(f"train-{i:06}.tar" for i in range(12)))
+    shards = storage.expand_shards(f"{root}/train-{{000009..000011}}.tar")
+    assert shards == [f"{root}/train-{i}.tar" for i in ("000009", "000010", "000011")]
+
+
+def test_a_star_matches_in_the_last_part(root: str) -> None:
+    make_shards(root, "train-0.tar", "train-1.tar", "val-0.tar")
+    assert storage.expand_shards(f"{root}/train-*.tar") == [
+        f"{root}/train-0.tar",
+        f"{root}/train-1.tar",
+    ]
+
+
+def test_a_list_keeps_the_order_of_its_entries(root: str) -> None:
+    make_shards(root, "z/0.tar", "a/0.tar", "a/1.tar")
+    shards = storage.expand_shards([f"{root}/z", f"{root}/a/1.tar"])
+    assert shards == [f"{root}/z/0.tar", f"{root}/a/1.tar"]
+
+
+def test_a_shard_named_twice_is_refused(root: str) -> None:
+    make_shards(root, "0.tar", "1.tar")
+    with pytest.raises(ValueError, match=r"1 shards are named twice, the first is .*/1\.tar"):
+        storage.expand_shards([root, f"{root}/1.tar"])
+
+
+def test_a_missing_shard_is_named(root: str) -> None:
+    make_shards(root, "0.tar", "1.tar")
+    with pytest.raises(NoShardsError, match=r"2 of 4 shards .* the first is .*/2\.tar: .* 0\.tar"):
+        storage.expand_shards(f"{root}/{{0..3}}.tar")
+    with pytest.raises(NoShardsError, match=r"1 of 1 shards .*/9\.tar"):
+        storage.expand_shards(f"{root}/9.tar")
+
+
+def test_a_folder_without_shards_says_what_it_holds(root: str) -> None:
+    make_shards(root, "train/0.tar", "notes.txt")
+    with pytest.raises(NoShardsError, match=r"holds train/, notes\.txt"):
+        storage.expand_shards(root)
+
+
+def test_a_missing_folder_is_named_with_the_nearest_one(root: str) -> None:
+    make_shards(root, "train/0.tar")
+    with pytest.raises(NoShardsError, match=f"there is no {root}/val/big; {root} holds train/"):
+        storage.expand_shards(f"{root}/val/big")
+
+
+def test_an_empty_list_is_refused() -> None:
+    with pytest.raises(NoShardsError, match="empty"):
+        storage.expand_shards([])
+
+
+def test_a_file_that_is_no_shard_is_refused(tmp_path: Path) -> None:
+    storage.write_bytes(str(tmp_path / "train.txt"), b"")
+    with pytest.raises(NoShardsError, match=r"train\.txt"):
+        storage.expand_shards(str(tmp_path / "train.txt"))
+
+
+def test_relative_paths_become_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_shards(str(tmp_path), "train/0.tar")
+    monkeypatch.chdir(tmp_path)
+    assert storage.expand_shards("./train/../train") == [f"{tmp_path}/train/0.tar"]
+
+
+def test_a_linked_shard_keeps_its_name(tmp_path: Path) -> None:
+    make_shards(str(tmp_path), "blobs/c0ffee")
+    (tmp_path / "train-0.tar").symlink_to(tmp_path / "blobs" / "c0ffee")
+    shard = f"{tmp_path}/train-0.tar"
+    assert storage.expand_shards(str(tmp_path)) == [shard]
+    assert storage.expand_shards(shard) == [shard]
+
+
+@pytest.mark.parametrize("uri", ["gs://bucket/x", "s3://", "s3:///"])
+def test_other_schemes_and_no_bucket_are_refused(uri: str) -> None:
+    with pytest.raises(ValueError, match="s3://"):
+        storage.open_filesystem(uri)
+
+
+USES: list[Callable[[str], object]] = [
+    storage.expand_shards,
+    storage.read_bytes,
+    storage.open_stream,
+    storage.file_size,
+    storage.exists,
+    storage.list_files,
+    storage.list_folders,
+    storage.delete_folder,
+    lambda uri: storage.write_bytes(uri, b"data"),
+]
+
+
+@pytest.mark.services
+@pytest.mark.usefixtures("s3")
+@pytest.mark.parametrize(
+    ("variable", "message"),
+    [
+        ("AWS_SECRET_ACCESS_KEY", "refused the secret; check AWS_SECRET_ACCESS_KEY"),
+        ("AWS_ACCESS_KEY_ID", "does not know the key; check AWS_ACCESS_KEY_ID"),
+    ],
+)
+@pytest.mark.timeout(20)
+def test_wrong_keys_are_told_apart_by_every_function(
+    variable: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(variable, "wrong")
+    for use in USES:
+        with pytest.raises(StorageError, match=f"s3://data/train.*{message}"):
+            use("s3://data/train")
+
+
+@pytest.mark.services
+@pytest.mark.usefixtures("s3")
+@pytest.mark.timeout(20)
+def test_a_missing_bucket_is_told_from_an_empty_one_by_every_function() -> None:
+    for use in USES:
+        with pytest.raises(StorageError, match=r"s3://no-such/train.*there is no bucket 'no-such'"):
+            use("s3://no-such/train")
+    with pytest.raises(NoShardsError, match="there is no s3://data/no-such"):
+        storage.expand_shards("s3://data/no-such")
+
+
+@pytest.mark.timeout(20)
+def test_an_unreachable_endpoint_is_an_error_within_seconds(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    set_endpoint(monkeypatch, port=9)
+    with pytest.raises(StorageError, match=r"127\.0\.0\.1:9 cannot be reached.*AWS_ENDPOINT_URL"):
+        storage.expand_shards("s3://data/train")
+
+
+def test_a_server_that_fails_twice_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    with flaky_server(num_failures=2) as port:
+        set_endpoint(monkeypatch, port)
+        assert storage.read_bytes("s3://data/object") == b"data"
+
+
+def set_endpoint(monkeypatch: pytest.MonkeyPatch, port: int) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+
+
+@contextmanager
+def flaky_server(num_failures: int) -> Iterator[int]:
+    """An S3 of one object that answers 503 to the first requests."""
+    failures_left = num_failures
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            nonlocal failures_left
+            failures_left -= 1
+            body = b"" if failures_left >= 0 else b"data"
+            self.send_response(503 if failures_left >= 0 else 200)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            if self.command == "GET":
+                self.wfile.write(body)
+
+        do_HEAD = do_GET  # noqa: N815
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield server.server_port
+    finally:
+        server.shutdown()
+        server.server_close()
