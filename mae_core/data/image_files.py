@@ -1,7 +1,7 @@
 """Images in a folder or a list file, as they are before packing: where, how large, which class.
 
 A sample's key is its path in the folder without the extension. Dots and unprintable characters
-become `_`; where two paths would get one key, `_` and 8 hex digits of the path's hash are added.
+become `_`; where two paths would get one key, `-` and 8 hex digits of the path's hash are added.
 Files beside x.jpg named x.json, x.seg.png and x.txt are its companions. Hidden files are no images.
 """
 
@@ -74,7 +74,7 @@ def find_images(source: Path) -> tuple[list[ImageFile], tuple[str, ...] | None]:
         else:
             classes = tuple(names)
             numbers = {name: i for i, name in enumerate(names)}
-    keys = _unique_keys([relative for relative, _, _ in found])
+    keys = unique_keys([relative for relative, _, _ in found])
     listings: dict[Path, frozenset[str]] = {}
     files = []
     for relative, path, label in found:
@@ -192,13 +192,14 @@ def _split_line(line: str) -> tuple[str, str | None]:
     return line.strip(), None
 
 
-def _unique_keys(relatives: Iterable[str]) -> dict[str, str]:
+def unique_keys(relatives: Iterable[str]) -> dict[str, str]:
+    """The key of each path, as the head of this file says."""
     keys = {relative: _key(relative) for relative in relatives}
     counts = Counter(keys.values())
     for relative, key in keys.items():
         if counts[key] > 1:
             digest = hashlib.sha256(relative.encode(errors="surrogateescape")).hexdigest()
-            keys[relative] = f"{key}_{digest[:8]}"
+            keys[relative] = f"{key}-{digest[:8]}"
     return keys
 
 

@@ -40,7 +40,8 @@ def random_crop(
             left = int(generator.integers(0, width - w + 1))
             return Crop(top, left, h, w)
     aspect = min(max(width / height, ratio[0]), ratio[1])
-    w, h = min(width, round(height * aspect)), min(height, round(width / aspect))
+    w = max(1, min(width, round(height * aspect)))
+    h = max(1, min(height, round(width / aspect)))
     return Crop((height - h) // 2, (width - w) // 2, h, w)
 
 

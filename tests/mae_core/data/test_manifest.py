@@ -1,0 +1,130 @@
+"""The manifest: what is written is read again, and what is no manifest is an error in words."""
+
+import hashlib
+
+import numpy as np
+import pytest
+from pydantic import ValidationError
+
+from mae_core.data.manifest import (
+    ChannelStats,
+    Manifest,
+    ShardInfo,
+    offsets_from_bytes,
+    offsets_to_bytes,
+    parse_manifest,
+)
+from mae_core.data.samples import DataError
+
+
+def make_shard(name: str, num_samples: int, num_bytes: int) -> ShardInfo:
+    return ShardInfo(
+        path=name, index=f"{name}.index.npy", num_samples=num_samples, num_bytes=num_bytes
+    )
+
+
+@pytest.fixture
+def manifest() -> Manifest:
+    return Manifest(
+        shards=(make_shard("a-000000.tar", 3, 10_240), make_shard("a-000001.tar", 0, 20_480)),
+        classes=("cat", "dog"),
+        channel_stats=ChannelStats(mean=(0.1, 0.2, 1 / 3), std=(0.4, 0.5, 0.6), num_images=3),
+    )
+
+
+def test_what_is_written_is_read_again(manifest: Manifest) -> None:
+    text = manifest.model_dump_json(indent=2).encode()
+    assert parse_manifest(text, "m") == manifest
+
+
+def test_totals_are_those_of_the_shards(manifest: Manifest) -> None:
+    assert manifest.num_samples == 3
+    assert manifest.num_bytes == 30_720
+    assert manifest.counts.tolist() == [3, 0]
+    assert manifest.counts.dtype == np.int64
+
+
+def test_digest_names_the_content_wherever_it_lies(manifest: Manifest) -> None:
+    text = b"a-000000.tar 3 10240\na-000001.tar 0 20480\n"
+    assert manifest.digest == hashlib.sha256(text).hexdigest()[:32]
+    moved = [
+        shard.model_copy(update={"path": f"s3://bucket/x/{shard.path}"})
+        for shard in manifest.shards
+    ]
+    assert manifest.model_copy(update={"shards": tuple(moved)}).digest == manifest.digest
+
+
+@pytest.mark.parametrize(
+    "shards",
+    [
+        (make_shard("a-000001.tar", 0, 20_480), make_shard("a-000000.tar", 3, 10_240)),
+        (make_shard("a-000000.tar", 4, 10_240), make_shard("a-000001.tar", 0, 20_480)),
+        (make_shard("a-000000.tar", 3, 10_240),),
+        (make_shard("b-000000.tar", 3, 10_240), make_shard("a-000001.tar", 0, 20_480)),
+    ],
+)
+def test_other_shards_have_another_digest(
+    manifest: Manifest, shards: tuple[ShardInfo, ...]
+) -> None:
+    assert Manifest(shards=shards).digest != manifest.digest
+
+
+@pytest.mark.parametrize(
+    ("text", "place"),
+    [
+        (b"", "Invalid JSON"),
+        (b"{", "Invalid JSON"),
+        (b'{"shards": [], "versoin": 1}', "versoin"),
+        (b'{"version": 2, "shards": []}', "version"),
+        (b"{}", "shards"),
+        (b'{"shards": [{"path": "a.tar"}]}', r"shards\.0\.index"),
+        (
+            b'{"shards": [{"path":"a","index":"b","num_samples":-1,"num_bytes":1}]}',
+            r"shards\.0\.num_samples",
+        ),
+    ],
+)
+def test_what_is_no_manifest_is_an_error_in_words(text: bytes, place: str) -> None:
+    with pytest.raises(DataError, match=rf"^s3://b/manifest\.json: not a manifest .*{place}"):
+        parse_manifest(text, "s3://b/manifest.json")
+
+
+def test_manifest_can_not_be_changed(manifest: Manifest) -> None:
+    with pytest.raises(ValidationError):
+        manifest.shards = ()  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("offsets", [[0], [0, 512, 2048], [1024, 2**40]])
+def test_offsets_are_read_as_they_were_written(offsets: list[int]) -> None:
+    data = offsets_to_bytes(np.asarray(offsets, dtype=np.int64))
+    assert offsets_from_bytes(data, "i").tolist() == offsets
+
+
+def test_offsets_of_one_list_are_always_the_same_bytes() -> None:
+    data = offsets_to_bytes(np.asarray([0, 512], dtype=np.int64))
+    assert len(data) == 128 + 16
+    assert data[-16:] == b"\x00" * 9 + b"\x02" + b"\x00" * 6
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"junk" * 50,
+        offsets_to_bytes(np.asarray([0, 512, 1024], dtype=np.int64))[:-3],
+        offsets_to_bytes(np.asarray([0.0, 512.0])),  # type: ignore[arg-type]
+        offsets_to_bytes(np.asarray([[0, 512]], dtype=np.int64)),
+        offsets_to_bytes(np.asarray([0, 512, 512], dtype=np.int64)),
+        offsets_to_bytes(np.asarray([512, 0], dtype=np.int64)),
+    ],
+)
+def test_what_is_no_index_is_an_error_in_words(data: bytes) -> None:
+    with pytest.raises(DataError, match=r"^x\.npy: .*; index the shards again"):
+        offsets_from_bytes(data, "x.npy")
+
+
+def test_index_does_not_run_code() -> None:
+    data = offsets_to_bytes(np.asarray([0, 512], dtype=np.int64))
+    pickled = data.replace(b"'<i8'", b"'|O' ")
+    with pytest.raises(DataError, match="not a sample index"):
+        offsets_from_bytes(pickled, "x.npy")
