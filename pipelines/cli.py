@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("RAY_DEDUP_LOGS", "0")
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    arguments = _parser().parse_args(argv)
+    arguments = _parse(argv)
     started_s = time.monotonic()
     try:
         config = _config(arguments)
@@ -57,6 +57,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     fields = {**result._asdict(), "seconds": round(time.monotonic() - started_s, 1)}
     print(json.dumps(fields), flush=True)
     return 0
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Options may stand anywhere among the words, which argparse alone does not allow here."""
+    parser = _parser()
+    arguments, rest = parser.parse_known_args(argv)
+    unknown = [word for word in rest if word.startswith("-")]
+    if unknown:
+        parser.error(f"unknown option {unknown[0]}; `mae {arguments.stage} --help` lists them")
+    arguments.words = [*arguments.words, *rest]
+    return arguments
 
 
 def _parser() -> argparse.ArgumentParser:

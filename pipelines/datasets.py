@@ -47,7 +47,7 @@ SCHEMA = pa.schema(
         ("label", pa.int64()),  # null without .cls
     ]
 )
-READ_CPUS = 0.5  # logical CPUs of a read task: it waits for storage more than it computes
+READ_CPUS = 1  # of a read task; Ray's default, which lets it run read and slicing as one task
 STATS_IMAGES = 2048
 _INDEX_THREADS = 8
 
@@ -254,15 +254,14 @@ def sequence_dataset(
     `decode` is applied to each block in the read task.
     """
     first = plan.start // plan.order.window
-    windows = ray.data.range(
-        plan.order.num_windows - first, override_num_blocks=plan.order.num_windows - first
-    )
+    # One at least, for Ray; a window beyond the end is empty.
+    num_windows = max(1, plan.order.num_windows - first)
+    windows = ray.data.range(num_windows, override_num_blocks=num_windows)
     # Not strict: each task's rows are whole micro batches already, so nothing is stitched
     # across tasks, and Ray Data runs read and slicing as one task.
     return windows.map_batches(
         partial(_read_batch, plan=plan, first=first, decode=decode),
         batch_size=1,
-        num_cpus=READ_CPUS if decode is None else 1,
     ).repartition(target_num_rows_per_block=plan.micro_batch_size, strict=False)
 
 

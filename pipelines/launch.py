@@ -6,22 +6,29 @@ import os
 import shutil
 import signal
 import subprocess
+import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import ray
 from ray.train import FailureConfig, RunConfig
 from ray.train import ScalingConfig as RayScalingConfig
 
 from infra import storage
+from pipelines import worker_logging
 from pipelines.config import ConfigError, ScalingConfig
 from pipelines.datasets import READ_CPUS, configure_ray_data
+
+logger = logging.getLogger(__name__)
 
 ROOT = Path(__file__).resolve().parents[1]
 # Logical CPUs that a local Ray gets beyond the workers', for reading: without any left, Ray Data
 # waits for ever (facts: reproduced).
 SPARE_CPUS = 2
+# By name: given as a function, every process of Ray would import this module to get at it.
+WORKER_SETUP: dict[str, Any] = {"worker_process_setup_hook": "pipelines.worker_logging.set_up"}
 
 
 def ray_job_id() -> str | None:
@@ -65,34 +72,46 @@ def check_resources(scaling: ScalingConfig, cpus: float, gpus: float, place: str
         )
 
 
-def start_ray(scaling: ScalingConfig) -> None:
-    """Join the cluster that RAY_ADDRESS names, or start a local Ray.
+@contextmanager
+def running_ray(scaling: ScalingConfig) -> Iterator[None]:
+    """Inside, the cluster that RAY_ADDRESS names is joined, or a local Ray runs.
 
     Raises:
         ConfigError: the workers do not fit.
         StorageError: the cluster can't be reached.
     """
     address = os.environ.get("RAY_ADDRESS")
-    if not ray.is_initialized():
-        if address:
-            try:
-                ray.init(address, log_to_driver=True)
-            except ConnectionError as error:
-                raise storage.StorageError(
-                    f"RAY_ADDRESS={address}: no Ray cluster answers there ({error}); "
-                    "start it (make up), or unset RAY_ADDRESS to run on this machine alone"
-                ) from error
+    with ExitStack() as stack:
+        if ray.is_initialized():
+            logger.debug("Ray runs already")
+        elif address:
+            _join(address)
+            stack.callback(ray.shutdown)
         else:
-            _start_local(scaling)
-    if address:
-        total: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
-        check_resources(
-            scaling, total.get("CPU", 0) - READ_CPUS, total.get("GPU", 0), f"the cluster {address}"
-        )
-    configure_ray_data()
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mae-")))
+            _start_local(scaling, folder / "workers.log")
+            stack.enter_context(worker_logging.shown(folder / "workers.log"))
+            stack.callback(ray.shutdown)
+        worker_logging.set_up()  # the driver's own loggers, now that Ray has made them
+        if address:
+            total: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+            cpus = total.get("CPU", 0) - READ_CPUS
+            check_resources(scaling, cpus, total.get("GPU", 0), f"the cluster {address}")
+        configure_ray_data()
+        yield
 
 
-def _start_local(scaling: ScalingConfig) -> None:
+def _join(address: str) -> None:
+    try:
+        ray.init(address, runtime_env=WORKER_SETUP)
+    except ConnectionError as error:
+        raise storage.StorageError(
+            f"RAY_ADDRESS={address}: no Ray cluster answers there ({error}); "
+            "start it (make up), or unset RAY_ADDRESS to run on this machine alone"
+        ) from error
+
+
+def _start_local(scaling: ScalingConfig, worker_log: Path) -> None:
     cores = os.cpu_count() or 1
     gpus = _count_gpus()
     check_resources(scaling, cores, gpus, "this machine")
@@ -105,7 +124,14 @@ def _start_local(scaling: ScalingConfig) -> None:
         include_dashboard=False,
         logging_level=logging.WARNING,
         object_store_memory=1 << 30,
-        runtime_env={"env_vars": {"PYTHONPATH": str(ROOT)}},
+        log_to_driver=False,  # Ray's own processes say much; ours write to `worker_log`
+        runtime_env={
+            "env_vars": {
+                "PYTHONPATH": str(ROOT),
+                worker_logging.LOG_FILE_VARIABLE: str(worker_log),
+            },
+            **WORKER_SETUP,
+        },
     )
 
 

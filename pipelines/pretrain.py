@@ -49,7 +49,6 @@ from pipelines.datasets import (
     read_rows,
     sequence_dataset,
 )
-from pipelines.features import knn_metrics
 from pipelines.reporting import RunSize, log_encoder
 from pipelines.run_folder import RunFolder, RunRecord
 from pipelines.train_worker import Pictures, TrainTask, train_worker
@@ -64,6 +63,7 @@ class Plan(NamedTuple):
     """What the run will do, known before anything is started."""
 
     manifest: Manifest
+    val_shards: tuple[ShardInfo, ...]
     stats: ChannelStats
     size: RunSize
 
@@ -89,23 +89,27 @@ def run(config: PretrainConfig, *, fresh: bool) -> StageResult:
             f"the training data changed since this run began (digest {record.data_digest}, "
             f"now {plan.manifest.digest}); bring it back, or start over with --fresh"
         )
-    launch.start_ray(config.scaling)
-    run_id = _start_record(config, plan, folder, record.run_id if record else None)
-    with _ended_in_mlflow(config, run_id, folder):
-        folder.forget_earlier_start()
-        task = TrainTask(
-            raw_config=config.model_dump(mode="json"),
-            run_uri=folder.uri,
-            run_id=run_id,
-            size=plan.size,
-            data_digest=plan.manifest.digest,
-            mean=plan.stats.mean,
-            std=plan.stats.std,
-            pictures=_pictures(config, plan.manifest),
-        )
-        if resume_position(folder.uri) < plan.size.num_samples:
-            _train(config, plan.manifest, task)
-        return _finish(config, plan, folder, run_id)
+    with launch.running_ray(config.scaling):
+        run_id = _start_record(config, plan, folder, record.run_id if record else None)
+        with _ended_in_mlflow(config, run_id, folder):
+            folder.forget_earlier_start()
+            _train(config, _task(config, plan, folder, run_id))
+            return _finish(config, plan, folder, run_id)
+
+
+def _task(config: PretrainConfig, plan: Plan, folder: RunFolder, run_id: str | None) -> TrainTask:
+    return TrainTask(
+        raw_config=config.model_dump(mode="json"),
+        run_uri=folder.uri,
+        run_id=run_id,
+        size=plan.size,
+        data_digest=plan.manifest.digest,
+        mean=plan.stats.mean,
+        std=plan.stats.std,
+        pictures=_pictures(config, plan.manifest),
+        train_shards=plan.manifest.shards,
+        val_shards=plan.val_shards,
+    )
 
 
 def _paths(config: PretrainConfig) -> dict[str, str]:
@@ -151,8 +155,18 @@ def _plan(config: PretrainConfig, folder: RunFolder) -> Plan:
         optim.learning_rate,
     )
     return Plan(
-        manifest, stats, RunSize(total_steps, optim.global_batch_size, manifest.num_samples)
+        manifest,
+        _val_shards(config, folder),
+        stats,
+        RunSize(total_steps, optim.global_batch_size, manifest.num_samples),
     )
+
+
+def _val_shards(config: PretrainConfig, folder: RunFolder) -> tuple[ShardInfo, ...]:
+    """Opened before training, so that a mistake in data.val is not found after it."""
+    if config.data.val is None:
+        return ()
+    return open_shards(config.data.val, storage.join(folder.uri, "shards", "val")).shards
 
 
 def _channel_stats(config: PretrainConfig, manifest: Manifest) -> ChannelStats:
@@ -250,33 +264,31 @@ def _pictures(config: PretrainConfig, manifest: Manifest) -> Pictures:
     return Pictures(np.stack(pixels), np.stack(noise))
 
 
-def _train(config: PretrainConfig, manifest: Manifest, task: TrainTask) -> None:
+def _train(config: PretrainConfig, task: TrainTask) -> None:
     trainer = TorchTrainer(
         train_worker,
         train_loop_config={"task": task},
         scaling_config=launch.ray_scaling(config.scaling),
         run_config=launch.ray_run(task.run_uri, config.scaling),
         # Called before each start of the workers, so a recovery reads from its own position on.
-        datasets={"train": partial(_remaining_data, config, manifest.shards, task)},
+        datasets={"train": partial(_remaining_data, config, task)},
         dataset_config=ray.train.DataConfig(enable_shard_locality=False),
     )
     trainer.fit()
 
 
-def _remaining_data(
-    config: PretrainConfig, shards: tuple[ShardInfo, ...], task: TrainTask
-) -> ray.data.Dataset:
+def _remaining_data(config: PretrainConfig, task: TrainTask) -> ray.data.Dataset:
     """The run's sequence from the newest whole checkpoint on."""
     RunFolder(task.run_uri).raise_failure()
     configure_ray_data()
     order = RunOrder(
-        counts=np.asarray([shard.num_samples for shard in shards], dtype=np.int64),
+        counts=np.asarray([shard.num_samples for shard in task.train_shards], dtype=np.int64),
         seed=config.seed,
         window=config.data.shuffle_window,
         num_samples=task.size.num_samples,
     )
     start = resume_position(task.run_uri)
-    plan = SequencePlan(shards, order, start, config.optim.micro_batch_size)
+    plan = SequencePlan(task.train_shards, order, start, config.optim.micro_batch_size)
     in_cluster = config.data.decode == "cluster"
     return sequence_dataset(
         plan, decode=partial(decode_block, spec=view_spec(config)) if in_cluster else None
@@ -292,12 +304,20 @@ def _finish(
         found = find_checkpoint(folder.uri, Path(workspace))
         if found is None or found.manifest.step != plan.size.total_steps:
             raise storage.StorageError(f"{folder.uri}: the last checkpoint is not there")
-        metrics: dict[str, float] = {}
-        if config.data.val is not None:
-            metrics = knn_metrics(config, plan.manifest, found, cache_uri=folder.uri)
-            tracking.log_final_metrics(uri, run_id, metrics, plan.size.total_steps)
+        metrics = folder.read_evaluation()
+        tracking.log_final_metrics(uri, run_id, metrics, plan.size.total_steps)
         log_encoder(uri, run_id, found.folder)
         tracking.log_artifact_file(uri, run_id, found.folder / "manifest.json", "checkpoint")
+    _say_what_to_open(config, folder)
     result = StageResult(STAGE, "done", run_id, found.uri, metrics)
     folder.write_result(result)
     return result
+
+
+def _say_what_to_open(config: PretrainConfig, folder: RunFolder) -> None:
+    logger.info("reconstruction picture: %s", folder.picture_uri)
+    uri = config.tracking.uri
+    if uri.startswith("sqlite:"):
+        logger.info("to compare runs: mlflow ui --backend-store-uri %s", uri)
+    else:
+        logger.info("to compare runs: open %s", uri)

@@ -3,6 +3,8 @@
 run.json          what the run is, and which MLflow run records it
 checkpoints/      see pipelines/checkpoints.py
 shards/           the index of shards that came without a manifest
+reconstruction.png  what the model fills in, at the last picture
+evaluation.json   the kNN accuracies
 failed.json       why trying again is pointless, while that is so
 result.json       written last: the run is done
 """
@@ -62,6 +64,20 @@ class RunFolder:
 
     def write_result(self, result: StageResult) -> None:
         storage.write_bytes(self._file("result.json"), json.dumps(result._asdict()).encode())
+
+    @property
+    def picture_uri(self) -> str:
+        return self._file("reconstruction.png")
+
+    def write_picture(self, png: bytes) -> None:
+        storage.write_bytes(self.picture_uri, png)
+
+    def read_evaluation(self) -> dict[str, float]:
+        text = self._read("evaluation.json")
+        return {} if text is None else json.loads(text)
+
+    def write_evaluation(self, metrics: dict[str, float]) -> None:
+        storage.write_bytes(self._file("evaluation.json"), json.dumps(metrics).encode())
 
     def forget_earlier_start(self) -> None:
         """Remove what an earlier start left that must not steer this one."""

@@ -1,8 +1,8 @@
 """One training process: from its stream of blocks to optimizer steps and checkpoints."""
 
+import io
 import json
 import logging
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ import ray.train
 import ray.train.torch
 import torch
 import torch.distributed
-from mae_core.evaluation.reconstruction import reconstruct, reconstruction_picture
+from PIL import Image
 from ray.train import CheckpointUploadMode
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -28,14 +28,17 @@ from mae_core.checkpoint import (
     load_weights,
     save_checkpoint,
 )
+from mae_core.data.manifest import ShardInfo
 from mae_core.data.samples import DataError
 from mae_core.data.views import normalize
+from mae_core.evaluation.reconstruction import reconstruct, reconstruction_picture
 from mae_core.model.mae import MaskedAutoencoder, build_mae
 from mae_core.optim import build_optimizer, warmup_cosine
 from mae_core.train_step import MicroBatch, pretrain_step
 from pipelines.batches import BatchDecoder, DecodedBatch, ahead, view_spec
 from pipelines.checkpoints import commit_checkpoint, fetch_checkpoint, find_checkpoint
 from pipelines.config import PretrainConfig
+from pipelines.knn import ImageReader, knn_metrics
 from pipelines.reporting import RunSize, StepReporter
 from pipelines.run_folder import RunFolder
 
@@ -63,11 +66,12 @@ class TrainTask(NamedTuple):
     mean: tuple[float, ...]
     std: tuple[float, ...]
     pictures: Pictures
+    train_shards: tuple[ShardInfo, ...]
+    val_shards: tuple[ShardInfo, ...]  # empty: no kNN evaluation
 
 
 def train_worker(arguments: dict[str, TrainTask]) -> None:
     """Ray Train's entry: runs in each worker, and again in each after one was lost."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     task = arguments["task"]
     try:
         _Worker(task).train()
@@ -118,9 +122,11 @@ class _Worker:
                 if reporter.writer is not None and self._is_due(
                     step, config.reporting.picture_every_steps
                 ):
-                    reporter.writer.picture(self._picture(), "reconstruction", step)
+                    self._show(reporter.writer, step)
                 if self._is_due(step, config.checkpoint.every_steps):
                     self._checkpoint(step)
+            if task.val_shards:
+                self._evaluate()
 
     def _is_due(self, step: int, every_steps: int) -> bool:
         return step % every_steps == 0 or step == self.task.size.total_steps
@@ -131,7 +137,7 @@ class _Worker:
             model = torch.compile(model)  # type: ignore[assignment]
         if self.world_size > 1:
             on_gpu = [self.device] if self.device.type == "cuda" else None
-            model = DistributedDataParallel(model, device_ids=on_gpu, broadcast_buffers=False)
+            model = DistributedDataParallel(model, device_ids=on_gpu, forward_sync_buffers=False)
         return model
 
     def _restore(self) -> int:
@@ -244,10 +250,33 @@ class _Worker:
         images = ((scaled - self.mean) / self.std).permute(0, 3, 1, 2).contiguous()
         return MicroBatch(images, move(batch.noise), move(batch.weights))
 
+    def _evaluate(self) -> None:
+        """Nearest neighbours of the frozen encoder, and of the one that the run began with."""
+        task, config = self.task, self.config
+        torch.manual_seed(config.seed)
+        untrained = build_mae(config.model, config.masking, config.loss).encoder.to(self.device)
+        metrics = knn_metrics(
+            {"top1": self.mae.encoder, "top1_untrained": untrained},
+            task.train_shards,
+            task.val_shards,
+            ImageReader(config.model, task.mean, task.std, config.scaling.cpus_per_worker),
+            config.knn,
+        )
+        if metrics is not None:
+            RunFolder(task.run_uri).write_evaluation(metrics)
+
+    def _show(self, writer: tracking.MetricWriter, step: int) -> None:
+        """The reconstruction picture, to MLflow and into the run's folder."""
+        picture = self._picture()
+        writer.picture(picture, "reconstruction", step)
+        buffer = io.BytesIO()
+        Image.fromarray(picture).save(buffer, "PNG")
+        RunFolder(self.task.run_uri).write_picture(buffer.getvalue())
+
     def _picture(self) -> npt.NDArray[np.uint8]:
         task = self.task
         images = torch.from_numpy(normalize(task.pictures.pixels, task.mean, task.std))
-        noise = torch.from_numpy(task.pictures.noise)
+        noise = torch.from_numpy(task.pictures.noise.copy())  # Ray hands out read-only arrays
         result = reconstruct(self.mae, images.to(self.device), noise.to(self.device))
         return reconstruction_picture(
             images,
