@@ -10,14 +10,16 @@ Errors:
     StorageError         the store itself: unreachable, keys refused, no such bucket, disk full
 """
 
+import argparse
 import errno
 import os
 import secrets
 import shutil
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import BinaryIO
 
@@ -420,3 +422,35 @@ def _what_is_near(folder: str) -> str:
     shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
     missing = "" if nearest == folder else f"there is no {folder}; "
     return f"{missing}{nearest} holds {shown or 'nothing'}"
+
+
+def copy_files(source: str, target: str) -> int:
+    """Copy the files directly in a folder to another place; returns how many."""
+    names = list_files(source)
+    if not names:
+        raise NoShardsError(f"no files in {absolute(source)}")
+    for name in names:
+        with storage_errors("read", join(source, name)), open_stream(join(source, name)) as stream:
+            chunks = iter(partial(stream.read, COPY_BYTES), b"")
+            _write_chunks(join(target, name), chunks)
+    return len(names)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """`python -m infra.storage copy FOLDER s3://BUCKET/FOLDER`, either way round."""
+    parser = argparse.ArgumentParser(prog="python -m infra.storage", description=main.__doc__)
+    parser.add_argument("action", choices=["copy"])
+    parser.add_argument("source", help="folder or s3:// prefix")
+    parser.add_argument("target", help="folder or s3:// prefix")
+    arguments = parser.parse_args(argv)
+    try:
+        count = copy_files(arguments.source, arguments.target)
+    except (StorageError, NoShardsError) as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 5
+    sys.stderr.write(f"copied {count} files to {absolute(arguments.target)}\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
