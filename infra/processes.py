@@ -61,9 +61,16 @@ def find_process(folder: Path, name: str) -> psutil.Process | None:
         process = psutil.Process(record.pid)
         age_difference_s = abs(process.create_time() - record.started_at_s)
         is_ours = age_difference_s < START_TIME_TOLERANCE_S
-        if is_ours and process.status() != psutil.STATUS_ZOMBIE:
+        if is_ours and is_alive(process):
             return process
     return None
+
+
+def is_alive(process: psutil.Process) -> bool:
+    """Not so for a zombie, which stays as long as its parent, or a container's pid 1, likes."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    return False
 
 
 def stop_process(folder: Path, name: str, grace_s: float) -> bool:
@@ -75,11 +82,11 @@ def stop_process(folder: Path, name: str, grace_s: float) -> bool:
     root = find_process(folder, name)
     family = _find_family(folder, name)
     _signal_all([root] if root else family, psutil.Process.terminate)
-    psutil.wait_procs([root] if root else family, timeout=grace_s)
+    _wait_until_dead([root] if root else family, grace_s)
     # Asked again, for it may have started others meanwhile.
     remaining = {*family, *_find_family(folder, name)}
     _signal_all(remaining, psutil.Process.kill)
-    psutil.wait_procs(remaining, timeout=grace_s)
+    _wait_until_dead(remaining, grace_s)
     _record_file(folder, name).unlink(missing_ok=True)
     return bool(family)
 
@@ -96,7 +103,7 @@ def _find_family(folder: Path, name: str) -> set[psutil.Process]:
     for process in found:
         with contextlib.suppress(psutil.NoSuchProcess):
             family.update(process.children(recursive=True))
-    return family
+    return {process for process in family if is_alive(process)}
 
 
 def _has_marker(process: psutil.Process, folder: Path, name: str) -> bool:
@@ -122,6 +129,14 @@ def _signal_all(
         # psutil compares start times, too: it signals no process that has taken over a pid.
         with contextlib.suppress(psutil.NoSuchProcess):
             send(process)
+
+
+def _wait_until_dead(processes: Iterable[psutil.Process], timeout_s: float) -> None:
+    deadline_s = time.monotonic() + timeout_s
+    while any(is_alive(process) for process in processes) and time.monotonic() < deadline_s:
+        time.sleep(POLL_S)
+    # Those that this program started stay zombies until it asks for their end.
+    psutil.wait_procs(processes, timeout=0)
 
 
 def wait_until_ready(

@@ -411,7 +411,7 @@ class MetricWriter:
             client.log_batch(run_id, metrics=points[start : start + MAX_METRICS_PER_BATCH])
 
     def _warn_once(self, kind: str, what: str, error: Exception) -> None:
-        if kind not in self._warned_of:
+        if kind not in self._warned_of and not self._is_stopped:
             self._warned_of.add(kind)
             logger.warning("MLflow at %s %s: %s", self._uri, what, _reason(error))
 

