@@ -214,6 +214,10 @@ def cancel_on_signals(first: Callable[[], None]) -> Iterator[None]:
     before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield
+    except (SystemExit, KeyboardInterrupt) as error:
+        # Inside `fit`, Ray takes SIGINT for itself: it ends the workers, then leaves by sys.exit.
+        first()
+        raise CancelledError(signal.SIGINT) from error
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
