@@ -23,6 +23,8 @@ import pytest
 from PIL import Image
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
+from infra import storage
+from infra.services import object_store
 from mae_core.data.decode import decode_image
 from mae_core.data.image_files import ImageFile
 from mae_core.data.manifest import Manifest, offsets_from_bytes, parse_manifest
@@ -611,6 +613,26 @@ def test_stage_file_can_be_run() -> None:
     path = ROOT / "pipelines/prepare.py"
     assert os.access(path, os.X_OK)
     assert path.read_text().startswith("#!/usr/bin/env python\n")
+
+
+@pytest.mark.services
+def test_bucket_gets_what_a_folder_gets(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with object_store(tmp_path / "store") as environment:
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        output = "s3://data/photos"
+        options: dict[str, Any] = {"source": str(photos), "output": output, "samples_per_shard": 7}
+        config = PrepareConfig.model_validate(options)
+        assert prepare.run(config, fresh=False).output == output
+        assert prepare.run(config, fresh=False).status == "reused"
+        with pytest.raises(ConfigError, match=r"s3://data/photos was packed .*seed: 0 -> 1"):
+            prepare.run(config.model_copy(update={"seed": 1}), fresh=False)
+        assert prepare.run(config, fresh=True).status == "done"
+        storage.download_folder(output, tmp_path / "fetched")
+    pack(photos, tmp_path / "out")
+    assert contents(tmp_path / "fetched") == contents(tmp_path / "out")
 
 
 @pytest.mark.realdata

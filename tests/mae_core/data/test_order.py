@@ -138,6 +138,8 @@ def test_epochs_and_seeds_differ() -> None:
     one = make_order(counts, 0, 10, 100)
     permutations = {tuple(one.window_permutation(i)) for i in range(10)}
     assert len(permutations) == 10
+    other = make_order(counts, 1, 10, 100)
+    assert {tuple(other.window_permutation(i)) for i in range(10)}.isdisjoint(permutations)
 
 
 def test_asking_order_does_not_matter() -> None:

@@ -25,13 +25,15 @@ def make_pixels(height: int, width: int, channels: int = 3) -> Pixels:
     st.integers(1, 300),
     st.integers(1, 300),
     st.floats(0.01, 1.0),
-    st.floats(0.05, 1.0),
+    st.floats(0.05, 5.0),
+    st.floats(1.0, 20.0),
 )
 def test_crop_lies_inside_the_picture(
-    seed: int, height: int, width: int, low: float, narrow: float
+    seed: int, height: int, width: int, low: float, narrow: float, spread: float
 ) -> None:
     generator = np.random.default_rng(seed)
-    crop = random_crop(generator, height, width, scale=(low, 1.0), ratio=(narrow, 1 / narrow))
+    ratio = (narrow, narrow * spread)
+    crop = random_crop(generator, height, width, scale=(low, 1.0), ratio=ratio)
     assert crop.height >= 1
     assert crop.width >= 1
     assert 0 <= crop.top <= height - crop.height
@@ -80,6 +82,12 @@ def test_crop_follows_torchvision_s_law(height: int, width: int) -> None:
 def test_picture_that_no_crop_fits_gives_its_middle(height: int, width: int, crop: Crop) -> None:
     # The whole area at an allowed aspect is in none of these, but in 1x1.
     assert random_crop(np.random.default_rng(0), height, width, scale=(1.0, 1.0)) == crop
+
+
+@pytest.mark.parametrize("ratio", [(0.1, 0.2), (5.0, 10.0)])
+def test_picture_of_one_pixel_gives_that_pixel(ratio: tuple[float, float]) -> None:
+    crop = random_crop(np.random.default_rng(0), 1, 1, scale=(1.0, 1.0), ratio=ratio)
+    assert crop == Crop(0, 0, 1, 1)
 
 
 @pytest.mark.parametrize("channels", [1, 3])
