@@ -33,6 +33,7 @@ from mae_core.data.manifest import (
 )
 from mae_core.data.order import RunOrder
 from mae_core.data.samples import DataError, Sample, index_shard, iter_samples
+from pipelines.config import ConfigError
 
 logger = logging.getLogger(__name__)
 
@@ -66,10 +67,14 @@ def open_shards(spec: str | tuple[str, ...], cache_uri: str) -> Manifest:
     and the result is kept under `cache_uri`.
 
     Raises:
+        ConfigError: `spec` names a shard twice.
         NoShardsError: nothing matches.
         DataError: a tar is damaged, or no sample has an image.
     """
-    shards = storage.expand_shards(spec)
+    try:
+        shards = storage.expand_shards(spec)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
     manifest = _prepared_manifest(shards) or _indexed_manifest(shards, cache_uri)
     if manifest.num_samples == 0:
         raise DataError(

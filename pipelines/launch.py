@@ -7,7 +7,7 @@ import shutil
 import signal
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -37,12 +37,21 @@ def ray_job_id() -> str | None:
     return json.loads(raw).get("metadata", {}).get("job_submission_id") if raw else None
 
 
-def check_paths(uris: dict[str, str]) -> None:
-    """In a Ray job the working folder is a passing copy: relative paths would be lost with it."""
-    if ray_job_id() is None:
-        return
-    for key, uri in uris.items():
-        if not (storage.is_remote(uri) or Path(uri).is_absolute()):
+def check_paths(uris: Iterable[tuple[str, str]]) -> None:
+    """Refuse what is no path of ours; in a Ray job, relative paths, too.
+
+    There the working folder is a passing copy: they would be lost with it.
+
+    Raises:
+        ConfigError: names the key.
+    """
+    in_job = ray_job_id() is not None
+    for key, uri in uris:
+        try:
+            storage.absolute(uri)
+        except ValueError as error:
+            raise ConfigError(f"{key}: {error}") from error
+        if in_job and not (storage.is_remote(uri) or Path(uri).is_absolute()):
             raise ConfigError(
                 f"{key}={uri}: in a Ray job a path must be absolute or s3://...; "
                 f"give {key}=... on the command line, or MAE__{key.upper().replace('.', '__')}"

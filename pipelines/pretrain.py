@@ -112,17 +112,14 @@ def _task(config: PretrainConfig, plan: Plan, folder: RunFolder, run_id: str | N
     )
 
 
-def _paths(config: PretrainConfig) -> dict[str, str]:
-    named = {"data.train": config.data.train, "data.val": config.data.val or ()}
-    paths = {
-        key: uri
-        for key, uris in named.items()
-        for uri in ([uris] if isinstance(uris, str) else uris)
-    }
-    paths["storage.root"] = config.storage.root
-    if config.init_from:
-        paths["init_from"] = config.init_from
-    return paths
+def _paths(config: PretrainConfig) -> Iterator[tuple[str, str]]:
+    """Each path of the config, and the key that it is given by."""
+    for key, uris in (("data.train", config.data.train), ("data.val", config.data.val or ())):
+        for uri in [uris] if isinstance(uris, str) else uris:
+            yield key, uri
+    yield "storage.root", config.storage.root
+    if config.init_from is not None:
+        yield "init_from", config.init_from
 
 
 def _plan(config: PretrainConfig, folder: RunFolder) -> Plan:
