@@ -28,7 +28,7 @@ class StageResult(NamedTuple):
     """What a stage made. Printed as the last line of stdout."""
 
     stage: str
-    status: Literal["done", "reused", "killed"]
+    status: Literal["done", "reused"]
     run_id: str | None  # MLflow's
     output: str  # URI of what the stage made
     metrics: dict[str, float]
@@ -126,6 +126,21 @@ class PretrainConfig(StrictConfig):
             raise ValueError(
                 f"data.shuffle_window={self.data.shuffle_window} is not a multiple of "
                 f"optim.micro_batch_size={optim.micro_batch_size}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _mask_fits_the_grid(self) -> Self:
+        rows, columns = self.model.grid_size
+        if self.masking.kind == "grid" and (rows % 2 or columns % 2):
+            raise ValueError(
+                f"masking.kind=grid needs an even number of patches a side, not {rows}x{columns}; "
+                "change model.img_size or model.patch_size"
+            )
+        if int(self.model.num_patches * (1 - self.masking.mask_ratio)) == self.model.num_patches:
+            raise ValueError(
+                f"masking.mask_ratio={self.masking.mask_ratio} removes none of "
+                f"{self.model.num_patches} patches"
             )
         return self
 
