@@ -27,7 +27,6 @@ import hashlib
 import io
 import json
 import logging
-import math
 import multiprocessing
 import os
 import tarfile
@@ -56,6 +55,7 @@ from mae_core.data.manifest import (
     ChannelStats,
     Manifest,
     ShardInfo,
+    channel_stats_of_sums,
     offsets_to_bytes,
     parse_manifest,
 )
@@ -145,19 +145,16 @@ def run(config: PrepareConfig, *, fresh: bool) -> StageResult:
     plans = _plan(config)
     for plan in plans:
         _claim_output(plan, fresh=fresh)
-    manifests = [_finished_manifest(plan) for plan in plans]
-    reused = all(manifest is not None for manifest in manifests)
+    found = [_finished_manifest(plan) for plan in plans]
+    reused = None not in found
     if reused:
         log.info("output=%s is already packed; nothing to do", config.output)
-    manifests = [
-        manifest or _pack_set(plan, config) for plan, manifest in zip(plans, manifests, strict=True)
-    ]
-    packed = [manifest for manifest in manifests if manifest is not None]
-    num_samples = sum(manifest.num_samples for manifest in packed)
+    manifests = [old or _pack_set(plan, config) for plan, old in zip(plans, found, strict=True)]
+    num_samples = sum(manifest.num_samples for manifest in manifests)
     metrics = {
         "num_samples": num_samples,
-        "num_shards": sum(len(manifest.shards) for manifest in packed),
-        "num_bytes": sum(manifest.num_bytes for manifest in packed),
+        "num_shards": sum(len(manifest.shards) for manifest in manifests),
+        "num_bytes": sum(manifest.num_bytes for manifest in manifests),
         "num_skipped": sum(plan.num_items for plan in plans) - num_samples,
     }
     return StageResult(
@@ -208,13 +205,19 @@ def _plan_set(
         "in_chans": config.in_chans,
     }
     if config.synthetic is not None:
-        facts["img_size"] = config.img_size
+        facts |= {"img_size": config.img_size, "drawing": _drawing_digest(config.img_size)}
     hasher = hashlib.sha256(json.dumps([facts, classes]).encode())
     for shard in shards:
         for item in shard.items:
             hasher.update(f"{shard.name} {item.identity}\n".encode())
     facts["digest"] = hasher.hexdigest()[:32]
     return SetPlan(storage.absolute(output), shards, classes, config.in_chans, facts)
+
+
+def _drawing_digest(size: int) -> str:
+    """Changes when the code that draws or encodes changes: half of a set must not be of each."""
+    drawn = [encode_scene(draw_scene(0, i, size)) for i in range(8)]
+    return hashlib.sha256(repr(drawn).encode()).hexdigest()[:8]
 
 
 def _cut(items: Sequence[Item], max_samples: int, max_bytes: int) -> Iterator[list[Item]]:
@@ -263,13 +266,13 @@ def _claim_output(plan: SetPlan, *, fresh: bool) -> None:
 def _clear_output(output: str) -> None:
     """Delete what an earlier run packed, and nothing else."""
     names, folders = storage.list_files(output), storage.list_folders(output)
-    alien = [name for name in names if not name.startswith(".") and not _is_ours(name)]
-    alien += [name for name in folders if name != STATE_FOLDER]
     packed = STATE_FOLDER in folders
-    if alien or (names and not packed):
+    alien = [n for n in names if not n.startswith(".") and not (packed and _is_ours(n))]
+    alien += [name for name in folders if name != STATE_FOLDER]
+    if alien:
         raise ConfigError(
-            f"--fresh: output={output} holds what `mae prepare` did not make, such as "
-            f"{(alien or names)[0]}; move it away, or choose another output"
+            f"--fresh: output={output} holds what `mae prepare` did not make, such as {alien[0]}; "
+            "move it away, or choose another output"
         )
     if packed:
         storage.delete_folder(output)
@@ -317,13 +320,8 @@ def _pack_set(plan: SetPlan, config: PrepareConfig) -> Manifest:
     ordered = [records[shard.name] for shard in plan.shards]
     place = _write_skipped(plan, [image for record in ordered for image in record.skipped])
     if skipped:
-        log.warning(
-            "left out %d of %d images: %s; see %s",
-            len(skipped),
-            plan.num_items,
-            _reasons(skipped),
-            place,
-        )
+        shown = f"{len(skipped)} of {plan.num_items} images: {_reasons(skipped)}"
+        log.warning("left out %s; see %s", shown, place)
     manifest = Manifest(
         shards=tuple(record.shard for record in ordered),
         classes=plan.classes,
@@ -356,16 +354,12 @@ def _reasons(skipped: Iterable[SkippedImage]) -> str:
 
 
 def _channel_stats(records: Sequence[ShardRecord]) -> ChannelStats | None:
-    num_images = sum(record.shard.num_samples for record in records)
-    if not num_images:
-        return None
-    n = sum(record.num_pixels for record in records)
-    sums = [sum(values) for values in zip(*(record.sums for record in records), strict=True)]
-    squares = [sum(values) for values in zip(*(record.squares for record in records), strict=True)]
-    mean = tuple(s / (255 * n) for s in sums)
-    # Whole numbers until the last step: no digits are lost in the difference.
-    std = tuple(math.sqrt(n * q - s * s) / (255 * n) for s, q in zip(sums, squares, strict=True))
-    return ChannelStats(mean=mean, std=std, num_images=num_images)
+    return channel_stats_of_sums(
+        sums=[sum(values) for values in zip(*(r.sums for r in records), strict=True)],
+        squares=[sum(values) for values in zip(*(r.squares for r in records), strict=True)],
+        num_pixels=sum(record.num_pixels for record in records),
+        num_images=sum(record.shard.num_samples for record in records),
+    )
 
 
 def _pack_shards(plan: SetPlan, workers: int) -> Iterator[tuple[str, ShardRecord]]:

@@ -7,6 +7,8 @@ index pass, kept beside the run.
 
 import hashlib
 import io
+import math
+from collections.abc import Sequence
 from pathlib import PurePosixPath
 from typing import Literal
 
@@ -76,6 +78,27 @@ class Manifest(StrictConfig):
             name = PurePosixPath(shard.path).name
             hasher.update(f"{name} {shard.num_samples} {shard.num_bytes}\n".encode())
         return hasher.hexdigest()[:32]
+
+
+def channel_stats_of_sums(
+    sums: Sequence[int], squares: Sequence[int], num_pixels: int, num_images: int
+) -> ChannelStats | None:
+    """From whole numbers, which add up the same in any order; None where there is no pixel.
+
+    Args:
+        sums: of the values of each channel, 0 to 255.
+        squares: of the squares of these values.
+        num_pixels: in one channel of all images.
+        num_images: that were measured.
+    """
+    if not num_pixels:
+        return None
+    mean = tuple(s / (255 * num_pixels) for s in sums)
+    # Whole numbers until the last step: no digits are lost in the difference.
+    spread = [num_pixels * q - s * s for s, q in zip(sums, squares, strict=True)]
+    # Not 0, which readers would divide by.
+    std = tuple(max(math.sqrt(value) / (255 * num_pixels), 1e-6) for value in spread)
+    return ChannelStats(mean=mean, std=std, num_images=num_images)
 
 
 def parse_manifest(text: bytes, uri: str) -> Manifest:

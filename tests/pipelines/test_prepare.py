@@ -496,8 +496,15 @@ def test_more_training_scenes_leave_the_others_as_they_were(tmp_path: Path) -> N
 
 def test_other_size_of_drawn_images_is_told(tmp_path: Path) -> None:
     pack(None, tmp_path / "out", num_train=3, num_val=2, img_size=16)
-    with pytest.raises(ConfigError, match=r"\(img_size: 16 -> 32\)"):
+    with pytest.raises(ConfigError, match=r"\(img_size: 16 -> 32, "):
         pack(None, tmp_path / "out", num_train=3, num_val=2, img_size=32)
+
+
+def test_other_drawing_code_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pack(None, tmp_path / "out", num_train=3, num_val=2, img_size=16)
+    monkeypatch.setattr(prepare, "encode_scene", lambda scene: {"jpg": b"drawn otherwise"})
+    with pytest.raises(ConfigError, match=r"\(drawing: [0-9a-f]{8} -> [0-9a-f]{8}\)"):
+        pack(None, tmp_path / "out", num_train=3, num_val=2, img_size=16)
 
 
 def test_progress_is_logged(
@@ -556,7 +563,7 @@ def test_killed_run_goes_on_where_it_was(tmp_path: Path) -> None:
     words = ["--synthetic", "shapes", *(f"{name}={value}" for name, value in sizes.items())]
     out = tmp_path / "out"
     with run_script(*words, str(out)) as process:
-        waited_until_s = time.monotonic() + 60
+        waited_until_s = time.monotonic() + 300
         while not list(out.glob("train/.prepare/train-*.json")):
             assert process.poll() is None
             assert time.monotonic() < waited_until_s
@@ -573,7 +580,7 @@ def test_killed_run_goes_on_where_it_was(tmp_path: Path) -> None:
     before = {name: written(out)[f"train/{name}.tar"] for name in done}
 
     with run_script(*words, str(out)) as process:
-        stdout, stderr = process.communicate(timeout=60)
+        stdout, stderr = process.communicate(timeout=300)
     assert process.returncode == 0, stderr
     assert json.loads(stdout.splitlines()[-1])["status"] == "done"
     assert {name: written(out)[f"train/{name}.tar"] for name in done} == before
@@ -585,16 +592,16 @@ def test_killed_run_goes_on_where_it_was(tmp_path: Path) -> None:
 def test_script_and_its_exit_codes(photos: Path, tmp_path: Path) -> None:
     out = str(tmp_path / "out")
     with run_script(str(photos), out) as process:
-        stdout, stderr = process.communicate(timeout=60)
+        stdout, stderr = process.communicate(timeout=300)
     assert process.returncode == 0, stderr
     line = json.loads(stdout.splitlines()[-1])
     assert (line["stage"], line["status"], line["output"]) == ("prepare", "done", out)
     with run_script(str(photos), out, "seed=1") as process:
-        _, stderr = process.communicate(timeout=60)
+        _, stderr = process.communicate(timeout=300)
     assert process.returncode == 2
     assert "--fresh" in stderr
     with run_script(str(tmp_path / "none"), out) as process:
-        _, stderr = process.communicate(timeout=60)
+        _, stderr = process.communicate(timeout=300)
     assert process.returncode == 4
     assert "no such folder" in stderr
     assert "Traceback" not in stderr

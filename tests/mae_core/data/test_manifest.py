@@ -10,6 +10,7 @@ from mae_core.data.manifest import (
     ChannelStats,
     Manifest,
     ShardInfo,
+    channel_stats_of_sums,
     offsets_from_bytes,
     offsets_to_bytes,
     parse_manifest,
@@ -87,6 +88,24 @@ def test_other_shards_have_another_digest(
 def test_what_is_no_manifest_is_an_error_in_words(text: bytes, place: str) -> None:
     with pytest.raises(DataError, match=rf"^s3://b/manifest\.json: not a manifest .*{place}"):
         parse_manifest(text, "s3://b/manifest.json")
+
+
+def test_channel_statistics_are_exact() -> None:
+    # Pixels 0, 255 in one channel, and 51, 51 in the other: 51 / 255 = 0.2.
+    stats = channel_stats_of_sums([255, 102], [65_025, 5_202], num_pixels=2, num_images=2)
+    assert stats == ChannelStats(mean=(0.5, 0.2), std=(0.5, 1e-6), num_images=2)
+
+
+def test_channel_statistics_keep_their_digits_over_a_billion_pixels() -> None:
+    # Half of the pixels 254, half 255: floats of 32 bits would give a deviation of 0 or NaN.
+    n = 10**12
+    stats = channel_stats_of_sums([509 * n], [(254**2 + 255**2) * n], 2 * n, 1)
+    assert stats is not None
+    assert stats.std == (0.5 / 255,)
+
+
+def test_no_pixels_have_no_statistics() -> None:
+    assert channel_stats_of_sums([0], [0], 0, 0) is None
 
 
 def test_manifest_can_not_be_changed(manifest: Manifest) -> None:
