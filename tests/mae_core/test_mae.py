@@ -1,0 +1,136 @@
+import pytest
+import torch
+
+from mae_core.config import DecoderConfig, LossConfig, MaskingConfig, ModelConfig
+from mae_core.losses import masked_pixel_loss, normalize_patches
+from mae_core.model.mae import MaskedAutoencoder, build_mae
+from mae_core.patching import patchify
+
+
+def make_mae(
+    img_size: tuple[int, int] = (32, 32), in_chans: int = 3, norm_pix: bool = True
+) -> MaskedAutoencoder:
+    torch.manual_seed(0)
+    model = ModelConfig(
+        encoder="vit_micro",
+        img_size=img_size,
+        patch_size=8,
+        in_chans=in_chans,
+        decoder=DecoderConfig(dim=32, depth=1, num_heads=2),
+    )
+    return build_mae(model, MaskingConfig(), LossConfig(norm_pix=norm_pix))
+
+
+@pytest.mark.parametrize("size", [(32, 32), (16, 48)])
+@pytest.mark.parametrize("in_chans", [1, 3, 4, 13])
+def test_output_has_the_shapes_of_its_letters(in_chans: int, size: tuple[int, int]) -> None:
+    num_patches = size[0] * size[1] // 64
+    output = make_mae(size, in_chans)(torch.randn(2, in_chans, *size), torch.rand(2, num_patches))
+    assert output.loss.shape == ()
+    assert output.loss_per_image.shape == (2,)
+    assert output.pred.shape == (2, num_patches, 64 * in_chans)
+    assert output.mask.shape == (2, num_patches)
+    assert output.mask.sum(dim=1).tolist() == [num_patches * 3 // 4] * 2
+
+
+@pytest.mark.parametrize("norm_pix", [True, False])
+def test_loss_is_the_error_on_removed_patches_of_the_batch(norm_pix: bool) -> None:
+    images = torch.randn(3, 3, 32, 32) * 2 + 1
+    output = make_mae(norm_pix=norm_pix)(images, torch.rand(3, 16))
+    target = patchify(images, 8)
+    if norm_pix:
+        target = normalize_patches(target)
+    expected = masked_pixel_loss(output.pred, target, output.mask)
+    assert output.loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    assert output.loss.item() == pytest.approx(output.loss_per_image.mean().item(), rel=1e-6)
+
+
+def test_noise_picks_the_mask() -> None:
+    noise = torch.ones(1, 16)
+    noise[0, [2, 3, 7, 12]] = 0
+    mask = make_mae()(torch.randn(1, 3, 32, 32), noise).mask
+    assert (~mask[0]).nonzero().flatten().tolist() == [2, 3, 7, 12]
+
+
+def test_prediction_does_not_depend_on_removed_pixels() -> None:
+    mae = make_mae()
+    images, noise = torch.randn(2, 3, 32, 32), torch.rand(2, 16)
+    pred, mask = mae(images, noise)[2:]
+    removed = mask.reshape(2, 4, 4).repeat_interleave(8, 1).repeat_interleave(8, 2)
+    scrambled = torch.where(removed[:, None], torch.randn_like(images), images)
+    assert torch.equal(mae(scrambled, noise).pred, pred)
+
+
+def test_forward_draws_no_random_numbers() -> None:
+    mae = make_mae()
+    images, noise = torch.randn(2, 3, 32, 32), torch.rand(2, 16)
+    state = torch.get_rng_state()
+    first, second = mae(images, noise), mae(images, noise)
+    assert torch.equal(first.pred, second.pred)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_an_image_does_not_depend_on_its_batch() -> None:
+    mae = make_mae()
+    images, noise = torch.randn(3, 3, 32, 32), torch.rand(3, 16)
+    together = mae(images, noise).loss_per_image
+    alone = torch.stack([mae(images[i : i + 1], noise[i : i + 1]).loss for i in range(3)])
+    assert torch.allclose(together, alone, rtol=1e-5)
+
+
+def test_loss_is_fp32_under_autocast() -> None:
+    mae = make_mae()
+    images, noise = torch.randn(2, 3, 32, 32), torch.rand(2, 16)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output = mae(images, noise)
+    assert output.pred.dtype == torch.bfloat16
+    assert output.loss.dtype == output.loss_per_image.dtype == torch.float32
+    target = normalize_patches(patchify(images, 8))
+    expected = masked_pixel_loss(output.pred.float(), target, output.mask)
+    assert output.loss.item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+def test_target_is_fp32_where_images_are_not() -> None:
+    images, noise = torch.randn(2, 3, 32, 32).bfloat16(), torch.rand(2, 16)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output = make_mae()(images, noise)
+    target = normalize_patches(patchify(images.float(), 8))
+    expected = masked_pixel_loss(output.pred.float(), target, output.mask)
+    assert output.loss.item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+def test_gradient_reaches_every_parameter() -> None:
+    mae = make_mae()
+    mae(torch.randn(2, 3, 32, 32), torch.rand(2, 16)).loss.backward()
+    missing = [n for n, p in mae.named_parameters() if p.grad is None or not p.grad.any()]
+    assert missing == []
+
+
+def test_rejects_an_image_of_the_right_area_and_the_wrong_shape() -> None:
+    mae = make_mae((16, 48))
+    with pytest.raises(ValueError, match="image 48x16, but the decoder was built for 2x6 patches"):
+        mae(torch.randn(1, 3, 48, 16), torch.rand(1, 12))
+
+
+def test_rejects_noise_for_another_number_of_patches() -> None:
+    with pytest.raises(ValueError, match="noise for 12 patches, but an image has 4x4"):
+        make_mae()(torch.randn(1, 3, 32, 32), torch.rand(1, 12))
+
+
+def test_build_refuses_a_mask_that_removes_nothing() -> None:
+    model = ModelConfig(encoder="vit_micro", img_size=(16, 16), patch_size=16)
+    with pytest.raises(ValueError, match=r"mask_ratio=0\.75 removes none of 1 patches"):
+        build_mae(model, MaskingConfig(), LossConfig())
+
+
+def test_same_seed_builds_the_same_weights() -> None:
+    first, second = make_mae().state_dict(), make_mae().state_dict()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.compile
+def test_compiles_to_one_graph() -> None:
+    mae = make_mae()
+    images, noise = torch.randn(2, 3, 32, 32), torch.rand(2, 16)
+    compiled = torch.compile(mae, backend="aot_eager", fullgraph=True)
+    assert compiled(images, noise).loss.item() == pytest.approx(mae(images, noise).loss.item())
