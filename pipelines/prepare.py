@@ -151,19 +151,14 @@ def run(config: PrepareConfig, *, fresh: bool) -> StageResult:
         log.info("output=%s is already packed; nothing to do", config.output)
     manifests = [old or _pack_set(plan, config) for plan, old in zip(plans, found, strict=True)]
     num_samples = sum(manifest.num_samples for manifest in manifests)
-    metrics = {
+    metrics: dict[str, float] = {
         "num_samples": num_samples,
         "num_shards": sum(len(manifest.shards) for manifest in manifests),
         "num_bytes": sum(manifest.num_bytes for manifest in manifests),
         "num_skipped": sum(plan.num_items for plan in plans) - num_samples,
     }
-    return StageResult(
-        stage="prepare",
-        status="reused" if reused else "done",
-        run_id=None,
-        output=storage.absolute(config.output),
-        metrics={name: float(value) for name, value in metrics.items()},
-    )
+    output = storage.absolute(config.output)
+    return StageResult("prepare", "reused" if reused else "done", None, output, metrics)
 
 
 def _plan(config: PrepareConfig) -> list[SetPlan]:
