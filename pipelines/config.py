@@ -317,10 +317,13 @@ def _explain(
         names = list(_section(config_type, parts[:-1]).model_fields)
         everywhere = {field.rsplit(".", 1)[-1]: field for field, *_ in describe(config_type)}
         near = difflib.get_close_matches(parts[-1], names, n=1, cutoff=0.4)
-        nearest = [".".join([*parts[:-1], *near])] if near else []
-        nearest = nearest or [
+        in_section = [".".join([*parts[:-1], *near])] if near else []
+        elsewhere = [
             everywhere[name] for name in difflib.get_close_matches(parts[-1], everywhere, n=1)
         ]
+        # Spelt right, in the wrong section: that beats a likeness.
+        exact = parts[-1] in everywhere
+        nearest = elsewhere + in_section if exact else in_section + elsewhere
         hint = f"did you mean {nearest[0]}?" if nearest else f"there are: {', '.join(names)}"
         return f"{place}: no such key; {hint}"
     if error["type"] == "missing":
