@@ -1,0 +1,138 @@
+"""What is killed goes on as if nothing had happened: the same losses, no sample lost or twice."""
+
+import hashlib
+import os
+import signal
+import subprocess
+import threading
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from mlflow import MlflowClient
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
+
+
+def train_workers(driver: int) -> list[psutil.Process]:
+    children = psutil.Process(driver).children(recursive=True)
+    return [child for child in children if "RayTrainWorker" in " ".join(child.cmdline())]
+
+
+def counted_samples(trace: list[dict[str, Any]]) -> Counter[tuple[int, str]]:
+    """(epoch, key) of what counts: what an attempt did beyond where the next one began does not."""
+    attempts = sorted({line["attempt"] for line in trace})
+    begins = {a: min(x["step"] for x in trace if x["attempt"] == a) for a in attempts}
+    ends = dict(zip(attempts, [*(begins[a] for a in attempts[1:]), 10**9], strict=True))
+    return Counter(
+        (line["epoch"], line["key"]) for line in trace if line["step"] < ends[line["attempt"]]
+    )
+
+
+def run_status(place: Any, run_id: str | None) -> str:
+    assert run_id is not None
+    return str(MlflowClient(place.tracking_uri).get_run(run_id).info.status)
+
+
+def weights_sha256(output: str) -> str:
+    return hashlib.sha256((Path(output) / "model.safetensors").read_bytes()).hexdigest()
+
+
+@pytest.mark.usefixtures("local_ray", "no_model_export")
+def test_a_killed_driver_leaves_a_run_that_the_same_command_finishes(
+    place: Any, undisturbed: Any, started: Callable[..., subprocess.Popen[str]]
+) -> None:
+    process = started()
+    place.wait_for_step(14)  # in the third epoch, after the checkpoint of step 10
+    workers = train_workers(process.pid)
+    process.kill()
+    process.wait()
+    # They train on for a second or two, until Ray finds that the driver is gone.
+    _, alive = psutil.wait_procs(workers, timeout=60)
+    assert alive == []
+
+    result = place.run()
+    assert result.status == "done"
+    assert place.losses(result.run_id) == undisturbed.losses
+    assert weights_sha256(result.output) == undisturbed.weights_sha256
+    trace = place.trace()
+    assert min(line["step"] for line in trace if line["attempt"] == 2) > 10
+    counted = counted_samples(trace)
+    assert len(counted) == 480  # 5 epochs of 96 samples
+    assert set(counted.values()) == {1}
+    assert len(MlflowClient(place.tracking_uri).search_runs(["1"])) == 1
+
+
+@pytest.mark.usefixtures("no_model_export")
+def test_a_killed_worker_is_replaced_and_the_run_ends_as_if_nothing_had_happened(
+    place: Any, undisturbed: Any, local_ray: Path
+) -> None:
+    killed: list[int] = []
+
+    def kill_one() -> None:
+        place.wait_for_step(14)
+        for worker in train_workers(os.getpid()):
+            killed.append(worker.pid)
+            worker.send_signal(signal.SIGKILL)
+
+    thread = threading.Thread(target=kill_one)
+    thread.start()
+    result = place.run()
+    thread.join()
+
+    assert len(killed) == 1
+    assert place.losses(result.run_id) == undisturbed.losses
+    assert weights_sha256(result.output) == undisturbed.weights_sha256
+    trace = place.trace()
+    assert {line["attempt"] for line in trace} == {1, 2}
+    counted = counted_samples(trace)
+    assert len(counted) == 480
+    assert set(counted.values()) == {1}
+
+
+@pytest.mark.parametrize(
+    ("number", "exit_code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)], ids=["term", "ctrl-c"]
+)
+@pytest.mark.usefixtures("local_ray", "no_model_export")
+def test_a_stopped_run_says_so_and_goes_on(
+    place: Any,
+    undisturbed: Any,
+    started: Callable[..., subprocess.Popen[str]],
+    number: int,
+    exit_code: int,
+) -> None:
+    process = started()
+    place.wait_for_step(8)
+    family = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(number)
+    assert process.wait(60) == exit_code
+    assert process.stdout is not None
+    assert process.stdout.read() == ""
+    assert "stopped; the same command goes on from the last checkpoint" in place.stderr()
+    assert "Traceback" not in place.stderr()
+    (run,) = MlflowClient(place.tracking_uri).search_runs(["1"])
+    assert run.info.status == "KILLED"
+    _, alive = psutil.wait_procs(family, timeout=20)
+    assert alive == []
+
+    result = place.run()
+    assert result.run_id == run.info.run_id
+    assert run_status(place, result.run_id) == "FINISHED"
+    assert place.losses(result.run_id) == undisturbed.losses
+    assert weights_sha256(result.output) == undisturbed.weights_sha256
+
+
+@pytest.mark.usefixtures("local_ray", "no_model_export")
+@pytest.mark.parametrize(
+    "split",
+    [("scaling.num_workers=2",), ("optim.micro_batch_size=4", "scaling.num_workers=2")],
+    ids=["two-workers", "two-workers-accumulating"],
+)
+def test_workers_and_micro_batches_do_not_change_the_losses(
+    place: Any, undisturbed: Any, split: tuple[str, ...]
+) -> None:
+    result = place.run(*split)
+    assert place.losses(result.run_id) == pytest.approx(undisturbed.losses, abs=1e-4)

@@ -1,0 +1,170 @@
+"""What can't work is refused in words; signals stop a run in order."""
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from pipelines import launch
+from pipelines.config import ConfigError, ScalingConfig
+
+
+@pytest.mark.parametrize(
+    ("scaling", "cpus", "gpus", "told"),
+    [
+        (
+            ScalingConfig(num_workers=3),
+            2,
+            0,
+            "scaling.num_workers=3 x scaling.cpus_per_worker=1 needs 3 CPUs, here has 2; "
+            "try scaling.num_workers=2",
+        ),
+        (
+            ScalingConfig(num_workers=2, cpus_per_worker=3),
+            4,
+            0,
+            "scaling.num_workers=2 x scaling.cpus_per_worker=3 needs 6 CPUs, here has 4; "
+            "try scaling.num_workers=1",
+        ),
+        (
+            ScalingConfig(num_workers=1, cpus_per_worker=8),
+            4,
+            0,
+            "scaling.num_workers=1 x scaling.cpus_per_worker=8 needs 8 CPUs, here has 4; "
+            "try scaling.num_workers=1 scaling.cpus_per_worker=1",
+        ),
+        (
+            ScalingConfig(num_workers=4, use_gpu=True),
+            16,
+            2,
+            "scaling.num_workers=4 with scaling.use_gpu needs as many GPUs, here has 2; "
+            "try scaling.num_workers=2",
+        ),
+        (
+            ScalingConfig(num_workers=1, use_gpu=True),
+            16,
+            0,
+            "scaling.num_workers=1 with scaling.use_gpu needs as many GPUs, here has 0; "
+            "try scaling.use_gpu=false",
+        ),
+    ],
+)
+def test_a_layout_that_would_wait_for_ever_is_refused(
+    scaling: ScalingConfig, cpus: float, gpus: float, told: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        launch.check_resources(scaling, cpus, gpus, "here")
+    assert str(caught.value) == told
+
+
+@pytest.mark.parametrize(
+    ("scaling", "cpus", "gpus"),
+    [
+        (ScalingConfig(num_workers=2), 2, 0),
+        (ScalingConfig(num_workers=2, cpus_per_worker=2), 4.0, 0),
+        (ScalingConfig(num_workers=2, use_gpu=True), 2, 2),
+    ],
+)
+def test_a_layout_that_just_fits_is_taken(scaling: ScalingConfig, cpus: float, gpus: float) -> None:
+    launch.check_resources(scaling, cpus, gpus, "here")
+
+
+@pytest.fixture
+def in_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in the driver of a submitted job."""
+    raw = json.dumps({"metadata": {"job_submission_id": "raysubmit_1"}})
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", raw)
+
+
+@pytest.mark.usefixtures("in_job")
+def test_a_relative_path_is_refused_in_a_ray_job() -> None:
+    with pytest.raises(ConfigError) as caught:
+        launch.check_paths([("data.train", "s3://data/train"), ("storage.root", "runs")])
+    assert str(caught.value) == (
+        "storage.root=runs: in a Ray job a path must be absolute or s3://...; "
+        "give storage.root=... on the command line, or MAE__STORAGE__ROOT"
+    )
+
+
+@pytest.mark.usefixtures("in_job")
+def test_a_path_of_a_list_is_checked_too() -> None:
+    with pytest.raises(ConfigError, match=r"^data\.train=b: "):
+        launch.check_paths([("data.train", "b"), ("data.train", "/a")])
+
+
+@pytest.mark.usefixtures("in_job")
+def test_absolute_and_remote_paths_are_taken_in_a_ray_job() -> None:
+    launch.check_paths([("data.train", "/data/train"), ("storage.root", "s3://mae/runs")])
+    assert launch.ray_job_id() == "raysubmit_1"
+
+
+def test_relative_paths_are_taken_outside_of_a_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_JOB_CONFIG_JSON_ENV_VAR", raising=False)
+    launch.check_paths([("data.train", "data/train"), ("storage.root", "runs")])
+    assert launch.ray_job_id() is None
+
+
+@pytest.mark.parametrize("uri", ["gs://bucket/x", "https://host/x.tar", "s3://"])
+def test_another_scheme_is_a_config_error(uri: str) -> None:
+    with pytest.raises(ConfigError, match=r"^data\.val: "):
+        launch.check_paths([("data.val", uri)])
+
+
+@pytest.mark.parametrize(
+    ("number", "exit_code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)], ids=["term", "int"]
+)
+def test_a_signal_calls_first_then_cancels_and_handlers_come_back(
+    number: int, exit_code: int
+) -> None:
+    before = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)}
+    calls: list[str] = []
+    with (
+        pytest.raises(launch.CancelledError) as caught,
+        launch.cancel_on_signals(lambda: calls.append("first")),
+    ):
+        os.kill(os.getpid(), number)
+        time.sleep(10)
+        calls.append("went on")
+    assert caught.value.exit_code == exit_code
+    assert calls == ["first"]
+    assert {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)} == before
+
+
+def test_without_a_signal_nothing_is_called() -> None:
+    before = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)}
+    calls: list[str] = []
+    with launch.cancel_on_signals(lambda: calls.append("first")):
+        pass
+    with pytest.raises(ValueError, match="mine"), launch.cancel_on_signals(lambda: None):
+        raise ValueError("mine")
+    assert calls == []
+    assert {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)} == before
+
+
+def test_ray_keeps_its_bookkeeping_in_the_run_s_folder(tmp_path: Path) -> None:
+    run = launch.ray_run(f"{tmp_path}/pretrain/demo-1", ScalingConfig(max_failures=5))
+    assert (run.storage_path, run.name) == (f"{tmp_path}/pretrain", "demo-1")
+    assert run.failure_config is not None
+    assert run.failure_config.max_failures == 5
+
+
+def test_workers_reserve_their_cpus_and_a_gpu_each() -> None:
+    cpu = launch.ray_scaling(ScalingConfig(num_workers=2, cpus_per_worker=3))
+    gpu = launch.ray_scaling(ScalingConfig(num_workers=2, cpus_per_worker=3, use_gpu=True))
+    assert (cpu.num_workers, cpu.use_gpu, cpu.resources_per_worker) == (2, False, {"CPU": 3})
+    assert (gpu.num_workers, gpu.use_gpu) == (2, True)
+    assert gpu.resources_per_worker == {"CPU": 3, "GPU": 1}
+
+
+def test_a_run_is_tagged_with_commit_and_job(monkeypatch: pytest.MonkeyPatch, in_job: None) -> None:
+    monkeypatch.setenv("MAE_GIT_COMMIT", "abc123")
+    assert launch.run_tags("pretrain", seed=7, output="/out") == {
+        "stage": "pretrain",
+        "seed": "7",
+        "output": "/out",
+        "mlflow.source.git.commit": "abc123",
+        "ray.job_id": "raysubmit_1",
+    }

@@ -1,0 +1,129 @@
+"""What a run's folder remembers, and which errors end a run for good."""
+
+from pathlib import Path
+
+import pytest
+
+from mae_core.data.samples import DataError
+from mae_core.train_step import NonFiniteLossError
+from pipelines.config import ConfigError, StageResult
+from pipelines.run_folder import LASTING_ERRORS, RunFolder, RunRecord, find_error
+
+
+class TaskError(Exception):
+    """As Ray's: what the task raised is in `cause`."""
+
+    def __init__(self, cause: Exception) -> None:
+        super().__init__("a task failed")
+        self.cause = cause
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> RunFolder:
+    return RunFolder(str(tmp_path / "run"))
+
+
+def raised_from(cause: Exception) -> Exception:
+    try:
+        try:
+            raise cause
+        except Exception as error:
+            raise RuntimeError("wrapped") from error
+    except RuntimeError as error:
+        return error
+
+
+def raised_during(context: Exception) -> Exception:
+    try:
+        try:
+            raise context
+        except Exception:
+            raise RuntimeError("while handling") from None
+    except RuntimeError as error:
+        return error
+
+
+def test_an_empty_folder_remembers_nothing(folder: RunFolder) -> None:
+    assert folder.read_record() is None
+    assert folder.read_result() is None
+    assert folder.read_evaluation() == {}
+    folder.raise_failure()
+    folder.forget_earlier_start()
+
+
+def test_what_is_written_is_read(folder: RunFolder) -> None:
+    record = RunRecord(data_digest="abc", run_id=None, config={"seed": 1})
+    result = StageResult("pretrain", "done", "run", "/out", {"knn/top1": 0.5})
+    folder.write_record(record)
+    folder.write_result(result)
+    folder.write_evaluation({"knn/top1": 0.25})
+    assert folder.read_record() == record
+    assert folder.read_result() == result
+    assert folder.read_evaluation() == {"knn/top1": 0.25}
+
+
+def test_a_cleared_folder_is_empty(folder: RunFolder) -> None:
+    folder.write_evaluation({"a": 1.0})
+    folder.clear()
+    assert folder.read_evaluation() == {}
+    folder.clear()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        DataError("here"),
+        raised_from(DataError("here")),
+        raised_during(DataError("here")),
+        TaskError(DataError("here")),
+        raised_from(TaskError(raised_from(TaskError(DataError("here"))))),
+    ],
+    ids=["itself", "cause", "context", "ray", "nested"],
+)
+def test_an_error_is_found_below_what_wraps_it(error: Exception) -> None:
+    found = find_error(error, (DataError,))
+    assert isinstance(found, DataError)
+    assert str(found) == "here"
+
+
+def test_what_is_not_there_is_not_found() -> None:
+    assert find_error(None, (DataError,)) is None
+    assert find_error(raised_from(KeyError("x")), (DataError, ConfigError)) is None
+
+
+def test_a_chain_that_bites_its_tail_ends() -> None:
+    first, second = RuntimeError("a"), RuntimeError("b")
+    first.__cause__, second.__cause__ = second, first
+    assert find_error(first, (DataError,)) is None
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (DataError("broken"), DataError),
+        (NonFiniteLossError("broken"), NonFiniteLossError),
+        (TaskError(NonFiniteLossError("broken")), NonFiniteLossError),
+    ],
+)
+def test_a_lasting_error_is_raised_at_the_next_start(
+    folder: RunFolder, error: Exception, kind: type[Exception]
+) -> None:
+    folder.record_failure(error)
+    with pytest.raises(kind, match="^broken$"):
+        folder.raise_failure()
+
+
+def test_the_same_command_tries_again_after_a_lasting_error(folder: RunFolder) -> None:
+    folder.record_failure(DataError("broken"))
+    folder.forget_earlier_start()
+    folder.raise_failure()
+
+
+@pytest.mark.parametrize("error", [OSError("net"), RuntimeError("worker died"), SystemExit(1)])
+def test_a_passing_error_is_not_kept(folder: RunFolder, error: BaseException) -> None:
+    folder.record_failure(error)
+    folder.raise_failure()
+
+
+def test_errors_that_last_are_those_of_data_numbers_and_config() -> None:
+    assert set(LASTING_ERRORS) == {DataError, NonFiniteLossError, ConfigError}
