@@ -179,10 +179,7 @@ def _start_mlflow(state_dir: Path, ports: Ports, env: Mapping[str, str]) -> None
 
 
 def _start_ray(state_dir: Path, ports: Ports, env: Mapping[str, str]) -> None:
-    # Unix sockets have at most 107 characters; a folder of its own keeps other programs'
-    # ray.init on this machine from joining this head.
-    digest = hashlib.sha256(str(state_dir).encode()).hexdigest()[:8]
-    temp_dir = Path(f"/tmp/mae-{os.getuid()}-{digest}")
+    temp_dir = ray_temp_dir(state_dir)
     shutil.rmtree(temp_dir, ignore_errors=True)
     temp_dir.mkdir(mode=0o700)
     memory_bytes = min(MAX_OBJECT_STORE_BYTES, psutil.virtual_memory().total // 10)
@@ -199,6 +196,14 @@ def _start_ray(state_dir: Path, ports: Ports, env: Mapping[str, str]) -> None:
     # Ray takes 127.0.0.1 for a node's address only where it believes that it has no cluster.
     loopback = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
     start_process(state_dir, "ray", command, {**inherited, **env, **loopback, "PATH": path})
+
+
+def ray_temp_dir(state_dir: Path) -> Path:
+    """Where the Ray head keeps its sockets and logs, until the next `up`."""
+    # Not in the state folder: a socket's path has at most 107 characters. And not Ray's default,
+    # or ray.init in other programs on this machine would join this head.
+    digest = hashlib.sha256(str(state_dir).encode()).hexdigest()[:8]
+    return Path(f"/tmp/mae-{os.getuid()}-{digest}")
 
 
 def _program(name: str) -> str:

@@ -98,7 +98,10 @@ def test_a_deleted_folder_is_gone_and_its_neighbour_is_not(root: str) -> None:
 
 
 @pytest.mark.parametrize("uri", ["s3://mae", "s3://mae/", "/"])
-def test_a_whole_bucket_or_disk_is_not_deleted(uri: str) -> None:
+def test_a_whole_bucket_or_disk_is_not_deleted(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Should the guard ever break, nothing is there that this test could delete.
+    monkeypatch.setattr(storage, "_local_filesystem", object)
+    monkeypatch.setattr(storage, "_s3_filesystem", lambda *_: object())
     with pytest.raises(ValueError, match="not deleted"):
         storage.delete_folder(uri)
 

@@ -15,7 +15,7 @@ from mlflow import MlflowClient
 
 from infra import tracking
 from infra.config import TrackingConfig
-from infra.tracking import MetricWriter
+from infra.tracking import MetricWriter, _StepEntry
 
 DEAD_URI = "http://127.0.0.1:9"
 
@@ -290,6 +290,14 @@ def test_a_server_that_goes_and_comes_back_gets_everything(
     assert fake.points == [("loss", step, float(step)) for step in range(2500)]
     assert [record.levelname for record in caplog.records] == ["WARNING"]
     assert "metrics are kept and sent later" in caplog.text
+
+
+def test_what_could_not_be_sent_comes_before_what_was_written_since() -> None:
+    writer = MetricWriter(DEAD_URI, None)
+    first, second, third = (_StepEntry(0, step, {}) for step in (1, 2, 3))
+    writer._steps.append(third)
+    writer._put_back([first, second])
+    assert [entry.step for entry in writer._steps] == [1, 2, 3]
 
 
 @pytest.mark.timeout(60)
