@@ -248,7 +248,8 @@ def read_label(path: str, sample: Sample) -> int | None:
     try:
         return int(text)
     except ValueError as error:
-        raise DataError(f"{path}: {sample.key}.cls holds {text[:40]!r}, not a number") from error
+        shown = text[:40].decode(errors="replace")
+        raise DataError(f"{path}: {sample.key}.cls holds {shown!r}, not a number") from error
 
 
 def sequence_dataset(
