@@ -121,13 +121,15 @@ def test_a_signal_calls_first_then_cancels_and_handlers_come_back(
 ) -> None:
     before = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)}
     calls: list[str] = []
-    with (
-        pytest.raises(launch.CancelledError) as caught,
-        launch.cancel_on_signals(lambda: calls.append("first")),
-    ):
-        os.kill(os.getpid(), number)
-        time.sleep(10)
-        calls.append("went on")
+
+    def go_on_after_a_signal() -> None:
+        with launch.cancel_on_signals(lambda: calls.append("first")):
+            os.kill(os.getpid(), number)
+            time.sleep(10)
+            calls.append("went on")
+
+    with pytest.raises(launch.CancelledError) as caught:
+        go_on_after_a_signal()
     assert caught.value.exit_code == exit_code
     assert calls == ["first"]
     assert {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)} == before

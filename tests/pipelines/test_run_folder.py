@@ -109,7 +109,7 @@ def test_a_lasting_error_is_raised_at_the_next_start(
     folder: RunFolder, error: Exception, kind: type[Exception]
 ) -> None:
     folder.record_failure(error)
-    with pytest.raises(kind, match="^broken$"):
+    with pytest.raises(kind, match=r"^broken$"):
         folder.raise_failure()
 
 

@@ -1,0 +1,53 @@
+"""Small tars that another program wrote."""
+
+import io
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+WriteTar = Callable[[Path, dict[str, bytes]], Path]
+
+
+def png(number: int, size: tuple[int, int] = (20, 24)) -> bytes:
+    """A picture of noise, another for each number."""
+    pixels = np.random.default_rng(number).integers(0, 256, (*size, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def make_png() -> Callable[[int], bytes]:
+    return png
+
+
+@pytest.fixture
+def write_tar() -> WriteTar:
+    def write(path: Path, members: dict[str, bytes]) -> Path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tarfile.open(path, "w") as tar:
+            for name, data in members.items():
+                info = tarfile.TarInfo(name)
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+        return path
+
+    return write
+
+
+@pytest.fixture
+def foreign(tmp_path: Path, write_tar: WriteTar) -> Path:
+    """A folder of three tars with 5, 3 and 8 labelled images, without a manifest."""
+    number = 0
+    for shard, count in enumerate([5, 3, 8]):
+        members = {}
+        for _ in range(count):
+            members[f"{number:03d}.png"] = png(number)
+            members[f"{number:03d}.cls"] = str(number % 4).encode()
+            number += 1
+        write_tar(tmp_path / f"foreign/part-{shard}.tar", members)
+    return tmp_path / "foreign"

@@ -1,0 +1,314 @@
+"""Shards as the run's one fixed sequence: the same global batches for any layout and restart."""
+
+import io
+import logging
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from PIL import Image
+
+from infra import storage
+from mae_core.data.manifest import Manifest
+from mae_core.data.order import RunOrder
+from mae_core.data.samples import DataError, iter_samples
+from mae_core.data.views import ViewSpec
+from pipelines import datasets
+from pipelines.batches import decode_block
+from pipelines.config import ConfigError
+from pipelines.datasets import (
+    ChangedDataError,
+    SequencePlan,
+    configure_ray_data,
+    measure_channel_stats,
+    open_shards,
+    read_rows,
+    read_window,
+    sequence_dataset,
+)
+
+SPEC = ViewSpec(seed=3, in_chans=3, size=(16, 16), crop_scale=(0.2, 1.0), flip=True)
+
+
+@pytest.fixture(autouse=True)
+def _forget_indexes() -> None:
+    datasets._offsets.cache_clear()
+
+
+def make_plan(
+    manifest: Manifest, *, micro: int, start: int = 0, window: int = 16, num_samples: int = 48
+) -> SequencePlan:
+    order = RunOrder(manifest.counts, seed=3, window=window, num_samples=num_samples)
+    return SequencePlan(manifest.shards, order, start, micro)
+
+
+def open_foreign(folder: Path) -> Manifest:
+    return open_shards(str(folder), str(folder.parent / "cache"))
+
+
+def test_foreign_tars_are_indexed(foreign: Path) -> None:
+    manifest = open_foreign(foreign)
+    assert [Path(s.path).name for s in manifest.shards] == [
+        "part-0.tar",
+        "part-1.tar",
+        "part-2.tar",
+    ]
+    assert [s.num_samples for s in manifest.shards] == [5, 3, 8]
+    assert [s.num_bytes for s in manifest.shards] == [
+        (foreign / f"part-{i}.tar").stat().st_size for i in range(3)
+    ]
+
+
+def test_foreign_tars_are_read_once(foreign: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[str] = []
+    original = storage.open_random
+
+    def open_random(uri: str) -> Any:
+        opened.append(uri)
+        return original(uri)
+
+    monkeypatch.setattr(storage, "open_random", open_random)
+    first = open_foreign(foreign)
+    assert len([uri for uri in opened if uri.endswith(".tar")]) == 3
+    opened.clear()
+    assert open_foreign(foreign) == first
+    assert [uri for uri in opened if uri.endswith(".tar")] == []
+
+
+def test_a_changed_foreign_tar_is_indexed_again(
+    foreign: Path, write_tar: Callable[..., Path], make_png: Callable[[int], bytes]
+) -> None:
+    before = open_foreign(foreign)
+    write_tar(foreign / "part-1.tar", {f"{i}.png": make_png(i) for i in range(9)})
+    after = open_foreign(foreign)
+    assert [s.num_samples for s in after.shards] == [5, 9, 8]
+    assert after.digest != before.digest
+    assert len(read_rows(after.shards[1], 0, 9)) == 9
+
+
+def test_a_prepared_manifest_is_taken_as_it_is(
+    foreign: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = open_foreign(foreign)
+    local = made.model_copy(
+        update={
+            "shards": tuple(
+                s.model_copy(update={"path": Path(s.path).name, "index": f"i{n}.npy"})
+                for n, s in enumerate(made.shards)
+            ),
+            "classes": ("a", "b", "c", "d"),
+        }
+    )
+    (foreign / "manifest.json").write_text(local.model_dump_json())
+    monkeypatch.setattr(datasets, "index_shard", lambda *_: pytest.fail("a tar was indexed"))
+    opened = open_foreign(foreign)
+    assert opened.classes == ("a", "b", "c", "d")
+    assert [s.index for s in opened.shards] == [f"{foreign}/i{n}.npy" for n in range(3)]
+    some = open_shards(f"{foreign}/part-{{1..2}}.tar", str(foreign.parent / "cache2"))
+    assert [Path(s.path).name for s in some.shards] == ["part-1.tar", "part-2.tar"]
+    assert some.num_samples == 11
+
+
+def test_a_manifest_that_lacks_a_shard_is_not_believed(
+    foreign: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    made = open_foreign(foreign)
+    short = made.model_copy(update={"shards": made.shards[:2]})
+    (foreign / "manifest.json").write_text(short.model_dump_json())
+    with caplog.at_level(logging.WARNING):
+        assert open_foreign(foreign).num_samples == 16
+    assert "does not list all of the shards" in caplog.text
+
+
+def test_tars_without_an_image_are_a_data_error(
+    tmp_path: Path, write_tar: Callable[..., Path]
+) -> None:
+    write_tar(tmp_path / "t/a.tar", {})
+    write_tar(tmp_path / "t/b.tar", {"x.txt": b"words"})
+    with pytest.raises(DataError, match=r"2 tars, but no sample with an image"):
+        open_shards(str(tmp_path / "t"), str(tmp_path / "cache"))
+
+
+def test_groups_without_an_image_are_counted(
+    tmp_path: Path,
+    write_tar: Callable[..., Path],
+    make_png: Callable[[int], bytes],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    write_tar(tmp_path / "t/a.tar", {"x.txt": b"words", "y.png": make_png(0)})
+    with caplog.at_level(logging.WARNING):
+        assert open_shards(str(tmp_path / "t"), str(tmp_path / "cache")).num_samples == 1
+    assert "1 groups of tar members hold no image" in caplog.text
+
+
+def test_a_shard_named_twice_is_a_config_error(foreign: Path) -> None:
+    with pytest.raises(ConfigError, match="3 shards are named twice"):
+        open_shards((str(foreign), str(foreign)), str(foreign.parent / "cache"))
+
+
+def test_rows_are_what_a_whole_read_gives(foreign: Path) -> None:
+    shard = open_foreign(foreign).shards[2]
+    with Path(shard.path).open("rb") as stream:
+        whole = list(iter_samples(stream, shard.path))
+    assert [sample.key for sample in whole] == [f"{i:03d}" for i in range(8, 16)]
+    for start, stop in [(0, 8), (0, 1), (3, 5), (7, 8), (4, 4)]:
+        rows = read_rows(shard, start, stop)
+        assert [(s.key, s.parts) for s in rows] == [(s.key, s.parts) for s in whole[start:stop]]
+
+
+def test_a_shard_that_was_cut_is_named(foreign: Path) -> None:
+    shard = open_foreign(foreign).shards[2]
+    data = Path(shard.path).read_bytes()
+    Path(shard.path).write_bytes(data[: len(data) // 2])
+    with pytest.raises(ChangedDataError, match=r"part-2\.tar"):
+        read_rows(shard, 0, 8)
+
+
+def test_a_shard_with_other_samples_is_named(
+    foreign: Path, write_tar: Callable[..., Path], make_png: Callable[[int], bytes]
+) -> None:
+    shard = open_foreign(foreign).shards[2]
+    write_tar(Path(shard.path), {f"{i}.png": make_png(i) * 3 for i in range(8)})
+    with pytest.raises(DataError, match=r"part-2\.tar"):
+        read_rows(shard, 2, 8)
+
+
+def test_an_index_of_another_shard_is_refused(foreign: Path) -> None:
+    first, second, _ = open_foreign(foreign).shards
+    with pytest.raises(ChangedDataError, match=r"does not belong to .*part-0\.tar"):
+        read_rows(first.model_copy(update={"index": second.index}), 0, 1)
+
+
+def test_labels_come_along_and_must_be_numbers(
+    tmp_path: Path, write_tar: Callable[..., Path], make_png: Callable[[int], bytes]
+) -> None:
+    write_tar(tmp_path / "t/a.tar", {"x.png": make_png(0), "x.cls": b" 3\n", "y.png": make_png(1)})
+    manifest = open_shards(str(tmp_path / "t"), str(tmp_path / "cache"))
+    rows = pa.concat_tables(read_window(make_plan(manifest, micro=2, window=2, num_samples=2), 0))
+    assert dict(zip(rows["key"].to_pylist(), rows["label"].to_pylist(), strict=True)) == {
+        "x": 3,
+        "y": None,
+    }
+    write_tar(tmp_path / "u/a.tar", {"x.png": make_png(0), "x.cls": b"cat"})
+    (sample,) = read_rows(open_shards(str(tmp_path / "u"), str(tmp_path / "c2")).shards[0], 0, 1)
+    with pytest.raises(DataError, match=r"x\.cls holds 'cat', not a number"):
+        datasets.read_label("a.tar", sample)
+
+
+def test_stats_are_means_over_all_pixels(tmp_path: Path, write_tar: Callable[..., Path]) -> None:
+    pixels = np.zeros((2, 2, 3), np.uint8)
+    pixels[0, :, 0], pixels[:, :, 1] = 255, 51
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    write_tar(tmp_path / "t/a.tar", {"x.png": buffer.getvalue(), "y.png": b"broken"})
+    stats = measure_channel_stats(open_shards(str(tmp_path / "t"), str(tmp_path / "cache")), 3)
+    assert stats.mean == pytest.approx((0.5, 0.2, 0.0))
+    assert stats.std == pytest.approx((0.5, 1e-6, 1e-6), abs=1e-6)
+    assert stats.num_images == 1
+
+
+@pytest.mark.parametrize("micro", [1, 4, 8, 16])
+def test_a_window_comes_in_micro_batches_of_one_size(foreign: Path, micro: int) -> None:
+    blocks = list(read_window(make_plan(open_foreign(foreign), micro=micro), 1))
+    assert [len(block) for block in blocks] == [micro] * (16 // micro)
+    positions = [p for block in blocks for p in block["position"].to_pylist()]
+    assert positions == list(range(16, 32))
+    # An epoch is one window here.
+    assert sorted(key for block in blocks for key in block["key"].to_pylist()) == [
+        f"{i:03d}" for i in range(16)
+    ]
+
+
+def test_a_window_is_read_from_the_start_on(foreign: Path) -> None:
+    manifest = open_foreign(foreign)
+    whole = pa.concat_tables(read_window(make_plan(manifest, micro=4), 1))
+    rest = pa.concat_tables(read_window(make_plan(manifest, micro=4, start=24), 1))
+    assert rest.equals(whole.slice(8))
+
+
+def test_windows_are_shuffled_and_differ_by_epoch(foreign: Path) -> None:
+    plan = make_plan(open_foreign(foreign), micro=16)
+    keys = [next(iter(read_window(plan, w)))["key"].to_pylist() for w in range(3)]
+    assert keys[0] != sorted(keys[0])
+    assert len({tuple(k) for k in keys}) == 3
+
+
+def collect(plan: SequencePlan, splits: int, **options: Any) -> list[list[tuple[int, int, str]]]:
+    """Per split, its batches' rows in order, as a training worker gets them."""
+    dataset = sequence_dataset(plan, **options)
+
+    def read(shard: Any) -> list[tuple[int, int, str]]:
+        return [
+            row
+            for batch in shard.iter_batches(
+                batch_size=plan.micro_batch_size, batch_format="pyarrow", prefetch_batches=1
+            )
+            for row in zip(
+                batch["position"].to_pylist(),
+                batch["epoch"].to_pylist(),
+                batch["key"].to_pylist(),
+                strict=True,
+            )
+        ]
+
+    with ThreadPoolExecutor(splits) as pool:
+        return list(pool.map(read, dataset.streaming_split(splits, equal=True)))
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("local_ray")
+def test_global_batches_are_the_same_for_any_number_of_workers(foreign: Path) -> None:
+    """Global batches of 8; three epochs of 16 samples in shards of 5, 3 and 8."""
+    configure_ray_data()
+    manifest = open_foreign(foreign)
+    expected = [
+        row
+        for window in range(4)
+        for block in read_window(make_plan(manifest, micro=4, window=12), window)
+        for row in zip(
+            block["position"].to_pylist(),
+            block["epoch"].to_pylist(),
+            block["key"].to_pylist(),
+            strict=True,
+        )
+    ]
+    assert [position for position, *_ in expected] == list(range(48))
+    assert set(Counter((epoch, key) for _, epoch, key in expected).values()) == {1}
+    for micro, splits, start in [(4, 1, 0), (4, 2, 0), (2, 4, 0), (1, 4, 0), (4, 2, 16), (2, 4, 8)]:
+        plan = make_plan(manifest, micro=micro, window=12, start=start)
+        shares = collect(plan, splits)
+        for rank, share in enumerate(shares):
+            assert [position for position, *_ in share] == [
+                start + p for p in range(48 - start) if p // micro % splits == rank
+            ], (micro, splits, start)
+        assert sorted(row for share in shares for row in share) == expected[start:]
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("local_ray")
+def test_the_cluster_decodes_to_the_same_pixels(foreign: Path) -> None:
+    configure_ray_data()
+    plan = make_plan(open_foreign(foreign), micro=4, num_samples=16)
+    tables = list(
+        sequence_dataset(plan, partial(decode_block, spec=SPEC)).iter_batches(
+            batch_size=4, batch_format="pyarrow"
+        )
+    )
+    expected = [decode_block(block, SPEC) for block in read_window(plan, 0)]
+    assert pa.concat_tables(tables).equals(pa.concat_tables(expected))
+    assert all(pa.concat_tables(tables)["decoded"].to_pylist())
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("local_ray")
+@pytest.mark.parametrize("window", [16, 12])
+def test_a_run_that_is_at_its_end_reads_nothing(foreign: Path, window: int) -> None:
+    configure_ray_data()
+    plan = make_plan(open_foreign(foreign), micro=4, window=window, start=48)
+    assert collect(plan, 2) == [[], []]
