@@ -211,22 +211,28 @@ class CancelledError(BaseException):
 
 @contextmanager
 def cancel_on_signals(first: Callable[[], None]) -> Iterator[None]:
-    """Inside, SIGTERM and SIGINT call `first` and raise CancelledError.
+    """Inside, SIGTERM and SIGINT call `first` and end in CancelledError.
 
     `first` comes at once: `ray job stop` kills three seconds after it asked.
     """
+    received = signal.SIGINT  # inside `fit`, Ray takes this one for itself and leaves by sys.exit
+    called = False
 
     def handle(signal_number: int, _frame: object) -> None:
-        first()
-        raise CancelledError(signal_number)
+        nonlocal received, called
+        if not called:
+            received, called = signal.Signals(signal_number), True
+            first()
+        # Not CancelledError: Ray's wait for a result lets only this one through.
+        raise KeyboardInterrupt
 
     before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield
     except (SystemExit, KeyboardInterrupt) as error:
-        # Inside `fit`, Ray takes SIGINT for itself: it ends the workers, then leaves by sys.exit.
-        first()
-        raise CancelledError(signal.SIGINT) from error
+        if not called:
+            first()
+        raise CancelledError(received) from error
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
