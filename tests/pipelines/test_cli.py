@@ -1,0 +1,371 @@
+"""What a person sees: exit codes, words on stderr, one line of JSON on stdout."""
+
+import json
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from infra.services import object_store
+from pipelines import cli, launch, prepare, pretrain
+from pipelines.config import PrepareConfig, PretrainConfig, StageResult, describe
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(autouse=True)
+def _as_it_was(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """The command sets up logging and the environment for good."""
+    for name in list(os.environ):
+        if name.startswith(("MAE__", "RAY_ADDRESS")):
+            monkeypatch.delenv(name)
+    before = dict(os.environ)
+    root = logging.getLogger()
+    handlers, level = list(root.handlers), root.level
+    monkeypatch.chdir(tmp_path)
+    yield
+    for name in set(os.environ) - set(before):
+        del os.environ[name]
+    root.handlers, root.level = handlers, level
+
+
+class Told:
+    def __init__(self, code: int, out: str, err: str) -> None:
+        self.code, self.out, self.err = code, out, err
+
+
+@pytest.fixture
+def mae(capsys: pytest.CaptureFixture[str]) -> Callable[..., Told]:
+    """Runs the command in this process."""
+
+    def run(*words: str) -> Told:
+        try:
+            code = cli.main(list(words))
+        except SystemExit as error:  # argparse
+            code = int(error.code or 0)
+        out, err = capsys.readouterr()
+        assert "Traceback" not in err
+        return Told(code, out, err)
+
+    return run
+
+
+def words(folder: Path, train: Path | str, *more: str) -> list[str]:
+    return [
+        "pretrain",
+        f"data.train={train}",
+        f"storage.root={folder}/runs",
+        f"tracking.uri=sqlite:///{folder}/mlflow.db",
+        "optim.global_batch_size=8",
+        "optim.micro_batch_size=8",
+        *more,
+    ]
+
+
+def test_a_misspelt_key_is_exit_code_2_with_the_nearest_name(
+    mae: Callable[..., Told], tmp_path: Path
+) -> None:
+    told = mae(*words(tmp_path, "/d", "optim.epohcs=3"))
+    assert (told.code, told.out) == (2, "")
+    assert told.err == (
+        "config error: command line optim.epohcs: no such key; did you mean optim.epochs?\n"
+    )
+
+
+def test_a_misspelt_key_of_a_file_is_told_by_line(mae: Callable[..., Told], tmp_path: Path) -> None:
+    (tmp_path / "x.yaml").write_text("data: {train: /d}\noptim:\n  lrr: 1\n")
+    told = mae("pretrain", "x.yaml")
+    assert told.code == 2
+    assert told.err.startswith("config error: x.yaml:3 optim.lrr: no such key; ")
+
+
+@pytest.mark.parametrize(
+    ("word", "told"),
+    [
+        ("optim.epochs=many", "optim.epochs: Input should be a valid number"),
+        ("optim.global_batch_size=9", "optim.global_batch_size=9 is not a multiple of"),
+        ("model.img_size=30", "img_size=30x30 is not a multiple of patch_size=16"),
+        ("masking.mask_ratio=1.5", "masking.mask_ratio: Input should be less than 1, not 1.5"),
+        ("data.train=gs://b/x", "data.train: 'gs://b/x': only local paths and s3://"),
+        ("seed", "'seed' is neither a .yaml file nor section.key=value"),
+        ("none.yaml", "none.yaml: no such file"),
+    ],
+)
+def test_a_mistake_in_the_config_is_exit_code_2(
+    mae: Callable[..., Told], tmp_path: Path, word: str, told: str
+) -> None:
+    result = mae(*words(tmp_path, "/d", word))
+    assert (result.code, result.out) == (2, "")
+    assert result.err.startswith("config error: ")
+    assert told in result.err
+
+
+def test_missing_data_is_asked_for(mae: Callable[..., Told]) -> None:
+    told = mae("pretrain")
+    assert told.code == 2
+    assert told.err == (
+        "config error: data.train: is needed; give it in a file or as data.train=...\n"
+    )
+
+
+def test_more_workers_than_cpus_are_refused(
+    mae: Callable[..., Told], tmp_path: Path, foreign: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch.ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(launch.os, "cpu_count", lambda: 2)
+    told = mae(
+        *words(tmp_path, foreign, "scaling.num_workers=4", "optim.micro_batch_size=2"),
+        "optim.epochs=4",
+    )
+    assert told.code == 2
+    assert told.err.splitlines()[-1] == (
+        "config error: scaling.num_workers=4 x scaling.cpus_per_worker=1 needs 4 CPUs, "
+        "this machine has 2; try scaling.num_workers=2"
+    )
+
+
+def test_too_little_data_for_one_step_is_refused(
+    mae: Callable[..., Told], tmp_path: Path, foreign: Path
+) -> None:
+    told = mae(*words(tmp_path, foreign, "optim.global_batch_size=64", "optim.epochs=1"))
+    assert told.code == 2
+    assert "optim.epochs=1 of 16 samples is less than one optim.global_batch_size=64" in told.err
+
+
+def test_a_missing_folder_is_exit_code_4_and_says_what_is_near(
+    mae: Callable[..., Told], tmp_path: Path, foreign: Path
+) -> None:
+    told = mae(*words(tmp_path, f"{foreign}s"))
+    assert (told.code, told.out) == (4, "")
+    assert told.err == (
+        f"data error: no *.tar file matches {foreign}s: there is no {foreign}s; "
+        f"{tmp_path} holds foreign/\n"
+    )
+
+
+def test_an_empty_folder_is_exit_code_4(mae: Callable[..., Told], tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    told = mae(*words(tmp_path, tmp_path / "empty"))
+    assert told.code == 4
+    assert told.err.startswith(f"data error: no *.tar file matches {tmp_path}/empty")
+
+
+def test_a_tar_without_images_is_exit_code_4(
+    mae: Callable[..., Told], tmp_path: Path, write_tar: Callable[..., Path]
+) -> None:
+    write_tar(tmp_path / "t/a.tar", {"x.txt": b"words"})
+    told = mae(*words(tmp_path, tmp_path / "t"))
+    assert told.code == 4
+    assert "1 tars, but no sample with an image" in told.err
+
+
+def test_a_cut_tar_is_exit_code_4_and_named(
+    mae: Callable[..., Told], tmp_path: Path, foreign: Path
+) -> None:
+    file = foreign / "part-1.tar"
+    file.write_bytes(file.read_bytes()[:3000])
+    told = mae(*words(tmp_path, foreign))
+    assert told.code == 4
+    assert str(file) in told.err
+
+
+def test_a_result_is_one_line_of_json(
+    mae: Callable[..., Told], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[Any] = []
+
+    def run(config: PretrainConfig, *, fresh: bool) -> StageResult:
+        given.extend([config.optim.epochs, fresh])
+        return StageResult("pretrain", "done", "abc", "/out/step-1", {"knn/top1": 0.5})
+
+    monkeypatch.setattr(pretrain, "run", run)
+    # Options among the words.
+    told = mae("pretrain", "data.train=/d", "--fresh", "optim.epochs=3")
+    assert told.code == 0
+    fields = json.loads(told.out.splitlines()[-1])
+    assert list(fields) == ["stage", "status", "run_id", "output", "metrics", "seconds"]
+    assert fields.pop("seconds") < 5
+    assert fields == {
+        "stage": "pretrain",
+        "status": "done",
+        "run_id": "abc",
+        "output": "/out/step-1",
+        "metrics": {"knn/top1": 0.5},
+    }
+    assert given == [3.0, True]
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "last"),
+    [
+        (launch.CancelledError(15), 143, ""),
+        (launch.CancelledError(2), 130, ""),
+        (KeyboardInterrupt(), 130, ""),
+        (ZeroDivisionError("x"), 1, "error: ZeroDivisionError: x; --debug shows where\n"),
+    ],
+)
+def test_how_a_stage_ends_is_the_exit_code(
+    mae: Callable[..., Told],
+    monkeypatch: pytest.MonkeyPatch,
+    error: BaseException,
+    code: int,
+    last: str,
+) -> None:
+    def run(*_: object, **__: object) -> StageResult:
+        raise error
+
+    monkeypatch.setattr(pretrain, "run", run)
+    told = mae("pretrain", "data.train=/d")
+    assert (told.code, told.out, told.err) == (code, "", last)
+
+
+def test_debug_shows_the_traceback(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def run(*_: object, **__: object) -> StageResult:
+        raise ZeroDivisionError("x")
+
+    monkeypatch.setattr(pretrain, "run", run)
+    assert cli.main(["pretrain", "data.train=/d", "--debug"]) == 1
+    assert "ZeroDivisionError: x" in caplog.text
+    assert "Traceback" in caplog.text
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "prepare"])
+def test_help_lists_every_field(mae: Callable[..., Told], stage: str) -> None:
+    told = mae(stage, "--help")
+    assert told.code == 0
+    config_type = {"pretrain": PretrainConfig, "prepare": PrepareConfig}[stage]
+    for key, kind, default, _ in describe(config_type):
+        assert f"  {key}  {kind}  [{default}]\n" in told.out
+
+
+def test_an_unknown_option_or_stage_is_exit_code_2(mae: Callable[..., Told]) -> None:
+    told = mae("pretrain", "--frsh")
+    assert told.code == 2
+    assert "unknown option --frsh; `mae pretrain --help` lists them" in told.err
+    assert "prepare" in mae("pretrian").err
+    assert mae("pretrian").code == 2
+    assert mae().code == 2
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (["IMAGES", "OUT"], {"source": "IMAGES", "output": "OUT", "synthetic": None}),
+        (
+            ["--synthetic", "shapes", "OUT"],
+            {"source": None, "output": "OUT", "synthetic": "shapes"},
+        ),
+        (["synthetic=shapes", "output=OUT"], {"source": None, "output": "OUT"}),
+        (["IMAGES", "OUT", "split=val", "seed=3"], {"split": "val", "seed": 3}),
+    ],
+)
+def test_prepare_takes_folders_as_words(
+    mae: Callable[..., Told],
+    monkeypatch: pytest.MonkeyPatch,
+    given: list[str],
+    expected: dict[str, Any],
+) -> None:
+    seen: list[PrepareConfig] = []
+
+    def run(config: PrepareConfig, *, fresh: bool) -> StageResult:
+        seen.append(config)
+        return StageResult("prepare", "done", None, config.output, {})
+
+    monkeypatch.setattr(prepare, "run", run)
+    assert mae("prepare", *given).code == 0
+    assert expected.items() <= seen[0].model_dump().items()
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        (["A", "B", "C"], "too many words: A B C; expected SOURCE OUTPUT"),
+        (["--synthetic", "shapes", "A", "B"], "too many words: A B; expected OUTPUT"),
+        (["A"], "output: is needed; give it in a file or as output=..."),
+        (["output=OUT"], "give either source=FOLDER or synthetic=shapes"),
+    ],
+)
+def test_prepare_says_which_words_are_wrong(
+    mae: Callable[..., Told], given: list[str], told: str
+) -> None:
+    result = mae("prepare", *given)
+    assert result.code == 2
+    assert told in result.err
+
+
+def test_a_stage_s_file_runs_from_any_folder_and_helps_at_once(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "pipelines/pretrain.py"), "--help"]
+    started = os.times()
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    ended = os.times()
+    assert "optim.global_batch_size  int  [4096]" in done.stdout
+    # CPU time, for the machine may be busy: torch and Ray alone would take 5 s of it.
+    spent = (ended.children_user + ended.children_system) - (
+        started.children_user + started.children_system
+    )
+    assert spent < 2
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "prepare"])
+def test_a_stage_s_file_can_be_executed(stage: str) -> None:
+    file = ROOT / f"pipelines/{stage}.py"
+    assert os.access(file, os.X_OK)
+    assert file.read_text().startswith("#!/usr/bin/env python\n")
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    with object_store(tmp_path_factory.mktemp("object-store")) as environment:
+        yield environment
+
+
+@pytest.mark.services
+def test_a_missing_bucket_is_exit_code_5(
+    mae: Callable[..., Told],
+    tmp_path: Path,
+    store: dict[str, str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name, value in store.items():
+        monkeypatch.setenv(name, value)
+    told = mae(*words(tmp_path, "s3://no-such-bucket/train"))
+    assert (told.code, told.out) == (5, "")
+    assert told.err.startswith("infrastructure error: ")
+    assert "there is no bucket 'no-such-bucket'" in told.err
+
+
+@pytest.mark.services
+def test_an_empty_prefix_is_exit_code_4(
+    mae: Callable[..., Told],
+    tmp_path: Path,
+    store: dict[str, str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name, value in store.items():
+        monkeypatch.setenv(name, value)
+    told = mae(*words(tmp_path, "s3://data/nothing/here"))
+    assert told.code == 4
+    assert told.err.startswith("data error: no *.tar file matches s3://data/nothing/here")
+
+
+@pytest.mark.services
+def test_a_wrong_secret_is_exit_code_5(
+    mae: Callable[..., Told],
+    tmp_path: Path,
+    store: dict[str, str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name, value in store.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong" * 8)
+    told = mae(*words(tmp_path, "s3://data/train"))
+    assert (told.code, told.out) == (5, "")
+    assert "check AWS_SECRET_ACCESS_KEY" in told.err
+    assert "wrongwrong" not in told.err
