@@ -43,12 +43,12 @@ check: $(STAMP)  ## Format, lint, types and layers; writes nothing
 
 .PHONY: test
 test: $(STAMP)  ## All tests: core, Ray, services (no GPU needed)
-	$(PYTHON) -m pytest
+	$(PYTHON) -m pytest -m "not compile"
 	SHAPE_CHECKS=0 $(PYTHON) -m pytest -m compile
 
 .PHONY: test-fast
 test-fast: $(STAMP)  ## Tests that start no Ray and no service
-	$(PYTHON) -m pytest -m "not (ray or services or slow)"
+	$(PYTHON) -m pytest -m "not (ray or services or slow or compile)"
 
 .PHONY: up
 up: $(STAMP)  ## Start an object store, MLflow and a Ray head on loopback

@@ -171,7 +171,9 @@ def _channel_stats(config: PretrainConfig, manifest: Manifest) -> ChannelStats:
     if config.data.stats == "imagenet":
         stats = IMAGENET_STATS
     else:
-        stats = manifest.channel_stats or measure_channel_stats(manifest, in_chans)
+        stored = manifest.channel_stats
+        fits = stored is not None and len(stored.mean) == in_chans
+        stats = stored if stored and fits else measure_channel_stats(manifest, in_chans)
     if len(stats.mean) != in_chans:
         raise ConfigError(
             f"model.in_chans={in_chans}, but the channel statistics (data.stats="

@@ -76,7 +76,7 @@ class Manifest(StrictConfig):
         hasher = hashlib.sha256()
         for shard in self.shards:
             name = PurePosixPath(shard.path).name
-            hasher.update(f"{name} {shard.num_samples} {shard.num_bytes}\n".encode())
+            hasher.update(f"{name} {shard.num_samples} {shard.num_bytes} {shard.sha256}\n".encode())
         return hasher.hexdigest()[:32]
 
 
