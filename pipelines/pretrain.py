@@ -30,6 +30,7 @@ import ray.train
 from ray.train.torch import TorchTrainer
 
 from infra import storage, tracking
+from mae_core.checkpoint import MANIFEST_FILE, CorruptCheckpointError, read_manifest
 from mae_core.data.decode import CorruptSampleError, decode_image
 from mae_core.data.manifest import IMAGENET_STATS, ChannelStats, Manifest, ShardInfo
 from mae_core.data.order import RunOrder
@@ -82,6 +83,7 @@ def run(config: PretrainConfig, *, fresh: bool) -> StageResult:
     elif (done := folder.read_result()) is not None:
         logger.info("%s is done: not trained again (--fresh starts over)", folder.uri)
         return done._replace(status="reused")
+    _check_init_from(config)
     plan = _plan(config, folder)
     record = folder.read_record()
     if record is not None and record.data_digest != plan.manifest.digest:
@@ -120,6 +122,26 @@ def _paths(config: PretrainConfig) -> Iterator[tuple[str, str]]:
     yield "storage.root", config.storage.root
     if config.init_from is not None:
         yield "init_from", config.init_from
+
+
+def _check_init_from(config: PretrainConfig) -> None:
+    """The weights to start from are there and fit; workers would find out one after the other."""
+    uri = config.init_from
+    if uri is None:
+        return
+    with tempfile.TemporaryDirectory() as workspace:
+        try:
+            manifest = storage.read_bytes(storage.join(storage.absolute(uri), MANIFEST_FILE))
+            (Path(workspace) / MANIFEST_FILE).write_bytes(manifest)
+            found = read_manifest(Path(workspace)).model
+        except (FileNotFoundError, CorruptCheckpointError) as error:
+            raise ConfigError(f"init_from={uri}: is no whole checkpoint ({error})") from error
+    for name in ("encoder", "patch_size", "in_chans", "decoder"):  # positions follow img_size
+        theirs, ours = getattr(found, name), getattr(config.model, name)
+        if theirs != ours:
+            raise ConfigError(
+                f"init_from={uri}: was trained with model.{name}={theirs}, this run has {ours}"
+            )
 
 
 def _plan(config: PretrainConfig, folder: RunFolder) -> Plan:
