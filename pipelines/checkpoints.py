@@ -70,7 +70,10 @@ def find_checkpoint(run_uri: str, workspace: Path) -> FoundCheckpoint | None:
 def fetch_checkpoint(uri: str, folder: Path) -> FoundCheckpoint:
     """Raises: CorruptCheckpointError: it is not whole."""
     folder.mkdir(parents=True)
-    storage.download_folder(uri, folder)
+    try:
+        storage.download_folder(uri, folder)
+    except FileNotFoundError as error:  # some stores still list a folder whose files are gone
+        raise CorruptCheckpointError(f"{uri}: there is nothing in it") from error
     return FoundCheckpoint(uri, folder, verify_checkpoint(folder))
 
 
