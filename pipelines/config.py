@@ -83,9 +83,9 @@ class KnnConfig(StrictConfig):
     k: int = Field(default=20, gt=0)
     """Neighbours that vote."""
     max_train: int = Field(default=10_000, gt=0)
-    """Labelled training images to look for neighbours among; the first of the shards."""
+    """About how many labelled training images to look for neighbours among, evenly spread."""
     max_val: int = Field(default=5_000, gt=0)
-    """Validation images classified; the first of the shards."""
+    """About how many validation images to classify, evenly spread."""
 
 
 class DebugConfig(StrictConfig):

@@ -4,7 +4,7 @@ They are warm, have the GPUs, and share the images out among them; rank 0 gather
 """
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -26,7 +26,7 @@ from pipelines.datasets import read_label, read_rows
 
 logger = logging.getLogger(__name__)
 
-ROWS_PER_READ = 256
+ROWS_PER_READ = 64
 
 
 class Slice(NamedTuple):
@@ -61,8 +61,8 @@ def knn_metrics(
     Raises:
         DataError: a sample has no label, or no image can be decoded.
     """
-    bank = _shared_features(encoders, list(first_slices(train, config.max_train)), reader)
-    queries = _shared_features(encoders, list(first_slices(val, config.max_val)), reader)
+    bank = _shared_features(encoders, spread_slices(train, config.max_train), reader)
+    queries = _shared_features(encoders, spread_slices(val, config.max_val), reader)
     if bank is None or queries is None:
         return None
     k = min(config.k, len(bank.labels))
@@ -82,14 +82,17 @@ def knn_metrics(
     return metrics
 
 
-def first_slices(shards: Sequence[ShardInfo], limit: int) -> Iterator[Slice]:
-    """The first `limit` samples of the shards, cut into reads."""
-    left = limit
-    for shard in shards:
-        wanted = min(shard.num_samples, left)
-        for start in range(0, wanted, ROWS_PER_READ):
-            yield Slice(shard, start, min(start + ROWS_PER_READ, wanted))
-        left -= wanted
+def spread_slices(shards: Sequence[ShardInfo], limit: int) -> list[Slice]:
+    """About `limit` samples, evenly spread: foreign shards are often sorted by class."""
+    slices = [
+        Slice(shard, start, min(start + ROWS_PER_READ, shard.num_samples))
+        for shard in shards
+        for start in range(0, shard.num_samples, ROWS_PER_READ)
+    ]
+    wanted = -(-limit // ROWS_PER_READ)
+    if wanted >= len(slices):
+        return slices
+    return [slices[i * len(slices) // wanted] for i in range(wanted)]
 
 
 def _shared_features(
