@@ -17,7 +17,7 @@ import secrets
 import shutil
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from fnmatch import fnmatchcase
 from functools import lru_cache, partial
 from pathlib import Path
@@ -236,11 +236,23 @@ def _write_chunks(uri: str, chunks: Iterable[bytes]) -> None:
     filesystem, path = open_filesystem(uri)
     with storage_errors("write", uri):
         if is_remote(uri):
-            with filesystem.open_output_stream(path) as stream:
-                for chunk in chunks:
-                    stream.write(chunk)
-            return
-        _replace_file(Path(path), chunks)
+            _put_object(filesystem, path, chunks)
+        else:
+            _replace_file(Path(path), chunks)
+
+
+def _put_object(filesystem: pafs.FileSystem, path: str, chunks: Iterable[bytes]) -> None:
+    stream = filesystem.open_output_stream(path)
+    try:
+        for chunk in chunks:
+            stream.write(chunk)
+    except BaseException:
+        # pyarrow cannot give an upload up: closing it makes an object of what came so far.
+        with suppress(OSError):
+            stream.close()
+            filesystem.delete_file(path)
+        raise
+    stream.close()
 
 
 def _replace_file(path: Path, chunks: Iterable[bytes]) -> None:
@@ -447,7 +459,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         count = copy_files(arguments.source, arguments.target)
     except (StorageError, NoShardsError) as error:
         sys.stderr.write(f"error: {error}\n")
-        return 5
+        return 4 if isinstance(error, NoShardsError) else 5
     sys.stderr.write(f"copied {count} files to {absolute(arguments.target)}\n")
     return 0
 

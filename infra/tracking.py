@@ -40,9 +40,8 @@ Status = Literal["FINISHED", "FAILED", "KILLED"]
 
 logger = logging.getLogger(__name__)
 
-# Limits of MLflow's log_batch.
+# What a server takes in one request; its client cuts what is longer.
 MAX_METRICS_PER_BATCH = 1000
-MAX_PARAMS_PER_BATCH = 100
 MAX_DIGEST_CHARS = 36
 
 # Answers that the same request would get again.
@@ -105,9 +104,7 @@ def start_run(
         }
         new_params = [Param(key, value) for key, value in params.items() if key not in logged]
         new_tags = [RunTag(key, value) for key, value in {**tags, **changed}.items()]
-        for start in range(0, max(len(new_params), len(new_tags)), MAX_PARAMS_PER_BATCH):
-            part = slice(start, start + MAX_PARAMS_PER_BATCH)
-            client.log_batch(run.info.run_id, params=new_params[part], tags=new_tags[part])
+        client.log_batch(run.info.run_id, params=new_params, tags=new_tags)
     except Exception as error:
         # Whatever it is, a run without a record is better than no run.
         logger.warning(
@@ -407,8 +404,7 @@ class MetricWriter:
                 client.log_image(
                     run_id, entry.image, key=entry.key, step=entry.step, synchronous=True
                 )
-        for start in range(0, len(points), MAX_METRICS_PER_BATCH):
-            client.log_batch(run_id, metrics=points[start : start + MAX_METRICS_PER_BATCH])
+        client.log_batch(run_id, metrics=points)
 
     def _warn_once(self, kind: str, what: str, error: Exception) -> None:
         if kind not in self._warned_of and not self._is_stopped:

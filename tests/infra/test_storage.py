@@ -123,6 +123,17 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(
     assert storage.read_bytes(uri) == b"old"
 
 
+def test_a_write_whose_source_breaks_off_leaves_no_part(root: str) -> None:
+    def break_off() -> Iterator[bytes]:
+        yield b"x" * 6 * 2**20  # more than S3 wants in a part
+        raise OSError("the source is gone")
+
+    storage.write_bytes(storage.join(root, "neighbour"), b"")
+    with pytest.raises(StorageError, match="the source is gone"):
+        storage._write_chunks(storage.join(root, "file"), break_off())
+    assert storage.list_files(root) == ["neighbour"]
+
+
 def test_a_new_file_is_on_the_disk_before_it_has_its_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -200,6 +211,19 @@ def test_a_folder_without_its_marker_is_not_uploaded(tmp_path: Path) -> None:
 def test_downloading_a_missing_folder_is_a_file_not_found_error(root: str, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=tmp_path.name):
         storage.download_folder(root, tmp_path / "back")
+
+
+def test_files_are_copied_from_the_command_line(
+    root: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_shards(str(tmp_path / "source"), "0.tar", "manifest.json", "sub/1.tar")
+    assert storage.main(["copy", str(tmp_path / "source"), root]) == 0
+    assert storage.list_files(root) == ["0.tar", "manifest.json"]
+    assert storage.read_bytes(storage.join(root, "0.tar")) == b"shard"
+    assert storage.main(["copy", storage.join(root, "none"), root]) == 4
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert f"copied 2 files to {root}\nerror: no files in {root}/none\n" == captured.err
 
 
 def test_a_folder_gives_its_own_shards_in_order(root: str) -> None:
