@@ -79,19 +79,21 @@ def run(config: PretrainConfig, *, fresh: bool) -> StageResult:
     launch.check_paths(_paths(config))
     folder = RunFolder(storage.join(storage.absolute(config.storage.root), STAGE, config.run_name))
     if fresh:
-        folder.clear()
+        storage.delete_folder(folder.index_uri)
     elif (done := folder.read_result()) is not None:
         logger.info("%s is done: not trained again (--fresh starts over)", folder.uri)
         return done._replace(status="reused")
     _check_init_from(config)
     plan = _plan(config, folder)
-    record = folder.read_record()
+    record = None if fresh else folder.read_record()
     if record is not None and record.data_digest != plan.manifest.digest:
         raise DataError(
             f"the training data changed since this run began (digest {record.data_digest}, "
             f"now {plan.manifest.digest}); bring it back, or start over with --fresh"
         )
     with launch.running_ray(config.scaling):
+        if fresh:  # not before: a mistake in the command must not cost the run that is there
+            folder.clear()
         run_id = _start_record(config, plan, folder, record.run_id if record else None)
         with _ended_in_mlflow(config, run_id, folder):
             folder.forget_earlier_start()
@@ -145,7 +147,7 @@ def _check_init_from(config: PretrainConfig) -> None:
 
 
 def _plan(config: PretrainConfig, folder: RunFolder) -> Plan:
-    manifest = open_shards(config.data.train, storage.join(folder.uri, "shards", "train"))
+    manifest = open_shards(config.data.train, storage.join(folder.index_uri, "train"))
     optim = config.optim
     total_steps = int(optim.epochs * manifest.num_samples / optim.global_batch_size + 1e-9)
     total_steps = min(total_steps, optim.max_steps or total_steps)
@@ -185,7 +187,7 @@ def _val_shards(config: PretrainConfig, folder: RunFolder) -> tuple[ShardInfo, .
     """Opened before training, so that a mistake in data.val is not found after it."""
     if config.data.val is None:
         return ()
-    return open_shards(config.data.val, storage.join(folder.uri, "shards", "val")).shards
+    return open_shards(config.data.val, storage.join(folder.index_uri, "val")).shards
 
 
 def _channel_stats(config: PretrainConfig, manifest: Manifest) -> ChannelStats:

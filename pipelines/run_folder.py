@@ -48,8 +48,17 @@ class RunFolder:
         except FileNotFoundError:
             return None
 
+    @property
+    def index_uri(self) -> str:
+        return self._file("shards")
+
     def clear(self) -> None:
-        storage.delete_folder(self.uri)
+        """Delete all but the index of the shards, which `--fresh` has made anew."""
+        for name in storage.list_folders(self.uri):
+            if self._file(name) != self.index_uri:
+                storage.delete_folder(self._file(name))
+        for name in storage.list_files(self.uri):
+            storage.delete_file(self._file(name))
 
     def read_record(self) -> RunRecord | None:
         text = self._read("run.json")

@@ -129,6 +129,19 @@ def test_more_workers_than_cpus_are_refused(
     )
 
 
+def test_a_mistake_beside_fresh_does_not_cost_the_run_that_is_there(
+    mae: Callable[..., Told], tmp_path: Path, foreign: Path
+) -> None:
+    given = words(tmp_path, foreign, "optim.global_batch_size=64", "optim.epochs=1")
+    assert mae(*given).code == 2  # too little data, found after the index was made
+    (run,) = (tmp_path / "runs/pretrain").iterdir()
+    (run / "checkpoints/step-00000005").mkdir(parents=True)
+    (run / "run.json").write_text("{}")
+    assert mae(*given, "--fresh").code == 2
+    assert (run / "run.json").exists()
+    assert (run / "checkpoints/step-00000005").exists()
+
+
 def test_too_little_data_for_one_step_is_refused(
     mae: Callable[..., Told], tmp_path: Path, foreign: Path
 ) -> None:

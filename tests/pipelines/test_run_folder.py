@@ -62,11 +62,17 @@ def test_what_is_written_is_read(folder: RunFolder) -> None:
     assert folder.read_evaluation() == {"knn/top1": 0.25}
 
 
-def test_a_cleared_folder_is_empty(folder: RunFolder) -> None:
+def test_a_cleared_folder_keeps_only_the_index_of_its_shards(folder: RunFolder) -> None:
+    folder.clear()
     folder.write_evaluation({"a": 1.0})
+    for name in ("checkpoints/step-00000005/manifest.json", "shards/train/manifest.json"):
+        file = Path(folder.uri, name)
+        file.parent.mkdir(parents=True)
+        file.touch()
     folder.clear()
-    assert folder.read_evaluation() == {}
-    folder.clear()
+    assert [str(p.relative_to(folder.uri)) for p in Path(folder.uri).rglob("*.json")] == [
+        "shards/train/manifest.json"
+    ]
 
 
 @pytest.mark.parametrize(
