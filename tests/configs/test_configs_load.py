@@ -29,7 +29,7 @@ def test_each_prepare_config_loads(file: Path) -> None:
 
 @pytest.mark.parametrize("file", CLUSTER, ids=lambda file: file.name)
 def test_each_cluster_config_goes_with_a_pretrain_config(file: Path) -> None:
-    load_config(PretrainConfig, [CONFIGS / "pretrain/demo.yaml", file], environment={})
+    load_config(PretrainConfig, [CONFIGS / "pretrain/vit_base_in1k.yaml", file], environment={})
 
 
 @pytest.mark.parametrize("file", [*PRETRAIN, *PREPARE], ids=lambda file: file.name)

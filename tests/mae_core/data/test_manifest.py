@@ -46,7 +46,7 @@ def test_totals_are_those_of_the_shards(manifest: Manifest) -> None:
 
 
 def test_digest_names_the_content_wherever_it_lies(manifest: Manifest) -> None:
-    text = b"a-000000.tar 3 10240\na-000001.tar 0 20480\n"
+    text = b"a-000000.tar 3 10240 None\na-000001.tar 0 20480 None\n"
     assert manifest.digest == hashlib.sha256(text).hexdigest()[:32]
     moved = [
         shard.model_copy(update={"path": f"s3://bucket/x/{shard.path}"})
