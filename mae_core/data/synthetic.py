@@ -1,8 +1,9 @@
 """Drawn scenes with a known answer: data for the demo and the tests, without a download.
 
-A scene has one large object, whose shape is the class, and up to two small ones of any shape.
-Colour, texture, place, size, rotation and background say nothing about the class. Scene i is a
-function of (seed, i) alone, so any range of scenes can be drawn anywhere.
+A scene has one large object and, now and then, small ones of any class. A class is a shape and
+the strokes that fill it, about upright and in the middle, so a masked part can be told from the
+others after a minute of training. Colour, contrast, size and background say nothing about the
+class. Scene i is a function of (seed, i) alone, so any range of scenes can be drawn anywhere.
 """
 
 import io
@@ -19,6 +20,8 @@ from mae_core.data.randomness import named_generator
 
 JPEG_QUALITY = 90
 MAX_DISTRACTORS = 2
+_DISTRACTOR_SHARES = (0.7, 0.2, 0.1)  # of the scenes have 0, 1 and 2
+_MAX_TILT = 0.2  # radians; below pi / 8, so that stripes and diagonals stay apart
 _OVERSAMPLING = 4  # sides of a mask are drawn this much larger, then averaged
 
 Floats = npt.NDArray[np.floating[Any]]
@@ -101,25 +104,39 @@ class _Place(NamedTuple):
     radius: float
 
 
+class _Pose(NamedTuple):
+    """From an object's own frame, where its outline fits the unit circle, to shares of the side."""
+
+    turn: Floats  # (2, 2), a row vector is multiplied from the left
+    offset: Floats  # (2,)
+
+
+class _Palette(NamedTuple):
+    background: Floats  # (2, 3), two colours
+    object: Floats  # (2, 3), of the strokes and between them
+
+
 def draw_scene(seed: int, index: int, size: int) -> Scene:
     """Draw scene `index`, `size` pixels square."""
     generator = named_generator(seed, "shapes", index)
     label = int(generator.integers(len(SHAPE_CLASSES)))
-    first, second = _contrasting_colours(generator)
-    canvas = _texture(generator, size, first)
+    palette = _palette(generator)
+    canvas = _background(size, palette.background)
     segmentation = np.zeros((size, size), dtype=np.uint8)
     places = _places(generator)
     others = generator.integers(len(SHAPE_CLASSES), size=len(places) - 1)
     objects = []
     for place, category in zip(places, [label, *map(int, others)], strict=True):
-        coverage = _mask(generator, SHAPE_CLASSES[category], place, size)
-        canvas = _paint(generator, canvas, coverage, second)
+        name, pose = SHAPE_CLASSES[category], _pose(generator, place)
+        coverage = _mask(name, pose, size)
+        share = _strokes(generator, name, pose, size)
+        canvas = _paint(canvas, coverage, _mix(palette.object, share))
         inside = np.asarray(coverage) >= 128
         if inside.any():
             segmentation[inside] = category + 1
             objects.append(SceneObject(category, _bounding_box(inside)))
     grain = generator.standard_normal(canvas.shape, dtype=np.float32)
-    canvas += grain * np.float32(generator.uniform(1.0, 5.0))
+    canvas += grain * np.float32(generator.uniform(0.5, 2.0))
     pixels = np.clip(canvas, 0, 255).round().astype(np.uint8)
     return Scene(label, pixels, segmentation, tuple(objects))
 
@@ -146,12 +163,12 @@ def encode_scene(scene: Scene) -> dict[str, bytes]:
 
 def _places(generator: np.random.Generator) -> list[_Place]:
     """One large place, and small ones that do not touch it or each other."""
-    radius = generator.uniform(0.22, 0.36)
-    x, y = generator.uniform(radius * 0.85, 1 - radius * 0.85, size=2)
+    radius = generator.uniform(0.34, 0.44)
+    x, y = generator.uniform(0.45, 0.55, size=2)
     places = [_Place(x, y, radius)]
-    for _ in range(int(generator.integers(MAX_DISTRACTORS + 1))):
-        for _ in range(12):
-            radius = generator.uniform(0.08, 0.12)
+    for _ in range(int(generator.choice(MAX_DISTRACTORS + 1, p=_DISTRACTOR_SHARES))):
+        for _ in range(40):
+            radius = generator.uniform(0.06, 0.09)
             x, y = generator.uniform(radius, 1 - radius, size=2)
             if all(math.hypot(x - p.x, y - p.y) > radius + p.radius for p in places):
                 places.append(_Place(x, y, radius))
@@ -159,48 +176,74 @@ def _places(generator: np.random.Generator) -> list[_Place]:
     return places
 
 
-def _mask(generator: np.random.Generator, name: str, place: _Place, size: int) -> Image.Image:
-    """How much of each pixel the shape covers, 0 to 255."""
-    angle, stretch = generator.uniform(0, 2 * math.pi), generator.uniform(0.85, 1.0)
+def _pose(generator: np.random.Generator, place: _Place) -> _Pose:
+    angle, stretch = generator.uniform(-_MAX_TILT, _MAX_TILT), generator.uniform(0.85, 1.0)
     cos, sin = math.cos(angle), math.sin(angle)
     turn = np.asarray([[cos, sin], [-sin * stretch, cos * stretch]]) * place.radius
+    return _Pose(turn, np.asarray([place.x, place.y]))
+
+
+def _mask(name: str, pose: _Pose, size: int) -> Image.Image:
+    """How much of each pixel the shape covers, 0 to 255."""
     image = Image.new("L", (size * _OVERSAMPLING, size * _OVERSAMPLING))
     draw = ImageDraw.Draw(image)
     outlines = [(_OUTLINES[name], 255)] + ([(_HOLES[name], 0)] if name in _HOLES else [])
     for outline, value in outlines:
-        points = (outline @ turn + (place.x, place.y)) * (size * _OVERSAMPLING)
+        points = (outline @ pose.turn + pose.offset) * (size * _OVERSAMPLING)
         draw.polygon(points.ravel().tolist(), fill=value)
     return image.reduce(_OVERSAMPLING)
 
 
-def _paint(
-    generator: np.random.Generator, canvas: Floats, coverage: Image.Image, colours: Floats
-) -> Floats:
-    """Lay a textured object with a soft shadow on the canvas."""
+def _strokes(generator: np.random.Generator, name: str, pose: _Pose, size: int) -> Floats:
+    """(S, S), 0 to 1: how much of each pixel is stroke, wherever the shape may lie."""
+    centres = (np.arange(size, dtype=np.float32) + 0.5) / size
+    inverse = np.linalg.inv(pose.turn).astype(np.float32)
+    across, down = centres - np.float32(pose.offset[0]), centres - np.float32(pose.offset[1])
+    x = across[None] * inverse[0, 0] + down[:, None] * inverse[1, 0]
+    y = across[None] * inverse[0, 1] + down[:, None] * inverse[1, 1]
+    # One width of stroke for all classes, so that it tells none apart.
+    pitch = np.float32(generator.uniform(2.6, 3.2))
+    return 0.5 + 0.5 * np.tanh(_SHARPNESS * _STROKES[name](x, y, pitch))
+
+
+def _mix(colours: Floats, share: Floats) -> Floats:
+    return colours[0] + (colours[1] - colours[0]) * share[..., None]
+
+
+def _paint(canvas: Floats, coverage: Image.Image, filling: Floats) -> Floats:
+    """Lay an object with a soft shadow on the canvas."""
     size = canvas.shape[0]
     blurred = coverage.filter(ImageFilter.GaussianBlur(size / 40))
     shift = max(1, size // 32)
     shadow = np.roll(np.asarray(blurred, dtype=np.float32), (shift, shift), (0, 1))[..., None]
     canvas = canvas * (1 - shadow * (0.45 / 255))
     alpha = np.asarray(coverage, dtype=np.float32)[..., None] / 255
-    return canvas + (_texture(generator, size, colours) - canvas) * alpha
+    return canvas + (filling - canvas) * alpha
 
 
-def _contrasting_colours(generator: np.random.Generator) -> tuple[Floats, Floats]:
-    """Two pairs of colours, one for the background and one for objects, apart in brightness."""
-    dark, bright = generator.uniform(40, 100), generator.uniform(150, 225)
-    first, second = (dark, bright) if generator.random() < 0.5 else (bright, dark)
-    return _pair(generator, first), _pair(generator, second)
+def _palette(generator: np.random.Generator) -> _Palette:
+    """Bright objects with dark strokes on a dark background, of any hues."""
+    dark, bright = generator.uniform(45, 105), generator.uniform(150, 210)
+    return _Palette(
+        _pair(generator, dark, -generator.uniform(6, 14)),
+        _pair(generator, bright, -generator.uniform(22, 38)),
+    )
 
 
-def _pair(generator: np.random.Generator, brightness: float) -> Floats:
-    """Two related colours of nearly the same brightness."""
+def _pair(generator: np.random.Generator, brightness: float, contrast: float) -> Floats:
+    """Two related colours, as far from `brightness` on either side as `contrast` says."""
     hue = generator.uniform(0, 2 * math.pi) + np.asarray([0.0, generator.uniform(-1.2, 1.2)])
     # The three channels are a third of a turn apart, so a hue adds nothing to their mean.
     wheel = np.cos(hue[:, None] - np.asarray([0.0, 2.1, 4.2]))  # (2, 3)
-    spread = np.asarray([-1.0, 1.0]) * generator.uniform(4, 16)
-    colours = (brightness + spread)[:, None] + wheel * generator.uniform(12, 60)
+    spread = np.asarray([-contrast, contrast])
+    colours = (brightness + spread)[:, None] + wheel * generator.uniform(10, 36)
     return np.clip(colours, 0, 255).astype(np.float32)
+
+
+def _background(size: int, colours: Floats) -> Floats:
+    """From the first colour in the middle to the second in the corners."""
+    ramp = (np.arange(size, dtype=np.float32) + 0.5) / size - 0.5
+    return _mix(colours, 2 * (ramp[None] ** 2 + ramp[:, None] ** 2))
 
 
 def _bounding_box(inside: npt.NDArray[np.bool_]) -> tuple[int, int, int, int]:
@@ -209,41 +252,69 @@ def _bounding_box(inside: npt.NDArray[np.bool_]) -> tuple[int, int, int, int]:
     return x, y, int(columns[-1]) + 1 - x, int(rows[-1]) + 1 - y
 
 
-def _texture(generator: np.random.Generator, size: int, colours: Floats) -> Floats:
-    """A square of one kind of texture between two colours."""
-    kind = _TEXTURES[int(generator.integers(len(_TEXTURES)))]
-    ramp = np.arange(size, dtype=np.float32) / size
-    angle = generator.uniform(0, 2 * math.pi)
-    along = ramp[None] * np.float32(math.cos(angle)) + ramp[:, None] * np.float32(math.sin(angle))
-    across = ramp[:, None] * np.float32(math.cos(angle)) - ramp[None] * np.float32(math.sin(angle))
-    share = kind(generator, along, across)[..., None]
-    return colours[0] + (colours[1] - colours[0]) * share
+# Strokes are functions of a place (x, y) in the object's frame, positive where the stroke lies.
+# `pitch` is how many of them lie side by side along a radius.
+_SHARPNESS = 2.5
+_TURN = np.float32(2 * math.pi)
+_Strokes = Callable[[Floats, Floats, np.float32], Floats]
 
 
-def _gradient(generator: np.random.Generator, along: Floats, across: Floats) -> Floats:
-    return np.abs(along)
+def _wave(t: Floats) -> Floats:
+    return np.cos(_TURN * t)
 
 
-def _stripes(generator: np.random.Generator, along: Floats, across: Floats) -> Floats:
-    return 0.5 + 0.5 * np.sin(along * np.float32(2 * math.pi * generator.uniform(3, 9)))
+def _circles(x: Floats, y: Floats, pitch: np.float32) -> Floats:
+    return _wave(np.hypot(x, y) * pitch)
 
 
-def _checks(generator: np.random.Generator, along: Floats, across: Floats) -> Floats:
-    frequency = np.float32(2 * math.pi * generator.uniform(2, 6))
-    return 0.5 + 0.5 * np.sign(np.sin(along * frequency) * np.sin(across * frequency))
+def _spokes(x: Floats, y: Floats, pitch: np.float32) -> Floats:
+    return _wave(np.arctan2(y, x) * (np.round(pitch * 4) / _TURN))
 
 
-def _waves(generator: np.random.Generator, along: Floats, across: Floats) -> Floats:
-    bend = np.float32(generator.uniform(0.05, 0.15)) * np.sin(across * np.float32(12))
-    return 0.5 + 0.5 * np.sin((along + bend) * np.float32(2 * math.pi * generator.uniform(3, 7)))
+def _level(x: Floats, y: Floats, pitch: np.float32) -> Floats:
+    return _wave(y * pitch)
 
 
-def _clouds(generator: np.random.Generator, along: Floats, across: Floats) -> Floats:
-    side = int(generator.integers(3, 9))
-    coarse = Image.fromarray(generator.integers(0, 256, size=(side, side), dtype=np.uint8))
-    smooth = coarse.resize(along.shape[::-1], Image.Resampling.BICUBIC)
-    return np.asarray(smooth, dtype=np.float32) / 255
+def _upright(x: Floats, y: Floats, pitch: np.float32) -> Floats:
+    return _wave(x * pitch)
 
 
-_Texture = Callable[[np.random.Generator, Floats, Floats], Floats]
-_TEXTURES: tuple[_Texture, ...] = (_gradient, _stripes, _checks, _waves, _clouds)
+def _diagonal(x: Floats, y: Floats, pitch: np.float32) -> Floats:
+    return _wave((x + y) * (pitch * np.float32(0.71)))
+
+
+def _dots(x: Floats, y: Floats, pitch: np.float32) -> Floats:
+    return _wave(x * pitch) + _wave(y * pitch) - np.float32(0.7)
+
+
+def _checks(x: Floats, y: Floats, pitch: np.float32) -> Floats:
+    half = pitch * np.float32(0.7)
+    return 2 * _wave(x * half) * _wave(y * half)
+
+
+def _grid(x: Floats, y: Floats, pitch: np.float32) -> Floats:
+    lines = np.maximum(_wave(x * pitch), _wave(y * pitch))
+    return 2 * (lines - np.float32(0.6))
+
+
+def _chevrons(x: Floats, y: Floats, pitch: np.float32) -> Floats:
+    return _wave((y + np.abs(x)) * (pitch * np.float32(0.71)))
+
+
+def _ripples(x: Floats, y: Floats, pitch: np.float32) -> Floats:
+    return _wave((y + np.float32(0.12) * np.sin(x * (_TURN * np.float32(1.3)))) * pitch)
+
+
+# Mirrored left to right, none becomes another: a flip keeps the class.
+_STROKES: dict[str, _Strokes] = {
+    "disc": _circles,
+    "ring": _spokes,
+    "crescent": _level,
+    "heart": _dots,
+    "triangle": _chevrons,
+    "square": _checks,
+    "star": _diagonal,
+    "cross": _grid,
+    "arrow": _upright,
+    "bowtie": _ripples,
+}
