@@ -88,6 +88,7 @@ class Place:
     def start(self, *more: str) -> subprocess.Popen[str]:
         """The command itself, in a process of its own."""
         environment = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "MAE__"))}
+        environment["RAY_worker_niceness"] = "0"
         with (self.folder / "stderr.txt").open("a") as stderr:
             return subprocess.Popen(
                 [sys.executable, str(ROOT / "pipelines/pretrain.py"), *self.words(*more)],

@@ -1,0 +1,225 @@
+"""A run from shards to a model in MLflow, and what the same command does afterwards."""
+
+import io
+import json
+import shutil
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import mlflow.pytorch
+import pytest
+import torch
+from mlflow import MlflowClient
+from PIL import Image
+
+from mae_core.data.samples import DataError
+from mae_core.train_step import NonFiniteLossError
+from pipelines import pretrain
+from pipelines.config import ConfigError
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_a_finished_run_is_in_mlflow_with_all_that_belongs_to_it(
+    place: Any, started: Callable[..., Any]
+) -> None:
+    """As a command: the model is exported without the tests' shape checks."""
+    process = started("optim.epochs=2", f"data.val={place.shapes}/val", "knn.k=5")
+    out, _ = process.communicate(timeout=500)
+    assert process.returncode == 0, place.stderr()
+    result = json.loads(out.splitlines()[-1])
+    assert list(result) == ["stage", "status", "run_id", "output", "metrics", "seconds"]
+    assert (result["stage"], result["status"]) == ("pretrain", "done")
+    assert result["output"].endswith("checkpoints/step-00000012")
+    assert set(result["metrics"]) == {"knn/top1", "knn/top1_untrained"}
+    assert "Traceback" not in place.stderr()
+
+    client = MlflowClient(place.tracking_uri)
+    run = client.get_run(result["run_id"])
+    assert run.info.status == "FINISHED"
+    assert run.data.params["optim.global_batch_size"] == "16"
+    assert run.data.params["model.decoder.dim"] == "32"
+    assert run.data.tags["stage"] == "pretrain"
+    assert run.data.metrics["train/samples_seen"] == 192.0
+    assert run.data.metrics["train/epoch"] == 2.0
+    assert run.data.metrics["knn/top1"] == result["metrics"]["knn/top1"]
+    assert sorted(place.losses(result["run_id"])) == list(range(1, 13))
+    (dataset,) = run.inputs.dataset_inputs
+    assert dataset.dataset.name == "train"
+    assert [tag.value for tag in dataset.tags] == ["pretrain"]
+    assert any("reconstruction" in a.path for a in client.list_artifacts(run.info.run_id, "images"))
+    assert [a.path for a in client.list_artifacts(run.info.run_id, "checkpoint")] == [
+        "checkpoint/manifest.json"
+    ]
+
+    run_folder = Path(result["output"]).parents[1]
+    with Image.open(run_folder / "reconstruction.png") as picture:
+        assert picture.width > 16
+    mlflow.set_tracking_uri(place.tracking_uri)
+    (model,) = client.search_logged_models([run.info.experiment_id])
+    encoder = mlflow.pytorch.load_model(f"models:/{model.model_id}")
+    for batch in (1, 5):
+        features = encoder(torch.zeros(batch, 3, 16, 16))
+        assert features.shape == (batch, 17, 192)  # a class token and 4 x 4 patches
+
+
+@pytest.mark.usefixtures("no_model_export", "local_ray")
+def test_a_finished_run_is_not_trained_again_unless_fresh(
+    undisturbed: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place, trained = undisturbed.place, []
+    original = pretrain._train
+    monkeypatch.setattr(pretrain, "_train", lambda *a: (trained.append(1), original(*a)))
+
+    again = place.run()
+    assert again == undisturbed.result._replace(status="reused")
+    # Where and how it runs is not what it is.
+    assert place.run("scaling.num_workers=2", "checkpoint.every_steps=7").status == "reused"
+    assert trained == []
+
+
+@pytest.mark.usefixtures("no_model_export", "local_ray")
+def test_fresh_trains_again_to_the_same_weights(place: Any) -> None:
+    words = ("optim.max_steps=3",)
+    first = place.run(*words)
+    weights = (Path(first.output) / "model.safetensors").read_bytes()
+    fresh = place.run(*words, fresh=True)
+    assert (first.status, fresh.status) == ("done", "done")
+    assert fresh.run_id != first.run_id
+    assert (Path(fresh.output) / "model.safetensors").read_bytes() == weights
+
+
+@pytest.mark.usefixtures("no_model_export")
+def test_a_damaged_newest_checkpoint_costs_a_warning_and_not_the_result(
+    place: Any, undisturbed: Any, local_ray: Path
+) -> None:
+    """As if the run had been killed at its end, and the last checkpoint had been cut."""
+    done = Path(undisturbed.result.output).parents[1]
+    run = place.folder / "runs/pretrain" / done.name
+    shutil.copytree(done, run)
+    for name in ("result.json", "run.json"):
+        (run / name).unlink()
+    weights = run / "checkpoints/step-00000030/model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+
+    result = place.run(f"data.train={undisturbed.place.shapes}/train")
+    assert result.status == "done"
+    assert {line["step"] for line in place.trace()} == set(range(26, 31))
+    assert "step-00000030 is not whole" in local_ray.read_text()
+    again = Path(result.output) / "model.safetensors"
+    assert (
+        again.read_bytes() == (Path(undisturbed.result.output) / "model.safetensors").read_bytes()
+    )
+
+
+@pytest.mark.usefixtures("no_model_export", "local_ray")
+def test_a_run_that_was_stopped_after_its_last_step_just_ends(place: Any, undisturbed: Any) -> None:
+    done = Path(undisturbed.result.output).parents[1]
+    run = place.folder / "runs/pretrain" / done.name
+    shutil.copytree(done, run)
+    (run / "result.json").unlink()
+    (run / "run.json").unlink()
+    result = place.run()
+    assert result.status == "done"
+    assert place.trace() == []
+
+
+def repack(folder: Path, target: Path, change: Callable[[int, bytes], bytes]) -> Path:
+    """The set without a manifest, each image changed by (number, bytes)."""
+    target.mkdir()
+    number = 0
+    for shard in sorted(folder.glob("*.tar")):
+        with tarfile.open(shard) as source, tarfile.open(target / shard.name, "w") as out:
+            for member in source.getmembers():
+                file = source.extractfile(member)
+                assert file is not None
+                data = file.read()
+                if member.name.endswith((".png", ".jpg")) and ".seg." not in member.name:
+                    data = change(number, data)
+                    number += 1
+                member.size = len(data)
+                out.addfile(member, io.BytesIO(data))
+    return target
+
+
+@pytest.mark.usefixtures("no_model_export", "local_ray")
+def test_changed_data_is_refused_until_fresh(place: Any) -> None:
+    data = place.folder / "data"
+    shutil.copytree(place.shapes / "train", data)
+    words = (f"data.train={data}", "optim.max_steps=2")
+    result = place.run(*words)
+    (Path(result.output).parents[1] / "result.json").unlink()
+    manifest = json.loads((data / "manifest.json").read_text())
+    manifest["shards"] = manifest["shards"][:4]
+    (data / "manifest.json").write_text(json.dumps(manifest))
+    (data / "train-000004.tar").unlink()
+    with pytest.raises(DataError, match="the training data changed since this run began"):
+        place.run(*words)
+    assert place.run(*words, fresh=True).status == "done"
+
+
+@pytest.mark.usefixtures("no_model_export")
+def test_broken_images_are_left_out_and_named(place: Any, local_ray: Path) -> None:
+    data = repack(
+        place.shapes / "train", place.folder / "d", lambda n, b: b"broken" if n == 7 else b
+    )
+    result = place.run(f"data.train={data}", "optim.epochs=1", "data.max_bad_ratio=0.5")
+    assert result.status == "done"
+    assert len(place.trace()) == 95
+    assert "left out: shard=" in local_ray.read_text()
+    run = MlflowClient(place.tracking_uri).get_run(result.run_id)
+    assert run.data.metrics["data/bad_samples"] == 1.0
+
+
+@pytest.mark.usefixtures("no_model_export", "local_ray")
+def test_too_many_broken_images_end_the_run_at_once(place: Any) -> None:
+    data = repack(
+        place.shapes / "train", place.folder / "d", lambda n, b: b"broken" if n % 4 else b
+    )
+    with pytest.raises(DataError, match=r"of 1000 samples can't be decoded, more than"):
+        place.run(f"data.train={data}", "optim.epochs=3")
+    # Not tried again: what is broken stays so.
+    assert {line["attempt"] for line in place.trace()} == {1}
+    (run,) = MlflowClient(place.tracking_uri).search_runs(["1"])
+    assert run.info.status == "FAILED"
+
+
+@pytest.mark.usefixtures("no_model_export", "local_ray")
+def test_a_loss_that_is_no_number_ends_the_run_at_once(place: Any) -> None:
+    with pytest.raises(NonFiniteLossError):
+        place.run("optim.base_lr=1e38", "optim.warmup_epochs=0", "optim.epochs=2")
+    assert {line["attempt"] for line in place.trace()} == {1}
+    (run,) = MlflowClient(place.tracking_uri).search_runs(["1"])
+    assert run.info.status == "FAILED"
+
+
+@pytest.mark.usefixtures("no_model_export", "local_ray")
+def test_a_dead_mlflow_costs_a_warning(
+    place: Any, undisturbed: Any, capfd: pytest.CaptureFixture[str]
+) -> None:
+    result = place.run("tracking.uri=http://127.0.0.1:1", "optim.max_steps=6")
+    assert (result.status, result.run_id) == ("done", None)
+    assert "this run is not recorded" in capfd.readouterr().err
+
+
+@pytest.mark.usefixtures("no_model_export", "local_ray")
+def test_a_run_starts_from_given_weights(place: Any, undisturbed: Any) -> None:
+    result = place.run(f"init_from={undisturbed.result.output}", "optim.max_steps=2")
+    losses = place.losses(result.run_id)
+    assert losses[1] < undisturbed.losses[1] - 0.2
+
+
+@pytest.mark.usefixtures("no_model_export", "local_ray")
+@pytest.mark.parametrize("where", ["missing", "other-model"])
+def test_weights_that_can_not_be_used_are_a_config_error_before_training(
+    place: Any, undisturbed: Any, where: str
+) -> None:
+    words = ["init_from=/nowhere/step-1"]
+    if where == "other-model":
+        words = [f"init_from={undisturbed.result.output}", "model.patch_size=8"]
+    with pytest.raises(ConfigError, match="init_from"):
+        place.run(*words)
+    assert place.trace() == []
