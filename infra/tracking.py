@@ -268,6 +268,7 @@ class MetricWriter:
         self._warned_of: set[str] = set()
         self._is_closed = run_id is None
         self._is_stopped = False
+        self.is_failing = False  # the last try did not reach the server
         self._changed = threading.Condition()
         if run_id is not None:
             # Daemon: a server that hangs must not keep the process alive.
@@ -341,7 +342,8 @@ class MetricWriter:
                     self._changed.wait_for(lambda: self._is_stopped, hurried_s)
                 if self._is_stopped:
                     return
-            if self._send_all(run_id):
+            self.is_failing = not self._send_all(run_id)
+            if not self.is_failing:
                 backoff_s = 0.0
             else:
                 backoff_s = min(2 * backoff_s or 1.0, self.MAX_BACKOFF_S)

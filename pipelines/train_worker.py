@@ -45,7 +45,7 @@ from pipelines.run_folder import RunFolder
 logger = logging.getLogger(__name__)
 
 BATCHES_AHEAD = 2
-FLUSH_TIMEOUT_S = 5.0  # what a checkpoint waits for an MLflow that is slow or down
+FLUSH_TIMEOUT_S = 5.0  # what a checkpoint waits for a slow MLflow; for one that is down, once
 LOSS_METRIC = "train/loss"
 
 
@@ -125,7 +125,7 @@ class _Worker:
                 ):
                     self._show(reporter.writer, step)
                 if self._is_due(step, config.checkpoint.every_steps):
-                    if writer is not None:
+                    if writer is not None and not writer.is_failing:
                         # These steps are not trained again, so nobody would report them again.
                         writer.flush(FLUSH_TIMEOUT_S)
                     self._checkpoint(step)
