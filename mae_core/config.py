@@ -57,7 +57,8 @@ class DecoderConfig(StrictConfig):
 
 class ModelConfig(StrictConfig):
     encoder: EncoderName = "vit_base"
-    """Which ViT: micro 192x6, tiny 192x12, small 384x12, base 768x12, large 1024x24, huge 1280x32."""
+    """Which ViT, width x depth: micro 192x6, tiny 192x12, small 384x12, base 768x12, large 1024x24,
+    huge 1280x32."""
     img_size: tuple[int, int] = (224, 224)
     """Height and width of the training crop, in pixels; one number means a square."""
     patch_size: int = Field(default=16, gt=0)

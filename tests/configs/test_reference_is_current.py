@@ -8,7 +8,8 @@ GENERATOR = Path(__file__).parents[2] / "docs/reference/generate.py"
 
 def test_reference_pages_are_what_make_docs_writes() -> None:
     spec = importlib.util.spec_from_file_location("generate", GENERATOR)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     generate = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(generate)
     pages = generate.pages()
