@@ -28,7 +28,7 @@ from mae_core.model.encoder import MaskedEncoder
 from mae_core.model.mae import build_mae
 from pipelines.checkpoints import fetch_checkpoint
 
-NUM_TRAIN, NUM_TEST = 20_000, 7_500
+NUM_TRAIN, NUM_TEST = 10_000, 7_500
 BATCH = 500
 
 
