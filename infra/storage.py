@@ -16,7 +16,7 @@ import os
 import secrets
 import shutil
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from fnmatch import fnmatchcase
 from functools import lru_cache, partial
@@ -318,10 +318,13 @@ def delete_folder(uri: str) -> None:
         return
 
 
-def upload_folder(local: Path, uri: str, *, last: str) -> None:
+def upload_folder(
+    local: Path, uri: str, *, last: str, before_last: Callable[[], None] = lambda: None
+) -> None:
     """Copy a folder, the file named `last` after all others: its presence says "complete".
 
     A `last` that is already at `uri` is removed first, so that it never vouches for a mixture.
+    `before_last` is called before it is written; if that raises, it is not.
     """
     files = sorted(file for file in local.rglob("*") if file.is_file())
     marker = local / last
@@ -332,6 +335,8 @@ def upload_folder(local: Path, uri: str, *, last: str) -> None:
         with storage_errors("delete", join(uri, last)):
             filesystem.delete_file(path)
     for file in [*(file for file in files if file != marker), marker]:
+        if file == marker:
+            before_last()
         _write_chunks(join(uri, file.relative_to(local).as_posix()), _read_chunks(file))
 
 

@@ -11,7 +11,7 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -247,6 +247,7 @@ class MetricWriter:
     Args:
         run_id: None makes a writer that does nothing.
         after_step: steps up to this one are in MLflow already (see `last_logged_step`).
+        is_superseded: asked before each sending; once it says yes, nothing is sent any more.
     """
 
     SEND_INTERVAL_S = 2.0
@@ -257,8 +258,16 @@ class MetricWriter:
     MAX_KEPT_STEPS = 20_000
     MAX_KEPT_PICTURES = 16
 
-    def __init__(self, uri: str, run_id: str | None, *, after_step: int = -1) -> None:
+    def __init__(
+        self,
+        uri: str,
+        run_id: str | None,
+        *,
+        after_step: int = -1,
+        is_superseded: Callable[[], bool] = lambda: False,
+    ) -> None:
         self._uri = uri
+        self._is_superseded = is_superseded
         self._after_step = after_step
         self._steps: deque[_StepEntry] = deque()
         self._pictures: deque[_PictureEntry] = deque()
@@ -351,7 +360,8 @@ class MetricWriter:
     def _send_all(self, run_id: str) -> bool:
         """Send what is kept, oldest first; False as soon as the server does not answer."""
         while entries := self._take():
-            is_sent = self._send(run_id, entries)
+            # Whoever took the run over reports these steps itself.
+            is_sent = self._is_superseded() or self._send(run_id, entries)
             with self._changed:
                 self._num_in_flight = 0
                 if not is_sent:

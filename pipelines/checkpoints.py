@@ -8,6 +8,7 @@ This, not Ray's own bookkeeping, says where a run goes on (docs/adr/0005).
 import logging
 import re
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,13 +33,17 @@ def checkpoints_uri(run_uri: str) -> str:
     return storage.join(run_uri, "checkpoints")
 
 
-def commit_checkpoint(local: Path, run_uri: str, *, step: int, keep: int) -> str:
+def commit_checkpoint(
+    local: Path, run_uri: str, *, step: int, keep: int, check: Callable[[], None]
+) -> str:
     """Copy a checkpoint to the run's storage, then delete all but the `keep` newest.
 
-    When this returns, a run that dies goes on from here.
+    When this returns, a run that dies goes on from here. `check` raises if the run may not write
+    any more; it is called first, and before the manifest.
     """
     uri = storage.join(checkpoints_uri(run_uri), f"step-{step:08d}")
-    storage.upload_folder(local, uri, last=MANIFEST_FILE)
+    check()
+    storage.upload_folder(local, uri, last=MANIFEST_FILE, before_last=check)
     older = [s for s in list_steps(run_uri) if s <= step]
     for old in older[:-keep]:
         storage.delete_folder(storage.join(checkpoints_uri(run_uri), f"step-{old:08d}"))

@@ -22,6 +22,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import NamedTuple
+from uuid import uuid4
 
 import numpy as np
 import numpy.typing as npt
@@ -86,6 +87,7 @@ def run(config: PretrainConfig, *, fresh: bool) -> StageResult:
     _check_init_from(config)
     plan = _plan(config, folder)
     record = None if fresh else folder.read_record()
+    start = uuid4().hex
     if record is not None and record.data_digest != plan.manifest.digest:
         raise DataError(
             f"the training data changed since this run began (digest {record.data_digest}, "
@@ -94,17 +96,20 @@ def run(config: PretrainConfig, *, fresh: bool) -> StageResult:
     with launch.running_ray(config.scaling):
         if fresh:  # not before: a mistake in the command must not cost the run that is there
             folder.clear()
-        run_id = _start_record(config, plan, folder, record.run_id if record else None)
+        run_id = _start_record(config, plan, folder, start, record.run_id if record else None)
+        folder = RunFolder(folder.uri, start)
         with _ended_in_mlflow(config, run_id, folder):
-            folder.forget_earlier_start()
+            folder.forget_failure()
             _train(config, _task(config, plan, folder, run_id))
             return _finish(config, plan, folder, run_id)
 
 
 def _task(config: PretrainConfig, plan: Plan, folder: RunFolder, run_id: str | None) -> TrainTask:
+    assert folder.start is not None
     return TrainTask(
         raw_config=config.model_dump(mode="json"),
         run_uri=folder.uri,
+        start=folder.start,
         run_id=run_id,
         size=plan.size,
         data_digest=plan.manifest.digest,
@@ -207,7 +212,7 @@ def _channel_stats(config: PretrainConfig, manifest: Manifest) -> ChannelStats:
 
 
 def _start_record(
-    config: PretrainConfig, plan: Plan, folder: RunFolder, run_id: str | None
+    config: PretrainConfig, plan: Plan, folder: RunFolder, start: str, run_id: str | None
 ) -> str | None:
     """Start or reopen the run in MLflow, and write down what this run is."""
     started = tracking.start_run(
@@ -219,6 +224,7 @@ def _start_record(
     )
     folder.write_record(
         RunRecord(
+            start=start,
             data_digest=plan.manifest.digest,
             # A server that is down now does not make the run a new one later.
             run_id=started or run_id,
@@ -242,19 +248,24 @@ def _ended_in_mlflow(
     config: PretrainConfig, run_id: str | None, folder: RunFolder
 ) -> Iterator[None]:
     """Mark the run as it ends: finished, failed, or killed and resumable."""
-    uri = config.tracking.uri
+
+    def end(status: tracking.Status) -> None:
+        if not folder.is_superseded():
+            tracking.end_run(config.tracking.uri, run_id, status)
+
     try:
-        with launch.cancel_on_signals(partial(tracking.end_run, uri, run_id, "KILLED")):
+        with launch.cancel_on_signals(partial(end, "KILLED")):
             yield
     except launch.CancelledError:
         logger.info("stopped; the same command goes on from the last checkpoint in %s", folder.uri)
         raise
     except BaseException as error:
+        folder.check_start()
+        end("FAILED")
         folder.record_failure(error)
-        tracking.end_run(uri, run_id, "FAILED")
         folder.raise_failure()
         raise
-    tracking.end_run(uri, run_id, "FINISHED")
+    end("FINISHED")
 
 
 def _pictures(config: PretrainConfig, manifest: Manifest) -> Pictures:
@@ -302,7 +313,8 @@ def _train(config: PretrainConfig, task: TrainTask) -> None:
 
 def _remaining_data(config: PretrainConfig, task: TrainTask) -> ray.data.Dataset:
     """The run's sequence from the newest whole checkpoint on."""
-    RunFolder(task.run_uri).raise_failure()
+    task.folder.check_start()
+    task.folder.raise_failure()
     configure_ray_data()
     order = RunOrder(
         counts=np.asarray([shard.num_samples for shard in task.train_shards], dtype=np.int64),

@@ -1,6 +1,6 @@
 """The folder of a run in storage: what it is, how far it came, how it ended.
 
-run.json          what the run is, and which MLflow run records it
+run.json          what the run is, which MLflow run records it, and the start that owns the folder
 checkpoints/      see pipelines/checkpoints.py
 shards/           the index of shards that came without a manifest
 reconstruction.png  what the model fills in, at the last picture
@@ -26,7 +26,13 @@ logger = logging.getLogger(__name__)
 LASTING_ERRORS: tuple[type[Exception], ...] = (DataError, NonFiniteLossError, ConfigError)
 
 
+class SupersededError(storage.StorageError):
+    """A later start of the same run has taken its folder over."""
+
+
 class RunRecord(StrictConfig):
+    start: str
+    """Names the start of the command that owns the folder; those before may write no more."""
     data_digest: str
     """Of the training data."""
     run_id: str | None
@@ -37,7 +43,15 @@ class RunRecord(StrictConfig):
 
 @dataclass(frozen=True)
 class RunFolder:
+    """Args:
+    uri: where it is.
+    start: the start of the command that this object writes for. The workers of a driver that
+        was killed train on for a while: once a later start has written its record, theirs is
+        not the folder's any more, and what they write is refused.
+    """
+
     uri: str
+    start: str | None = None
 
     def _file(self, name: str) -> str:
         return storage.join(self.uri, name)
@@ -47,6 +61,25 @@ class RunFolder:
             return storage.read_bytes(self._file(name))
         except FileNotFoundError:
             return None
+
+    def _write(self, name: str, data: bytes) -> None:
+        self.check_start()
+        storage.write_bytes(self._file(name), data)
+
+    def is_superseded(self) -> bool:
+        """Whether a later start has taken the folder over; False where storage can't tell."""
+        if self.start is None:
+            return False
+        try:
+            record = self.read_record()
+        except storage.StorageError:
+            return False
+        return record is None or record.start != self.start
+
+    def check_start(self) -> None:
+        """Raises: SupersededError: a later start has taken the folder over."""
+        if self.is_superseded():
+            raise SupersededError(f"{self.uri}: a later start of this run has taken it over")
 
     @property
     def index_uri(self) -> str:
@@ -65,6 +98,7 @@ class RunFolder:
         return None if text is None else RunRecord.model_validate_json(text)
 
     def write_record(self, record: RunRecord) -> None:
+        """Take the folder over for `record.start`."""
         storage.write_bytes(self._file("run.json"), record.model_dump_json(indent=1).encode())
 
     def read_result(self) -> StageResult | None:
@@ -72,35 +106,32 @@ class RunFolder:
         return None if text is None else StageResult(**json.loads(text))
 
     def write_result(self, result: StageResult) -> None:
-        storage.write_bytes(self._file("result.json"), json.dumps(result._asdict()).encode())
+        self._write("result.json", json.dumps(result._asdict()).encode())
 
     @property
     def picture_uri(self) -> str:
         return self._file("reconstruction.png")
 
     def write_picture(self, png: bytes) -> None:
-        storage.write_bytes(self.picture_uri, png)
+        self._write("reconstruction.png", png)
 
     def read_evaluation(self) -> dict[str, float]:
         text = self._read("evaluation.json")
         return {} if text is None else json.loads(text)
 
     def write_evaluation(self, metrics: dict[str, float]) -> None:
-        storage.write_bytes(self._file("evaluation.json"), json.dumps(metrics).encode())
+        self._write("evaluation.json", json.dumps(metrics).encode())
 
-    def forget_earlier_start(self) -> None:
-        """Remove what an earlier start left that must not steer this one."""
+    def forget_failure(self) -> None:
+        """An earlier start's error must not stop this one."""
         storage.delete_file(self._file("failed.json"))
-        # Ray's own list of checkpoints: it refuses to start where one of them is gone, and ours
-        # says where to go on (docs/adr/0005).
-        storage.delete_file(self._file("checkpoint_manager_snapshot.json"))
 
     def record_failure(self, error: BaseException) -> None:
         """Keep a lasting error, so that no further start of the workers is tried."""
         lasting = find_error(error, LASTING_ERRORS)
         if lasting is not None:
             fields = {"kind": type(lasting).__name__, "message": str(lasting)}
-            storage.write_bytes(self._file("failed.json"), json.dumps(fields).encode())
+            self._write("failed.json", json.dumps(fields).encode())
 
     def raise_failure(self) -> None:
         """Raise the lasting error that a worker met, if one did."""

@@ -17,7 +17,6 @@ import ray.train.torch
 import torch
 import torch.distributed
 from PIL import Image
-from ray.train import CheckpointUploadMode
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -61,6 +60,7 @@ class TrainTask(NamedTuple):
 
     raw_config: dict[str, Any]
     run_uri: str
+    start: str  # see RunFolder
     run_id: str | None  # MLflow's
     size: RunSize
     data_digest: str
@@ -70,6 +70,10 @@ class TrainTask(NamedTuple):
     train_shards: tuple[ShardInfo, ...]
     val_shards: tuple[ShardInfo, ...]  # empty: no kNN evaluation
 
+    @property
+    def folder(self) -> RunFolder:
+        return RunFolder(self.run_uri, self.start)
+
 
 def train_worker(arguments: dict[str, TrainTask]) -> None:
     """Ray Train's entry: runs in each worker, and again in each after one was lost."""
@@ -77,7 +81,7 @@ def train_worker(arguments: dict[str, TrainTask]) -> None:
     try:
         _Worker(task).train()
     except Exception as error:
-        RunFolder(task.run_uri).record_failure(error)
+        task.folder.record_failure(error)
         raise
 
 
@@ -104,7 +108,12 @@ class _Worker:
         writer = None
         if self.rank == 0:
             logged = tracking.last_logged_step(config.tracking.uri, task.run_id, LOSS_METRIC)
-            writer = tracking.MetricWriter(config.tracking.uri, task.run_id, after_step=logged)
+            writer = tracking.MetricWriter(
+                config.tracking.uri,
+                task.run_id,
+                after_step=logged,
+                is_superseded=task.folder.is_superseded,
+            )
             logger.info(
                 "training from step %d on: %d workers, device=%s precision=%s",
                 first_step,
@@ -238,7 +247,8 @@ class _Worker:
         size = self.config.optim.micro_batch_size
         expected = seen + (passes * self.world_size + self.rank) * size
         if batch.first_position != expected or len(batch.weights) != size:
-            raise DataError(
+            # No DataError: the workers start again, and if it was a late commit, at one place.
+            raise RuntimeError(
                 f"rank {self.rank} got samples {batch.first_position} + {len(batch.weights)} of "
                 f"the run's sequence where {expected} + {size} were due: a bug, please report it"
             )
@@ -267,7 +277,7 @@ class _Worker:
             config.knn,
         )
         if metrics is not None:
-            RunFolder(task.run_uri).write_evaluation(metrics)
+            task.folder.write_evaluation(metrics)
 
     def _show(self, writer: tracking.MetricWriter, step: int) -> None:
         """The reconstruction picture, to MLflow and into the run's folder."""
@@ -275,7 +285,7 @@ class _Worker:
         writer.picture(picture, "reconstruction", step)
         buffer = io.BytesIO()
         Image.fromarray(picture).save(buffer, "PNG")
-        RunFolder(self.task.run_uri).write_picture(buffer.getvalue())
+        self.task.folder.write_picture(buffer.getvalue())
 
     def _picture(self) -> npt.NDArray[np.uint8]:
         task = self.task
@@ -295,7 +305,6 @@ class _Worker:
     def _checkpoint(self, step: int) -> None:
         """Commit on rank 0, then report on every rank, which waits for all of them."""
         size, config = self.task.size, self.config
-        checkpoint = None
         if self.rank == 0:
             record = CheckpointRecord(
                 step=step,
@@ -313,16 +322,15 @@ class _Worker:
             with tempfile.TemporaryDirectory() as local:
                 save_checkpoint(Path(local), record, model=self.mae, optimizer=self.optimizer)
                 uri = commit_checkpoint(
-                    Path(local), self.task.run_uri, step=step, keep=config.checkpoint.keep
+                    Path(local),
+                    self.task.run_uri,
+                    step=step,
+                    keep=config.checkpoint.keep,
+                    check=self.task.folder.check_start,
                 )
-            filesystem, path = storage.open_filesystem(uri)
-            checkpoint = ray.train.Checkpoint(path, filesystem)
             logger.info("checkpoint: %s", uri)
-        ray.train.report(
-            {"step": step},
-            checkpoint=checkpoint,
-            checkpoint_upload_mode=CheckpointUploadMode.NO_UPLOAD,
-        )
+        # Without the checkpoint: the run's folder is the one list of them (docs/adr/0005).
+        ray.train.report({"step": step, "samples_seen": step * size.global_batch_size})
 
 
 def _autocast_dtype(config: PretrainConfig, device: torch.device) -> torch.dtype | None:

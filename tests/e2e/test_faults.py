@@ -47,19 +47,16 @@ def test_a_killed_driver_leaves_a_run_that_the_same_command_finishes(
 ) -> None:
     process = started()
     place.wait_for_step(14)  # in the third epoch, after the checkpoint of step 10
-    workers = train_workers(process.pid)
     process.kill()
     process.wait()
-    # They train on for a second or two, until Ray finds that the driver is gone.
-    _, alive = psutil.wait_procs(workers, timeout=60)
-    assert alive == []
 
+    # At once: its workers train on for a second or two, until Ray finds that the driver is gone.
     result = place.run()
     assert result.status == "done"
     assert place.losses(result.run_id) == undisturbed.losses
     assert weights_sha256(result.output) == undisturbed.weights_sha256
     trace = place.trace()
-    assert min(line["step"] for line in trace if line["attempt"] == 2) > 10
+    assert all(line["step"] > 10 for line in trace if line["attempt"] == 2)
     counted = counted_samples(trace)
     assert len(counted) == 480  # 5 epochs of 96 samples
     assert set(counted.values()) == {1}

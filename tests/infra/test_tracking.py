@@ -311,6 +311,19 @@ def test_a_server_error_is_tried_again(fake: FakeServer) -> None:
 
 
 @pytest.mark.timeout(60)
+def test_nothing_is_sent_any_more_for_a_run_that_was_taken_over(fake: FakeServer) -> None:
+    fake.start()
+    superseded = threading.Event()
+    writer = MetricWriter(fake.uri, "run", is_superseded=superseded.is_set)
+    writer.write({"loss": 1.0}, 1)
+    assert writer.flush(20.0)
+    superseded.set()
+    writer.write({"loss": 2.0}, 2)
+    writer.close(20.0)
+    assert fake.points == [("loss", 1, 1.0)]
+
+
+@pytest.mark.timeout(60)
 def test_what_is_kept_is_bounded_and_the_rest_is_counted_once(
     fake: FakeServer, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

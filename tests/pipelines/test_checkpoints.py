@@ -17,9 +17,17 @@ from pipelines.checkpoints import (
     list_steps,
     resume_position,
 )
+from pipelines.run_folder import SupersededError
 
 
-def save(run: Path, local: Path, step: int, *, keep: int = 10) -> Path:
+def save(
+    run: Path,
+    local: Path,
+    step: int,
+    *,
+    keep: int = 10,
+    check: Callable[[], None] = lambda: None,
+) -> Path:
     """Commits a checkpoint of a tiny module; 64 samples a step."""
     local.mkdir()
     record = CheckpointRecord(
@@ -39,7 +47,24 @@ def save(run: Path, local: Path, step: int, *, keep: int = 10) -> Path:
     nn.init.constant_(module.weight, step)
     optimizer = torch.optim.AdamW(module.parameters())
     save_checkpoint(local, record, model=module, optimizer=optimizer)
-    return Path(commit_checkpoint(local, str(run), step=step, keep=keep))
+    return Path(commit_checkpoint(local, str(run), step=step, keep=keep, check=check))
+
+
+@pytest.mark.parametrize("allowed", [0, 1], ids=["before it began", "in mid-write"])
+def test_a_commit_that_another_start_overtook_changes_nothing(
+    tmp_path: Path, saved: dict[int, Path], allowed: int
+) -> None:
+    checks = []
+
+    def check() -> None:
+        checks.append(1)
+        if len(checks) > allowed:
+            raise SupersededError("taken over")
+
+    with pytest.raises(SupersededError):
+        save(tmp_path / "run", tmp_path / "late", 20, keep=1, check=check)
+    assert resume_position(str(tmp_path / "run")) == 15 * 64
+    assert set(list_steps(str(tmp_path / "run"))) >= {5, 10, 15}
 
 
 @pytest.fixture

@@ -1,13 +1,21 @@
 """What a run's folder remembers, and which errors end a run for good."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from infra import storage
 from mae_core.data.samples import DataError
 from mae_core.train_step import NonFiniteLossError
 from pipelines.config import ConfigError, StageResult
-from pipelines.run_folder import LASTING_ERRORS, RunFolder, RunRecord, find_error
+from pipelines.run_folder import (
+    LASTING_ERRORS,
+    RunFolder,
+    RunRecord,
+    SupersededError,
+    find_error,
+)
 
 
 class TaskError(Exception):
@@ -48,11 +56,11 @@ def test_an_empty_folder_remembers_nothing(folder: RunFolder) -> None:
     assert folder.read_result() is None
     assert folder.read_evaluation() == {}
     folder.raise_failure()
-    folder.forget_earlier_start()
+    folder.forget_failure()
 
 
 def test_what_is_written_is_read(folder: RunFolder) -> None:
-    record = RunRecord(data_digest="abc", run_id=None, config={"seed": 1})
+    record = RunRecord(start="1", data_digest="abc", run_id=None, config={"seed": 1})
     result = StageResult("pretrain", "done", "run", "/out", {"knn/top1": 0.5})
     folder.write_record(record)
     folder.write_result(result)
@@ -60,6 +68,42 @@ def test_what_is_written_is_read(folder: RunFolder) -> None:
     assert folder.read_record() == record
     assert folder.read_result() == result
     assert folder.read_evaluation() == {"knn/top1": 0.25}
+
+
+WRITES: dict[str, Callable[[RunFolder], None]] = {
+    "evaluation": lambda folder: folder.write_evaluation({}),
+    "result": lambda folder: folder.write_result(StageResult("pretrain", "done", "", "", {})),
+    "picture": lambda folder: folder.write_picture(b""),
+    "failure": lambda folder: folder.record_failure(DataError("here")),
+}
+
+
+@pytest.mark.parametrize("write", WRITES.values(), ids=WRITES.keys())
+def test_a_start_writes_until_a_later_one_takes_the_folder_over(
+    folder: RunFolder, write: Callable[[RunFolder], None]
+) -> None:
+    def record(start: str) -> RunRecord:
+        return RunRecord(start=start, data_digest="abc", run_id=None, config={})
+
+    first, second = RunFolder(folder.uri, "1"), RunFolder(folder.uri, "2")
+    folder.write_record(record("1"))
+    write(first)
+    folder.write_record(record("2"))
+    before = sorted(Path(folder.uri).iterdir())
+    with pytest.raises(SupersededError, match="a later start of this run has taken it over"):
+        write(first)
+    assert sorted(Path(folder.uri).iterdir()) == before
+    write(second)
+    folder.clear()  # as --fresh does
+    assert second.is_superseded()
+
+
+def test_storage_that_does_not_answer_supersedes_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(uri: str) -> bytes:
+        raise storage.StorageError(f"cannot read {uri}")
+
+    monkeypatch.setattr(storage, "read_bytes", fail)
+    assert not RunFolder("s3://bucket/run", "1").is_superseded()
 
 
 def test_a_cleared_folder_keeps_only_the_index_of_its_shards(folder: RunFolder) -> None:
@@ -121,7 +165,7 @@ def test_a_lasting_error_is_raised_at_the_next_start(
 
 def test_the_same_command_tries_again_after_a_lasting_error(folder: RunFolder) -> None:
     folder.record_failure(DataError("broken"))
-    folder.forget_earlier_start()
+    folder.forget_failure()
     folder.raise_failure()
 
 
