@@ -51,7 +51,7 @@ def build_optimizer(model: nn.Module, config: OptimConfig, *, fused: bool) -> to
     Args:
         model: already on its device.
         config: its `learning_rate` is the peak, and stands until the first step.
-        fused: one kernel for the whole update, for CUDA.
+        fused: one kernel for the whole update.
     """
     return torch.optim.AdamW(
         parameter_groups(model, config.weight_decay),

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self, TypeVar, get_args
 
 import yaml
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from infra.config import StorageConfig, TrackingConfig
 from mae_core.config import LossConfig, MaskingConfig, ModelConfig, OptimConfig, StrictConfig
@@ -91,6 +91,12 @@ class KnnConfig(StrictConfig):
 class DebugConfig(StrictConfig):
     sample_trace: str | None = None
     """Folder that gets rank-R.jsonl: a line for each sample trained on."""
+
+    @field_validator("sample_trace")
+    @classmethod
+    def _absolute(cls, path: str | None) -> str | None:
+        """The workers have a working folder of their own."""
+        return None if path is None else str(Path(path).absolute())
 
 
 class PretrainConfig(StrictConfig):

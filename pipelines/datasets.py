@@ -45,7 +45,6 @@ SCHEMA = pa.schema(
         ("key", pa.string()),
         ("image", pa.large_binary()),  # encoded, or the view's pixels where `decoded`
         ("decoded", pa.bool_()),
-        ("label", pa.int64()),  # null without .cls
     ]
 )
 READ_CPUS = 1  # of a read task; Ray's default, which lets it run read and slicing as one task
@@ -230,26 +229,9 @@ def read_window(plan: SequencePlan, window: int) -> Iterator[pa.Table]:
                 pa.array([sample.key for *_, sample in chosen]),
                 pa.array([sample.image for *_, sample in chosen], pa.large_binary()),
                 pa.array([False] * len(chosen)),
-                pa.array([read_label(path, sample) for _, path, sample in chosen], pa.int64()),
             ],
             schema=SCHEMA,
         )
-
-
-def read_label(path: str, sample: Sample) -> int | None:
-    """The number in `.cls`; None without one.
-
-    Raises:
-        DataError: it is no number.
-    """
-    text = sample.parts.get("cls")
-    if text is None:
-        return None
-    try:
-        return int(text)
-    except ValueError as error:
-        shown = text[:40].decode(errors="replace")
-        raise DataError(f"{path}: {sample.key}.cls holds {shown!r}, not a number") from error
 
 
 def sequence_dataset(

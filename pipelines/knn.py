@@ -22,7 +22,7 @@ from mae_core.data.views import normalize
 from mae_core.evaluation.classification import encode_features, knn_accuracy
 from mae_core.model.encoder import MaskedEncoder
 from pipelines.config import KnnConfig
-from pipelines.datasets import read_label, read_rows
+from pipelines.datasets import read_rows
 
 logger = logging.getLogger(__name__)
 
@@ -126,7 +126,7 @@ def _encode_slice(
     pool: ThreadPoolExecutor,
 ) -> LabelledFeatures:
     samples = read_rows(piece.shard, piece.start, piece.stop)
-    labels = [_needed_label(piece.shard, sample) for sample in samples]
+    labels = [needed_label(piece.shard, sample) for sample in samples]
     images = list(pool.map(lambda sample: _image(sample, reader.model), samples))
     whole = [
         (image, label) for image, label in zip(images, labels, strict=True) if image is not None
@@ -146,14 +146,23 @@ def _encode_slice(
     )
 
 
-def _needed_label(shard: ShardInfo, sample: Sample) -> int:
-    label = read_label(shard.path, sample)
-    if label is None:
+def needed_label(shard: ShardInfo, sample: Sample) -> int:
+    """The sample's class.
+
+    Raises:
+        DataError: it has none.
+    """
+    text = sample.parts.get("cls")
+    if text is None:
         raise DataError(
             f"{shard.path}: {sample.key} has no .cls, which the kNN evaluation needs; "
             "add labels to data.train and data.val, or leave data.val out"
         )
-    return label
+    try:
+        return int(text)
+    except ValueError as error:
+        shown = text[:40].decode(errors="replace")
+        raise DataError(f"{shard.path}: {sample.key}.cls holds {shown!r}, not a number") from error
 
 
 def _image(sample: Sample, model: ModelConfig) -> Pixels | None:

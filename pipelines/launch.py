@@ -58,6 +58,19 @@ def check_paths(uris: Iterable[tuple[str, str]]) -> None:
             )
 
 
+def check_tracking(uri: str) -> None:
+    """In a Ray job, refuse an MLflow store in the job's own, passing working copy.
+
+    Raises: ConfigError.
+    """
+    store = Path(uri.removeprefix("sqlite:///"))
+    if ray_job_id() and uri.startswith("sqlite:") and store.is_relative_to(Path.cwd()):
+        raise ConfigError(
+            f"tracking.uri={uri}: is lost with the Ray job's working copy; give "
+            "tracking.uri=http://... on the command line, or MAE__TRACKING__URI"
+        )
+
+
 def check_resources(scaling: ScalingConfig, cpus: float, gpus: float, place: str) -> None:
     """Refuse a layout that would wait for ever.
 
@@ -126,6 +139,8 @@ def _start_local(scaling: ScalingConfig, worker_log: Path) -> None:
     check_resources(scaling, cores, gpus, "this machine")
     # "local": never join another Ray that happens to run here. The loopback needs no token.
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+    # Ray's default of 15 would make training wait for all else that runs here.
+    os.environ.setdefault("RAY_worker_niceness", "0")
     ray.init(
         "local",
         num_cpus=max(cores, scaling.num_workers * scaling.cpus_per_worker) + SPARE_CPUS,

@@ -51,6 +51,7 @@ from pipelines.datasets import (
     read_rows,
     sequence_dataset,
 )
+from pipelines.knn import needed_label
 from pipelines.reporting import RunSize, log_encoder
 from pipelines.run_folder import RunFolder, RunRecord
 from pipelines.train_worker import Pictures, TrainTask, train_worker
@@ -78,6 +79,7 @@ def run(config: PretrainConfig, *, fresh: bool) -> StageResult:
             only reading can tell.
     """
     launch.check_paths(_paths(config))
+    launch.check_tracking(config.tracking.uri)
     folder = RunFolder(storage.join(storage.absolute(config.storage.root), STAGE, config.run_name))
     if fresh:
         storage.delete_folder(folder.index_uri)
@@ -182,17 +184,22 @@ def _plan(config: PretrainConfig, folder: RunFolder) -> Plan:
     )
     return Plan(
         manifest,
-        _val_shards(config, folder),
+        _val_shards(config, folder, manifest.shards),
         stats,
         RunSize(total_steps, optim.global_batch_size, manifest.num_samples),
     )
 
 
-def _val_shards(config: PretrainConfig, folder: RunFolder) -> tuple[ShardInfo, ...]:
+def _val_shards(
+    config: PretrainConfig, folder: RunFolder, train: tuple[ShardInfo, ...]
+) -> tuple[ShardInfo, ...]:
     """Opened before training, so that a mistake in data.val is not found after it."""
     if config.data.val is None:
         return ()
-    return open_shards(config.data.val, storage.join(folder.index_uri, "val")).shards
+    val = open_shards(config.data.val, storage.join(folder.index_uri, "val")).shards
+    for shard in (train[0], val[0]):
+        needed_label(shard, read_rows(shard, 0, 1)[0])
+    return val
 
 
 def _channel_stats(config: PretrainConfig, manifest: Manifest) -> ChannelStats:

@@ -96,7 +96,7 @@ class _Worker:
             torch.set_num_threads(config.scaling.cpus_per_worker)
         torch.manual_seed(config.seed)
         self.mae = build_mae(config.model, config.masking, config.loss).to(self.device)
-        self.optimizer = build_optimizer(self.mae, config.optim, fused=self.device.type == "cuda")
+        self.optimizer = build_optimizer(self.mae, config.optim, fused=True)
         self.mean = torch.tensor(task.mean, device=self.device)
         self.std = torch.tensor(task.std, device=self.device)
         self.autocast_dtype = _autocast_dtype(config, self.device)

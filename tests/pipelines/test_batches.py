@@ -28,7 +28,6 @@ def make_block(images: dict[str, bytes], *, epoch: int = 0, first: int = 0) -> p
             list(images),
             pa.array(list(images.values()), pa.large_binary()),
             [False] * count,
-            pa.array([None] * count, pa.int64()),
         ],
         schema=SCHEMA,
     )

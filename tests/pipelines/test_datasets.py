@@ -32,6 +32,7 @@ from pipelines.datasets import (
     read_window,
     sequence_dataset,
 )
+from pipelines.knn import needed_label
 
 SPEC = ViewSpec(seed=3, in_chans=3, size=(16, 16), crop_scale=(0.2, 1.0), flip=True)
 
@@ -185,20 +186,23 @@ def test_an_index_of_another_shard_is_refused(foreign: Path) -> None:
         read_rows(first.model_copy(update={"index": second.index}), 0, 1)
 
 
-def test_labels_come_along_and_must_be_numbers(
+def test_labels_are_numbers_where_they_are_needed(
     tmp_path: Path, write_tar: Callable[..., Path], make_png: Callable[[int], bytes]
 ) -> None:
-    write_tar(tmp_path / "t/a.tar", {"x.png": make_png(0), "x.cls": b" 3\n", "y.png": make_png(1)})
+    tar = {"x.png": make_png(0), "x.cls": b" 3\n", "y.png": make_png(1), "y.cls": b"cat"}
+    write_tar(tmp_path / "t/a.tar", tar | {"z.png": make_png(2)})
     manifest = open_shards(str(tmp_path / "t"), str(tmp_path / "cache"))
-    rows = pa.concat_tables(read_window(make_plan(manifest, micro=2, window=2, num_samples=2), 0))
-    assert dict(zip(rows["key"].to_pylist(), rows["label"].to_pylist(), strict=True)) == {
-        "x": 3,
-        "y": None,
-    }
-    write_tar(tmp_path / "u/a.tar", {"x.png": make_png(0), "x.cls": b"cat"})
-    (sample,) = read_rows(open_shards(str(tmp_path / "u"), str(tmp_path / "c2")).shards[0], 0, 1)
-    with pytest.raises(DataError, match=r"x\.cls holds 'cat', not a number"):
-        datasets.read_label("a.tar", sample)
+    # Pretraining needs none.
+    plan = make_plan(manifest, micro=3, window=3, num_samples=3)
+    (table,) = read_window(plan, 0)
+    assert sorted(table["key"].to_pylist()) == ["x", "y", "z"]
+    (shard,) = manifest.shards
+    x, y, z = read_rows(shard, 0, 3)
+    assert needed_label(shard, x) == 3
+    with pytest.raises(DataError, match=r"y\.cls holds 'cat', not a number"):
+        needed_label(shard, y)
+    with pytest.raises(DataError, match=r"z has no \.cls, which the kNN evaluation needs"):
+        needed_label(shard, z)
 
 
 def test_stats_are_means_over_all_pixels(tmp_path: Path, write_tar: Callable[..., Path]) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from infra.config import TrackingConfig
 from pipelines import launch
 from pipelines.config import ConfigError, ScalingConfig
 
@@ -99,6 +100,14 @@ def test_a_path_of_a_list_is_checked_too() -> None:
 def test_absolute_and_remote_paths_are_taken_in_a_ray_job() -> None:
     launch.check_paths([("data.train", "/data/train"), ("storage.root", "s3://mae/runs")])
     assert launch.ray_job_id() == "raysubmit_1"
+
+
+@pytest.mark.usefixtures("in_job")
+def test_an_mlflow_store_in_the_working_copy_of_a_ray_job_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"tracking\.uri=.*is lost with the Ray job's working"):
+        launch.check_tracking(TrackingConfig().uri)
+    launch.check_tracking("http://127.0.0.1:5000")
+    launch.check_tracking(f"sqlite:///{tmp_path}/mlflow.db")
 
 
 def test_relative_paths_are_taken_outside_of_a_job(monkeypatch: pytest.MonkeyPatch) -> None:
