@@ -19,11 +19,8 @@ from mae_core.checkpoint import CheckpointManifest, load_encoder
 from mae_core.data.decode import decode_image
 from mae_core.data.samples import iter_samples
 from mae_core.data.views import normalize
-from mae_core.evaluation.classification import (
-    encode_features,
-    knn_accuracy,
-    linear_probe_accuracy,
-)
+from mae_core.evaluation.classification import encode_features, knn_accuracy
+from mae_core.evaluation.linear_probe import linear_probe_accuracy
 from mae_core.model.encoder import MaskedEncoder
 from mae_core.model.mae import build_mae
 from pipelines.checkpoints import fetch_checkpoint

@@ -172,6 +172,8 @@ def log_encoder(uri: str, run_id: str | None, checkpoint: Path) -> None:
                 name="encoder",
                 input_example=example,
                 signature=signature,
+                # Else MLflow loads the model in a process of its own to find out: 5 s.
+                pip_requirements=[f"mlflow=={mlflow.__version__}", f"torch=={torch.__version__}"],
                 metadata={
                     "channel_mean": list(manifest.channel_mean),
                     "channel_std": list(manifest.channel_std),

@@ -9,12 +9,9 @@ from sklearn.neighbors import KNeighborsClassifier
 from torch import Tensor, nn
 
 from mae_core.config import ModelConfig
-from mae_core.evaluation import classification
-from mae_core.evaluation.classification import (
-    encode_features,
-    knn_accuracy,
-    linear_probe_accuracy,
-)
+from mae_core.evaluation import classification, linear_probe
+from mae_core.evaluation.classification import encode_features, knn_accuracy
+from mae_core.evaluation.linear_probe import linear_probe_accuracy
 from mae_core.model.encoder import build_encoder
 
 
@@ -155,7 +152,7 @@ def test_linear_probe_repeats_itself() -> None:
 def test_linear_probe_that_stops_early_is_logged_not_warned_about(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(classification, "_MAX_ITERATIONS", 1)
+    monkeypatch.setattr(linear_probe, "_MAX_ITERATIONS", 1)
     train, labels = make_blobs(100)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
