@@ -34,27 +34,23 @@ from infra import storage, tracking
 from mae_core.checkpoint import MANIFEST_FILE, CorruptCheckpointError, read_manifest
 from mae_core.data.decode import CorruptSampleError, decode_image
 from mae_core.data.manifest import IMAGENET_STATS, ChannelStats, Manifest, ShardInfo
-from mae_core.data.order import RunOrder
 from mae_core.data.randomness import named_generator
 from mae_core.data.samples import DataError
 from mae_core.data.transforms import center_crop
 from mae_core.masking import draw_noise
 from pipelines import launch
-from pipelines.batches import decode_block, view_spec
-from pipelines.checkpoints import find_checkpoint, resume_position
+from pipelines.checkpoints import find_checkpoint
 from pipelines.config import ConfigError, PretrainConfig, StageResult, flatten
 from pipelines.datasets import (
-    SequencePlan,
-    configure_ray_data,
     measure_channel_stats,
     open_shards,
     read_rows,
-    sequence_dataset,
 )
+from pipelines.export import log_encoder
 from pipelines.knn import needed_label
-from pipelines.reporting import RunSize, log_encoder
+from pipelines.reporting import RunSize
 from pipelines.run_folder import RunFolder, RunRecord
-from pipelines.train_worker import Pictures, TrainTask, train_worker
+from pipelines.train_worker import Pictures, TrainTask, remaining_data, train_worker
 
 logger = logging.getLogger(__name__)
 
@@ -312,29 +308,10 @@ def _train(config: PretrainConfig, task: TrainTask) -> None:
         scaling_config=launch.ray_scaling(config.scaling),
         run_config=launch.ray_run(task.run_uri, config.scaling),
         # Called before each start of the workers, so a recovery reads from its own position on.
-        datasets={"train": partial(_remaining_data, config, task)},
+        datasets={"train": partial(remaining_data, task)},
         dataset_config=ray.train.DataConfig(enable_shard_locality=False),
     )
     trainer.fit()
-
-
-def _remaining_data(config: PretrainConfig, task: TrainTask) -> ray.data.Dataset:
-    """The run's sequence from the newest whole checkpoint on."""
-    task.folder.check_start()
-    task.folder.raise_failure()
-    configure_ray_data()
-    order = RunOrder(
-        counts=np.asarray([shard.num_samples for shard in task.train_shards], dtype=np.int64),
-        seed=config.seed,
-        window=config.data.shuffle_window,
-        num_samples=task.size.num_samples,
-    )
-    start = resume_position(task.run_uri)
-    plan = SequencePlan(task.train_shards, order, start, config.optim.micro_batch_size)
-    in_cluster = config.data.decode == "cluster"
-    return sequence_dataset(
-        plan, decode=partial(decode_block, spec=view_spec(config)) if in_cluster else None
-    )
 
 
 def _finish(

@@ -7,20 +7,13 @@ import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import NamedTuple
 
-import mlflow
-import mlflow.pytorch
-import numpy as np
 import torch
 import torch.distributed
-from mlflow.models import ModelSignature
-from mlflow.types import Schema, TensorSpec
 from torch import Tensor
 
 from infra.tracking import MetricWriter
-from mae_core.checkpoint import load_encoder
 from pipelines.batches import BadSample
 
 logger = logging.getLogger(__name__)
@@ -147,38 +140,3 @@ def format_seconds(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{rest:02d}s"
-
-
-def log_encoder(uri: str, run_id: str | None, checkpoint: Path) -> None:
-    """Log the encoder as an MLflow model that loads without this package, for any batch size.
-
-    A failure costs a warning: the checkpoint is the model of record.
-    """
-    if run_id is None:
-        return
-    encoder, manifest = load_encoder(checkpoint)
-    height, width = manifest.model.img_size
-    channels = manifest.model.in_chans
-    example = np.zeros((2, channels, height, width), np.float32)
-    signature = ModelSignature(
-        inputs=Schema([TensorSpec(np.dtype(np.float32), (-1, channels, height, width))]),
-        outputs=Schema([TensorSpec(np.dtype(np.float32), (-1, -1, encoder.embed_dim))]),
-    )
-    try:
-        mlflow.set_tracking_uri(uri)
-        with mlflow.start_run(run_id=run_id):
-            mlflow.pytorch.log_model(
-                encoder.eval(),
-                name="encoder",
-                input_example=example,
-                signature=signature,
-                # Else MLflow loads the model in a process of its own to find out: 5 s.
-                pip_requirements=[f"mlflow=={mlflow.__version__}", f"torch=={torch.__version__}"],
-                metadata={
-                    "channel_mean": list(manifest.channel_mean),
-                    "channel_std": list(manifest.channel_std),
-                    "patch_size": manifest.model.patch_size,
-                },
-            )
-    except Exception as error:  # whatever MLflow or the export raises
-        logger.warning("the encoder could not be logged to MLflow as a model: %s", error)

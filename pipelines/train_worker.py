@@ -7,11 +7,13 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
 import numpy as np
 import numpy.typing as npt
+import ray.data
 import ray.train
 import ray.train.torch
 import torch
@@ -28,15 +30,22 @@ from mae_core.checkpoint import (
     save_checkpoint,
 )
 from mae_core.data.manifest import ShardInfo
+from mae_core.data.order import RunOrder
 from mae_core.data.samples import DataError
 from mae_core.data.views import normalize
 from mae_core.evaluation.reconstruction import reconstruct, reconstruction_picture
 from mae_core.model.mae import MaskedAutoencoder, build_mae
 from mae_core.optim import build_optimizer, warmup_cosine
 from mae_core.train_step import MicroBatch, pretrain_step
-from pipelines.batches import BatchDecoder, DecodedBatch, ahead, view_spec
-from pipelines.checkpoints import commit_checkpoint, fetch_checkpoint, find_checkpoint
+from pipelines.batches import BatchDecoder, DecodedBatch, ahead, decode_block, view_spec
+from pipelines.checkpoints import (
+    commit_checkpoint,
+    fetch_checkpoint,
+    find_checkpoint,
+    resume_position,
+)
 from pipelines.config import PretrainConfig
+from pipelines.datasets import SequencePlan, configure_ray_data, sequence_dataset
 from pipelines.knn import ImageReader, knn_metrics
 from pipelines.reporting import RunSize, StepReporter
 from pipelines.run_folder import RunFolder
@@ -73,6 +82,26 @@ class TrainTask(NamedTuple):
     @property
     def folder(self) -> RunFolder:
         return RunFolder(self.run_uri, self.start)
+
+
+def remaining_data(task: TrainTask) -> ray.data.Dataset:
+    """The run's sequence from the newest whole checkpoint on."""
+    task.folder.check_start()
+    task.folder.raise_failure()
+    configure_ray_data()
+    config = PretrainConfig.model_validate(task.raw_config)
+    order = RunOrder(
+        counts=np.asarray([shard.num_samples for shard in task.train_shards], dtype=np.int64),
+        seed=config.seed,
+        window=config.data.shuffle_window,
+        num_samples=task.size.num_samples,
+    )
+    start = resume_position(task.run_uri)
+    plan = SequencePlan(task.train_shards, order, start, config.optim.micro_batch_size)
+    in_cluster = config.data.decode == "cluster"
+    return sequence_dataset(
+        plan, decode=partial(decode_block, spec=view_spec(config)) if in_cluster else None
+    )
 
 
 def train_worker(arguments: dict[str, TrainTask]) -> None:
