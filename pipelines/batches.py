@@ -1,5 +1,6 @@
 """From blocks of encoded images to batches on the device, ahead of the training step."""
 
+import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -12,9 +13,8 @@ import torch
 from torch import Tensor
 
 from mae_core.config import MaskingConfig
-from mae_core.data.decode import CorruptSampleError
-from mae_core.data.transforms import Pixels
-from mae_core.data.views import ViewSpec, mask_generator, training_view
+from mae_core.data.decode import CorruptSampleError, Pixels
+from mae_core.data.views import ViewSpec, mask_generator, training_views
 from mae_core.masking import draw_noise
 from pipelines.config import PretrainConfig
 
@@ -30,15 +30,20 @@ def view_spec(config: PretrainConfig) -> ViewSpec:
 
 
 class BadSample(NamedTuple):
+    epoch: int
     shard: str
     key: str
+    kind: str  # what it is counted by: see CorruptSampleError; checksum, damaged
     reason: str
 
 
 class DecodedBatch(NamedTuple):
-    """One micro batch of one worker. A sample that can't be decoded is a hole of weight 0."""
+    """One micro batch of one worker. A sample that can't be used is a hole of weight 0.
 
-    pixels: Tensor  # (B, H, W, C) uint8
+    The views of a sample follow one another: B is its number times `crops_per_image`.
+    """
+
+    pixels: Tensor  # (B, H, W, C) uint8, or uint16 where any image has 16 bits
     noise: Tensor  # (B, L) float32
     weights: Tensor  # (B,) float32, 0 for a hole
     bad: list[BadSample]
@@ -50,56 +55,88 @@ class DecodedBatch(NamedTuple):
 
 
 class BatchDecoder:
-    """Decodes blocks with a pool of threads: Pillow and NumPy let go of the GIL."""
+    """Decodes blocks with a pool of threads: the decoders let go of the GIL."""
 
     def __init__(
-        self, spec: ViewSpec, masking: MaskingConfig, grid_size: tuple[int, int], num_threads: int
+        self,
+        spec: ViewSpec,
+        masking: MaskingConfig,
+        grid_size: tuple[int, int],
+        num_threads: int,
+        num_views: int = 1,
     ) -> None:
         self._spec = spec
+        self._num_views = num_views
         self._masking = masking
         self._grid_size = grid_size
         self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="decode")
 
     def __call__(self, table: pa.Table) -> DecodedBatch:
         rows = table.drop_columns(["image"])
-        shards, keys = rows["shard"].to_pylist(), rows["key"].to_pylist()
-        epochs = rows["epoch"].to_pylist()
-        images, decoded = table["image"].to_pylist(), table["decoded"].to_pylist()
-        views = list(self._pool.map(self._view, images, epochs, keys, decoded))
-        pixels = np.zeros((len(views), *self._spec.size, self._spec.in_chans), np.uint8)
-        weights = np.ones(len(views), np.float32)
+        columns = [
+            table[name].to_pylist() for name in ("epoch", "shard", "key", "decoded", "error")
+        ]
+        images = table["image"].to_pylist()
+        decoded = list(self._pool.map(self._views, images, *columns))
+        num_views, spec = self._num_views, self._spec
+        deep = any(
+            v.dtype == np.uint16 for views in decoded if isinstance(views, list) for v in views
+        )
+        shape = (len(decoded) * num_views, *spec.size, spec.in_chans)
+        pixels = np.zeros(shape, np.uint16 if deep else np.uint8)
+        weights = np.ones(len(pixels), np.float32)
         bad: list[BadSample] = []
-        for i, view in enumerate(views):
-            if isinstance(view, str):
-                weights[i] = 0.0
-                bad.append(BadSample(shards[i], keys[i], view))
-            else:
-                pixels[i] = view
-        noise = np.stack([self._noise(e, k) for e, k in zip(epochs, keys, strict=True)])
+        for i, views in enumerate(decoded):
+            place = slice(i * num_views, (i + 1) * num_views)
+            if isinstance(views, BadSample):
+                weights[place] = 0.0
+                bad.append(views)
+                continue
+            for j, view in enumerate(views):
+                # Times 257: 8 bits to the same share of full scale in 16.
+                pixels[place.start + j] = (
+                    view * np.uint16(257) if view.dtype != pixels.dtype else view
+                )
+        noise = np.stack(
+            [
+                self._noise(epoch, key, view)
+                for epoch, key in zip(columns[0], columns[2], strict=True)
+                for view in range(num_views)
+            ]
+        )
         return DecodedBatch(
             torch.from_numpy(pixels), torch.from_numpy(noise), torch.from_numpy(weights), bad, rows
         )
 
-    def _view(self, image: bytes, epoch: int, key: str, decoded: bool) -> Pixels | str:
-        """The sample's pixels, or why there are none."""
+    def _views(
+        self, image: bytes, epoch: int, shard: str, key: str, decoded: bool, error: str | None
+    ) -> list[Pixels] | BadSample:
+        """The sample's views, or why there are none."""
         spec = self._spec
+        if error is not None:
+            return BadSample(epoch, shard, key, error.partition(":")[0], error)
         if decoded:
-            return np.frombuffer(image, np.uint8).reshape(*spec.size, spec.in_chans)
+            shape = (self._num_views, *spec.size, spec.in_chans)
+            return list(np.frombuffer(image, _dtype(image, shape)).reshape(shape))
         try:
-            return training_view(image, epoch, key, spec)
-        except CorruptSampleError as error:
-            return str(error)
+            return training_views(image, epoch, key, spec, self._num_views)
+        except CorruptSampleError as corrupt:
+            return BadSample(epoch, shard, key, corrupt.kind, str(corrupt))
 
-    def _noise(self, epoch: int, key: str) -> npt.NDArray[np.float32]:
+    def _noise(self, epoch: int, key: str, view: int) -> npt.NDArray[np.float32]:
         return draw_noise(
-            mask_generator(self._spec.seed, epoch, key),
+            mask_generator(self._spec.seed, epoch, key, view),
             self._grid_size,
             kind=self._masking.kind,
             mask_ratio=self._masking.mask_ratio,
         )
 
 
-def decode_block(table: pa.Table, spec: ViewSpec) -> pa.Table:
+def _dtype(data: bytes, shape: tuple[int, ...]) -> type[np.uint8] | type[np.uint16]:
+    return np.uint8 if len(data) == math.prod(shape) else np.uint16
+
+
+def decode_block(table: pa.Table, spec: ViewSpec, num_views: int = 1) -> pa.Table:
     """Replace the images of a block by the pixels of their views, for `data.decode: cluster`.
 
     A broken one stays encoded: the worker meets it, names it and counts it.
@@ -110,9 +147,10 @@ def decode_block(table: pa.Table, spec: ViewSpec) -> pa.Table:
         zip(table["epoch"].to_pylist(), table["key"].to_pylist(), strict=True)
     ):
         try:
-            images[i] = training_view(images[i], epoch, key, spec).tobytes()
+            views = training_views(images[i], epoch, key, spec, num_views)
         except CorruptSampleError:
             continue
+        images[i] = b"".join(view.tobytes() for view in views)
         decoded[i] = True
     columns = {"image": pa.array(images, pa.large_binary()), "decoded": pa.array(decoded)}
     return pa.table(

@@ -124,8 +124,10 @@ def _is_file(word: str) -> bool:
 
 
 def _prepare_words(bare: list[str], synthetic: str | None) -> list[str]:
-    """`mae prepare SOURCE OUT` and `mae prepare --synthetic shapes OUT` as key=value."""
-    keys = ["output"] if synthetic else ["source", "output"]
+    """`mae prepare SOURCE OUT`, `--synthetic shapes OUT`, `index TARS` and such as key=value."""
+    if bare and bare[0] in ("index", "stats") and not synthetic:
+        return [f"existing={bare[0]}", *_prepare_words(bare[1:], "")]
+    keys = ["source", "output"] if synthetic is None else ["output"]
     if len(bare) > len(keys):
         raise ConfigError(f"too many words: {' '.join(bare)}; expected {' '.join(keys).upper()}")
     given = [f"{key}={word}" for key, word in zip(keys, bare, strict=False)]

@@ -48,6 +48,10 @@ class DataConfig(StrictConfig):
     """Share of the image's area that a random crop covers, from and to."""
     flip: bool = True
     """Mirror half of the images."""
+    crops_per_image: int = Field(default=1, gt=0)
+    """Views of an image that is read and decoded once (repeated sampling, Hoffer et al. 2020,
+    https://arxiv.org/abs/1901.09335). Batches and `optim.epochs` count views; divides the micro
+    batch."""
     stats: Literal["data", "imagenet"] = "data"
     """Channel mean and standard deviation: the data's own, or ImageNet's."""
     max_bad_ratio: float = Field(default=0.01, ge=0, le=1)
@@ -128,10 +132,16 @@ class PretrainConfig(StrictConfig):
                 f"optim.global_batch_size={optim.global_batch_size} is not a multiple of "
                 f"optim.micro_batch_size={optim.micro_batch_size} x scaling.num_workers={workers}"
             )
-        if self.data.shuffle_window % optim.micro_batch_size:
+        if optim.micro_batch_size % self.data.crops_per_image:
             raise ValueError(
-                f"data.shuffle_window={self.data.shuffle_window} is not a multiple of "
-                f"optim.micro_batch_size={optim.micro_batch_size}"
+                f"optim.micro_batch_size={optim.micro_batch_size} is not a multiple of "
+                f"data.crops_per_image={self.data.crops_per_image}"
+            )
+        if self.data.shuffle_window % self.images_per_micro_batch:
+            raise ValueError(
+                f"data.shuffle_window={self.data.shuffle_window} is not a multiple of the images "
+                f"of a micro batch, {self.images_per_micro_batch}: optim.micro_batch_size="
+                f"{optim.micro_batch_size} / data.crops_per_image={self.data.crops_per_image}"
             )
         return self
 
@@ -151,6 +161,10 @@ class PretrainConfig(StrictConfig):
         return self
 
     @property
+    def images_per_micro_batch(self) -> int:
+        return self.optim.micro_batch_size // self.data.crops_per_image
+
+    @property
     def grad_accum_steps(self) -> int:
         """Forward passes of each worker in one optimizer step."""
         return self.optim.global_batch_size // (
@@ -168,7 +182,7 @@ class PretrainConfig(StrictConfig):
 # What may change between a run and its resumption is not in here: workers, micro batch, paths.
 _IDENTITY: Any = {
     "seed": True,
-    "data": {"train", "shuffle_window", "crop_scale", "flip", "stats"},
+    "data": {"train", "shuffle_window", "crop_scale", "flip", "crops_per_image", "stats"},
     "model": True,
     "masking": True,
     "loss": True,
@@ -183,6 +197,9 @@ class PrepareConfig(StrictConfig):
     and, after a tab or a comma, a label on each line."""
     synthetic: Literal["shapes"] | None = None
     """Draw the images instead; makes the folders train and val in `output`."""
+    existing: Literal["index", "stats"] | None = None
+    """Pack nothing: read the tars that lie in `output`, and write their manifest with checksums and
+    indexes beside them (index), with channel statistics over all images too (stats)."""
     output: str
     """Folder or s3://bucket/prefix for the shards."""
     split: str = Field(default="train", pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")
@@ -197,7 +214,12 @@ class PrepareConfig(StrictConfig):
     """Processes that pack; the shards do not depend on it."""
     max_bad_ratio: float = Field(default=0.1, ge=0, le=1)
     """Packing fails when a larger share of the images can't be decoded."""
-    in_chans: Literal[1, 3] = 3
+    transcode_short_side: int | None = Field(default=None, gt=0)
+    """Pack JPEGs with the shorter side at most this many pixels, instead of the images' own
+    bytes."""
+    transcode_quality: int = Field(default=90, ge=1, le=100)
+    """JPEG quality of transcoded images; full colour resolution from 90 on."""
+    in_chans: int = Field(default=3, gt=0)
     """Channels that the images are measured in: 1 (grey) or 3 (RGB)."""
     img_size: int = Field(default=64, ge=16, le=1024)
     """Side of a drawn image, in pixels."""
@@ -208,8 +230,8 @@ class PrepareConfig(StrictConfig):
 
     @model_validator(mode="after")
     def _one_origin(self) -> Self:
-        if (self.source is None) == (self.synthetic is None):
-            raise ValueError("give either source=FOLDER or synthetic=shapes")
+        if [self.source, self.synthetic, self.existing].count(None) != 2:
+            raise ValueError("give one of source=FOLDER, synthetic=shapes, existing=index or stats")
         return self
 
 

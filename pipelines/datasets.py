@@ -9,11 +9,13 @@ lost node gives the same rows, and a resumed run starts at its window and opens 
 
 import io
 import logging
+import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -26,13 +28,22 @@ from mae_core.data.manifest import (
     MANIFEST_NAME,
     ChannelStats,
     Manifest,
+    SampleIndex,
     ShardInfo,
-    offsets_from_bytes,
-    offsets_to_bytes,
+    index_from_bytes,
+    index_to_bytes,
     parse_manifest,
 )
 from mae_core.data.order import RunOrder
-from mae_core.data.samples import DataError, Sample, index_shard, iter_samples
+from mae_core.data.samples import (
+    IMAGE_EXTENSIONS,
+    DataError,
+    Sample,
+    ShardIndex,
+    index_shard,
+    iter_samples,
+    sample_checksums,
+)
 from pipelines.config import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -45,6 +56,7 @@ SCHEMA = pa.schema(
         ("key", pa.string()),
         ("image", pa.large_binary()),  # encoded, or the view's pixels where `decoded`
         ("decoded", pa.bool_()),
+        ("error", pa.string()),  # "kind: why" of a sample that can't be read; the image is empty
     ]
 )
 READ_CPUS = 1  # of a read task; Ray's default, which lets it run read and slicing as one task
@@ -56,19 +68,30 @@ class ChangedDataError(DataError):
     """A shard is not what its index says."""
 
 
+class BrokenSample(NamedTuple):
+    """A sample whose bytes are not what its index says."""
+
+    key: str  # its number in the shard, where the key can't be read
+    error: str  # "kind: why"
+
+
 # Opening a shard set
 
 
-def open_shards(spec: str | tuple[str, ...], cache_uri: str) -> Manifest:
+def open_shards(
+    spec: str | tuple[str, ...], cache_uri: str, *, max_bad_ratio: float = 0.0
+) -> Manifest:
     """The manifest of the shards that `spec` names, with absolute paths.
 
     Ours is read where it lies beside the shards; foreign tars are indexed once, in parallel,
-    and the result is kept under `cache_uri`.
+    and the result is kept under `cache_uri`. Of a damaged one the samples before the damage are
+    taken.
 
     Raises:
         ConfigError: `spec` names a shard twice.
         NoShardsError: nothing matches.
-        DataError: a tar is damaged, or no sample has an image.
+        DataError: a larger share of the tars than `max_bad_ratio` is damaged, or no sample has
+            an image.
     """
     try:
         shards = storage.expand_shards(spec)
@@ -78,10 +101,18 @@ def open_shards(spec: str | tuple[str, ...], cache_uri: str) -> Manifest:
     if manifest.num_samples == 0:
         raise DataError(
             f"{spec}: {len(shards)} tars, but no sample with an image "
-            "(.jpg .jpeg .png .webp .tif .tiff) in them"
+            f"({' '.join('.' + name for name in IMAGE_EXTENSIONS)}) in them"
         )
-    if manifest.num_without_image:
-        logger.warning("%d groups of tar members hold no image", manifest.num_without_image)
+    for shard, damage in manifest.damaged.items():
+        logger.warning("only the samples before the damage are used: %s", damage)
+        if len(manifest.damaged) > max_bad_ratio * len(shards):
+            raise DataError(
+                f"{len(manifest.damaged)} of {len(shards)} tars are damaged, a larger share than "
+                f"data.max_bad_ratio={max_bad_ratio:g}; the first is {shard} ({damage})"
+            )
+    if manifest.left_out:
+        counts = ", ".join(f"{n} x {kind}" for kind, n in sorted(manifest.left_out.items()))
+        logger.warning("left out of the shards: %s", counts)
     return manifest
 
 
@@ -119,24 +150,35 @@ def _indexed_manifest(shards: list[str], cache_uri: str) -> Manifest:
         ):
             return manifest
     logger.info("indexing %d tars without a manifest", len(shards))
-    counts = _in_threads(partial(_index_one, cache_uri=cache_uri), list(enumerate(shards)))
+    indexed = _in_threads(partial(_index_one, cache_uri=cache_uri), list(enumerate(shards)))
     infos = tuple(
-        ShardInfo(path=path, index=index, num_samples=num_samples, num_bytes=size)
-        for path, size, (index, num_samples, _) in zip(shards, sizes, counts, strict=True)
+        ShardInfo(path=path, index=uri, num_samples=found.num_samples, num_bytes=size)
+        for path, size, (uri, found) in zip(shards, sizes, indexed, strict=True)
     )
-    manifest = Manifest(shards=infos, num_without_image=sum(without for *_, without in counts))
+    manifest = Manifest(
+        shards=infos,
+        left_out=sum((found.left_out for _, found in indexed), Counter()),
+        damaged={
+            path: str(found.damage)
+            for path, (_, found) in zip(shards, indexed, strict=True)
+            if found.damage is not None
+        },
+    )
     storage.write_bytes(cached, manifest.model_dump_json(indent=1).encode())
     return manifest
 
 
-def _index_one(numbered: tuple[int, str], cache_uri: str) -> tuple[str, int, int]:
+def _index_one(numbered: tuple[int, str], cache_uri: str) -> tuple[str, ShardIndex]:
     number, shard = numbered
     opener = storage.open_stream if storage.is_remote(shard) else storage.open_random
     with storage.storage_errors("read", shard), opener(shard) as stream:
-        found = index_shard(stream, shard)
+        try:
+            found = index_shard(stream, shard, lenient=True)
+        except DataError as error:  # nothing of it can be used
+            found = ShardIndex(np.zeros(1, np.int64), Counter(cut=1), error)
     uri = storage.join(cache_uri, f"{number:06d}.index.npy")
-    storage.write_bytes(uri, offsets_to_bytes(found.offsets))
-    return uri, found.num_samples, found.num_without_image
+    storage.write_bytes(uri, index_to_bytes(SampleIndex(found.offsets, None)))
+    return uri, found
 
 
 def _in_threads(function: Any, items: list[Any]) -> list[Any]:
@@ -157,11 +199,12 @@ def measure_channel_stats(manifest: Manifest, in_chans: int) -> ChannelStats:
     for shard in (manifest.shards[i] for i in chosen):
         for sample in read_rows(shard, 0, min(rows, shard.num_samples)):
             try:
-                pixels = decode_image(sample.image, in_chans).reshape(-1, in_chans) / 255.0
+                pixels = decode_image(sample.image, in_chans)
             except CorruptSampleError:
                 continue
-            sums += [pixels.sum(axis=0), np.square(pixels).sum(axis=0)]
-            num_pixels, num_images = num_pixels + len(pixels), num_images + 1
+            share = pixels.reshape(-1, in_chans) / np.iinfo(pixels.dtype).max
+            sums += [share.sum(axis=0), np.square(share).sum(axis=0)]
+            num_pixels, num_images = num_pixels + len(share), num_images + 1
     if not num_images:
         raise DataError(f"none of the first images of {num_shards} shards can be decoded")
     mean = sums[0] / num_pixels
@@ -173,30 +216,72 @@ def measure_channel_stats(manifest: Manifest, in_chans: int) -> ChannelStats:
 
 
 @lru_cache(maxsize=64)
-def _offsets(index_uri: str) -> npt.NDArray[np.int64]:
-    return offsets_from_bytes(storage.read_bytes(index_uri), index_uri)
+def _index(index_uri: str) -> SampleIndex:
+    return index_from_bytes(storage.read_bytes(index_uri), index_uri)
 
 
 def read_rows(shard: ShardInfo, start: int, stop: int) -> list[Sample]:
-    """Samples [start, stop) of a shard, by one ranged read.
+    """Those of samples [start, stop) of a shard that are whole, by one ranged read."""
+    rows = read_samples(shard, start, stop)
+    return [row for row in rows if isinstance(row, Sample)]
+
+
+def read_samples(shard: ShardInfo, start: int, stop: int) -> list[Sample | BrokenSample]:
+    """Samples [start, stop) of a shard, by one ranged read; one more where a checksum is wrong.
 
     Raises:
-        ChangedDataError: the shard does not hold what its index says.
+        ChangedDataError: the index is another shard's.
     """
     if start == stop:
         return []
-    offsets = _offsets(shard.index)
-    if len(offsets) != shard.num_samples + 1 or offsets[-1] > shard.num_bytes:
+    index = _index(shard.index)
+    if len(index.offsets) != shard.num_samples + 1 or index.offsets[-1] > shard.num_bytes:
         raise ChangedDataError(f"{shard.index}: does not belong to {shard.path}; index it again")
-    first, last = int(offsets[start]), int(offsets[stop])
-    data = storage.read_range(shard.path, first, last)
-    samples = list(iter_samples(io.BytesIO(data), shard.path)) if len(data) == last - first else []
-    if [first + sample.offset for sample in samples] != offsets[start:stop].tolist():
-        raise ChangedDataError(
-            f"{shard.path}: bytes {first} to {last} hold other samples than when it was indexed; "
-            "remove the index (or pack the set again) and start over with --fresh"
-        )
-    return samples
+    offsets = index.offsets[start : stop + 1]
+    checksums = None if index.checksums is None else index.checksums[start:stop]
+    data = storage.read_range(shard.path, int(offsets[0]), int(offsets[-1]))
+    if not _is_whole(data, offsets, checksums):
+        # Once more: it may have been the way here.
+        data = storage.read_range(shard.path, int(offsets[0]), int(offsets[-1]))
+    if checksums is None or _is_whole(data, offsets, checksums):
+        rows = _parse(data, shard.path, int(offsets[0]))
+        if [row.offset for row in rows] == offsets[:-1].tolist():
+            return list(rows)
+    return [
+        _read_one(data, shard.path, i, offsets, None if checksums is None else int(checksums[i]))
+        for i in range(stop - start)
+    ]
+
+
+def _is_whole(
+    data: bytes, offsets: npt.NDArray[np.int64], checksums: npt.NDArray[np.int64] | None
+) -> bool:
+    if len(data) != offsets[-1] - offsets[0]:
+        return False
+    return checksums is None or np.array_equal(sample_checksums(data, offsets), checksums)
+
+
+def _parse(data: bytes, path: str, first: int) -> list[Sample]:
+    """Samples in a range of a tar, with their offsets in the whole; none if it is damaged."""
+    try:
+        samples = list(iter_samples(io.BytesIO(data), path))
+    except DataError:
+        return []
+    return [sample._replace(offset=first + sample.offset) for sample in samples]
+
+
+def _read_one(
+    data: bytes, path: str, number: int, offsets: npt.NDArray[np.int64], checksum: int | None
+) -> Sample | BrokenSample:
+    first = int(offsets[0])
+    piece = data[int(offsets[number]) - first : int(offsets[number + 1]) - first]
+    found = _parse(piece, path, int(offsets[number]))
+    key = found[0].key if found else f"#{number}"
+    if checksum is not None and zlib.crc32(piece) != checksum:
+        return BrokenSample(key, "checksum: the bytes are not those that were packed")
+    if not found or found[0].offset != offsets[number]:
+        return BrokenSample(key, f"damaged: the tar changed or broke at byte {offsets[number]}")
+    return found[0]
 
 
 @dataclass(frozen=True, eq=False)
@@ -212,9 +297,9 @@ class SequencePlan:
 def read_window(plan: SequencePlan, window: int) -> Iterator[pa.Table]:
     """The rows of a window from `plan.start` on, in the run's order, a micro batch at a time."""
     order = plan.order
-    rows: list[tuple[int, str, Sample]] = []
+    rows: list[tuple[int, str, Sample | BrokenSample]] = []
     for epoch, shard, first, last in order.window_segments(window):
-        samples = read_rows(plan.shards[shard], first, last)
+        samples = read_samples(plan.shards[shard], first, last)
         rows += [(epoch, plan.shards[shard].path, sample) for sample in samples]
     window_start, window_stop = order.window_bounds(window)
     permutation = order.window_permutation(window)
@@ -227,11 +312,16 @@ def read_window(plan: SequencePlan, window: int) -> Iterator[pa.Table]:
                 pa.array([epoch for epoch, _, _ in chosen], pa.int32()),
                 pa.array([path for _, path, _ in chosen]),
                 pa.array([sample.key for *_, sample in chosen]),
-                pa.array([sample.image for *_, sample in chosen], pa.large_binary()),
+                pa.array([_image(sample) for *_, sample in chosen], pa.large_binary()),
                 pa.array([False] * len(chosen)),
+                pa.array([getattr(sample, "error", None) for *_, sample in chosen], pa.string()),
             ],
             schema=SCHEMA,
         )
+
+
+def _image(row: Sample | BrokenSample) -> bytes:
+    return row.image if isinstance(row, Sample) else b""
 
 
 def sequence_dataset(

@@ -8,16 +8,15 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.distributed
 from torch import Tensor
 
 from mae_core.config import ModelConfig
-from mae_core.data.decode import CorruptSampleError, decode_image
+from mae_core.data.decode import CorruptSampleError, Pixels, decode_image
 from mae_core.data.manifest import ShardInfo
 from mae_core.data.samples import DataError, Sample
-from mae_core.data.transforms import Pixels, center_crop
+from mae_core.data.transforms import center_crop, stack_pixels
 from mae_core.data.views import normalize
 from mae_core.evaluation.classification import encode_features, knn_accuracy
 from mae_core.model.encoder import MaskedEncoder
@@ -134,7 +133,9 @@ def _encode_slice(
     if not whole:
         empty = torch.zeros(0, reader.model.encoder_shape.embed_dim)
         return LabelledFeatures(dict.fromkeys(encoders, empty), torch.zeros(0, dtype=torch.int64))
-    batch = torch.from_numpy(normalize(np.stack([i for i, _ in whole]), reader.mean, reader.std))
+    batch = torch.from_numpy(
+        normalize(stack_pixels([i for i, _ in whole]), reader.mean, reader.std)
+    )
     return LabelledFeatures(
         {
             name: encode_features(encoder, batch.to(next(encoder.parameters()).device))

@@ -4,6 +4,8 @@
     mae prepare photos shards/photos
     mae prepare list.txt s3://bucket/photos
     mae prepare --synthetic shapes data/shapes
+    mae prepare index s3://bucket/tars      # tars that lie there: manifest and index beside them
+    mae prepare stats s3://bucket/tars      # and the channel statistics of all their images
     python pipelines/prepare.py configs/prepare/demo.yaml num_train=10000
 
 A folder of folders is a class each, in the order of their names; a flat folder has no labels. Files
@@ -24,79 +26,43 @@ if __name__ == "__main__":  # run as a file: import the package, not the files b
     sys.exit(main(["prepare", *sys.argv[1:]]))
 
 import hashlib
-import io
 import json
 import logging
-import multiprocessing
-import os
-import tarfile
-import threading
 import time
-import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from itertools import islice
 from typing import NamedTuple
 
-import numpy as np
-import numpy.typing as npt
-from PIL import Image
-from pydantic import ValidationError
-
 from infra import storage
-from mae_core.config import StrictConfig
-from mae_core.data.decode import CorruptSampleError, decode_image
 from mae_core.data.image_files import ImageFile, find_images
-from mae_core.data.manifest import (
-    MANIFEST_NAME,
-    ChannelStats,
-    Manifest,
-    ShardInfo,
-    channel_stats_of_sums,
-    offsets_to_bytes,
-    parse_manifest,
-)
+from mae_core.data.manifest import MANIFEST_NAME, Manifest, parse_manifest, sum_pixels
 from mae_core.data.randomness import named_generator
-from mae_core.data.samples import DataError, index_shard
+from mae_core.data.samples import DataError
 from mae_core.data.synthetic import SHAPE_CLASSES, draw_scene, encode_scene
+from pipelines import existing_shards
 from pipelines.config import ConfigError, PrepareConfig, StageResult
+from pipelines.packing import (
+    STATE_FOLDER,
+    Item,
+    SceneItem,
+    ShardPlan,
+    ShardRecord,
+    SkippedImage,
+    Transcode,
+    json_bytes,
+    pack_shard,
+)
+from pipelines.process_pool import process_pool
 
 log = logging.getLogger(__name__)
 
 SKIPPED_NAME = "skipped.jsonl"
-STATE_FOLDER = ".prepare"  # the plan, and a record of each shard that is done
 PLAN_NAME = "plan.json"
 PROGRESS_EVERY_S = 5.0
 # Validation scenes are far away from any training scene, so neither count moves the other's.
 FIRST_VAL_SCENE = 1 << 32
-
-
-class SceneItem(NamedTuple):
-    """One scene to draw and pack."""
-
-    key: str
-    seed: int
-    scene: int
-    size: int
-
-    @property
-    def source(self) -> str:
-        return self.key
-
-    @property
-    def identity(self) -> str:
-        return json.dumps(self)
-
-
-Item = ImageFile | SceneItem
-
-
-class ShardPlan(NamedTuple):
-    name: str  # without an extension
-    items: tuple[Item, ...]
 
 
 class SetPlan(NamedTuple):
@@ -106,6 +72,7 @@ class SetPlan(NamedTuple):
     shards: tuple[ShardPlan, ...]
     classes: tuple[str, ...] | None
     in_chans: int
+    transcode: Transcode | None
     facts: dict[str, int | str]  # what a person would compare, and the digest of everything
 
     @property
@@ -113,26 +80,13 @@ class SetPlan(NamedTuple):
         return sum(len(shard.items) for shard in self.shards)
 
     @property
+    def source_bytes(self) -> int:
+        items = (item for shard in self.shards for item in shard.items)
+        return sum(item.packed_bytes for item in items if isinstance(item, ImageFile))
+
+    @property
     def digest(self) -> str:
         return str(self.facts["digest"])
-
-
-class SkippedImage(StrictConfig):
-    source: str
-    reason: str
-
-
-class ShardRecord(StrictConfig):
-    """What became of a shard; written after it, so that its presence says that it is whole."""
-
-    plan: str
-    """Digest of the plan that the shard belongs to."""
-    shard: ShardInfo
-    skipped: tuple[SkippedImage, ...]
-    sums: tuple[int, ...]
-    """Of the values of each channel, 0 to 255. Whole numbers add up the same in any order."""
-    squares: tuple[int, ...]
-    num_pixels: int
 
 
 def run(config: PrepareConfig, *, fresh: bool) -> StageResult:
@@ -142,6 +96,8 @@ def run(config: PrepareConfig, *, fresh: bool) -> StageResult:
         DataError: there is no image, or too many are broken.
         ConfigError: the output holds something else.
     """
+    if config.existing is not None:
+        return existing_shards.run(config)
     plans = _plan(config)
     for plan in plans:
         _claim_output(plan, fresh=fresh)
@@ -157,6 +113,16 @@ def run(config: PrepareConfig, *, fresh: bool) -> StageResult:
         "num_bytes": sum(manifest.num_bytes for manifest in manifests),
         "num_skipped": sum(plan.num_items for plan in plans) - num_samples,
     }
+    if config.transcode_short_side is not None:
+        before = sum(plan.source_bytes for plan in plans)
+        metrics["num_source_bytes"] = before
+        log.info(
+            "transcoded to a short side of %d px, quality %d: %.1f MB instead of %.1f MB",
+            config.transcode_short_side,
+            config.transcode_quality,
+            metrics["num_bytes"] / 1e6,
+            before / 1e6,
+        )
     output = storage.absolute(config.output)
     return StageResult("prepare", "reused" if reused else "done", None, output, metrics)
 
@@ -199,6 +165,11 @@ def _plan_set(
         "max_shard_bytes": config.max_shard_bytes,
         "in_chans": config.in_chans,
     }
+    transcode = None
+    if config.transcode_short_side is not None:
+        transcode = Transcode(config.transcode_short_side, config.transcode_quality)
+        _check_companions(items)
+        facts["transcode"] = f"{transcode.short_side} px, quality {transcode.quality}"
     if config.synthetic is not None:
         facts |= {"img_size": config.img_size, "drawing": _drawing_digest(config.img_size)}
     hasher = hashlib.sha256(json.dumps([facts, classes]).encode())
@@ -206,7 +177,7 @@ def _plan_set(
         for item in shard.items:
             hasher.update(f"{shard.name} {item.identity}\n".encode())
     facts["digest"] = hasher.hexdigest()[:32]
-    return SetPlan(storage.absolute(output), shards, classes, config.in_chans, facts)
+    return SetPlan(storage.absolute(output), shards, classes, config.in_chans, transcode, facts)
 
 
 def _drawing_digest(size: int) -> str:
@@ -255,7 +226,7 @@ def _claim_output(plan: SetPlan, *, fresh: bool) -> None:
             f"output={plan.output} holds shards of another origin, such as {alien[0]}; "
             "choose another output"
         )
-    storage.write_bytes(place, _json_bytes(plan.facts))
+    storage.write_bytes(place, json_bytes(plan.facts))
 
 
 def _clear_output(output: str) -> None:
@@ -320,7 +291,7 @@ def _pack_set(plan: SetPlan, config: PrepareConfig) -> Manifest:
     manifest = Manifest(
         shards=tuple(record.shard for record in ordered),
         classes=plan.classes,
-        channel_stats=_channel_stats(ordered),
+        channel_stats=sum_pixels(record.pixels for record in ordered).channel_stats(),
     )
     text = manifest.model_dump_json(indent=2) + "\n"
     storage.write_bytes(storage.join(plan.output, MANIFEST_NAME), text.encode())
@@ -348,154 +319,33 @@ def _reasons(skipped: Iterable[SkippedImage]) -> str:
     return ", ".join(f"{count} x {reason}" for reason, count in counts.most_common(5))
 
 
-def _channel_stats(records: Sequence[ShardRecord]) -> ChannelStats | None:
-    return channel_stats_of_sums(
-        sums=[sum(values) for values in zip(*(r.sums for r in records), strict=True)],
-        squares=[sum(values) for values in zip(*(r.squares for r in records), strict=True)],
-        num_pixels=sum(record.num_pixels for record in records),
-        num_images=sum(record.shard.num_samples for record in records),
-    )
+def _check_companions(items: Sequence[Item]) -> None:
+    for item in items:
+        names = [name for name, *_ in item.companions] if isinstance(item, ImageFile) else []
+        if isinstance(item, SceneItem) or not {"json", "seg.png"}.isdisjoint(names):
+            raise ConfigError(
+                f"transcode_short_side: {item.source} has boxes or a mask in pixels beside it, "
+                "which would not fit the smaller image any more; pack this set as it is"
+            )
 
 
 def _pack_shards(plan: SetPlan, workers: int) -> Iterator[tuple[str, ShardRecord]]:
     """Pack in any order, and give each shard's record when it is done."""
+    arguments = plan.output, plan.digest, plan.in_chans, plan.transcode
     if workers == 1:
         for shard in plan.shards:
-            yield shard.name, _pack_shard(shard, plan.output, plan.digest, plan.in_chans)
+            yield shard.name, pack_shard(shard, *arguments)
         return
-    with _process_pool(workers) as pool:
+    with process_pool(workers) as pool:
         waiting = iter(plan.shards)
         running: dict[Future[ShardRecord], str] = {}
         while True:
             # Few at a time: a plan of millions of images is not copied at once.
             for shard in islice(waiting, 2 * workers - len(running)):
-                task = pool.submit(_pack_shard, shard, plan.output, plan.digest, plan.in_chans)
+                task = pool.submit(pack_shard, shard, *arguments)
                 running[task] = shard.name
             if not running:
                 return
             done, _ = wait(running, return_when=FIRST_COMPLETED)
             for task in done:
                 yield running.pop(task), task.result()
-
-
-@contextmanager
-def _process_pool(workers: int) -> Iterator[ProcessPoolExecutor]:
-    # Not fork: the caller may have threads, and a copy of their locks would hang.
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_end_with_parent)
-    try:
-        yield pool
-    except BrokenProcessPool as error:
-        raise DataError(
-            "a packing process was killed, perhaps for memory; lower workers or max_shard_bytes, "
-            "and give the same command again"
-        ) from error
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _end_with_parent() -> None:
-    """Don't outlive a parent that was killed: a pool's process would wait for work for ever."""
-
-    def watch() -> None:
-        parent = multiprocessing.parent_process()
-        if parent is not None:
-            parent.join()
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
-def _pack_shard(shard: ShardPlan, output: str, digest: str, in_chans: int) -> ShardRecord:
-    """Write tar, index and record, unless they are there."""
-    record_place = storage.join(output, STATE_FOLDER, f"{shard.name}.json")
-    old = _finished_record(record_place, output, digest)
-    if old is not None:
-        return old
-    tar_name, index_name = f"{shard.name}.tar", f"{shard.name}.index.npy"
-    buffer = io.BytesIO()
-    offsets: list[int] = []
-    skipped: list[SkippedImage] = []
-    histogram = np.zeros((in_chans, 256), dtype=np.int64)
-    with tarfile.open(fileobj=buffer, mode="w:", format=tarfile.PAX_FORMAT) as tar:
-        for item in shard.items:
-            try:
-                parts, counts = _read_item(item, in_chans)
-            except CorruptSampleError as error:
-                skipped.append(SkippedImage(source=item.source, reason=str(error)))
-                continue
-            histogram += counts
-            offsets.append(tar.offset)
-            for extension in sorted(parts):
-                member = tarfile.TarInfo(f"{item.key}.{extension}")  # mode 0644, no owner, no time
-                member.size = len(parts[extension])
-                tar.addfile(member, io.BytesIO(parts[extension]))
-        offsets.append(tar.offset)
-    data = buffer.getvalue()
-    index = index_shard(io.BytesIO(data), tar_name)
-    assert index.offsets.tolist() == (offsets if len(offsets) > 1 else [0])
-    levels = np.arange(256)
-    record = ShardRecord(
-        plan=digest,
-        shard=ShardInfo(
-            path=tar_name,
-            index=index_name,
-            num_samples=index.num_samples,
-            num_bytes=len(data),
-            sha256=hashlib.sha256(data).hexdigest(),
-        ),
-        skipped=tuple(skipped),
-        sums=tuple((histogram @ levels).tolist()),
-        squares=tuple((histogram @ levels**2).tolist()),
-        num_pixels=int(histogram[0].sum()),
-    )
-    storage.write_bytes(storage.join(output, tar_name), data)
-    storage.write_bytes(storage.join(output, index_name), offsets_to_bytes(index.offsets))
-    storage.write_bytes(record_place, _json_bytes(record.model_dump(mode="json")))
-    return record
-
-
-def _finished_record(place: str, output: str, digest: str) -> ShardRecord | None:
-    if not storage.exists(place):
-        return None
-    try:
-        record = ShardRecord.model_validate_json(storage.read_bytes(place))
-        size = storage.file_size(storage.join(output, record.shard.path))
-    except (ValidationError, FileNotFoundError):
-        return None
-    whole = size == record.shard.num_bytes and storage.exists(
-        storage.join(output, record.shard.index)
-    )
-    return record if whole and record.plan == digest else None
-
-
-def _read_item(item: Item, in_chans: int) -> tuple[dict[str, bytes], npt.NDArray[np.int64]]:
-    """The members of a sample, and how often each value comes in each channel of its image."""
-    if isinstance(item, SceneItem):
-        parts = encode_scene(draw_scene(item.seed, item.scene, item.size))
-        image = parts["jpg"]
-    else:
-        parts = _read_files(item)
-        image = parts[item.extension]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Pillow's about metadata; what matters is an error
-        pixels = decode_image(image, in_chans)
-    picture = Image.fromarray(pixels if in_chans == 3 else pixels[..., 0])
-    return parts, np.asarray(picture.histogram(), dtype=np.int64).reshape(in_chans, 256)
-
-
-def _read_files(item: ImageFile) -> dict[str, bytes]:
-    wanted = [(item.extension, item.path, item.num_bytes), *item.companions]
-    parts = {} if item.label is None else {"cls": str(item.label).encode()}
-    for extension, path, num_bytes in wanted:
-        try:
-            parts[extension] = Path(path).read_bytes()
-        except OSError as error:
-            raise CorruptSampleError(f"cannot be read: {error.strerror}") from error
-        if len(parts[extension]) != num_bytes:
-            raise DataError(f"{path} changed while it was packed; give the same command again")
-    return parts
-
-
-def _json_bytes(value: object) -> bytes:
-    return (json.dumps(value, indent=1) + "\n").encode()

@@ -16,27 +16,27 @@ if __name__ == "__main__":  # run as a file: import the package, not the files b
 
     sys.exit(main(["pretrain", *sys.argv[1:]]))
 
+import json
 import logging
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from uuid import uuid4
 
 import numpy as np
-import numpy.typing as npt
 import ray.data
 import ray.train
 from ray.train.torch import TorchTrainer
 
 from infra import storage, tracking
 from mae_core.checkpoint import MANIFEST_FILE, CorruptCheckpointError, read_manifest
-from mae_core.data.decode import CorruptSampleError, decode_image
+from mae_core.data.decode import CorruptSampleError, Pixels, decode_image
 from mae_core.data.manifest import IMAGENET_STATS, ChannelStats, Manifest, ShardInfo
 from mae_core.data.randomness import named_generator
 from mae_core.data.samples import DataError
-from mae_core.data.transforms import center_crop
+from mae_core.data.transforms import center_crop, stack_pixels
 from mae_core.masking import draw_noise
 from pipelines import launch
 from pipelines.checkpoints import find_checkpoint
@@ -48,7 +48,7 @@ from pipelines.datasets import (
 )
 from pipelines.export import log_encoder
 from pipelines.knn import needed_label
-from pipelines.reporting import RunSize
+from pipelines.reporting import RunSize, count_kinds
 from pipelines.run_folder import RunFolder, RunRecord
 from pipelines.train_worker import Pictures, TrainTask, remaining_data, train_worker
 
@@ -150,7 +150,11 @@ def _check_init_from(config: PretrainConfig) -> None:
 
 
 def _plan(config: PretrainConfig, folder: RunFolder) -> Plan:
-    manifest = open_shards(config.data.train, storage.join(folder.index_uri, "train"))
+    manifest = open_shards(
+        config.data.train,
+        storage.join(folder.index_uri, "train"),
+        max_bad_ratio=config.data.max_bad_ratio,
+    )
     optim = config.optim
     total_steps = int(optim.epochs * manifest.num_samples / optim.global_batch_size + 1e-9)
     total_steps = min(total_steps, optim.max_steps or total_steps)
@@ -182,7 +186,12 @@ def _plan(config: PretrainConfig, folder: RunFolder) -> Plan:
         manifest,
         _val_shards(config, folder, manifest.shards),
         stats,
-        RunSize(total_steps, optim.global_batch_size, manifest.num_samples),
+        RunSize(
+            total_steps,
+            optim.global_batch_size,
+            manifest.num_samples,
+            config.data.crops_per_image,
+        ),
     )
 
 
@@ -192,9 +201,14 @@ def _val_shards(
     """Opened before training, so that a mistake in data.val is not found after it."""
     if config.data.val is None:
         return ()
-    val = open_shards(config.data.val, storage.join(folder.index_uri, "val")).shards
+    val = open_shards(
+        config.data.val,
+        storage.join(folder.index_uri, "val"),
+        max_bad_ratio=config.data.max_bad_ratio,
+    ).shards
     for shard in (train[0], val[0]):
-        needed_label(shard, read_rows(shard, 0, 1)[0])
+        for sample in read_rows(shard, 0, 1):
+            needed_label(shard, sample)
     return val
 
 
@@ -264,6 +278,7 @@ def _ended_in_mlflow(
         raise
     except BaseException as error:
         folder.check_start()
+        _log_bad_samples(config, run_id, folder)
         end("FAILED")
         folder.record_failure(error)
         folder.raise_failure()
@@ -274,7 +289,7 @@ def _ended_in_mlflow(
 def _pictures(config: PretrainConfig, manifest: Manifest) -> Pictures:
     """The images and masks of the reconstruction picture: the same ones all through the run."""
     model = config.model
-    pixels: list[npt.NDArray[np.uint8]] = []
+    pixels: list[Pixels] = []
     for shard in manifest.shards:
         for sample in read_rows(shard, 0, min(shard.num_samples, 4 * NUM_PICTURES)):
             try:
@@ -298,7 +313,7 @@ def _pictures(config: PretrainConfig, manifest: Manifest) -> Pictures:
     ]
     if not pixels:
         raise DataError(f"none of the first images of {manifest.shards[0].path} can be decoded")
-    return Pictures(np.stack(pixels), np.stack(noise))
+    return Pictures(stack_pixels(pixels), np.stack(noise))
 
 
 def _train(config: PretrainConfig, task: TrainTask) -> None:
@@ -325,12 +340,28 @@ def _finish(
             raise storage.StorageError(f"{folder.uri}: the last checkpoint is not there")
         metrics = folder.read_evaluation()
         tracking.log_final_metrics(uri, run_id, metrics, plan.size.total_steps)
+        bad = _log_bad_samples(config, run_id, folder)
+        metrics["data/left_out"] = len(bad)
         log_encoder(uri, run_id, found.folder)
         tracking.log_artifact_file(uri, run_id, found.folder / "manifest.json", "checkpoint")
     _say_what_to_open(config, folder)
     result = StageResult(STAGE, "done", run_id, found.uri, metrics)
     folder.write_result(result)
     return result
+
+
+def _log_bad_samples(
+    config: PretrainConfig, run_id: str | None, folder: RunFolder
+) -> list[dict[str, Any]]:
+    """The samples that were left out, each once: said, and listed in MLflow."""
+    bad = folder.read_bad_samples()
+    if bad:
+        logger.warning(
+            "left out %d samples (%s): %s", len(bad), count_kinds(bad), folder.bad_samples_uri
+        )
+        text = "".join(json.dumps(line) + "\n" for line in bad)
+        tracking.log_artifact_text(config.tracking.uri, run_id, text, "bad_samples.jsonl")
+    return bad
 
 
 def _say_what_to_open(config: PretrainConfig, folder: RunFolder) -> None:

@@ -5,7 +5,8 @@ Only rank 0 speaks. Nothing here waits for MLflow: the writer has a thread of it
 
 import logging
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -19,17 +20,25 @@ from pipelines.batches import BadSample
 logger = logging.getLogger(__name__)
 
 SHOWN_BAD_SAMPLES = 20  # in the log, of one worker
+MAX_UNSAVED_BAD = 10_000  # kept for bad_samples.jsonl between two checkpoints, of one worker
 
 
 class RunSize(NamedTuple):
+    """Samples are views, `crops_per_image` of each image; places in the sequence are images."""
+
     total_steps: int
     global_batch_size: int
     samples_per_epoch: int
+    crops_per_image: int
 
     @property
-    def num_samples(self) -> int:
+    def images_per_step(self) -> int:
+        return self.global_batch_size // self.crops_per_image
+
+    @property
+    def num_images(self) -> int:
         """Length of the run's sequence."""
-        return self.total_steps * self.global_batch_size
+        return self.total_steps * self.images_per_step
 
 
 class Totals(NamedTuple):
@@ -48,6 +57,7 @@ class StepReporter:
     first_step: int
     writer: MetricWriter | None  # rank 0 has one
     num_bad: int = 0
+    unsaved_bad: list[BadSample] = field(default_factory=list)  # since the last checkpoint
     waited_s: float = 0.0
     _since: float = field(default_factory=time.monotonic)
     _since_step: int = -1
@@ -58,6 +68,7 @@ class StepReporter:
 
     def count_bad(self, bad: Sequence[BadSample]) -> None:
         self.num_bad += len(bad)
+        self.unsaved_bad += bad[: max(0, MAX_UNSAVED_BAD - len(self.unsaved_bad))]
         for sample in bad[: max(0, SHOWN_BAD_SAMPLES - self._shown)]:
             logger.warning(
                 "left out: shard=%s key=%s reason=%s", sample.shard, sample.key, sample.reason
@@ -134,6 +145,12 @@ class StepReporter:
         # The step divides by the nominal batch; shown is the mean over the samples that came.
         share_that_came = counted / self.size.global_batch_size
         return Totals(loss_sum / world_size / max(share_that_came, 1e-9), int(num_bad))
+
+
+def count_kinds(bad: Iterable[Mapping[str, str]]) -> str:
+    """Such as "2 x truncated, 1 x empty"."""
+    counts = Counter(sample["kind"] for sample in bad)
+    return ", ".join(f"{count} x {kind}" for kind, count in counts.most_common())
 
 
 def format_seconds(seconds: float) -> str:

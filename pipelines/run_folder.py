@@ -5,12 +5,14 @@ checkpoints/      see pipelines/checkpoints.py
 shards/           the index of shards that came without a manifest
 reconstruction.png  what the model fills in, at the last picture
 evaluation.json   the kNN accuracies
+bad_samples.jsonl   a line for each sample that was left out: epoch, shard, key, kind, reason
 failed.json       why trying again is pointless, while that is so
 result.json       written last: the run is done
 """
 
 import json
 import logging
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -121,6 +123,22 @@ class RunFolder:
 
     def write_evaluation(self, metrics: dict[str, float]) -> None:
         self._write("evaluation.json", json.dumps(metrics).encode())
+
+    @property
+    def bad_samples_uri(self) -> str:
+        return self._file("bad_samples.jsonl")
+
+    def read_bad_samples(self) -> list[dict[str, Any]]:
+        text = self._read("bad_samples.jsonl")
+        return [] if text is None else [json.loads(line) for line in text.splitlines()]
+
+    def add_bad_samples(self, samples: Iterable[Mapping[str, Any]]) -> None:
+        """Each sample once, whatever the epochs and attempts it was met in."""
+        known = {(line["shard"], line["key"]): line for line in self.read_bad_samples()}
+        for sample in samples:
+            known.setdefault((sample["shard"], sample["key"]), dict(sample))
+        lines = [json.dumps(line) + "\n" for line in known.values()]
+        self._write("bad_samples.jsonl", "".join(lines).encode())
 
     def forget_failure(self) -> None:
         """An earlier start's error must not stop this one."""

@@ -29,6 +29,7 @@ from mae_core.checkpoint import (
     load_weights,
     save_checkpoint,
 )
+from mae_core.data.decode import Pixels
 from mae_core.data.manifest import ShardInfo
 from mae_core.data.order import RunOrder
 from mae_core.data.samples import DataError
@@ -47,7 +48,7 @@ from pipelines.checkpoints import (
 from pipelines.config import PretrainConfig
 from pipelines.datasets import SequencePlan, configure_ray_data, sequence_dataset
 from pipelines.knn import ImageReader, knn_metrics
-from pipelines.reporting import RunSize, StepReporter
+from pipelines.reporting import RunSize, StepReporter, count_kinds
 from pipelines.run_folder import RunFolder
 
 logger = logging.getLogger(__name__)
@@ -60,7 +61,7 @@ LOSS_METRIC = "train/loss"
 class Pictures(NamedTuple):
     """What the reconstruction picture shows."""
 
-    pixels: npt.NDArray[np.uint8]  # (B, H, W, C)
+    pixels: Pixels  # (B, H, W, C)
     noise: npt.NDArray[np.float32]  # (B, L)
 
 
@@ -94,13 +95,16 @@ def remaining_data(task: TrainTask) -> ray.data.Dataset:
         counts=np.asarray([shard.num_samples for shard in task.train_shards], dtype=np.int64),
         seed=config.seed,
         window=config.data.shuffle_window,
-        num_samples=task.size.num_samples,
+        num_samples=task.size.num_images,
     )
-    start = resume_position(task.run_uri)
-    plan = SequencePlan(task.train_shards, order, start, config.optim.micro_batch_size)
+    start = resume_position(task.run_uri) // config.data.crops_per_image
+    plan = SequencePlan(task.train_shards, order, start, config.images_per_micro_batch)
     in_cluster = config.data.decode == "cluster"
     return sequence_dataset(
-        plan, decode=partial(decode_block, spec=view_spec(config)) if in_cluster else None
+        plan,
+        decode=partial(decode_block, spec=view_spec(config), num_views=config.data.crops_per_image)
+        if in_cluster
+        else None,
     )
 
 
@@ -166,6 +170,7 @@ class _Worker:
                     if writer is not None and not writer.is_failing:
                         # These steps are not trained again, so nobody would report them again.
                         writer.flush(FLUSH_TIMEOUT_S)
+                    self._save_bad_samples(reporter)
                     self._checkpoint(step)
             if task.val_shards:
                 self._evaluate()
@@ -232,12 +237,28 @@ class _Worker:
             grad_norm=metrics.grad_norm,
         )
         # Bad ones are judged against a thousand samples at least: one of the first ten is no 10 %.
-        seen = max((step - reporter.first_step) * size.global_batch_size, 1000)
+        seen = max((step - reporter.first_step) * size.images_per_step, 1000)
         if totals.num_bad > config.data.max_bad_ratio * seen:
+            self._save_bad_samples(reporter)
+            bad = self.task.folder.read_bad_samples()
             raise DataError(
-                f"{totals.num_bad} of {seen} samples can't be decoded, more than "
-                f"data.max_bad_ratio={config.data.max_bad_ratio:g}; the log names the first of them"
+                f"{totals.num_bad} of {seen} samples can't be used, more than data.max_bad_ratio="
+                f"{config.data.max_bad_ratio:g} ({count_kinds(bad)}); the first is "
+                f"{bad[0]['key']} in {bad[0]['shard']}: {bad[0]['reason']}; all of them: "
+                f"{self.task.folder.bad_samples_uri}"
             )
+
+    def _save_bad_samples(self, reporter: StepReporter) -> None:
+        """What was left out since the last call, of all ranks. Every rank calls it."""
+        found = [[sample._asdict() for sample in reporter.unsaved_bad]]
+        reporter.unsaved_bad.clear()
+        if self.world_size > 1:
+            found *= self.world_size
+            torch.distributed.all_gather_object(found, found[self.rank])
+        if self.rank == 0 and any(found):
+            self.task.folder.add_bad_samples(sample for part in found for sample in part)
+        if self.world_size > 1:  # the file is there when the first rank reads it
+            torch.distributed.barrier()
 
     def _micro_batches(
         self, first_step: int, reporter: StepReporter, trace: "_SampleTrace"
@@ -248,13 +269,15 @@ class _Worker:
             config.masking,
             config.model.grid_size,
             config.scaling.cpus_per_worker,
+            config.data.crops_per_image,
         )
         shard = ray.train.get_dataset_shard("train")
         blocks = shard.iter_batches(
-            batch_size=config.optim.micro_batch_size, batch_format="pyarrow", prefetch_batches=2
+            batch_size=config.images_per_micro_batch, batch_format="pyarrow", prefetch_batches=2
         )
         batches = ahead(blocks, decoder, BATCHES_AHEAD)
-        seen = first_step * self.task.size.global_batch_size
+        size = self.task.size
+        seen = first_step * size.images_per_step
         passes = 0
         while True:
             since = time.monotonic()
@@ -265,31 +288,30 @@ class _Worker:
             self._check_place(batch, seen, passes)
             reporter.count_bad(batch.bad)
             passes += 1
-            per_step = config.optim.micro_batch_size * self.world_size
-            trace.write(
-                batch, 1 + (seen + (passes - 1) * per_step) // self.task.size.global_batch_size
-            )
+            per_pass = config.images_per_micro_batch * self.world_size
+            trace.write(batch, 1 + (seen + (passes - 1) * per_pass) // size.images_per_step)
             yield self._to_device(batch)
 
     def _check_place(self, batch: DecodedBatch, seen: int, passes: int) -> None:
         """Data and weights must be at the same place, or samples would be lost or seen twice."""
-        size = self.config.optim.micro_batch_size
+        size = self.config.images_per_micro_batch
         expected = seen + (passes * self.world_size + self.rank) * size
-        if batch.first_position != expected or len(batch.weights) != size:
+        if batch.first_position != expected or len(batch.rows) != size:
             # No DataError: the workers start again, and if it was a late commit, at one place.
             raise RuntimeError(
-                f"rank {self.rank} got samples {batch.first_position} + {len(batch.weights)} of "
+                f"rank {self.rank} got samples {batch.first_position} + {len(batch.rows)} of "
                 f"the run's sequence where {expected} + {size} were due: a bug, please report it"
             )
 
     def _to_device(self, batch: DecodedBatch) -> MicroBatch:
-        """uint8 until here; floats come on the device."""
+        """Whole numbers until here; floats come on the device."""
         on_gpu = self.device.type == "cuda"
 
         def move(tensor: Tensor) -> Tensor:
             return tensor.pin_memory().to(self.device, non_blocking=True) if on_gpu else tensor
 
-        scaled = move(batch.pixels).float().div_(255.0)
+        full_scale = torch.iinfo(batch.pixels.dtype).max
+        scaled = move(batch.pixels).float().div_(full_scale)
         images = ((scaled - self.mean) / self.std).permute(0, 3, 1, 2).contiguous()
         return MicroBatch(images, move(batch.noise), move(batch.weights))
 
@@ -403,7 +425,8 @@ class _SampleTrace:
         if self._file is None:
             return
         rows = batch.rows.select(["epoch", "shard", "key"]).to_pylist()
-        for row, weight in zip(rows, batch.weights.tolist(), strict=True):
+        weights = batch.weights[:: len(batch.weights) // len(rows)]  # of each one's first view
+        for row, weight in zip(rows, weights.tolist(), strict=True):
             if weight:
                 line = {
                     "epoch": row["epoch"],

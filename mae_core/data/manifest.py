@@ -8,18 +8,20 @@ index pass, kept beside the run.
 import hashlib
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable
 from pathlib import PurePosixPath
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 from pydantic import Field, ValidationError
 
 from mae_core.config import StrictConfig
+from mae_core.data.decode import Pixels
 from mae_core.data.samples import DataError
 
 MANIFEST_NAME = "manifest.json"
+_FULL_SCALE = 65_535
 
 
 class ChannelStats(StrictConfig):
@@ -54,8 +56,10 @@ class Manifest(StrictConfig):
     classes: tuple[str, ...] | None = None
     """Names of the classes, in the order of the `.cls` numbers."""
     channel_stats: ChannelStats | None = None
-    num_without_image: int = 0
-    """Groups of tar members that hold no image and are left out."""
+    left_out: dict[str, int] = Field(default_factory=dict)
+    """Groups of tar members that are no samples, by reason."""
+    damaged: dict[str, str] = Field(default_factory=dict)
+    """Tars that are not whole, and where they end; the samples before that are in `shards`."""
 
     @property
     def num_samples(self) -> int:
@@ -80,25 +84,66 @@ class Manifest(StrictConfig):
         return hasher.hexdigest()[:32]
 
 
-def channel_stats_of_sums(
-    sums: Sequence[int], squares: Sequence[int], num_pixels: int, num_images: int
-) -> ChannelStats | None:
-    """From whole numbers, which add up the same in any order; None where there is no pixel.
+class PixelSums(StrictConfig):
+    """Sums over pixels in whole numbers, which add up the same in any order.
 
-    Args:
-        sums: of the values of each channel, 0 to 255.
-        squares: of the squares of these values.
-        num_pixels: in one channel of all images.
-        num_images: that were measured.
+    Values are counted from 0 to 65,535; an 8-bit value is 257 times itself.
     """
-    if not num_pixels:
-        return None
-    mean = tuple(s / (255 * num_pixels) for s in sums)
-    # Whole numbers until the last step: no digits are lost in the difference.
-    spread = [num_pixels * q - s * s for s, q in zip(sums, squares, strict=True)]
-    # Not 0, which readers would divide by.
-    std = tuple(max(math.sqrt(value) / (255 * num_pixels), 1e-6) for value in spread)
-    return ChannelStats(mean=mean, std=std, num_images=num_images)
+
+    sums: tuple[int, ...]
+    """Of the values of each channel."""
+    squares: tuple[int, ...]
+    """Of the squares of the values."""
+    num_pixels: int
+    """In one channel of all images."""
+    num_images: int
+
+    @classmethod
+    def none(cls, num_channels: int) -> "PixelSums":
+        zeros = (0,) * num_channels
+        return cls(sums=zeros, squares=zeros, num_pixels=0, num_images=0)
+
+    @classmethod
+    def of(cls, pixels: Pixels) -> "PixelSums":
+        values = pixels.reshape(-1, pixels.shape[2])
+        if pixels.dtype == np.uint8:
+            levels = np.arange(256, dtype=np.uint64) * np.uint64(257)
+            counts = np.stack([np.bincount(v, minlength=256) for v in values.T]).astype(np.uint64)
+            sums, squares = counts @ levels, counts @ levels**2
+        else:
+            wide = values.astype(np.uint64)
+            sums, squares = wide.sum(axis=0), (wide**2).sum(axis=0)
+        return cls(
+            sums=tuple(sums.tolist()),
+            squares=tuple(squares.tolist()),
+            num_pixels=len(values),
+            num_images=1,
+        )
+
+    def __add__(self, other: "PixelSums") -> "PixelSums":
+        return sum_pixels([self, other])
+
+    def channel_stats(self) -> ChannelStats | None:
+        """None where there is no pixel."""
+        if not self.num_pixels:
+            return None
+        mean = tuple(s / (_FULL_SCALE * self.num_pixels) for s in self.sums)
+        # Whole numbers until the last step: no digits are lost in the difference.
+        spread = [self.num_pixels * q - s * s for s, q in zip(self.sums, self.squares, strict=True)]
+        # Not 0, which readers would divide by.
+        std = tuple(max(math.sqrt(x) / (_FULL_SCALE * self.num_pixels), 1e-6) for x in spread)
+        return ChannelStats(mean=mean, std=std, num_images=self.num_images)
+
+
+def sum_pixels(parts: Iterable[PixelSums]) -> PixelSums:
+    """Of one part at least."""
+    parts = list(parts)
+    return PixelSums(
+        sums=tuple(map(sum, zip(*(part.sums for part in parts), strict=True))),
+        squares=tuple(map(sum, zip(*(part.squares for part in parts), strict=True))),
+        num_pixels=sum(part.num_pixels for part in parts),
+        num_images=sum(part.num_images for part in parts),
+    )
 
 
 def parse_manifest(text: bytes, uri: str) -> Manifest:
@@ -114,18 +159,31 @@ def parse_manifest(text: bytes, uri: str) -> Manifest:
         ) from error
 
 
-def offsets_to_bytes(offsets: npt.NDArray[np.int64]) -> bytes:
+class SampleIndex(NamedTuple):
+    """Where the samples of a shard lie, and what their bytes add up to."""
+
+    offsets: npt.NDArray[np.int64]  # (N + 1,), see ShardIndex
+    checksums: npt.NDArray[np.int64] | None  # (N,), see sample_checksums; None: not read yet
+
+
+def index_to_bytes(index: SampleIndex) -> bytes:
+    """An .npy of the offsets, with the checksums as second row where there are any."""
+    rows = index.offsets
+    if index.checksums is not None:
+        rows = np.stack([index.offsets, np.append(index.checksums, 0)])
     buffer = io.BytesIO()
-    np.save(buffer, offsets, allow_pickle=False)
+    np.save(buffer, rows, allow_pickle=False)
     return buffer.getvalue()
 
 
-def offsets_from_bytes(data: bytes, uri: str) -> npt.NDArray[np.int64]:
+def index_from_bytes(data: bytes, uri: str) -> SampleIndex:
     """Raises: DataError: the bytes are no index; names `uri`."""
     try:
-        offsets = np.load(io.BytesIO(data), allow_pickle=False)
+        rows = np.load(io.BytesIO(data), allow_pickle=False)
     except (ValueError, EOFError, OSError) as error:
         raise DataError(f"{uri}: not a sample index ({error}); index the shards again") from error
-    if offsets.ndim != 1 or offsets.dtype != np.int64 or (np.diff(offsets) <= 0).any():
+    pair = rows.ndim == 2 and len(rows) == 2
+    offsets = rows[0] if pair else rows
+    if offsets.ndim != 1 or rows.dtype != np.int64 or (np.diff(offsets) <= 0).any():
         raise DataError(f"{uri}: not a rising list of offsets; index the shards again")
-    return offsets
+    return SampleIndex(offsets, rows[1, :-1] if pair else None)

@@ -2,13 +2,15 @@
 
 A sample is the run of tar members that share a key: the path up to the first dot of the file
 name. What follows the dot is the extension, lower-cased. Members that are not regular files,
-hidden files and `__meta__` names are no samples. Only groups with an image count.
+hidden files and `__meta__` names are no samples. Only groups with an image count. Nothing is ever
+written to disk under a member's name.
 
 Source: the WebDataset format, https://github.com/webdataset/webdataset.
 """
 
 import tarfile
-from collections import deque
+import zlib
+from collections import Counter, deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import BinaryIO, Literal, NamedTuple, cast
@@ -17,7 +19,9 @@ import numpy as np
 import numpy.typing as npt
 
 _READ_BUFFER_BYTES = 2**20
-IMAGE_EXTENSIONS = frozenset({"jpg", "jpeg", "png", "webp", "tif", "tiff"})
+# In order of preference, where a sample has more than one.
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "tif", "tiff", "dcm")
+MAX_MEMBER_BYTES = 2**30  # of a tar; a header can claim anything
 
 
 class DataError(RuntimeError):
@@ -31,14 +35,15 @@ class Sample(NamedTuple):
 
     @property
     def image(self) -> bytes:
-        return next(data for extension, data in self.parts.items() if extension in IMAGE_EXTENSIONS)
+        return next(self.parts[name] for name in IMAGE_EXTENSIONS if name in self.parts)
 
 
 class ShardIndex(NamedTuple):
     """Where the samples of one tar lie: sample i is the bytes [offsets[i], offsets[i + 1])."""
 
     offsets: npt.NDArray[np.int64]  # (num_samples + 1,)
-    num_without_image: int  # groups that have no image and are left out
+    left_out: Counter[str]  # groups that are no samples, by reason: no_image, duplicate_key, cut
+    damage: DataError | None = None  # where a tar that is not whole ends
 
     @property
     def num_samples(self) -> int:
@@ -78,30 +83,57 @@ def iter_samples(stream: BinaryIO, shard: str) -> Iterator[Sample]:
         raise _cut_or_damaged(shard, end)
 
 
-def index_shard(stream: BinaryIO, shard: str) -> ShardIndex:
-    """Find where each sample of a whole tar lies. Reads only headers where `stream` can seek.
+def index_shard(stream: BinaryIO, shard: str, *, lenient: bool = False) -> ShardIndex:
+    """Find where each sample of a tar lies. Reads only headers where `stream` can seek.
+
+    Args:
+        stream: of the whole tar.
+        shard: named in errors.
+        lenient: of a damaged tar, take the samples that lie whole before the damage; of a key
+            that comes twice, the first. What is left out is counted.
 
     Raises:
         DataError: as `iter_samples`; also for a tar without the end marker, which is how a tar
-            that was cut between two members looks.
+            that was cut between two members looks. If `lenient`, only where nothing is left.
     """
-    offsets: list[int] = []
-    num_without_image = 0
+    groups: list[tuple[int, bool]] = []  # offset, and whether it has an image
+    duplicates: Counter[str] | None = Counter() if lenient else None
+    damage: DataError | None = None
+    end = 0
     source = stream if stream.seekable() else _TailReader(stream)
-    with _open_tar(source, shard) as tar:
-        for group in _groups(tar, shard, contents=False):
-            if _has_image(group):
-                offsets.append(group.offset)
-            else:
-                num_without_image += 1
-        end = tar.offset
-    # tarfile takes a damaged or missing header for the end; only a block of zeros is the end.
-    if _block_at(source, end) != bytes(tarfile.BLOCKSIZE):
-        raise _cut_or_damaged(shard, end)
-    offsets.append(end)
-    if len(offsets) == 1:
-        offsets = [0]
-    return ShardIndex(np.asarray(offsets, dtype=np.int64), num_without_image)
+    try:
+        with _open_tar(source, shard) as tar:
+            found = _groups(tar, shard, contents=False, duplicates=duplicates)
+            groups.extend((group.offset, _has_image(group)) for group in found)
+            end = tar.offset
+        # tarfile takes a damaged or missing header for the end; only a block of zeros is the end.
+        if _block_at(source, end) != bytes(tarfile.BLOCKSIZE):
+            raise _cut_or_damaged(shard, end)
+    except DataError as error:
+        if not lenient or len(groups) < 2:
+            raise
+        damage = error
+        end, _ = groups.pop()  # it may lack members
+    offsets = [offset for offset, has_image in groups if has_image]
+    left_out = Counter({"no_image": len(groups) - len(offsets), "cut": int(damage is not None)}) + (
+        duplicates or Counter()
+    )
+    offsets = [*offsets, end] if offsets else [0]
+    return ShardIndex(np.asarray(offsets, dtype=np.int64), left_out, damage)
+
+
+def sample_checksums(
+    data: bytes | memoryview, offsets: npt.NDArray[np.int64]
+) -> npt.NDArray[np.int64]:
+    """CRC-32 of the bytes of each sample.
+
+    Args:
+        data: from offsets[0] to offsets[-1] of the tar.
+        offsets: (N + 1,) where each sample begins, and where the last one ends.
+    """
+    view, first = memoryview(data), int(offsets[0])
+    pairs = zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True)
+    return np.asarray([zlib.crc32(view[a - first : b - first]) for a, b in pairs], dtype=np.int64)
 
 
 def _cut_or_damaged(shard: str, end: int) -> DataError:
@@ -109,7 +141,7 @@ def _cut_or_damaged(shard: str, end: int) -> DataError:
 
 
 def _has_image(sample: Sample) -> bool:
-    return not IMAGE_EXTENSIONS.isdisjoint(sample.parts)
+    return any(extension in sample.parts for extension in IMAGE_EXTENSIONS)
 
 
 class _TailReader:
@@ -160,26 +192,46 @@ def _open_tar(stream: BinaryIO | _TailReader, shard: str) -> Iterator[tarfile.Ta
         ) from error
 
 
-def _groups(tar: tarfile.TarFile, shard: str, *, contents: bool) -> Iterator[Sample]:
-    """Members of one key after the other; parts are empty without `contents`."""
+def _groups(
+    tar: tarfile.TarFile,
+    shard: str,
+    *,
+    contents: bool,
+    duplicates: Counter[str] | None = None,
+) -> Iterator[Sample]:
+    """Members of one key after the other; parts are empty without `contents`.
+
+    A key that comes again is an error, or counted in `duplicates` and left out.
+    """
     current: Sample | None = None
     seen: set[str] = set()
+    skipped = ""  # the key that is being left out
     for member in tar:
         tar.members = []  # type: ignore[attr-defined]  # webdataset#97: they pile up otherwise
         name = split_name(member.name) if member.isreg() else None
         if name is None:
             continue
         key, extension = name
+        if member.size > MAX_MEMBER_BYTES:
+            raise DataError(
+                f"{shard}: {member.name} claims {member.size} bytes, more than {MAX_MEMBER_BYTES}"
+            )
         if current is None or key != current.key:
             if current is not None:
                 yield current
+                current = None
             if key in seen:
-                raise DataError(
-                    f"{shard}: key {key!r} comes twice, or its members are not next to each "
-                    "other; pack it again with `mae prepare`"
-                )
+                if duplicates is None:
+                    raise DataError(
+                        f"{shard}: key {key!r} comes twice, or its members are not next to each "
+                        "other; pack it again with `mae prepare`"
+                    )
+                duplicates["duplicate_key"] += key != skipped
+                skipped = key
+                continue
             seen.add(key)
             current = Sample(key, {}, member.offset)
+        skipped = ""
         if extension in current.parts:
             raise DataError(f"{shard}: {key}.{extension} comes twice")
         file = tar.extractfile(member) if contents else None

@@ -1,20 +1,47 @@
-"""Crops, flips and sizes. Pixels stay uint8 until the device."""
+"""Crops, flips and sizes. Pixels stay uint8 or uint16 until the device.
+
+Resizing is bicubic (a = -0.5) and antialiased, as Pillow's, by the Rust library fast_image_resize:
+the same pictures (median PSNR 55 dB), several times as fast.
+"""
 
 import math
+import threading
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
-from PIL import Image
+from cykooz_resizer import (
+    CropBox,
+    FilterType,
+    ImageData,
+    PixelType,
+    ResizeAlg,
+    ResizeOptions,
+    Resizer,
+)
 
-Pixels = npt.NDArray[np.uint8]  # (H, W, C)
+from mae_core.data.decode import SHRINKS, Pixels
+
+_BICUBIC = ResizeAlg.convolution(FilterType.catmull_rom)
+_PIXEL_TYPES = {
+    ("u1", 1): PixelType.U8,
+    ("u1", 3): PixelType.U8x3,
+    ("u2", 1): PixelType.U16,
+    ("u2", 3): PixelType.U16x3,
+}
+_per_thread = threading.local()
 
 
 class Crop(NamedTuple):
-    top: int
-    left: int
-    height: int
-    width: int
+    """In pixels; fractions where the picture was decoded smaller than the crop was drawn for."""
+
+    top: float
+    left: float
+    height: float
+    width: float
+
+    def scaled(self, rows: float, columns: float) -> "Crop":
+        return Crop(self.top * rows, self.left * columns, self.height * rows, self.width * columns)
 
 
 def random_crop(
@@ -46,36 +73,63 @@ def random_crop(
 
 
 def resize_crop(pixels: Pixels, crop: Crop, size: tuple[int, int]) -> Pixels:
-    """Cut `crop` out and bring it to `size` (height, width): bicubic, antialiased."""
-    top, left, height, width = crop
-    region = pixels[top : top + height, left : left + width]
-    if region.shape[:2] == size:
+    """Cut `crop` out and bring it to `size` (height, width)."""
+    top, left = math.floor(crop.top), math.floor(crop.left)
+    # Never beyond the picture: a sum of fractions may be, by a rounding.
+    bottom = min(math.ceil(crop.top + crop.height - 1e-6), pixels.shape[0])
+    right = min(math.ceil(crop.left + crop.width - 1e-6), pixels.shape[1])
+    region = pixels[top:bottom, left:right]
+    if (crop.height, crop.width) == size == region.shape[:2]:
         return np.ascontiguousarray(region)
+    box = Crop(
+        crop.top - top,
+        crop.left - left,
+        min(crop.height, bottom - crop.top),
+        min(crop.width, right - crop.left),
+    )
     if region.shape[2] in (1, 3):
-        return _resize(region[..., 0] if region.shape[2] == 1 else region, size)
-    return np.concatenate([_resize(region[..., c], size) for c in range(region.shape[2])], axis=2)
+        return _resize(region, box, size)
+    bands = [_resize(region[..., c : c + 1], box, size) for c in range(region.shape[2])]
+    return np.concatenate(bands, axis=2)
 
 
-def _resize(region: Pixels, size: tuple[int, int]) -> Pixels:
-    image = Image.fromarray(np.ascontiguousarray(region))
-    resized = np.asarray(image.resize((size[1], size[0]), Image.Resampling.BICUBIC))
-    return resized[..., None] if resized.ndim == 2 else resized
+def _resize(region: Pixels, box: Crop, size: tuple[int, int]) -> Pixels:
+    kind = _PIXEL_TYPES[region.dtype.str[1:], region.shape[2]]
+    source = ImageData(region.shape[1], region.shape[0], kind, region.tobytes())
+    target = ImageData(size[1], size[0], kind)
+    crop_box = CropBox(box.left, box.top, box.width, box.height)
+    _resizer().resize(source, target, ResizeOptions(resize_alg=_BICUBIC, crop_box=crop_box))
+    resized: Pixels = np.frombuffer(target.get_buffer(), region.dtype)
+    return resized.reshape(*size, region.shape[2])
 
 
-def augment(
+def _resizer() -> Resizer:
+    """One a thread: it keeps its buffers."""
+    resizer: Resizer | None = getattr(_per_thread, "resizer", None)
+    if resizer is None:
+        resizer = _per_thread.resizer = Resizer()
+    return resizer
+
+
+def cut_view(
     pixels: Pixels,
+    crop: Crop,
     generator: np.random.Generator,
     *,
     size: tuple[int, int],
-    crop_scale: tuple[float, float],
     flip: bool,
 ) -> Pixels:
-    """The reference's augmentation: a random resized crop, and a flip half of the time."""
-    crop = random_crop(generator, pixels.shape[0], pixels.shape[1], scale=crop_scale)
-    out = resize_crop(pixels, crop, size)
+    """The crop at `size`, mirrored half of the time if `flip`."""
+    view = resize_crop(pixels, crop, size)
     if flip and generator.random() < 0.5:
-        out = np.ascontiguousarray(out[:, ::-1])
-    return out
+        view = np.ascontiguousarray(view[:, ::-1])
+    return view
+
+
+def largest_shrink(crops: Sequence[Crop], size: tuple[int, int]) -> int:
+    """The largest of 8, 4, 2 by which no crop becomes smaller than `size`; else 1."""
+    room = min(min(crop.height / size[0], crop.width / size[1]) for crop in crops)
+    return next((shrink for shrink in SHRINKS if shrink <= room), 1)
 
 
 def center_crop(pixels: Pixels, size: tuple[int, int]) -> Pixels:
@@ -84,3 +138,22 @@ def center_crop(pixels: Pixels, size: tuple[int, int]) -> Pixels:
     scale = min(height / size[0], width / size[1])
     h, w = max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
     return resize_crop(pixels, Crop((height - h) // 2, (width - w) // 2, h, w), size)
+
+
+def shrink_to_short_side(pixels: Pixels, short_side: int) -> Pixels:
+    """The whole picture with its shorter side at most `short_side` pixels long."""
+    height, width = pixels.shape[:2]
+    scale = short_side / min(height, width)
+    if scale >= 1:
+        return pixels
+    size = max(1, round(height * scale)), max(1, round(width * scale))
+    return resize_crop(pixels, Crop(0, 0, height, width), size)
+
+
+def stack_pixels(pictures: Sequence[Pixels]) -> Pixels:
+    """(B, H, W, C): uint16 if any of them is, and then 8-bit values times 257."""
+    deep = any(picture.dtype == np.uint16 for picture in pictures)
+    if not deep:
+        return np.stack(pictures)
+    wide = [p if p.dtype == np.uint16 else p * np.uint16(257) for p in pictures]
+    return np.stack(wide)

@@ -10,9 +10,9 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from mae_core.data.decode import decode_image
+from mae_core.data.decode import Pixels, decode_image, plain_jpeg_size
 from mae_core.data.randomness import named_generator, sample_generator
-from mae_core.data.transforms import Pixels, augment
+from mae_core.data.transforms import cut_view, largest_shrink, random_crop
 
 
 class ViewSpec(NamedTuple):
@@ -24,29 +24,52 @@ class ViewSpec(NamedTuple):
 
 
 def training_view(image: bytes, epoch: int, key: str, spec: ViewSpec) -> Pixels:
-    """The sample's augmented pixels, (H, W, C) uint8.
+    """The sample's augmented pixels, (H, W, C) uint8 or uint16: the first of `training_views`."""
+    return training_views(image, epoch, key, spec, 1)[0]
+
+
+def training_views(
+    image: bytes, epoch: int, key: str, spec: ViewSpec, num_views: int
+) -> list[Pixels]:
+    """Random resized crops of one sample, each mirrored half of the time; decoded once.
 
     Raises:
         CorruptSampleError: the bytes are no image.
     """
-    return augment(
-        decode_image(image, spec.in_chans),
-        sample_generator(spec.seed, epoch, key),
-        size=spec.size,
-        crop_scale=spec.crop_scale,
-        flip=spec.flip,
-    )
+    generators = [view_generator(spec.seed, epoch, key, view) for view in range(num_views)]
+    size = plain_jpeg_size(image)
+    pixels = None
+    if size is None:
+        pixels = decode_image(image, spec.in_chans)
+        size = pixels.shape[0], pixels.shape[1]
+    height, width = size
+    crops = [random_crop(g, height, width, scale=spec.crop_scale) for g in generators]
+    if pixels is None:
+        pixels = decode_image(image, spec.in_chans, shrink=largest_shrink(crops, spec.size))
+    rows, columns = pixels.shape[0] / height, pixels.shape[1] / width
+    return [
+        cut_view(pixels, crop.scaled(rows, columns), generator, size=spec.size, flip=spec.flip)
+        for generator, crop in zip(generators, crops, strict=True)
+    ]
 
 
-def mask_generator(seed: int, epoch: int, key: str) -> np.random.Generator:
-    """The generator of the sample's masking noise."""
-    return named_generator(seed, "mask", epoch, key)
+def view_generator(seed: int, epoch: int, key: str, view: int) -> np.random.Generator:
+    """The generator of a view's crop and flip."""
+    if view == 0:
+        return sample_generator(seed, epoch, key)
+    return named_generator(seed, "view", epoch, key, view)
+
+
+def mask_generator(seed: int, epoch: int, key: str, view: int = 0) -> np.random.Generator:
+    """The generator of a view's masking noise."""
+    names = (epoch, key) if view == 0 else (epoch, key, view)
+    return named_generator(seed, "mask", *names)
 
 
 def normalize(
-    pixels: npt.NDArray[np.uint8], mean: tuple[float, ...], std: tuple[float, ...]
+    pixels: Pixels, mean: tuple[float, ...], std: tuple[float, ...]
 ) -> npt.NDArray[np.float32]:
-    """(B, H, W, C) uint8 to (B, C, H, W) float32, in units of the channels' deviation."""
-    scaled = pixels.astype(np.float32) / 255.0
+    """(B, H, W, C) uint8 or uint16 to (B, C, H, W) float32, in units of the channels' deviation."""
+    scaled = pixels.astype(np.float32) / np.iinfo(pixels.dtype).max
     normalized = (scaled - np.asarray(mean, np.float32)) / np.asarray(std, np.float32)
     return np.ascontiguousarray(normalized.transpose(0, 3, 1, 2))

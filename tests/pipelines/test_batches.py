@@ -1,24 +1,40 @@
 """From blocks to batches: holes are named, randomness is the sample's own, errors come through."""
 
+import io
 import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from PIL import Image
 
 from mae_core.config import MaskingConfig
 from mae_core.data.views import ViewSpec
-from pipelines.batches import BatchDecoder, DecodedBatch, ahead, decode_block, view_spec
+from pipelines.batches import (
+    BadSample,
+    BatchDecoder,
+    DecodedBatch,
+    ahead,
+    decode_block,
+    view_spec,
+)
 from pipelines.config import PretrainConfig
 from pipelines.datasets import SCHEMA
 
 SPEC = ViewSpec(seed=3, in_chans=3, size=(16, 16), crop_scale=(0.2, 1.0), flip=True)
 
 
-def make_block(images: dict[str, bytes], *, epoch: int = 0, first: int = 0) -> pa.Table:
+def make_block(
+    images: dict[str, bytes],
+    *,
+    epoch: int = 0,
+    first: int = 0,
+    errors: list[str | None] | None = None,
+) -> pa.Table:
     count = len(images)
     return pa.table(
         [
@@ -28,6 +44,7 @@ def make_block(images: dict[str, bytes], *, epoch: int = 0, first: int = 0) -> p
             list(images),
             pa.array(list(images.values()), pa.large_binary()),
             [False] * count,
+            pa.array(errors or [None] * count, pa.string()),
         ],
         schema=SCHEMA,
     )
@@ -60,8 +77,9 @@ def test_a_sample_that_can_not_be_decoded_is_a_named_hole(images: dict[str, byte
     holed = decode(make_block({**images, "k2": b"no image"}))
     assert holed.weights.tolist() == [1.0, 1.0, 0.0, 1.0, 1.0, 1.0]
     assert holed.pixels[2].count_nonzero() == 0
-    ((shard, key, reason),) = holed.bad
-    assert (shard, key, reason) == ("s.tar", "k2", "not an image of a known format")
+    assert holed.bad == [
+        BadSample(0, "s.tar", "k2", "not_an_image", "not an image of a known format")
+    ]
     others = [0, 1, 3, 4, 5]
     assert torch.equal(holed.pixels[others], whole.pixels[others])
     assert torch.equal(holed.noise, whole.noise)
@@ -76,6 +94,50 @@ def test_a_sample_is_the_same_in_any_batch(images: dict[str, bytes], threads: in
     alone = decode(make_block({"k4": images["k4"]}))
     assert torch.equal(together.pixels[4], alone.pixels[0])
     assert torch.equal(together.noise[4], alone.noise[0])
+
+
+def test_what_could_not_be_read_is_a_hole_with_its_reason(images: dict[str, bytes]) -> None:
+    errors = [None, "checksum: the bytes are others", *[None] * 4]
+    block = make_block({**images, "k1": b""}, errors=errors)
+    for table in (block, decode_block(block, SPEC)):
+        batch = decode(table)
+        assert batch.weights.tolist() == [1.0, 0.0, 1.0, 1.0, 1.0, 1.0]
+        assert batch.bad == [
+            BadSample(0, "s.tar", "k1", "checksum", "checksum: the bytes are others")
+        ]
+
+
+def test_views_of_a_sample_follow_one_another_and_differ(images: dict[str, bytes]) -> None:
+    one = decode(make_block(images))
+    block = make_block({**images, "k2": b"no image"})
+    decoder = BatchDecoder(SPEC, MaskingConfig(), (4, 4), 2, num_views=3)
+    for table in (block, decode_block(block, SPEC, 3)):
+        batch = decoder(table)
+        assert batch.pixels.shape == (18, 16, 16, 3)
+        assert len(batch.rows) == 6
+        assert batch.weights.view(6, 3).tolist() == [[float(i != 2)] * 3 for i in range(6)]
+        assert len(batch.bad) == 1
+        views, noise = batch.pixels.view(6, 3, -1), batch.noise.view(6, 3, -1)
+        # The first view is the one that a run with one crop an image would have.
+        assert torch.equal(batch.noise[::3], one.noise)
+        assert torch.equal(views[[0, 1, 3, 4, 5], 0], one.pixels[[0, 1, 3, 4, 5]].flatten(1))
+        assert len(torch.unique(views[0], dim=0)) == 3
+        assert len(torch.unique(noise[0], dim=0)) == 3
+
+
+def test_sixteen_bits_stay_and_eight_join_them() -> None:
+    grey = np.linspace(0, 65_535, 256).astype(np.uint16).reshape(16, 16)
+    deep, shallow = io.BytesIO(), io.BytesIO()
+    Image.fromarray(grey).save(deep, "PNG")
+    Image.fromarray(np.full((16, 16), 200, np.uint8)).save(shallow, "PNG")
+    spec = SPEC._replace(in_chans=1, crop_scale=(1.0, 1.0), flip=False)
+    block = make_block({"a": deep.getvalue(), "b": shallow.getvalue()})
+    decoder = BatchDecoder(spec, MaskingConfig(), (4, 4), 1)
+    for table in (block, decode_block(block, spec)):
+        batch = decoder(table)
+        assert batch.pixels.dtype == torch.uint16
+        assert (batch.pixels[0, ..., 0].numpy() == grey).all()
+        assert (batch.pixels[1].numpy() == 200 * 257).all()
 
 
 def test_seed_epoch_and_key_each_change_view_and_noise(images: dict[str, bytes]) -> None:

@@ -302,7 +302,7 @@ def test_prepare_takes_folders_as_words(
         (["A", "B", "C"], "too many words: A B C; expected SOURCE OUTPUT"),
         (["--synthetic", "shapes", "A", "B"], "too many words: A B; expected OUTPUT"),
         (["A"], "output: is needed; give it in a file or as output=..."),
-        (["output=OUT"], "give either source=FOLDER or synthetic=shapes"),
+        (["output=OUT"], "give one of source=FOLDER, synthetic=shapes, existing"),
     ],
 )
 def test_prepare_says_which_words_are_wrong(

@@ -150,7 +150,11 @@ def test_a_batch_that_does_not_divide_is_told_in_numbers() -> None:
         "optim.micro_batch_size=64 x scaling.num_workers=2"
     )
     assert mistake(*NEEDED, "data.shuffle_window=100") == (
-        "config: data.shuffle_window=100 is not a multiple of optim.micro_batch_size=64"
+        "config: data.shuffle_window=100 is not a multiple of the images of a micro batch, 64: "
+        "optim.micro_batch_size=64 / data.crops_per_image=1"
+    )
+    assert mistake(*NEEDED, "data.crops_per_image=3") == (
+        "config: optim.micro_batch_size=64 is not a multiple of data.crops_per_image=3"
     )
 
 
@@ -222,7 +226,7 @@ def test_what_does_not_determine_the_result_is_the_same_run(word: str) -> None:
 
 
 def test_a_run_name_is_the_same_in_every_process() -> None:
-    assert make_config().run_name == "pretrain-46c6ab4c"
+    assert make_config().run_name == "pretrain-b74412b5"
 
 
 def test_flattened_values_are_text_under_dotted_keys() -> None:

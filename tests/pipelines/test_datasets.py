@@ -15,20 +15,22 @@ import pytest
 from PIL import Image
 
 from infra import storage
-from mae_core.data.manifest import Manifest
+from mae_core.data.manifest import Manifest, index_from_bytes
 from mae_core.data.order import RunOrder
-from mae_core.data.samples import DataError, iter_samples
+from mae_core.data.samples import DataError, Sample, iter_samples
 from mae_core.data.views import ViewSpec
-from pipelines import datasets
+from pipelines import datasets, prepare
 from pipelines.batches import decode_block
-from pipelines.config import ConfigError
+from pipelines.config import ConfigError, PrepareConfig
 from pipelines.datasets import (
+    BrokenSample,
     ChangedDataError,
     SequencePlan,
     configure_ray_data,
     measure_channel_stats,
     open_shards,
     read_rows,
+    read_samples,
     read_window,
     sequence_dataset,
 )
@@ -39,7 +41,7 @@ SPEC = ViewSpec(seed=3, in_chans=3, size=(16, 16), crop_scale=(0.2, 1.0), flip=T
 
 @pytest.fixture(autouse=True)
 def _forget_indexes() -> None:
-    datasets._offsets.cache_clear()
+    datasets._index.cache_clear()
 
 
 def make_plan(
@@ -145,7 +147,7 @@ def test_groups_without_an_image_are_counted(
     write_tar(tmp_path / "t/a.tar", {"x.txt": b"words", "y.png": make_png(0)})
     with caplog.at_level(logging.WARNING):
         assert open_shards(str(tmp_path / "t"), str(tmp_path / "cache")).num_samples == 1
-    assert "1 groups of tar members hold no image" in caplog.text
+    assert "left out of the shards: 1 x no_image" in caplog.text
 
 
 def test_a_shard_named_twice_is_a_config_error(foreign: Path) -> None:
@@ -163,21 +165,82 @@ def test_rows_are_what_a_whole_read_gives(foreign: Path) -> None:
         assert [(s.key, s.parts) for s in rows] == [(s.key, s.parts) for s in whole[start:stop]]
 
 
-def test_a_shard_that_was_cut_is_named(foreign: Path) -> None:
+def kinds(rows: list[Sample | BrokenSample]) -> list[str]:
+    return [row.error.partition(":")[0] if isinstance(row, BrokenSample) else "" for row in rows]
+
+
+def test_of_a_shard_that_was_cut_after_it_was_indexed_the_rest_are_holes(foreign: Path) -> None:
     shard = open_foreign(foreign).shards[2]
     data = Path(shard.path).read_bytes()
-    Path(shard.path).write_bytes(data[: len(data) // 2])
-    with pytest.raises(ChangedDataError, match=r"part-2\.tar"):
-        read_rows(shard, 0, 8)
+    index = index_from_bytes(Path(shard.index).read_bytes(), "i")
+    Path(shard.path).write_bytes(data[: int(index.offsets[5]) + 100])
+    assert kinds(read_samples(shard, 0, 8)) == [""] * 5 + ["damaged"] * 3
+    assert len(read_rows(shard, 0, 8)) == 5
 
 
-def test_a_shard_with_other_samples_is_named(
+def test_a_shard_with_other_samples_holds_none_of_those_that_were_indexed(
     foreign: Path, write_tar: Callable[..., Path], make_png: Callable[[int], bytes]
 ) -> None:
     shard = open_foreign(foreign).shards[2]
     write_tar(Path(shard.path), {f"{i}.png": make_png(i) * 3 for i in range(8)})
-    with pytest.raises(DataError, match=r"part-2\.tar"):
-        read_rows(shard, 2, 8)
+    assert kinds(read_samples(shard, 2, 8)) == ["damaged"] * 6
+
+
+@pytest.fixture
+def packed(foreign: Path) -> Path:
+    """`foreign` with our manifest and checksums beside it."""
+    config = PrepareConfig(existing="index", output=str(foreign), workers=1)
+    assert prepare.run(config, fresh=False).metrics["num_samples"] == 16
+    return foreign
+
+
+def test_a_flipped_byte_is_a_named_hole_and_its_neighbours_come(packed: Path) -> None:
+    shard = open_shards(str(packed), "/nowhere").shards[2]
+    whole = read_samples(shard, 0, 8)
+    index = index_from_bytes(Path(shard.index).read_bytes(), "i")
+    data = bytearray(Path(shard.path).read_bytes())
+    data[int(index.offsets[3]) + 600] ^= 0x10
+    Path(shard.path).write_bytes(data)
+    rows = read_samples(shard, 0, 8)
+    assert kinds(rows) == ["", "", "", "checksum", "", "", "", ""]
+    assert [*rows[:3], *rows[4:]] == [*whole[:3], *whole[4:]]
+    plan = make_plan(open_shards(str(packed), "/nowhere"), micro=16, window=16, num_samples=16)
+    (table,) = read_window(plan, 0)
+    bad = [r for r in table.select(["key", "shard", "error"]).to_pylist() if r["error"]]
+    assert [(r["key"], Path(r["shard"]).name) for r in bad] == [("011", "part-2.tar")]
+
+
+def test_a_byte_that_was_flipped_on_the_way_is_read_again(
+    packed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shard = open_shards(str(packed), "/nowhere").shards[2]
+    whole = read_samples(shard, 0, 8)
+    original, calls = storage.read_range, []
+
+    def flip_once(uri: str, start: int, stop: int) -> bytes:
+        calls.append(uri)
+        data = bytearray(original(uri, start, stop))
+        data[700] ^= len(calls) == 1
+        return bytes(data)
+
+    monkeypatch.setattr(storage, "read_range", flip_once)
+    assert read_samples(shard, 0, 8) == whole
+    assert len(calls) == 2
+
+
+def test_of_damaged_foreign_tars_what_is_whole_is_taken(
+    foreign: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = foreign / "part-2.tar"
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) // 2])
+    with pytest.raises(DataError, match=r"1 of 3 tars are damaged, .*max_bad_ratio=0\.1; .*part-2"):
+        open_shards(str(foreign), str(foreign.parent / "cache"), max_bad_ratio=0.1)
+    with caplog.at_level(logging.WARNING):
+        manifest = open_shards(str(foreign), str(foreign.parent / "cache"), max_bad_ratio=0.5)
+    assert 8 < manifest.num_samples < 16
+    assert manifest.left_out == {"cut": 1}
+    assert "only the samples before the damage are used" in caplog.text
 
 
 def test_an_index_of_another_shard_is_refused(foreign: Path) -> None:

@@ -149,7 +149,7 @@ def test_folder_without_images_says_what_was_looked_for(tmp_path: Path) -> None:
     with pytest.raises(DataError) as error:
         find_images(tmp_path)
     assert str(error.value) == (
-        f"source={tmp_path}: no image (.jpeg .jpg .png .tif .tiff .webp) in it; "
+        f"source={tmp_path}: no image (.dcm .jpeg .jpg .png .tif .tiff .webp) in it; "
         "it holds 2 .gif, 1 no extension, 1 .md"
     )
 

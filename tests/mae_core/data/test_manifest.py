@@ -3,16 +3,18 @@
 import hashlib
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 from pydantic import ValidationError
 
 from mae_core.data.manifest import (
     ChannelStats,
     Manifest,
+    PixelSums,
+    SampleIndex,
     ShardInfo,
-    channel_stats_of_sums,
-    offsets_from_bytes,
-    offsets_to_bytes,
+    index_from_bytes,
+    index_to_bytes,
     parse_manifest,
 )
 from mae_core.data.samples import DataError
@@ -92,20 +94,30 @@ def test_what_is_no_manifest_is_an_error_in_words(text: bytes, place: str) -> No
 
 def test_channel_statistics_are_exact() -> None:
     # Pixels 0, 255 in one channel, and 51, 51 in the other: 51 / 255 = 0.2.
-    stats = channel_stats_of_sums([255, 102], [65_025, 5_202], num_pixels=2, num_images=2)
+    pixels = np.asarray([[[0, 51], [255, 51]]], np.uint8)
+    sums = PixelSums.of(pixels)
+    assert sums == PixelSums.of(pixels * np.uint16(257))
+    stats = (sums + PixelSums.of(pixels)).channel_stats()
     assert stats == ChannelStats(mean=(0.5, 0.2), std=(0.5, 1e-6), num_images=2)
 
 
 def test_channel_statistics_keep_their_digits_over_a_billion_pixels() -> None:
     # Half of the pixels 254, half 255: floats of 32 bits would give a deviation of 0 or NaN.
     n = 10**12
-    stats = channel_stats_of_sums([509 * n], [(254**2 + 255**2) * n], 2 * n, 1)
+    values = 254 * 257, 255 * 257
+    sums = PixelSums(
+        sums=(sum(values) * n,),
+        squares=(sum(v * v for v in values) * n,),
+        num_pixels=2 * n,
+        num_images=1,
+    )
+    stats = sums.channel_stats()
     assert stats is not None
-    assert stats.std == (0.5 / 255,)
+    assert stats.std == pytest.approx((0.5 / 255,), rel=1e-12)
 
 
 def test_no_pixels_have_no_statistics() -> None:
-    assert channel_stats_of_sums([0], [0], 0, 0) is None
+    assert PixelSums.none(1).channel_stats() is None
 
 
 def test_manifest_can_not_be_changed(manifest: Manifest) -> None:
@@ -113,14 +125,25 @@ def test_manifest_can_not_be_changed(manifest: Manifest) -> None:
         manifest.shards = ()  # type: ignore[misc]
 
 
+def to_bytes(rows: npt.NDArray[np.int64]) -> bytes:
+    return index_to_bytes(SampleIndex(rows, None))
+
+
 @pytest.mark.parametrize("offsets", [[0], [0, 512, 2048], [1024, 2**40]])
 def test_offsets_are_read_as_they_were_written(offsets: list[int]) -> None:
-    data = offsets_to_bytes(np.asarray(offsets, dtype=np.int64))
-    assert offsets_from_bytes(data, "i").tolist() == offsets
+    array = np.asarray(offsets, dtype=np.int64)
+    index = index_from_bytes(index_to_bytes(SampleIndex(array, None)), "i")
+    assert index.offsets.tolist() == offsets
+    assert index.checksums is None
+    checksums = np.arange(len(offsets) - 1) + 2**31
+    index = index_from_bytes(index_to_bytes(SampleIndex(array, checksums)), "i")
+    assert index.offsets.tolist() == offsets
+    assert index.checksums is not None
+    assert index.checksums.tolist() == checksums.tolist()
 
 
 def test_offsets_of_one_list_are_always_the_same_bytes() -> None:
-    data = offsets_to_bytes(np.asarray([0, 512], dtype=np.int64))
+    data = to_bytes(np.asarray([0, 512], dtype=np.int64))
     assert len(data) == 128 + 16
     assert data[-16:] == b"\x00" * 9 + b"\x02" + b"\x00" * 6
 
@@ -130,20 +153,21 @@ def test_offsets_of_one_list_are_always_the_same_bytes() -> None:
     [
         b"",
         b"junk" * 50,
-        offsets_to_bytes(np.asarray([0, 512, 1024], dtype=np.int64))[:-3],
-        offsets_to_bytes(np.asarray([0.0, 512.0])),  # type: ignore[arg-type]
-        offsets_to_bytes(np.asarray([[0, 512]], dtype=np.int64)),
-        offsets_to_bytes(np.asarray([0, 512, 512], dtype=np.int64)),
-        offsets_to_bytes(np.asarray([512, 0], dtype=np.int64)),
+        to_bytes(np.asarray([0, 512, 1024], dtype=np.int64))[:-3],
+        to_bytes(np.asarray([0.0, 512.0])),  # type: ignore[arg-type]
+        to_bytes(np.asarray([[0, 512]], dtype=np.int64)),
+        to_bytes(np.zeros((2, 2, 2), dtype=np.int64)),
+        to_bytes(np.asarray([0, 512, 512], dtype=np.int64)),
+        to_bytes(np.asarray([512, 0], dtype=np.int64)),
     ],
 )
 def test_what_is_no_index_is_an_error_in_words(data: bytes) -> None:
     with pytest.raises(DataError, match=r"^x\.npy: .*; index the shards again"):
-        offsets_from_bytes(data, "x.npy")
+        index_from_bytes(data, "x.npy")
 
 
 def test_index_does_not_run_code() -> None:
-    data = offsets_to_bytes(np.asarray([0, 512], dtype=np.int64))
+    data = to_bytes(np.asarray([0, 512], dtype=np.int64))
     pickled = data.replace(b"'<i8'", b"'|O' ")
     with pytest.raises(DataError, match="not a sample index"):
-        offsets_from_bytes(pickled, "x.npy")
+        index_from_bytes(pickled, "x.npy")

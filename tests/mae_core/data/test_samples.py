@@ -1,6 +1,7 @@
 """Tars to samples: which members count, where each sample lies, and that no damage is silent."""
 
 import io
+import itertools
 import tarfile
 from pathlib import Path
 from typing import BinaryIO, cast
@@ -11,10 +12,12 @@ from hypothesis import strategies as st
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from mae_core.data.samples import (
+    MAX_MEMBER_BYTES,
     DataError,
     Sample,
     index_shard,
     iter_samples,
+    sample_checksums,
     split_name,
 )
 
@@ -113,7 +116,7 @@ def test_group_without_an_image_is_left_out_and_counted(extension: str) -> None:
     data = make_tar([(f"a.{extension}", b"x"), ("b.jpg", b"y"), (f"c.{extension}", b"z")])
     assert [s.key for s in read(data)] == ["b"]
     index = index_shard(io.BytesIO(data), "s.tar")
-    assert (index.num_samples, index.num_without_image) == (1, 2)
+    assert (index.num_samples, index.left_out) == (1, {"no_image": 2})
     assert index.offsets.tolist() == [1024, 3072]
 
 
@@ -165,7 +168,7 @@ def test_empty_tar_has_no_samples() -> None:
 
 def test_tar_of_groups_without_images_has_no_samples() -> None:
     index = index_shard(io.BytesIO(make_tar([("a.txt", b"x")])), "s.tar")
-    assert (index.offsets.tolist(), index.num_without_image) == ([0], 1)
+    assert (index.offsets.tolist(), index.left_out) == ([0], {"no_image": 1})
 
 
 def test_members_of_a_key_that_lie_apart_are_an_error() -> None:
@@ -227,6 +230,54 @@ def test_what_is_no_tar_is_an_error(data: bytes) -> None:
             function()
 
 
+def test_of_a_cut_tar_the_samples_before_the_cut_are_taken() -> None:
+    data = make_tar(THREE)
+    whole = index_shard(io.BytesIO(data), "s.tar")
+    assert whole.damage is None
+    for size in range(512, len(data) - 512, 512):
+        if size < 4096:  # a sample and the beginning of another, or less
+            with pytest.raises(DataError):
+                index_shard(io.BytesIO(data[:1536]), "s.tar", lenient=True)
+            continue
+        cut = index_shard(io.BytesIO(data[:size]), "s.tar", lenient=True)
+        if cut.damage is None:  # only zeros are missing
+            assert size >= int(whole.offsets[-1]) + 512
+            continue
+        assert 1 <= cut.num_samples < 3
+        assert cut.offsets.tolist() == whole.offsets[: cut.num_samples + 1].tolist()
+        assert cut.left_out == {"cut": 1}
+        assert "s.tar: " in str(cut.damage)
+
+
+def test_of_a_key_that_comes_twice_the_first_is_taken() -> None:
+    data = make_tar(
+        [("a.jpg", b"1"), ("b.jpg", b"2"), ("a.jpg", b"3"), ("a.cls", b"4"), ("c.jpg", b"5")]
+    )
+    index = index_shard(io.BytesIO(data), "s.tar", lenient=True)
+    assert (index.num_samples, index.left_out) == (3, {"duplicate_key": 1})
+    pieces = [data[a:b] for a, b in itertools.pairwise(index.offsets)]
+    first = [next(iter_samples(io.BytesIO(piece), "s.tar")) for piece in pieces]
+    assert [(s.key, s.image) for s in first] == [("a", b"1"), ("b", b"2"), ("c", b"5")]
+
+
+def test_a_member_that_claims_to_be_gigantic_is_refused() -> None:
+    info = tarfile.TarInfo("a.jpg")
+    info.size = MAX_MEMBER_BYTES + 1
+    data = info.tobuf() + bytes(1024)
+    with pytest.raises(DataError, match=r"s\.tar: a\.jpg claims 1073741825 bytes"):
+        read(data)
+
+
+def test_checksums_tell_one_flipped_bit() -> None:
+    data = make_tar(THREE)
+    offsets = index_shard(io.BytesIO(data), "s.tar").offsets
+    before = sample_checksums(data, offsets)
+    flipped = bytearray(data)
+    flipped[int(offsets[1]) + 700] ^= 1
+    changed = before != sample_checksums(bytes(flipped), offsets)
+    assert changed.tolist() == [False, True, False]
+
+
 @st.composite
 def tars(draw: st.DrawFn) -> Members:
     keys = draw(st.lists(st.integers(0, 99), min_size=1, max_size=8, unique=True))
@@ -265,7 +316,7 @@ def test_streams_that_can_and_cannot_seek_give_the_same(members: Members, most: 
     seekable = index_shard(io.BytesIO(tar), "s.tar")
     one_way = index_shard(cast(BinaryIO, OneWay(tar, most)), "s.tar")
     assert one_way.offsets.tolist() == seekable.offsets.tolist()
-    assert one_way.num_without_image == seekable.num_without_image
+    assert one_way.left_out == seekable.left_out
     assert read(tar, most) == read(tar)
 
 

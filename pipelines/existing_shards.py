@@ -1,0 +1,122 @@
+"""Tars that lie somewhere already: a manifest, checksums and statistics beside them."""
+
+import hashlib
+import io
+import itertools
+import logging
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import as_completed
+from typing import NamedTuple
+
+from infra import storage
+from mae_core.data.decode import CorruptSampleError, decode_image
+from mae_core.data.manifest import (
+    MANIFEST_NAME,
+    Manifest,
+    PixelSums,
+    SampleIndex,
+    ShardInfo,
+    index_to_bytes,
+    parse_manifest,
+    sum_pixels,
+)
+from mae_core.data.samples import index_shard, iter_samples, sample_checksums
+from pipelines.config import ConfigError, PrepareConfig, StageResult
+from pipelines.process_pool import process_pool
+
+log = logging.getLogger(__name__)
+
+
+class _Indexed(NamedTuple):
+    shard: ShardInfo
+    left_out: Counter[str]
+    damage: str | None
+    pixels: PixelSums
+
+
+def run(config: PrepareConfig) -> StageResult:
+    """Index the tars of `config.output`; the manifest comes last.
+
+    Raises:
+        ConfigError: the manifest that is there comes from packing, and nothing would be gained.
+        DataError: a tar of which nothing can be used.
+    """
+    folder = storage.absolute(config.output)
+    names = [shard.rpartition("/")[2] for shard in storage.expand_shards(folder)]
+    manifest_uri = storage.join(folder, MANIFEST_NAME)
+    old = None
+    if storage.exists(manifest_uri):
+        old = parse_manifest(storage.read_bytes(manifest_uri), manifest_uri)
+        if config.existing == "index" and {s.path for s in old.shards} == set(names):
+            raise ConfigError(f"{manifest_uri} covers these tars already; remove it to index anew")
+    found: dict[str, _Indexed] = {}
+    for name, one in _index_all(folder, names, config):
+        found[name] = one
+        log.info(
+            "indexed %s: %d samples (%d/%d)", name, one.shard.num_samples, len(found), len(names)
+        )
+    ordered = [found[name] for name in names]
+    pixels = sum_pixels(one.pixels for one in ordered)
+    manifest = Manifest(
+        shards=tuple(one.shard for one in ordered),
+        classes=old.classes if old else None,
+        channel_stats=pixels.channel_stats() or (old.channel_stats if old else None),
+        left_out=sum((one.left_out for one in ordered), Counter()),
+        damaged={one.shard.path: one.damage for one in ordered if one.damage is not None},
+    )
+    text = manifest.model_dump_json(indent=2) + "\n"
+    storage.write_bytes(manifest_uri, text.encode())
+    metrics: dict[str, float] = {
+        "num_samples": manifest.num_samples,
+        "num_shards": len(names),
+        "num_bytes": manifest.num_bytes,
+        "num_left_out": sum(manifest.left_out.values()),
+        "num_measured": pixels.num_images,
+    }
+    return StageResult("prepare", "done", None, folder, metrics)
+
+
+def _index_all(
+    folder: str, names: list[str], config: PrepareConfig
+) -> Iterator[tuple[str, _Indexed]]:
+    in_chans = config.in_chans if config.existing == "stats" else None
+    if config.workers == 1:
+        for name in names:
+            yield name, _index_one(folder, name, in_chans)
+        return
+    with process_pool(min(config.workers, len(names))) as pool:
+        running = {pool.submit(_index_one, folder, name, in_chans): name for name in names}
+        for task in as_completed(running):
+            yield running[task], task.result()
+
+
+def _index_one(folder: str, name: str, in_chans: int | None) -> _Indexed:
+    """Read a tar whole; write its index beside it."""
+    uri = storage.join(folder, name)
+    data = storage.read_bytes(uri)
+    found = index_shard(io.BytesIO(data), uri, lenient=True)
+    first, last = int(found.offsets[0]), int(found.offsets[-1])
+    whole = memoryview(data)[first:last]
+    checksums = sample_checksums(whole, found.offsets)
+    index_name = f"{name.removesuffix('.tar')}.index.npy"
+    storage.write_bytes(
+        storage.join(folder, index_name), index_to_bytes(SampleIndex(found.offsets, checksums))
+    )
+    info = ShardInfo(
+        path=name,
+        index=index_name,
+        num_samples=found.num_samples,
+        num_bytes=len(data),
+        sha256=hashlib.sha256(data).hexdigest(),
+    )
+    pixels = PixelSums.none(in_chans or 1)
+    left_out = found.left_out
+    if in_chans is not None and found.num_samples:
+        spans = itertools.pairwise((found.offsets - first).tolist())
+        for sample in (next(iter_samples(io.BytesIO(whole[a:b]), uri)) for a, b in spans):
+            try:
+                pixels += PixelSums.of(decode_image(sample.image, in_chans))
+            except CorruptSampleError as error:
+                log.warning("not measured: %s in %s: %s", sample.key, uri, error)
+    return _Indexed(info, left_out, str(found.damage) if found.damage else None, pixels)
