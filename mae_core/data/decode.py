@@ -70,7 +70,9 @@ def plain_jpeg_size(data: bytes) -> tuple[int, int] | None:
     return (height, width) if usable else None
 
 
-def decode_image(data: bytes, in_chans: int, *, shrink: int = 1) -> Pixels:
+def decode_image(
+    data: bytes, in_chans: int, *, shrink: int = 1, jpeg_size: tuple[int, int] | None = None
+) -> Pixels:
     """Return (H, W, in_chans) uint8 or uint16, upright as EXIF says.
 
     Grey fills three channels, colour becomes grey by its luma, alpha is dropped; any other number
@@ -80,11 +82,12 @@ def decode_image(data: bytes, in_chans: int, *, shrink: int = 1) -> Pixels:
         data: the file.
         in_chans: channels that the model takes.
         shrink: 2, 4 or 8 lets a plain JPEG come out smaller by that, rounded up, which is faster.
+        jpeg_size: what `plain_jpeg_size` says of it, where it was asked already.
 
     Raises:
         CorruptSampleError: the bytes are no whole image, or one of other channels.
     """
-    size = plain_jpeg_size(data) if in_chans in (1, 3) else None
+    size = (jpeg_size or plain_jpeg_size(data)) if in_chans in (1, 3) else None
     if size is not None:
         try:
             return _decode_jpeg(data, in_chans, size, shrink)

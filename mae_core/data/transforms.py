@@ -40,8 +40,8 @@ class Crop(NamedTuple):
     height: float
     width: float
 
-    def scaled(self, rows: float, columns: float) -> "Crop":
-        return Crop(self.top * rows, self.left * columns, self.height * rows, self.width * columns)
+    def scaled(self, by: float) -> "Crop":
+        return Crop(self.top * by, self.left * by, self.height * by, self.width * by)
 
 
 def random_crop(

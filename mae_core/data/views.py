@@ -37,18 +37,20 @@ def training_views(
         CorruptSampleError: the bytes are no image.
     """
     generators = [view_generator(spec.seed, epoch, key, view) for view in range(num_views)]
-    size = plain_jpeg_size(image)
+    size = jpeg_size = plain_jpeg_size(image)
     pixels = None
     if size is None:
         pixels = decode_image(image, spec.in_chans)
         size = pixels.shape[0], pixels.shape[1]
-    height, width = size
-    crops = [random_crop(g, height, width, scale=spec.crop_scale) for g in generators]
+    crops = [random_crop(generator, *size, scale=spec.crop_scale) for generator in generators]
+    scale = 1.0
     if pixels is None:
-        pixels = decode_image(image, spec.in_chans, shrink=largest_shrink(crops, spec.size))
-    rows, columns = pixels.shape[0] / height, pixels.shape[1] / width
+        shrink = largest_shrink(crops, spec.size)
+        pixels = decode_image(image, spec.in_chans, shrink=shrink, jpeg_size=jpeg_size)
+        if pixels.shape[:2] != size:  # rounded up, but each pixel stands for just shrink x shrink
+            scale = 1 / shrink
     return [
-        cut_view(pixels, crop.scaled(rows, columns), generator, size=spec.size, flip=spec.flip)
+        cut_view(pixels, crop.scaled(scale), generator, size=spec.size, flip=spec.flip)
         for generator, crop in zip(generators, crops, strict=True)
     ]
 

@@ -247,12 +247,12 @@ def test_a_crop_scales_with_the_picture() -> None:
     half = shrink_to_short_side(whole, 100)
     assert half.shape == (100, 150, 3)
     crop = Crop(31, 47, 101, 133)
-    a, b = resize_crop(whole, crop, (50, 50)), resize_crop(half, crop.scaled(0.5, 0.5), (50, 50))
+    a, b = resize_crop(whole, crop, (50, 50)), resize_crop(half, crop.scaled(0.5), (50, 50))
     assert abs(a.astype(int) - b).max() <= 2
 
 
 def test_a_crop_at_the_edge_does_not_reach_beyond_the_picture() -> None:
-    third = Crop(0, 0, 7, 7).scaled(1 / 3, 1 / 3)
+    third = Crop(0, 0, 7, 7).scaled(1 / 3)
     assert resize_crop(make_pixels(2, 2), third, (4, 4)).shape == (4, 4, 3)
 
 
