@@ -62,6 +62,7 @@ SCHEMA = pa.schema(
 READ_CPUS = 1  # of a read task; Ray's default, which lets it run read and slicing as one task
 STATS_IMAGES = 2048
 _INDEX_THREADS = 8
+_WINDOWS_PER_GROUP = 200
 
 
 class ChangedDataError(DataError):
@@ -334,13 +335,29 @@ def sequence_dataset(
     first = plan.start // plan.order.window
     # One at least, for Ray; a window beyond the end is empty.
     num_windows = max(1, plan.order.num_windows - first)
-    windows = ray.data.range(num_windows, override_num_blocks=num_windows)
+    # Numbers in groups, then one by one: a task a window from the start would cost the driver
+    # 2 s and more a thousand windows before the first batch, and a long run has millions.
+    num_groups = -(-num_windows // _WINDOWS_PER_GROUP)
+    groups = ray.data.range(num_groups, override_num_blocks=num_groups)
+    windows = groups.map_batches(
+        partial(_windows_of_groups, num_windows=num_windows),
+        batch_size=1,
+        num_cpus=0,  # not the reading tasks' 1, or Ray Data would make one task of both
+    ).repartition(target_num_rows_per_block=1, strict=False)
     # Not strict: each task's rows are whole micro batches already, so nothing is stitched
     # across tasks, and Ray Data runs read and slicing as one task.
     return windows.map_batches(
         partial(_read_batch, plan=plan, first=first, decode=decode),
         batch_size=1,
     ).repartition(target_num_rows_per_block=plan.micro_batch_size, strict=False)
+
+
+def _windows_of_groups(
+    batch: dict[str, npt.NDArray[np.int64]], num_windows: int
+) -> Iterator[pa.Table]:
+    for group in batch["id"]:
+        start = int(group) * _WINDOWS_PER_GROUP
+        yield pa.table({"id": np.arange(start, min(start + _WINDOWS_PER_GROUP, num_windows))})
 
 
 def _read_batch(

@@ -123,6 +123,27 @@ def test_a_stopped_run_says_so_and_goes_on(
 
 
 @pytest.mark.usefixtures("local_ray", "no_model_export")
+def test_from_one_worker_to_two_and_back_no_sample_is_lost_or_comes_twice(
+    place: Any, undisturbed: Any, started: Callable[..., subprocess.Popen[str]]
+) -> None:
+    """Stopped in mid-epoch each time: epochs end at steps 6, 12, 18, 24 and 30."""
+    for attempt, (workers, step) in enumerate([(1, 8), (2, 16)], start=1):
+        process = started(f"scaling.num_workers={workers}")
+        place.wait_for_step(step, attempt)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 143
+    result = place.run()
+
+    trace = place.trace()
+    assert {line["attempt"] for line in trace} == {1, 2, 3}
+    assert min(line["step"] for line in trace if line["attempt"] == 3) > 10
+    counted = counted_samples(trace)
+    assert len(counted) == 480
+    assert set(counted.values()) == {1}
+    assert place.losses(result.run_id) == pytest.approx(undisturbed.losses, abs=1e-4)
+
+
+@pytest.mark.usefixtures("local_ray", "no_model_export")
 @pytest.mark.parametrize(
     "split",
     [("scaling.num_workers=2",), ("optim.micro_batch_size=4", "scaling.num_workers=2")],
