@@ -42,14 +42,6 @@ WHITE = base64.b64decode(
 )
 
 
-@pytest.fixture(scope="session")
-def real_data() -> Path:
-    folder = Path(os.environ.get("REAL_DATA", ROOT / "../shared/data"))
-    if not folder.is_dir():
-        pytest.skip(f"REAL_DATA={folder}: no such folder")
-    return folder
-
-
 @pytest.fixture
 def photos(tmp_path: Path) -> Path:
     """Thirty small images of three classes."""
