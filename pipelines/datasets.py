@@ -13,6 +13,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
@@ -62,6 +63,7 @@ SCHEMA = pa.schema(
 READ_CPUS = 1  # of a read task; Ray's default, which lets it run read and slicing as one task
 STATS_IMAGES = 2048
 _INDEX_THREADS = 8
+_READS = 3  # of a range whose checksums are wrong: it may have been the way here
 _WINDOWS_PER_GROUP = 200
 
 
@@ -218,6 +220,9 @@ def measure_channel_stats(manifest: Manifest, in_chans: int) -> ChannelStats:
 
 @lru_cache(maxsize=64)
 def _index(index_uri: str) -> SampleIndex:
+    for _ in range(_READS - 1):
+        with suppress(DataError):
+            return index_from_bytes(storage.read_bytes(index_uri), index_uri)
     return index_from_bytes(storage.read_bytes(index_uri), index_uri)
 
 
@@ -228,7 +233,7 @@ def read_rows(shard: ShardInfo, start: int, stop: int) -> list[Sample]:
 
 
 def read_samples(shard: ShardInfo, start: int, stop: int) -> list[Sample | BrokenSample]:
-    """Samples [start, stop) of a shard, by one ranged read; one more where a checksum is wrong.
+    """Samples [start, stop) of a shard, by one ranged read; by more where a checksum is wrong.
 
     Raises:
         ChangedDataError: the index is another shard's.
@@ -240,10 +245,11 @@ def read_samples(shard: ShardInfo, start: int, stop: int) -> list[Sample | Broke
         raise ChangedDataError(f"{shard.index}: does not belong to {shard.path}; index it again")
     offsets = index.offsets[start : stop + 1]
     checksums = None if index.checksums is None else index.checksums[start:stop]
-    data = storage.read_range(shard.path, int(offsets[0]), int(offsets[-1]))
-    if not _is_whole(data, offsets, checksums):
-        # Once more: it may have been the way here.
+    data = b""
+    for _ in range(_READS):
         data = storage.read_range(shard.path, int(offsets[0]), int(offsets[-1]))
+        if _is_whole(data, offsets, checksums):
+            break
     if checksums is None or _is_whole(data, offsets, checksums):
         rows = _parse(data, shard.path, int(offsets[0]))
         if [row.offset for row in rows] == offsets[:-1].tolist():

@@ -339,9 +339,8 @@ def _finish(
         if found is None or found.manifest.step != plan.size.total_steps:
             raise storage.StorageError(f"{folder.uri}: the last checkpoint is not there")
         metrics = folder.read_evaluation()
+        metrics["data/left_out"] = len(_log_bad_samples(config, run_id, folder))
         tracking.log_final_metrics(uri, run_id, metrics, plan.size.total_steps)
-        bad = _log_bad_samples(config, run_id, folder)
-        metrics["data/left_out"] = len(bad)
         log_encoder(uri, run_id, found.folder)
         tracking.log_artifact_file(uri, run_id, found.folder / "manifest.json", "checkpoint")
     _say_what_to_open(config, folder)

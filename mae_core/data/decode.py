@@ -200,7 +200,7 @@ def _decode_tiff(data: bytes) -> Pixels:
     with tifffile.TiffFile(io.BytesIO(data)) as tiff:
         page: Any = tiff.pages[0]
         if math.prod(page.shape) > MAX_PIXELS:
-            raise CorruptSampleError(f"claims {page.shape} values", "bomb")
+            raise CorruptSampleError(f"claims too many pixels {page.shape}", "bomb")
         pixels = page.asarray()
         if page.axes.startswith("S"):  # bands one after the other
             pixels = np.moveaxis(pixels, 0, -1)

@@ -8,6 +8,7 @@ index pass, kept beside the run.
 import hashlib
 import io
 import math
+import zlib
 from collections.abc import Iterable
 from pathlib import PurePosixPath
 from typing import Literal, NamedTuple
@@ -167,10 +168,11 @@ class SampleIndex(NamedTuple):
 
 
 def index_to_bytes(index: SampleIndex) -> bytes:
-    """An .npy of the offsets, with the checksums as second row where there are any."""
+    """An .npy of the offsets; with checksums, these and one of all the others as second row."""
     rows = index.offsets
     if index.checksums is not None:
-        rows = np.stack([index.offsets, np.append(index.checksums, 0)])
+        own = _checksum(index.offsets, index.checksums)
+        rows = np.stack([index.offsets, np.append(index.checksums, own)])
     buffer = io.BytesIO()
     np.save(buffer, rows, allow_pickle=False)
     return buffer.getvalue()
@@ -186,4 +188,11 @@ def index_from_bytes(data: bytes, uri: str) -> SampleIndex:
     offsets = rows[0] if pair else rows
     if offsets.ndim != 1 or rows.dtype != np.int64 or (np.diff(offsets) <= 0).any():
         raise DataError(f"{uri}: not a rising list of offsets; index the shards again")
-    return SampleIndex(offsets, rows[1, :-1] if pair else None)
+    checksums = rows[1, :-1] if pair else None
+    if checksums is not None and _checksum(offsets, checksums) != rows[1, -1]:
+        raise DataError(f"{uri}: the sample index is damaged; index the shards again")
+    return SampleIndex(offsets, checksums)
+
+
+def _checksum(offsets: npt.NDArray[np.int64], checksums: npt.NDArray[np.int64]) -> int:
+    return zlib.crc32(checksums.tobytes(), zlib.crc32(offsets.tobytes()))

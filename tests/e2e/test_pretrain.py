@@ -34,7 +34,7 @@ def test_a_finished_run_is_in_mlflow_with_all_that_belongs_to_it(
     assert list(result) == ["stage", "status", "run_id", "output", "metrics", "seconds"]
     assert (result["stage"], result["status"]) == ("pretrain", "done")
     assert result["output"].endswith("checkpoints/step-00000012")
-    assert set(result["metrics"]) == {"knn/top1", "knn/top1_untrained"}
+    assert set(result["metrics"]) == {"knn/top1", "knn/top1_untrained", "data/left_out"}
     assert "Traceback" not in place.stderr()
 
     client = MlflowClient(place.tracking_uri)
@@ -170,8 +170,14 @@ def test_broken_images_are_left_out_and_named(place: Any, local_ray: Path) -> No
     assert result.status == "done"
     assert len(place.trace()) == 95
     assert "left out: shard=" in local_ray.read_text()
-    run = MlflowClient(place.tracking_uri).get_run(result.run_id)
-    assert run.data.metrics["data/bad_samples"] == 1.0
+    assert result.metrics["data/left_out"] == 1
+    client = MlflowClient(place.tracking_uri)
+    assert client.get_run(result.run_id).data.metrics["data/bad_samples"] == 1.0
+    listed = mlflow.artifacts.load_text(
+        f"runs:/{result.run_id}/bad_samples.jsonl", tracking_uri=place.tracking_uri
+    )
+    (line,) = map(json.loads, listed.splitlines())
+    assert (line["kind"], Path(line["shard"]).parent) == ("not_an_image", data)
 
 
 @pytest.mark.usefixtures("no_model_export", "local_ray")
@@ -179,7 +185,9 @@ def test_too_many_broken_images_end_the_run_at_once(place: Any) -> None:
     data = repack(
         place.shapes / "train", place.folder / "d", lambda n, b: b"broken" if n % 4 else b
     )
-    with pytest.raises(DataError, match=r"of 1000 samples can't be decoded, more than"):
+    with pytest.raises(
+        DataError, match=r"of 1000 samples can't be used, more than .* x not_an_image"
+    ):
         place.run(f"data.train={data}", "optim.epochs=3")
     # Not tried again: what is broken stays so.
     assert {line["attempt"] for line in place.trace()} == {1}

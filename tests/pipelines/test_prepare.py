@@ -646,7 +646,8 @@ def test_bad_inputs_are_packed_or_listed(real_data: Path, tmp_path: Path) -> Non
     assert len(samples) == 43
     lines = (tmp_path / "out/skipped.jsonl").read_text().splitlines()
     reasons = Counter(json.loads(line)["reason"].partition(" (")[0] for line in lines)
-    assert reasons["not an image of a known format"] == 7
+    assert reasons["not an image of a known format"] == 2
+    assert reasons["is a Git LFS pointer, not the file itself"] == 2
     assert reasons["OSError: image file is truncated"] == 7
     with pytest.raises(DataError, match=r"of 62 images can't be used, more than max_bad_ratio=0.1"):
         pack(real_data / "bad_inputs", tmp_path / "strict", max_bad_ratio=0.1)

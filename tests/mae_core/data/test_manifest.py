@@ -171,3 +171,13 @@ def test_index_does_not_run_code() -> None:
     pickled = data.replace(b"'<i8'", b"'|O' ")
     with pytest.raises(DataError, match="not a sample index"):
         index_from_bytes(pickled, "x.npy")
+
+
+def test_a_flipped_bit_of_an_index_with_checksums_is_seen() -> None:
+    offsets = np.asarray([0, 512, 2048], dtype=np.int64)
+    data = bytearray(index_to_bytes(SampleIndex(offsets, np.asarray([7, 8]))))
+    for place in range(128, len(data)):
+        data[place] ^= 1
+        with pytest.raises(DataError, match=r"^x\.npy: "):
+            index_from_bytes(bytes(data), "x.npy")
+        data[place] ^= 1
