@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import psutil
+import pyarrow as pa
 import ray
 import ray.data
 import torch
@@ -176,11 +177,13 @@ def ray_webdataset(manifest: Manifest, num_images: int) -> Iterator[int]:
     paths = [shard.path for shard in manifest.shards]
     epochs = -(-num_images // manifest.num_samples)
 
-    def view(batch: dict[str, Any]) -> dict[str, Any]:
-        return {"pixels": np.stack([classic(data) for data in batch["jpg"]])}
+    def view(batch: pa.Table) -> dict[str, Any]:
+        return {"pixels": np.stack([classic(data) for data in batch["jpg"].to_pylist()])}
 
-    dataset = ray.data.read_webdataset(paths * epochs, decoder=False)
-    dataset = dataset.select_columns(["jpg"]).map_batches(view, batch_size=MICRO)
+    dataset = ray.data.read_webdataset(paths * epochs, decoder=None)
+    dataset = dataset.select_columns(["jpg"]).map_batches(
+        view, batch_size=MICRO, batch_format="pyarrow"
+    )
     for batch in dataset.iter_batches(batch_size=MICRO):
         yield len(batch["pixels"])
 
