@@ -47,6 +47,7 @@ SCALE = (0.2, 1.0)
 SPEC = ViewSpec(seed=0, in_chans=3, size=SIZE, crop_scale=SCALE, flip=True)
 MICRO, WINDOW = 64, 256
 ROUNDS = 3
+WARM_BATCHES = 16
 
 
 def classic(data: bytes, key: str = "") -> Pixels:
@@ -149,10 +150,13 @@ def bare_loop(manifest: Manifest, num_images: int) -> Iterator[int]:
         yield len(batch.pixels)
 
 
-def through_ray(manifest: Manifest, num_images: int) -> Iterator[int]:
+def ray_blocks(manifest: Manifest, num_images: int) -> Iterator[pa.Table]:
     (split,) = sequence_dataset(make_plan(manifest, num_images)).streaming_split(1, equal=True)
-    blocks = split.iter_batches(batch_size=MICRO, batch_format="pyarrow", prefetch_batches=2)
-    for batch in ahead(blocks, decoder(), 2):
+    yield from split.iter_batches(batch_size=MICRO, batch_format="pyarrow", prefetch_batches=2)
+
+
+def through_ray(manifest: Manifest, num_images: int) -> Iterator[int]:
+    for batch in ahead(ray_blocks(manifest, num_images), decoder(), 2):
         yield len(batch.pixels)
 
 
@@ -189,8 +193,9 @@ def ray_webdataset(manifest: Manifest, num_images: int) -> Iterator[int]:
 
 
 def steady_rate(batches: Iterator[int]) -> float:
-    """From the second batch on, so that a start of processes does not count."""
-    next(batches)
+    """Without the first batches, in which processes start."""
+    for _ in range(WARM_BATCHES):
+        next(batches)
     since, images = time.monotonic(), 0
     for count in batches:
         images += count
@@ -248,7 +253,7 @@ def peak_mib(number_of_images: int, manifest: Manifest) -> dict[str, float]:
     """The highest memory seen of this process, of Ray's processes and in the object store."""
     me = psutil.Process()
     peaks = {"driver": 0.0, "Ray's processes": 0.0, "object store": 0.0}
-    for number, _ in enumerate(through_ray(manifest, number_of_images)):
+    for number, _ in enumerate(ray_blocks(manifest, number_of_images)):
         if number % 8:
             continue
         children = [c for c in me.children(recursive=True) if "ray::" in " ".join(c.cmdline())]
@@ -266,11 +271,11 @@ def peak_mib(number_of_images: int, manifest: Manifest) -> dict[str, float]:
 
 
 def bench_memory(manifest: Manifest, num_images: int) -> None:
-    peak_mib(num_images, manifest)  # warm
+    peak_mib(num_images, manifest)  # until the blocks read ahead fill their share of the store
     once, ten = peak_mib(num_images, manifest), peak_mib(10 * num_images, manifest)
     rows = [f"{name} | {once[name]:.0f} | {ten[name]:.0f}" for name in once]
     table(
-        "Peak memory, MiB (private)",
+        "Peak memory of reading encoded images, MiB (private)",
         f"where | {num_images} images | {10 * num_images} images",
         rows,
     )
@@ -351,11 +356,11 @@ def main(specs: list[str]) -> None:
         bench_decode(images)
         bench_threads(images)
         bench_scale()
-        num_images = 2048
+        num_images = 6144
         with launch.running_ray(ScalingConfig()):
             bench_stream(manifest, num_images)
-            bench_order(manifest, 4 * num_images)
-            bench_memory(manifest, num_images)
+            bench_order(manifest, 2 * num_images)
+            bench_memory(manifest, 2 * num_images)
 
 
 if __name__ == "__main__":
