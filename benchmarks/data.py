@@ -15,6 +15,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -40,12 +41,19 @@ from mae_core.data.views import ViewSpec, training_view
 from pipelines import launch, prepare
 from pipelines.batches import BatchDecoder, ahead
 from pipelines.config import PrepareConfig, ScalingConfig
-from pipelines.datasets import SequencePlan, open_shards, read_window, sequence_dataset
+from pipelines.datasets import (
+    SequencePlan,
+    micro_batches,
+    open_shards,
+    passes_per_block,
+    read_window,
+    sequence_dataset,
+)
 
 SIZE = (224, 224)
 SCALE = (0.2, 1.0)
 SPEC = ViewSpec(seed=0, in_chans=3, size=SIZE, crop_scale=SCALE, flip=True)
-MICRO, WINDOW = 64, 256
+MICRO, WINDOW = 64, 1024
 ROUNDS = 3
 WARM_BATCHES = 16
 
@@ -135,7 +143,9 @@ def bench_threads(images: list[tuple[str, bytes]]) -> None:
 
 def make_plan(manifest: Manifest, num_images: int) -> SequencePlan:
     order = RunOrder(manifest.counts, seed=0, window=WINDOW, num_samples=num_images)
-    return SequencePlan(manifest.shards, order, 0, MICRO)
+    plan = SequencePlan(manifest.shards, order, 0, MICRO)
+    size = manifest.num_bytes / manifest.num_samples
+    return replace(plan, passes_per_block=passes_per_block(plan, size))
 
 
 def decoder() -> BatchDecoder:
@@ -152,7 +162,8 @@ def bare_loop(manifest: Manifest, num_images: int) -> Iterator[int]:
 
 def ray_blocks(manifest: Manifest, num_images: int) -> Iterator[pa.Table]:
     (split,) = sequence_dataset(make_plan(manifest, num_images)).streaming_split(1, equal=True)
-    yield from split.iter_batches(batch_size=MICRO, batch_format="pyarrow", prefetch_batches=2)
+    rows = split.iter_batches(batch_size=1, batch_format="pyarrow", prefetch_batches=2)
+    yield from micro_batches(rows)
 
 
 def through_ray(manifest: Manifest, num_images: int) -> Iterator[int]:
@@ -224,7 +235,8 @@ def bench_stream(manifest: Manifest, num_images: int) -> None:
 
 def bytes_only(dataset: ray.data.Dataset) -> float:
     rows, since = 0, 0.0
-    for number, batch in enumerate(dataset.iter_batches(batch_size=MICRO, batch_format="pyarrow")):
+    blocks = dataset.iter_batches(batch_size=1, batch_format="pyarrow")
+    for number, batch in enumerate(micro_batches(blocks)):
         if number == 0:
             since = time.monotonic()
             continue

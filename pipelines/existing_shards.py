@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from concurrent.futures import as_completed
 from typing import NamedTuple
 
+import numpy as np
+
 from infra import storage
 from mae_core.data.decode import CorruptSampleError, decode_image
 from mae_core.data.manifest import (
@@ -21,7 +23,13 @@ from mae_core.data.manifest import (
     parse_manifest,
     sum_pixels,
 )
-from mae_core.data.samples import index_shard, iter_samples, sample_checksums
+from mae_core.data.samples import (
+    DataError,
+    ShardIndex,
+    index_shard,
+    iter_samples,
+    sample_checksums,
+)
 from pipelines.config import ConfigError, PrepareConfig, StageResult
 from pipelines.process_pool import process_pool
 
@@ -39,10 +47,12 @@ def run(config: PrepareConfig) -> StageResult:
     """Index the tars of `config.output`; the manifest comes last.
 
     Raises:
-        ConfigError: the manifest that is there comes from packing, and nothing would be gained.
-        DataError: a tar of which nothing can be used.
+        ConfigError: it is no folder, or the manifest that is there covers these tars already.
+        DataError: no image can be measured.
     """
     folder = storage.absolute(config.output)
+    if folder.endswith(".tar"):
+        raise ConfigError(f"output={config.output}: give the folder that the tars lie in")
     names = [shard.rpartition("/")[2] for shard in storage.expand_shards(folder)]
     manifest_uri = storage.join(folder, MANIFEST_NAME)
     old = None
@@ -58,10 +68,15 @@ def run(config: PrepareConfig) -> StageResult:
         )
     ordered = [found[name] for name in names]
     pixels = sum_pixels(one.pixels for one in ordered)
+    if config.existing == "stats" and not pixels.num_images:
+        raise DataError(
+            f"{folder}: none of the images can be measured with in_chans={config.in_chans}; "
+            "the log says why of each"
+        )
     manifest = Manifest(
         shards=tuple(one.shard for one in ordered),
         classes=old.classes if old else None,
-        channel_stats=pixels.channel_stats() or (old.channel_stats if old else None),
+        channel_stats=pixels.channel_stats(),
         left_out=sum((one.left_out for one in ordered), Counter()),
         damaged={one.shard.path: one.damage for one in ordered if one.damage is not None},
     )
@@ -95,7 +110,10 @@ def _index_one(folder: str, name: str, in_chans: int | None) -> _Indexed:
     """Read a tar whole; write its index beside it."""
     uri = storage.join(folder, name)
     data = storage.read_bytes(uri)
-    found = index_shard(io.BytesIO(data), uri, lenient=True)
+    try:
+        found = index_shard(io.BytesIO(data), uri, lenient=True)
+    except DataError as error:  # nothing of it can be used
+        found = ShardIndex(np.zeros(1, np.int64), Counter(cut=1), error)
     first, last = int(found.offsets[0]), int(found.offsets[-1])
     whole = memoryview(data)[first:last]
     checksums = sample_checksums(whole, found.offsets)
@@ -114,7 +132,8 @@ def _index_one(folder: str, name: str, in_chans: int | None) -> _Indexed:
     left_out = found.left_out
     if in_chans is not None and found.num_samples:
         spans = itertools.pairwise((found.offsets - first).tolist())
-        for sample in (next(iter_samples(io.BytesIO(whole[a:b]), uri)) for a, b in spans):
+        pieces = (io.BytesIO(whole[a:b]) for a, b in spans)
+        for sample in (next(iter_samples(piece, uri, lenient=True)) for piece in pieces):
             try:
                 pixels += PixelSums.of(decode_image(sample.image, in_chans))
             except CorruptSampleError as error:

@@ -20,7 +20,7 @@ import json
 import logging
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any, NamedTuple
 from uuid import uuid4
@@ -89,7 +89,8 @@ def run(config: PretrainConfig, *, fresh: bool) -> StageResult:
     if record is not None and record.data_digest != plan.manifest.digest:
         raise DataError(
             f"the training data changed since this run began (digest {record.data_digest}, "
-            f"now {plan.manifest.digest}); bring it back, or start over with --fresh"
+            f"now {plan.manifest.digest}), or got a manifest; bring it back, or start over with "
+            "--fresh"
         )
     with launch.running_ray(config.scaling):
         if fresh:  # not before: a mistake in the command must not cost the run that is there
@@ -271,15 +272,19 @@ def _ended_in_mlflow(
             tracking.end_run(config.tracking.uri, run_id, status)
 
     try:
-        with launch.cancel_on_signals(partial(end, "KILLED")):
+        # Without asking whose the run is: the storage may be what hangs, and `ray job stop` waits
+        # for three seconds.
+        killed = partial(tracking.end_run, config.tracking.uri, run_id, "KILLED")
+        with launch.cancel_on_signals(killed):
             yield
     except launch.CancelledError:
         logger.info("stopped; the same command goes on from the last checkpoint in %s", folder.uri)
         raise
     except BaseException as error:
         folder.check_start()
-        _log_bad_samples(config, run_id, folder)
         end("FAILED")
+        with suppress(storage.StorageError):  # must not take the place of `error`
+            _log_bad_samples(config, run_id, folder)
         folder.record_failure(error)
         folder.raise_failure()
         raise

@@ -16,6 +16,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from pydantic import ValidationError
+
 from infra import storage
 from mae_core.config import StrictConfig
 from mae_core.data.samples import DataError
@@ -33,7 +35,7 @@ class SupersededError(storage.StorageError):
 
 
 class RunRecord(StrictConfig):
-    start: str
+    start: str = ""
     """Names the start of the command that owns the folder; those before may write no more."""
     data_digest: str
     """Of the training data."""
@@ -74,7 +76,7 @@ class RunFolder:
             return False
         try:
             record = self.read_record()
-        except storage.StorageError:
+        except (storage.StorageError, ValidationError):
             return False
         return record is None or record.start != self.start
 
@@ -159,7 +161,7 @@ class RunFolder:
         failed = json.loads(text)
         if failed["kind"] == NonFiniteLossError.__name__:
             raise NonFiniteLossError(failed["message"])
-        raise DataError(failed["message"])
+        raise {"ConfigError": ConfigError}.get(failed["kind"], DataError)(failed["message"])
 
 
 def find_error(error: BaseException | None, kinds: tuple[type[Exception], ...]) -> Exception | None:

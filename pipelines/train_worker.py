@@ -7,6 +7,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
@@ -46,7 +47,13 @@ from pipelines.checkpoints import (
     resume_position,
 )
 from pipelines.config import PretrainConfig
-from pipelines.datasets import SequencePlan, configure_ray_data, sequence_dataset
+from pipelines.datasets import (
+    SequencePlan,
+    configure_ray_data,
+    micro_batches,
+    passes_per_block,
+    sequence_dataset,
+)
 from pipelines.knn import ImageReader, knn_metrics
 from pipelines.reporting import RunSize, StepReporter, count_kinds
 from pipelines.run_folder import RunFolder
@@ -98,7 +105,14 @@ def remaining_data(task: TrainTask) -> ray.data.Dataset:
         num_samples=task.size.num_images,
     )
     start = resume_position(task.run_uri) // config.data.crops_per_image
-    plan = SequencePlan(task.train_shards, order, start, config.images_per_micro_batch)
+    plan = SequencePlan(
+        task.train_shards,
+        order,
+        start,
+        config.images_per_micro_batch,
+        num_workers=config.scaling.num_workers,
+    )
+    plan = replace(plan, passes_per_block=passes_per_block(plan, _bytes_per_image(task, config)))
     in_cluster = config.data.decode == "cluster"
     return sequence_dataset(
         plan,
@@ -106,6 +120,15 @@ def remaining_data(task: TrainTask) -> ray.data.Dataset:
         if in_cluster
         else None,
     )
+
+
+def _bytes_per_image(task: TrainTask, config: PretrainConfig) -> float:
+    """On its way from a read task to a worker."""
+    if config.data.decode == "cluster":
+        height, width = config.model.img_size
+        return height * width * config.model.in_chans * config.data.crops_per_image
+    shards = task.train_shards
+    return sum(s.num_bytes for s in shards) / sum(s.num_samples for s in shards)
 
 
 def train_worker(arguments: dict[str, TrainTask]) -> None:
@@ -272,10 +295,8 @@ class _Worker:
             config.data.crops_per_image,
         )
         shard = ray.train.get_dataset_shard("train")
-        blocks = shard.iter_batches(
-            batch_size=config.images_per_micro_batch, batch_format="pyarrow", prefetch_batches=2
-        )
-        batches = ahead(blocks, decoder, BATCHES_AHEAD)
+        rows = shard.iter_batches(batch_size=1, batch_format="pyarrow", prefetch_batches=2)
+        batches = ahead(micro_batches(rows), decoder, BATCHES_AHEAD)
         size = self.task.size
         seen = first_step * size.images_per_step
         passes = 0

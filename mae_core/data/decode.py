@@ -7,7 +7,6 @@ stay uint16, until the device.
 
 import io
 import logging
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -18,11 +17,12 @@ import pydicom
 import simplejpeg
 import tifffile
 from PIL import Image, UnidentifiedImageError
-from pydicom.pixels.processing import apply_modality_lut
+from pydicom.pixels.processing import apply_color_lut, apply_modality_lut
 from pydicom.pixels.utils import pixel_array
 
 Pixels = npt.NDArray[np.unsignedinteger[Any]]  # (H, W, C), uint8 or uint16
 
+MAX_TIFF_BYTES = 2**30
 MAX_PIXELS = 178_956_970  # Pillow's own limit: what claims more is taken for an attack
 SHRINKS = (8, 4, 2)  # by which libjpeg-turbo decodes faster than in full
 
@@ -37,10 +37,10 @@ _EIGHT_BIT_MODES = frozenset({"1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "R
 _SIXTEEN_BIT_MODES = frozenset({"I;16", "I;16B", "I;16L", "I;16N", "I"})
 _TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _ORIENTATION_TAG = 0x0112
+_BITS_PER_SAMPLE_TAG = 258
 _SAMPLES_PER_PIXEL_TAG = 277
+_DEFLATED = pydicom.uid.DeflatedExplicitVRLittleEndian.encode()
 _LUMA = np.asarray([0.299, 0.587, 0.114])  # ITU-R 601
-
-logger = logging.getLogger(__name__)
 
 logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # what is wrong with a file is raised
 logging.getLogger("pydicom").setLevel(logging.CRITICAL)
@@ -59,8 +59,14 @@ class CorruptSampleError(ValueError):
 
 
 def plain_jpeg_size(data: bytes) -> tuple[int, int] | None:
-    """Height and width of a JPEG that needs no turning; None for anything else."""
-    if data[:2] != b"\xff\xd8" or _has_orientation(data):
+    """Height and width of a grey or colour JPEG that needs no turning; None for anything else."""
+    size = _jpeg_size(data)
+    return size if size is not None and _jpeg_orientation(data) == 1 else None
+
+
+def _jpeg_size(data: bytes) -> tuple[int, int] | None:
+    """As stored, of what libjpeg-turbo can turn into grey or RGB."""
+    if data[:2] != b"\xff\xd8":
         return None
     try:
         height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data, strict=False)
@@ -87,12 +93,14 @@ def decode_image(
     Raises:
         CorruptSampleError: the bytes are no whole image, or one of other channels.
     """
-    size = (jpeg_size or plain_jpeg_size(data)) if in_chans in (1, 3) else None
+    size = (jpeg_size or _jpeg_size(data)) if in_chans in (1, 3) else None
     if size is not None:
-        try:
-            return _decode_jpeg(data, in_chans, size, shrink)
-        except Exception:
-            logger.debug("libjpeg-turbo refuses a JPEG", exc_info=True)  # Pillow decides
+        orientation = 1 if jpeg_size else _jpeg_orientation(data)
+        if orientation != 1:
+            shrink = 1
+        pixels = _decode_jpeg(data, in_chans, size, shrink)
+        if pixels is not None:
+            return np.ascontiguousarray(_upright(pixels, orientation))
     if not data:
         raise CorruptSampleError("holds no bytes", "empty")
     if data.startswith(b"version https://git-lfs"):
@@ -102,15 +110,28 @@ def decode_image(
     return _to_channels(pixels, in_chans)
 
 
-def _decode_jpeg(data: bytes, in_chans: int, size: tuple[int, int], shrink: int) -> Pixels:
-    pixels: Pixels = simplejpeg.decode_jpeg(
-        data,
-        "RGB" if in_chans == 3 else "GRAY",
-        fastdct=True,
-        fastupsample=True,
-        min_height=-(-size[0] // shrink) if shrink > 1 else 0,
-        min_width=-(-size[1] // shrink) if shrink > 1 else 0,
-    )
+def _decode_jpeg(data: bytes, in_chans: int, size: tuple[int, int], shrink: int) -> Pixels | None:
+    """None where Pillow may know better.
+
+    libjpeg goes on with grey after data that ends early or makes no sense, and Pillow does not
+    hear its warning: that must not pass for a picture.
+    """
+    try:
+        pixels: Pixels = simplejpeg.decode_jpeg(
+            data,
+            "RGB" if in_chans == 3 else "GRAY",
+            fastdct=True,
+            fastupsample=True,
+            min_height=-(-size[0] // shrink) if shrink > 1 else 0,
+            min_width=-(-size[1] // shrink) if shrink > 1 else 0,
+        )
+    except Exception as error:
+        text = str(error)
+        if "remature end" in text:
+            raise CorruptSampleError(text, "truncated") from error
+        if any(harm in text for harm in ("Huffman", "instead of RST", "progress")):
+            raise CorruptSampleError(text, "corrupt") from error
+        return None  # such as a broken colour profile, or bytes between the segments
     return pixels
 
 
@@ -126,15 +147,15 @@ def encode_jpeg(pixels: Pixels, quality: int) -> bytes:
     return data
 
 
-def _has_orientation(data: bytes) -> bool:
-    """Whether EXIF says that a JPEG is to be turned or mirrored."""
-    if data.find(b"Exif\0", 0, 1 << 16) < 0:
-        return False
+def _jpeg_orientation(data: bytes) -> int:
+    """How a JPEG is to be turned, as EXIF or XMP say; 1 for not at all."""
+    if data.find(b"Exif\0", 0, 1 << 16) < 0 and data.find(b"tiff:Orientation", 0, 1 << 17) < 0:
+        return 1
     try:
         with Image.open(io.BytesIO(data), formats=("JPEG",)) as image:
-            return _orientation(image) != 1
+            return _orientation(image)
     except Exception:  # no JPEG for Pillow either: told when it is decoded
-        return False
+        return 1
 
 
 def _orientation(image: Image.Image) -> int:
@@ -151,9 +172,7 @@ def _decode_any(data: bytes, in_chans: int) -> Pixels:
         return _decode_tiff(data)
     try:
         with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
-            # Of bands that lie one after the other, Pillow may show the first alone.
-            num_bands = len(image.getbands())
-            if not is_tiff or _tiff_samples(image, num_bands) == num_bands:
+            if not is_tiff or _pillow_shows_all(image):
                 return _decode_pillow(image, in_chans)
     except (UnidentifiedImageError, CorruptSampleError):
         if not is_tiff:
@@ -161,11 +180,13 @@ def _decode_any(data: bytes, in_chans: int) -> Pixels:
     return _decode_tiff(data)
 
 
-def _tiff_samples(image: Any, default: int) -> int:
-    tags = getattr(image, "tag_v2", {})
+def _pillow_shows_all(image: Any) -> bool:
+    """False for a TIFF of which Pillow would show one band of many, or 8 bits of 16."""
+    tags, num_bands = image.tag_v2, len(image.getbands())
     if image.mode in ("P", "PA", "1"):
-        return default
-    return int(tags.get(_SAMPLES_PER_PIXEL_TAG, default))
+        return True
+    deep_colour = num_bands > 1 and 16 in tags.get(_BITS_PER_SAMPLE_TAG, ())
+    return not deep_colour and int(tags.get(_SAMPLES_PER_PIXEL_TAG, num_bands)) == num_bands
 
 
 def _decode_pillow(image: Image.Image, in_chans: int) -> Pixels:
@@ -199,16 +220,18 @@ def _decode_tiff(data: bytes) -> Pixels:
     """The first page of a TIFF of any number of bands."""
     with tifffile.TiffFile(io.BytesIO(data)) as tiff:
         page: Any = tiff.pages[0]
-        if math.prod(page.shape) > MAX_PIXELS:
+        if page.imagewidth * page.imagelength > MAX_PIXELS or page.nbytes > MAX_TIFF_BYTES:
             raise CorruptSampleError(f"claims too many pixels {page.shape}", "bomb")
         pixels = page.asarray()
         if page.axes.startswith("S"):  # bands one after the other
             pixels = np.moveaxis(pixels, 0, -1)
+        orientation = page.tags.valueof(_ORIENTATION_TAG) or 1
     if pixels.ndim == 2:
         pixels = pixels[..., None]
     if pixels.ndim != 3:
         raise CorruptSampleError(f"TIFF of axes {page.axes}", "unsupported")
-    return _to_unsigned(pixels, f"TIFF of {pixels.dtype}")
+    pixels = _to_unsigned(pixels, f"TIFF of {pixels.dtype}")
+    return _upright(pixels, orientation if 1 <= orientation <= 8 else 1)
 
 
 def _to_unsigned(pixels: npt.NDArray[Any], what: str) -> Pixels:
@@ -222,8 +245,19 @@ def _to_unsigned(pixels: npt.NDArray[Any], what: str) -> Pixels:
 
 def _decode_dicom(data: bytes) -> Pixels:
     """The first frame: colours as they are, grey through its window, bright where it is dense."""
+    if _DEFLATED in data[:4096]:  # it would inflate without a limit
+        raise CorruptSampleError("deflated DICOM", "unsupported")
     dataset = pydicom.dcmread(io.BytesIO(data))
-    values = pixel_array(dataset, index=0)
+    if dataset.Rows * dataset.Columns * dataset.get("SamplesPerPixel", 1) > MAX_PIXELS:
+        raise CorruptSampleError(f"claims {dataset.Rows} x {dataset.Columns} pixels", "bomb")
+    try:
+        values = pixel_array(dataset, index=0)
+    except (RuntimeError, NotImplementedError) as error:
+        raise CorruptSampleError(
+            f"DICOM in a compression without a decoder: {error}", "unsupported"
+        ) from error
+    if dataset.get("PhotometricInterpretation") == "PALETTE COLOR":
+        values = apply_color_lut(values, dataset)
     if values.ndim == 3:
         return _to_unsigned(values, "DICOM")
     values = apply_modality_lut(values, dataset).astype(np.float64)

@@ -62,19 +62,20 @@ def split_name(name: str) -> tuple[str, str] | None:
     return (f"{folder}/{stem}" if folder else stem), extension.lower()
 
 
-def iter_samples(stream: BinaryIO, shard: str) -> Iterator[Sample]:
+def iter_samples(stream: BinaryIO, shard: str, *, lenient: bool = False) -> Iterator[Sample]:
     """Read the samples of a tar, or of a slice of it that starts where a sample starts.
 
     Args:
         stream: need not be seekable.
         shard: named in errors.
+        lenient: of what comes twice take the first, as a lenient index does.
 
     Raises:
         DataError: the tar is cut or damaged, or the members of a key are not next to each other.
     """
     source = stream if stream.seekable() else _TailReader(stream)
     with _open_tar(source, shard) as tar:
-        for group in _groups(tar, shard, contents=True):
+        for group in _groups(tar, shard, contents=True, duplicates=Counter() if lenient else None):
             if _has_image(group):
                 yield group
         end = tar.offset
@@ -89,8 +90,8 @@ def index_shard(stream: BinaryIO, shard: str, *, lenient: bool = False) -> Shard
     Args:
         stream: of the whole tar.
         shard: named in errors.
-        lenient: of a damaged tar, take the samples that lie whole before the damage; of a key
-            that comes twice, the first. What is left out is counted.
+        lenient: of a damaged tar, take the samples before the damage but the last, which may
+            lack members; of what comes twice, the first. What is left out is counted.
 
     Raises:
         DataError: as `iter_samples`; also for a tar without the end marker, which is how a tar
@@ -192,6 +193,18 @@ def _open_tar(stream: BinaryIO | _TailReader, shard: str) -> Iterator[tarfile.Ta
         ) from error
 
 
+def _name_of(member: tarfile.TarInfo, shard: str) -> tuple[str, str] | None:
+    """Key and extension; None for what is no part of a sample."""
+    if not member.isreg() or member.issparse():  # sparse: a kilobyte may claim any size
+        return None
+    name = split_name(member.name)
+    if name is not None and member.size > MAX_MEMBER_BYTES:
+        raise DataError(
+            f"{shard}: {member.name} claims {member.size} bytes, more than {MAX_MEMBER_BYTES}"
+        )
+    return name
+
+
 def _groups(
     tar: tarfile.TarFile,
     shard: str,
@@ -208,14 +221,10 @@ def _groups(
     skipped = ""  # the key that is being left out
     for member in tar:
         tar.members = []  # type: ignore[attr-defined]  # webdataset#97: they pile up otherwise
-        name = split_name(member.name) if member.isreg() else None
+        name = _name_of(member, shard)
         if name is None:
             continue
         key, extension = name
-        if member.size > MAX_MEMBER_BYTES:
-            raise DataError(
-                f"{shard}: {member.name} claims {member.size} bytes, more than {MAX_MEMBER_BYTES}"
-            )
         if current is None or key != current.key:
             if current is not None:
                 yield current
@@ -233,7 +242,10 @@ def _groups(
             current = Sample(key, {}, member.offset)
         skipped = ""
         if extension in current.parts:
-            raise DataError(f"{shard}: {key}.{extension} comes twice")
+            if duplicates is None:
+                raise DataError(f"{shard}: {key}.{extension} comes twice")
+            duplicates["duplicate_key"] += 1
+            continue
         file = tar.extractfile(member) if contents else None
         current.parts[extension] = file.read() if file is not None else b""
     if current is not None:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from mae_core.data.decode import Pixels, decode_image, plain_jpeg_size
+from mae_core.data.decode import CorruptSampleError, Pixels, decode_image, plain_jpeg_size
 from mae_core.data.randomness import named_generator, sample_generator
 from mae_core.data.transforms import cut_view, largest_shrink, random_crop
 
@@ -47,8 +47,10 @@ def training_views(
     if pixels is None:
         shrink = largest_shrink(crops, spec.size)
         pixels = decode_image(image, spec.in_chans, shrink=shrink, jpeg_size=jpeg_size)
-        if pixels.shape[:2] != size:  # rounded up, but each pixel stands for just shrink x shrink
-            scale = 1 / shrink
+        if pixels.shape[:2] == tuple(-(-side // shrink) for side in size):
+            scale = 1 / shrink  # the sides are rounded up; a pixel stands for shrink x shrink
+        elif pixels.shape[:2] != size:
+            raise CorruptSampleError("is not of the size that its header claims")
     return [
         cut_view(pixels, crop.scaled(scale), generator, size=spec.size, flip=spec.flip)
         for generator, crop in zip(generators, crops, strict=True)

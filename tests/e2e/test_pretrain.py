@@ -161,6 +161,24 @@ def test_changed_data_is_refused_until_fresh(place: Any) -> None:
     assert place.run(*words, fresh=True).status == "done"
 
 
+@pytest.mark.usefixtures("no_model_export", "local_ray")
+def test_several_crops_of_an_image_fill_a_batch_and_go_on_after_a_stop(place: Any) -> None:
+    """Batches of 16 hold 8 images: 12 steps read the 96 images once."""
+    words = ("data.crops_per_image=2", "optim.epochs=2", "optim.warmup_epochs=0.5")
+    result = place.run(*words)
+    trace = place.trace()
+    assert len(trace) == 96
+    assert len({line["key"] for line in trace}) == 96
+    assert {line["epoch"] for line in trace} == {0}
+    weights = (Path(result.output) / "model.safetensors").read_bytes()
+    run = Path(result.output).parents[1]
+    for gone in (run / "checkpoints/step-00000012", run / "result.json"):
+        shutil.rmtree(gone) if gone.is_dir() else gone.unlink()
+    again = place.run(*words)  # from step 10 on
+    assert {line["step"] for line in place.trace() if line["attempt"] == 2} == {11, 12}
+    assert (Path(again.output) / "model.safetensors").read_bytes() == weights
+
+
 @pytest.mark.usefixtures("no_model_export")
 def test_broken_images_are_left_out_and_named(place: Any, local_ray: Path) -> None:
     data = repack(
@@ -173,9 +191,8 @@ def test_broken_images_are_left_out_and_named(place: Any, local_ray: Path) -> No
     assert result.metrics["data/left_out"] == 1
     client = MlflowClient(place.tracking_uri)
     assert client.get_run(result.run_id).data.metrics["data/bad_samples"] == 1.0
-    listed = mlflow.artifacts.load_text(
-        f"runs:/{result.run_id}/bad_samples.jsonl", tracking_uri=place.tracking_uri
-    )
+    mlflow.set_tracking_uri(place.tracking_uri)
+    listed = mlflow.artifacts.load_text(f"runs:/{result.run_id}/bad_samples.jsonl")
     (line,) = map(json.loads, listed.splitlines())
     assert (line["kind"], Path(line["shard"]).parent) == ("not_an_image", data)
 

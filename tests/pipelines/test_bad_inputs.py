@@ -20,11 +20,12 @@ from pipelines.datasets import SequencePlan, open_shards, read_window
 
 SPEC = ViewSpec(seed=0, in_chans=3, size=(32, 32), crop_scale=(0.2, 1.0), flip=True)
 # Where we know more than Pillow, whose answers the manifest has: tifffile reads the second whole,
-# and finds the third to claim gigapixels.
+# and finds the third to claim gigapixels; libjpeg warns that the last one's data ends too early.
 UNLIKE_PILLOW = {
     "mode_other/rasterio_float_nan.tif": "unsupported",
     "mode_16bit/rasterio_RGBA.uint16.tif": None,
     "corrupt/libtiff_segfault.tif": "bomb",
+    "corrupt/derived_bitflips.jpg": "truncated",
 }
 
 

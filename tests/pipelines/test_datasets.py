@@ -5,6 +5,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,9 @@ from pipelines.datasets import (
     SequencePlan,
     configure_ray_data,
     measure_channel_stats,
+    micro_batches,
     open_shards,
+    passes_per_block,
     read_rows,
     read_samples,
     read_window,
@@ -186,6 +189,25 @@ def test_a_shard_with_other_samples_holds_none_of_those_that_were_indexed(
     assert kinds(read_samples(shard, 2, 8)) == ["damaged"] * 6
 
 
+def test_samples_that_can_not_be_told_apart_are_named_by_their_place(foreign: Path) -> None:
+    shard = open_foreign(foreign).shards[2]
+    Path(shard.path).write_bytes(b"\1" * shard.num_bytes)
+    names = [row.key for a, b in ((0, 3), (3, 8)) for row in read_samples(shard, a, b)]
+    assert names == [f"#{i}" for i in range(8)]
+
+
+def test_tars_that_hold_all_images_before_all_labels_are_read_whole(
+    tmp_path: Path, write_tar: Callable[..., Path], make_png: Callable[[int], bytes]
+) -> None:
+    members = {f"{i}.png": make_png(i) for i in range(4)}
+    write_tar(tmp_path / "t/a.tar", members | {f"{i}.cls": b"1" for i in range(4)})
+    manifest = open_shards(str(tmp_path / "t"), str(tmp_path / "cache"))
+    assert manifest.left_out == {"duplicate_key": 4}
+    (shard,) = manifest.shards
+    assert kinds(read_samples(shard, 0, 4)) == [""] * 4
+    assert kinds(read_samples(shard, 3, 4)) == [""]
+
+
 @pytest.fixture
 def packed(foreign: Path) -> Path:
     """`foreign` with our manifest and checksums beside it."""
@@ -313,8 +335,8 @@ def collect(plan: SequencePlan, splits: int, **options: Any) -> list[list[tuple[
     def read(shard: Any) -> list[tuple[int, int, str]]:
         return [
             row
-            for batch in shard.iter_batches(
-                batch_size=plan.micro_batch_size, batch_format="pyarrow", prefetch_batches=1
+            for batch in micro_batches(
+                shard.iter_batches(batch_size=1, batch_format="pyarrow", prefetch_batches=1)
             )
             for row in zip(
                 batch["position"].to_pylist(),
@@ -347,8 +369,23 @@ def test_global_batches_are_the_same_for_any_number_of_workers(foreign: Path) ->
     ]
     assert [position for position, *_ in expected] == list(range(48))
     assert set(Counter((epoch, key) for _, epoch, key in expected).values()) == {1}
-    for micro, splits, start in [(4, 1, 0), (4, 2, 0), (2, 4, 0), (1, 4, 0), (4, 2, 16), (2, 4, 8)]:
-        plan = make_plan(manifest, micro=micro, window=12, start=start)
+    for micro, splits, start, passes in [
+        (4, 1, 0, 1),
+        (4, 1, 16, 3),
+        (4, 2, 0, 1),  # here and below at 8: windows of no whole rounds, so no shared blocks
+        (2, 4, 0, 2),
+        (1, 4, 0, 2),
+        (1, 4, 8, 5),
+        (2, 2, 0, 2),
+        (2, 2, 8, 3),
+        (4, 2, 16, 2),
+        (2, 4, 8, 1),
+    ]:
+        plan = replace(
+            make_plan(manifest, micro=micro, window=12, start=start),
+            num_workers=splits,
+            passes_per_block=passes,
+        )
         shares = collect(plan, splits)
         for rank, share in enumerate(shares):
             assert [position for position, *_ in share] == [
@@ -357,14 +394,23 @@ def test_global_batches_are_the_same_for_any_number_of_workers(foreign: Path) ->
         assert sorted(row for share in shares for row in share) == expected[start:]
 
 
+def test_a_block_has_some_megabytes_but_a_window_has_blocks(foreign: Path) -> None:
+    plan = replace(make_plan(open_foreign(foreign), micro=64, window=4096), num_workers=2)
+    assert passes_per_block(plan, 128 * 1024) == 4  # 32 MiB / (64 x 128 KiB)
+    assert passes_per_block(plan, 10) == 32  # a whole window
+    assert passes_per_block(plan, 10**9) == 1
+
+
 @pytest.mark.ray
 @pytest.mark.usefixtures("local_ray")
 def test_the_cluster_decodes_to_the_same_pixels(foreign: Path) -> None:
     configure_ray_data()
     plan = make_plan(open_foreign(foreign), micro=4, num_samples=16)
     tables = list(
-        sequence_dataset(plan, partial(decode_block, spec=SPEC)).iter_batches(
-            batch_size=4, batch_format="pyarrow"
+        micro_batches(
+            sequence_dataset(plan, partial(decode_block, spec=SPEC)).iter_batches(
+                batch_size=1, batch_format="pyarrow"
+            )
         )
     )
     expected = [decode_block(block, SPEC) for block in read_window(plan, 0)]

@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from PIL import Image
 
 from mae_core.data.manifest import Manifest, index_from_bytes, parse_manifest
 from mae_core.data.samples import DataError
-from pipelines import prepare
+from pipelines import cli, prepare
 from pipelines.config import ConfigError, PrepareConfig, StageResult
 from pipelines.datasets import open_shards, read_rows
 
@@ -89,3 +90,31 @@ def test_of_a_damaged_tar_what_is_whole_is_taken_and_said(foreign: Path) -> None
     assert open_shards(str(foreign), "/nowhere", max_bad_ratio=0.5).num_samples == (
         manifest.num_samples
     )
+
+
+def test_an_empty_file_among_the_tars_does_not_stop_the_others(foreign: Path) -> None:
+    (foreign / "part-9.tar").write_bytes(b"")
+    assert index(foreign).metrics["num_samples"] == 16
+    assert list(manifest_of(foreign).damaged) == ["part-9.tar"]
+    # Who names only the good ones is not held to account for the others.
+    good = tuple(str(foreign / f"part-{i}.tar") for i in range(3))
+    assert open_shards(good, "/nowhere").num_samples == 16
+
+
+def test_statistics_of_the_wrong_number_of_channels_are_an_error(foreign: Path) -> None:
+    with pytest.raises(DataError, match="none of the images can be measured with in_chans=5"):
+        index(foreign, "stats", in_chans=5)
+
+
+def test_a_tar_instead_of_its_folder_is_a_config_error(foreign: Path) -> None:
+    with pytest.raises(ConfigError, match="give the folder that the tars lie in"):
+        index(foreign / "part-0.tar")
+
+
+def test_the_command_takes_the_folder_as_a_word(
+    foreign: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["prepare", "stats", str(foreign), "workers=1"]) == 0
+    told = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (told["status"], told["metrics"]["num_measured"]) == ("done", 16)
+    assert cli.main(["prepare", "index", str(foreign), "workers=1"]) == 2

@@ -26,7 +26,7 @@ from mae_core.data.decode import (
 from mae_core.data.samples import iter_samples
 
 # Files of bad_inputs that Pillow opens and we refuse, and the other way round.
-REFUSED = {"mode_other/rasterio_float_nan.tif"}
+REFUSED = {"mode_other/rasterio_float_nan.tif", "corrupt/derived_bitflips.jpg"}
 READ_WITHOUT_PILLOW = {"mode_16bit/rasterio_RGBA.uint16.tif": (3, 4)}
 DEEP = {f"mode_16bit/{name}" for name in ("16bit.MM.cropped.tif", "16bit.cropped.tif")} | {
     "mode_16bit/hopper_16bit.pgm",
@@ -217,6 +217,34 @@ def test_dicom_without_a_window_spans_its_stored_bits(
     assert decode_image(make_dicom(values), 1)[0, :, 0].tolist() == shown
 
 
+def test_a_dicom_that_claims_gigapixels_is_a_bomb() -> None:
+    data = make_dicom(np.zeros((2, 2), np.uint16), Rows=30_000, Columns=30_000)
+    with pytest.raises(CorruptSampleError, match="claims 30000 x 30000") as error:
+        decode_image(data, 1)
+    assert error.value.kind == "bomb"
+
+
+def test_a_dicom_with_a_palette_is_seen_in_its_colours() -> None:
+    descriptor = [256, 0, 16]
+    tags: dict[str, Any] = {"PhotometricInterpretation": "PALETTE COLOR"}
+    for i, name in enumerate(["Red", "Green", "Blue"]):
+        table = np.zeros(256, np.uint16)
+        table[7] = 65_535 if i == 1 else 0
+        tags[f"{name}PaletteColorLookupTableDescriptor"] = descriptor
+        tags[f"{name}PaletteColorLookupTableData"] = table.tobytes()
+    shown = decode_image(make_dicom(np.asarray([[0, 7]], np.uint16), **tags), 3)
+    assert shown.tolist() == [[[0, 0, 0], [0, 65_535, 0]]]
+
+
+def test_colour_tiffs_keep_sixteen_bits_and_are_turned() -> None:
+    pixels = np.random.default_rng(0).integers(0, 65_535, (4, 6, 3)).astype(np.uint16)
+    buffer = io.BytesIO()
+    tifffile.imwrite(buffer, pixels, photometric="rgb", extratags=[(274, "H", 1, 3, True)])
+    decoded = decode_image(buffer.getvalue(), 3)
+    assert decoded.dtype == np.uint16
+    np.testing.assert_array_equal(decoded, pixels[::-1, ::-1])
+
+
 def psnr(a: npt.NDArray[Any], b: npt.NDArray[Any]) -> float:
     return float(10 * np.log10(255**2 / max(np.square(a.astype(float) - b).mean(), 1e-9)))
 
@@ -241,6 +269,25 @@ def test_jpeg_can_come_out_smaller(shrink: int) -> None:
     with Image.open(io.BytesIO(data)) as image:
         means = np.asarray(image.reduce(shrink))
     assert psnr(small[:-1, :-1], means[: len(small) - 1, : small.shape[1] - 1]) > 30
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+@pytest.mark.parametrize("tail", [b"\xff\xd9", b"\0" * 900])
+def test_half_a_jpeg_that_ends_well_is_no_picture(orientation: int, tail: bytes) -> None:
+    """Pillow shows the rest of it grey, and says nothing."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encode(make_pixels(64, 96), "JPEG", exif=exif)
+    with pytest.raises(CorruptSampleError) as error:
+        decode_image(data[: len(data) // 2] + tail, 3)
+    assert error.value.kind in {"truncated", "corrupt"}
+
+
+def test_xmp_turns_a_jpeg_too() -> None:
+    xmp = b'<x:xmpmeta><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
+    data = encode(make_pixels(24, 40), "JPEG", xmp=xmp)
+    assert plain_jpeg_size(data) is None
+    assert decode_image(data, 3).shape == (40, 24, 3)
 
 
 def test_turned_grey_and_cmyk_jpegs_are_no_plain_ones() -> None:
@@ -338,7 +385,7 @@ def test_each_bad_input_gives_a_whole_picture_or_our_error(real_data: Path, in_c
         assert decoded.shape == (height, width, in_chans), path
         assert decoded.dtype == (np.uint16 if path in DEEP else np.uint8), path
         num_pictures += 1
-    assert (len(items), num_pictures) == (69, 46)
+    assert (len(items), num_pictures) == (69, 45)
 
 
 @pytest.mark.realdata

@@ -268,6 +268,29 @@ def test_a_member_that_claims_to_be_gigantic_is_refused() -> None:
         read(data)
 
 
+def test_of_a_member_that_comes_twice_the_first_is_taken() -> None:
+    data = make_tar([("a.JPG", b"1"), ("a.jpg", b"2"), ("b.jpg", b"3")])
+    index = index_shard(io.BytesIO(data), "s.tar", lenient=True)
+    assert (index.num_samples, index.left_out) == (2, {"duplicate_key": 1})
+    samples = iter_samples(io.BytesIO(data), "s.tar", lenient=True)
+    assert [(s.key, s.image) for s in samples] == [("a", b"1"), ("b", b"3")]
+
+
+def test_a_sparse_member_is_no_sample() -> None:
+    """A kilobyte of tar that would be read as a gigabyte of zeros."""
+    info = tarfile.TarInfo("a.jpg")
+    info.type = tarfile.GNUTYPE_SPARSE
+    header = bytearray(info.tobuf(tarfile.GNU_FORMAT))
+    size = f"{2**29:011o}\0".encode()
+    header[386:410] = b"00000000000\0" * 2  # one piece of nothing
+    header[483:495] = size
+    header[148:156] = b" " * 8
+    header[148:156] = f"{sum(header):06o}\0 ".encode()
+    data = bytes(header) + make_tar([("b.jpg", b"1")])
+    assert [s.key for s in read(data)] == ["b"]
+    assert index_shard(io.BytesIO(data), "s.tar").num_samples == 1
+
+
 def test_checksums_tell_one_flipped_bit() -> None:
     data = make_tar(THREE)
     offsets = index_shard(io.BytesIO(data), "s.tar").offsets
