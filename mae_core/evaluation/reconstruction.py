@@ -28,6 +28,8 @@ _TILE_PX = 128  # smaller images are enlarged to about this
 _GUTTER_PX = 4
 _GREY = 128
 _WHITE = 255
+_DARK_SET = 0.5  # share of full scale below which a whole set is brightened
+_WHITE_STDS = 3.0
 
 
 class Reconstruction(NamedTuple):
@@ -71,7 +73,8 @@ def reconstruction_picture(
 ) -> Pixels:
     """Draw a row for each image: original, masked, reconstruction, and that with what was visible.
 
-    Three channels are shown as RGB, of more the first three, of fewer the first one in grey.
+    Three channels are shown as RGB, of more the first three, of fewer the first one in grey. A set
+    whose mean + 3 standard deviations is below half of full scale is brightened as a whole.
     Small images are enlarged by a whole factor, without smoothing.
 
     Args:
@@ -133,7 +136,12 @@ def _pixels(images: Tensor, channel_mean: Sequence[float], channel_std: Sequence
         )
     std = torch.tensor(channel_std)[:, None, None]
     mean = torch.tensor(channel_mean)[:, None, None]
-    shown = (images * std + mean)[:, : 3 if num_channels >= 3 else 1].expand(-1, 3, -1, -1)
+    shown_channels = 3 if num_channels >= 3 else 1
+    shown = (images * std + mean)[:, :shown_channels].expand(-1, 3, -1, -1)
+    # 12 bits in 16 would be black: what nearly all values are below becomes white.
+    white = float((mean + _WHITE_STDS * std)[:shown_channels].max())
+    if white < _DARK_SET:
+        shown = shown / max(white, 1e-9)
     grey_levels = (shown * 255).nan_to_num(nan=_GREY).round().clamp(0, 255)
     return grey_levels.to(torch.uint8).permute(0, 2, 3, 1).numpy()
 

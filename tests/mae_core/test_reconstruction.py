@@ -241,3 +241,23 @@ def test_a_photograph_comes_out_as_it_went_in() -> None:
     pred = normalize_patches(patchify(images, 8))
     picture = draw(images, pred, half_removed(images), norm_pix=True)
     assert largest_difference(tile(picture, 0, 2), pixels[0]) <= 1
+
+
+@pytest.mark.parametrize(("mean", "std", "level"), [(0.01, 0.01, 64), (0.45, 0.25, 115)])
+def test_a_dark_set_is_brightened_and_a_usual_one_is_not(
+    mean: float, std: float, level: int
+) -> None:
+    """An image at the mean: a quarter of mean + 3 deviations, or 0.45 of 255."""
+    images = torch.zeros(1, 1, 8, 8)
+    picture = reconstruction_picture(
+        images,
+        torch.zeros(1, 4, 16),
+        torch.zeros(1, 4, dtype=torch.bool),
+        patch_size=4,
+        norm_pix=False,
+        channel_mean=[mean],
+        channel_std=[std],
+    )
+    levels, counts = np.unique(picture[40:-8], return_counts=True)
+    others = counts[levels != 255]
+    assert levels[levels != 255][others.argmax()] == level
