@@ -4,12 +4,13 @@ A read is ours to try again, each try one request: pyarrow takes some faults for
 not retry an error whose text is longer than the range asked for.
 """
 
+import io
 import logging
 import re
-import secrets
-import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
+
+import tenacity
 
 logger = logging.getLogger(__name__)
 
@@ -26,20 +27,28 @@ _TRANSIENT = re.compile(
 
 def patiently(uri: str, action: Callable[[], Any]) -> Any:
     """What `action` returns, tried again while its fault is one that may pass."""
-    num_tries = 1
-    while True:
-        try:
-            return action()
-        except OSError as error:
-            if not _TRANSIENT.search(str(error)):
-                raise
-            if num_tries >= READ_TRIES:
-                raise OSError(f"{error}; gave up after {num_tries} tries") from error
-            logger.warning("reading %s, try %d failed: %s", uri, num_tries, error)
-        delay_s = min(READ_BACKOFF_S * 2 ** (num_tries - 1), READ_BACKOFF_MAX_S)
-        # Jitter, or all workers would come back at once.
-        time.sleep(delay_s * secrets.SystemRandom().uniform(0.5, 1.0))
-        num_tries += 1
+
+    def warn(state: tenacity.RetryCallState) -> None:
+        error = state.outcome.exception() if state.outcome else None
+        logger.warning("reading %s, try %d failed: %s", uri, state.attempt_number, error)
+
+    def give_up(state: tenacity.RetryCallState) -> NoReturn:
+        error = state.outcome.exception() if state.outcome else None
+        raise OSError(f"{error}; gave up after {state.attempt_number} tries") from error
+
+    return tenacity.Retrying(
+        stop=tenacity.stop_after_attempt(READ_TRIES),
+        # Half of it random, or all workers would come back at once.
+        wait=tenacity.wait_exponential(READ_BACKOFF_S / 2, READ_BACKOFF_MAX_S / 2)
+        + tenacity.wait_random_exponential(READ_BACKOFF_S / 2, READ_BACKOFF_MAX_S / 2),
+        retry=tenacity.retry_if_exception(_may_pass),
+        before_sleep=warn,
+        retry_error_callback=give_up,
+    )(action)
+
+
+def _may_pass(error: BaseException) -> bool:
+    return isinstance(error, OSError) and _TRANSIENT.search(str(error)) is not None
 
 
 def _fill(file: Any, start: int, buffer: memoryview) -> None:
@@ -59,3 +68,19 @@ def fill_patiently(uri: str, file: Any, start: int, buffer: memoryview) -> None:
     """Read exactly `buffer`'s length from `start` on."""
     if len(buffer):
         patiently(uri, lambda: _fill(file, start, buffer))
+
+
+class ObjectStream(io.RawIOBase):
+    """An object on S3, read by ranges, each of which may be tried again."""
+
+    def __init__(self, uri: str, file: Any) -> None:
+        self._uri, self._file, self._position = uri, file, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        length = min(len(buffer), self._file.size() - self._position)
+        fill_patiently(self._uri, self._file, self._position, memoryview(buffer)[:length])
+        self._position += length
+        return length

@@ -29,7 +29,7 @@ import pyarrow as pa
 from braceexpand import braceexpand
 from pyarrow import fs as pafs
 
-from infra.patience import fill_patiently, patiently
+from infra.patience import ObjectStream, fill_patiently, patiently
 
 S3_SCHEME = "s3://"
 SHARD_SUFFIX = ".tar"
@@ -238,24 +238,8 @@ def open_stream(uri: str) -> BinaryIO:
     filesystem, path = open_filesystem(uri)
     with storage_errors("open", uri):
         if is_remote(uri):
-            return io.BufferedReader(_ObjectStream(uri, _open_patiently(uri)), STREAM_BUFFER_BYTES)
+            return io.BufferedReader(ObjectStream(uri, _open_patiently(uri)), STREAM_BUFFER_BYTES)
         return filesystem.open_input_stream(path, compression=None)
-
-
-class _ObjectStream(io.RawIOBase):
-    """An object on S3, read by ranges, each of which may be tried again."""
-
-    def __init__(self, uri: str, file: Any) -> None:
-        self._uri, self._file, self._position = uri, file, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        length = min(len(buffer), self._file.size() - self._position)
-        fill_patiently(self._uri, self._file, self._position, memoryview(buffer)[:length])
-        self._position += length
-        return length
 
 
 def open_random(uri: str) -> BinaryIO:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mae_core.config import MaskingConfig
 from mae_core.data.decode import CorruptSampleError, Pixels
+from mae_core.data.transforms import stack_pixels
 from mae_core.data.views import ViewSpec, mask_generator, training_views
 from mae_core.masking import draw_noise
 from pipelines.config import PretrainConfig
@@ -79,24 +80,13 @@ class BatchDecoder:
         images = table["image"].to_pylist()
         decoded = list(self._pool.map(self._views, images, *columns))
         num_views, spec = self._num_views, self._spec
-        deep = any(
-            v.dtype == np.uint16 for views in decoded if isinstance(views, list) for v in views
+        hole = [np.zeros((*spec.size, spec.in_chans), np.uint8)] * num_views
+        bad = [views for views in decoded if isinstance(views, BadSample)]
+        whole = np.asarray([not isinstance(views, BadSample) for views in decoded], np.float32)
+        weights = whole.repeat(num_views)
+        pixels = stack_pixels(
+            [v for views in decoded for v in (hole if isinstance(views, BadSample) else views)]
         )
-        shape = (len(decoded) * num_views, *spec.size, spec.in_chans)
-        pixels = np.zeros(shape, np.uint16 if deep else np.uint8)
-        weights = np.ones(len(pixels), np.float32)
-        bad: list[BadSample] = []
-        for i, views in enumerate(decoded):
-            place = slice(i * num_views, (i + 1) * num_views)
-            if isinstance(views, BadSample):
-                weights[place] = 0.0
-                bad.append(views)
-                continue
-            for j, view in enumerate(views):
-                # Times 257: 8 bits to the same share of full scale in 16.
-                pixels[place.start + j] = (
-                    view * np.uint16(257) if view.dtype != pixels.dtype else view
-                )
         noise = np.stack(
             [
                 self._noise(epoch, key, view)

@@ -220,7 +220,7 @@ class PrepareConfig(StrictConfig):
     transcode_quality: int = Field(default=90, ge=1, le=100)
     """JPEG quality of transcoded images; full colour resolution from 90 on."""
     in_chans: int = Field(default=3, gt=0)
-    """Channels that the images are measured in: 1 (grey) or 3 (RGB)."""
+    """Channels that the images are decoded to and measured in: 1 grey, 3 colour, else their own."""
     img_size: int = Field(default=64, ge=16, le=1024)
     """Side of a drawn image, in pixels."""
     num_train: int = Field(default=3000, gt=0)

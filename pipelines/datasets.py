@@ -30,6 +30,7 @@ from mae_core.data.manifest import (
     MANIFEST_NAME,
     ChannelStats,
     Manifest,
+    PixelSums,
     SampleIndex,
     ShardInfo,
     index_from_bytes,
@@ -156,9 +157,11 @@ def _indexed_manifest(shards: list[str], cache_uri: str) -> Manifest:
     cached = storage.join(cache_uri, MANIFEST_NAME)
     if storage.exists(cached):
         manifest = parse_manifest(storage.read_bytes(cached), cached)
-        if [(s.path, s.num_bytes) for s in manifest.shards] == list(
+        same = [(s.path, s.num_bytes) for s in manifest.shards] == list(
             zip(shards, sizes, strict=True)
-        ):
+        )
+        # A damaged tar may have been fetched again, to the same size.
+        if same and not manifest.damaged:
             return manifest
     logger.info("indexing %d tars without a manifest", len(shards))
     indexed = _in_threads(partial(_index_one, cache_uri=cache_uri), list(enumerate(shards)))
@@ -183,10 +186,7 @@ def _index_one(numbered: tuple[int, str], cache_uri: str) -> tuple[str, ShardInd
     number, shard = numbered
     opener = storage.open_stream if storage.is_remote(shard) else storage.open_random
     with storage.storage_errors("read", shard), opener(shard) as stream:
-        try:
-            found = index_shard(stream, shard, lenient=True)
-        except DataError as error:  # nothing of it can be used
-            found = ShardIndex(np.zeros(1, np.int64), Counter(cut=1), error)
+        found = index_shard(stream, shard, lenient=True)
     uri = storage.join(cache_uri, f"{number:06d}.index.npy")
     storage.write_bytes(uri, index_to_bytes(SampleIndex(found.offsets, None)))
     return uri, found
@@ -205,22 +205,17 @@ def measure_channel_stats(manifest: Manifest, in_chans: int) -> ChannelStats:
     num_shards = min(len(manifest.shards), 16)
     chosen = np.linspace(0, len(manifest.shards) - 1, num_shards).astype(int)
     rows = -(-STATS_IMAGES // num_shards)
-    sums = np.zeros((2, in_chans))
-    num_pixels = num_images = 0
+    sums = PixelSums.none(in_chans)
     for shard in (manifest.shards[i] for i in chosen):
         for sample in read_rows(shard, 0, min(rows, shard.num_samples)):
             try:
-                pixels = decode_image(sample.image, in_chans)
+                sums += PixelSums.of(decode_image(sample.image, in_chans))
             except CorruptSampleError:
                 continue
-            share = pixels.reshape(-1, in_chans) / np.iinfo(pixels.dtype).max
-            sums += [share.sum(axis=0), np.square(share).sum(axis=0)]
-            num_pixels, num_images = num_pixels + len(share), num_images + 1
-    if not num_images:
+    stats = sums.channel_stats()
+    if stats is None:
         raise DataError(f"none of the first images of {num_shards} shards can be decoded")
-    mean = sums[0] / num_pixels
-    std = np.sqrt(np.maximum(sums[1] / num_pixels - mean**2, 1e-12))
-    return ChannelStats(mean=tuple(mean), std=tuple(std), num_images=num_images)
+    return stats
 
 
 # Reading

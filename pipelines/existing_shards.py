@@ -1,6 +1,5 @@
 """Tars that lie somewhere already: a manifest, checksums and statistics beside them."""
 
-import hashlib
 import io
 import itertools
 import logging
@@ -9,28 +8,19 @@ from collections.abc import Iterator
 from concurrent.futures import as_completed
 from typing import NamedTuple
 
-import numpy as np
-
 from infra import storage
 from mae_core.data.decode import CorruptSampleError, decode_image
 from mae_core.data.manifest import (
     MANIFEST_NAME,
     Manifest,
     PixelSums,
-    SampleIndex,
     ShardInfo,
-    index_to_bytes,
     parse_manifest,
     sum_pixels,
 )
-from mae_core.data.samples import (
-    DataError,
-    ShardIndex,
-    index_shard,
-    iter_samples,
-    sample_checksums,
-)
+from mae_core.data.samples import DataError, index_shard, iter_samples
 from pipelines.config import ConfigError, PrepareConfig, StageResult
+from pipelines.packing import write_index
 from pipelines.process_pool import process_pool
 
 log = logging.getLogger(__name__)
@@ -110,32 +100,15 @@ def _index_one(folder: str, name: str, in_chans: int | None) -> _Indexed:
     """Read a tar whole; write its index beside it."""
     uri = storage.join(folder, name)
     data = storage.read_bytes(uri)
-    try:
-        found = index_shard(io.BytesIO(data), uri, lenient=True)
-    except DataError as error:  # nothing of it can be used
-        found = ShardIndex(np.zeros(1, np.int64), Counter(cut=1), error)
-    first, last = int(found.offsets[0]), int(found.offsets[-1])
-    whole = memoryview(data)[first:last]
-    checksums = sample_checksums(whole, found.offsets)
-    index_name = f"{name.removesuffix('.tar')}.index.npy"
-    storage.write_bytes(
-        storage.join(folder, index_name), index_to_bytes(SampleIndex(found.offsets, checksums))
-    )
-    info = ShardInfo(
-        path=name,
-        index=index_name,
-        num_samples=found.num_samples,
-        num_bytes=len(data),
-        sha256=hashlib.sha256(data).hexdigest(),
-    )
+    found = index_shard(io.BytesIO(data), uri, lenient=True)
+    info = write_index(folder, name, data, found)
     pixels = PixelSums.none(in_chans or 1)
-    left_out = found.left_out
-    if in_chans is not None and found.num_samples:
-        spans = itertools.pairwise((found.offsets - first).tolist())
-        pieces = (io.BytesIO(whole[a:b]) for a, b in spans)
+    if in_chans is not None:
+        spans = itertools.pairwise(found.offsets.tolist())
+        pieces = (io.BytesIO(data[a:b]) for a, b in spans)
         for sample in (next(iter_samples(piece, uri, lenient=True)) for piece in pieces):
             try:
                 pixels += PixelSums.of(decode_image(sample.image, in_chans))
             except CorruptSampleError as error:
                 log.warning("not measured: %s in %s: %s", sample.key, uri, error)
-    return _Indexed(info, left_out, str(found.damage) if found.damage else None, pixels)
+    return _Indexed(info, found.left_out, str(found.damage) if found.damage else None, pixels)

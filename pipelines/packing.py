@@ -16,7 +16,7 @@ from mae_core.config import StrictConfig
 from mae_core.data.decode import CorruptSampleError, decode_image, encode_jpeg
 from mae_core.data.image_files import ImageFile
 from mae_core.data.manifest import PixelSums, SampleIndex, ShardInfo, index_to_bytes
-from mae_core.data.samples import DataError, index_shard, sample_checksums
+from mae_core.data.samples import DataError, ShardIndex, index_shard, sample_checksums
 from mae_core.data.synthetic import draw_scene, encode_scene
 from mae_core.data.transforms import shrink_to_short_side
 
@@ -78,7 +78,7 @@ def pack_shard(
     old = _finished_record(record_place, output, digest)
     if old is not None:
         return old
-    tar_name, index_name = f"{shard.name}.tar", f"{shard.name}.index.npy"
+    tar_name = f"{shard.name}.tar"
     buffer = io.BytesIO()
     offsets: list[int] = []
     skipped: list[SkippedImage] = []
@@ -100,23 +100,37 @@ def pack_shard(
     data = buffer.getvalue()
     index = index_shard(io.BytesIO(data), tar_name)
     assert index.offsets.tolist() == (offsets if len(offsets) > 1 else [0])
+    storage.write_bytes(storage.join(output, tar_name), data)
     record = ShardRecord(
         plan=digest,
-        shard=ShardInfo(
-            path=tar_name,
-            index=index_name,
-            num_samples=index.num_samples,
-            num_bytes=len(data),
-            sha256=hashlib.sha256(data).hexdigest(),
-        ),
+        shard=write_index(output, tar_name, data, index),
         skipped=tuple(skipped),
         pixels=sums,
     )
-    storage.write_bytes(storage.join(output, tar_name), data)
-    checked = SampleIndex(index.offsets, sample_checksums(data, index.offsets))
-    storage.write_bytes(storage.join(output, index_name), index_to_bytes(checked))
     storage.write_bytes(record_place, json_bytes(record.model_dump(mode="json")))
     return record
+
+
+def write_index(folder: str, tar_name: str, data: bytes, found: ShardIndex) -> ShardInfo:
+    """Write a tar's offsets and checksums beside it.
+
+    Args:
+        folder: where the tar lies.
+        tar_name: its name there.
+        data: all of it.
+        found: what `index_shard` says of it.
+    """
+    index_name = f"{tar_name.removesuffix('.tar')}.index.npy"
+    samples = memoryview(data)[int(found.offsets[0]) : int(found.offsets[-1])]
+    index = SampleIndex(found.offsets, sample_checksums(samples, found.offsets))
+    storage.write_bytes(storage.join(folder, index_name), index_to_bytes(index))
+    return ShardInfo(
+        path=tar_name,
+        index=index_name,
+        num_samples=found.num_samples,
+        num_bytes=len(data),
+        sha256=hashlib.sha256(data).hexdigest(),
+    )
 
 
 def _finished_record(place: str, output: str, digest: str) -> ShardRecord | None:

@@ -95,7 +95,7 @@ def index_shard(stream: BinaryIO, shard: str, *, lenient: bool = False) -> Shard
 
     Raises:
         DataError: as `iter_samples`; also for a tar without the end marker, which is how a tar
-            that was cut between two members looks. If `lenient`, only where nothing is left.
+            that was cut between two members looks. Never if `lenient`: that is then `damage`.
     """
     groups: list[tuple[int, bool]] = []  # offset, and whether it has an image
     duplicates: Counter[str] | None = Counter() if lenient else None
@@ -111,10 +111,11 @@ def index_shard(stream: BinaryIO, shard: str, *, lenient: bool = False) -> Shard
         if _block_at(source, end) != bytes(tarfile.BLOCKSIZE):
             raise _cut_or_damaged(shard, end)
     except DataError as error:
-        if not lenient or len(groups) < 2:
+        if not lenient:
             raise
         damage = error
-        end, _ = groups.pop()  # it may lack members
+        if groups:
+            end, _ = groups.pop()  # it may lack members
     offsets = [offset for offset, has_image in groups if has_image]
     left_out = Counter({"no_image": len(groups) - len(offsets), "cut": int(damage is not None)}) + (
         duplicates or Counter()

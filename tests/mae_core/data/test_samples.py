@@ -235,15 +235,11 @@ def test_of_a_cut_tar_the_samples_before_the_cut_are_taken() -> None:
     whole = index_shard(io.BytesIO(data), "s.tar")
     assert whole.damage is None
     for size in range(512, len(data) - 512, 512):
-        if size < 4096:  # a sample and the beginning of another, or less
-            with pytest.raises(DataError):
-                index_shard(io.BytesIO(data[:1536]), "s.tar", lenient=True)
-            continue
         cut = index_shard(io.BytesIO(data[:size]), "s.tar", lenient=True)
         if cut.damage is None:  # only zeros are missing
             assert size >= int(whole.offsets[-1]) + 512
             continue
-        assert 1 <= cut.num_samples < 3
+        assert cut.num_samples == max(0, int((whole.offsets[1:] <= size).sum()) - 1)
         assert cut.offsets.tolist() == whole.offsets[: cut.num_samples + 1].tolist()
         assert cut.left_out == {"cut": 1}
         assert "s.tar: " in str(cut.damage)
