@@ -33,7 +33,7 @@ class _Indexed(NamedTuple):
     pixels: PixelSums
 
 
-def run(config: PrepareConfig) -> StageResult:
+def run(config: PrepareConfig, *, fresh: bool) -> StageResult:
     """Index the tars of `config.output`; the manifest comes last.
 
     Raises:
@@ -48,8 +48,9 @@ def run(config: PrepareConfig) -> StageResult:
     old = None
     if storage.exists(manifest_uri):
         old = parse_manifest(storage.read_bytes(manifest_uri), manifest_uri)
-        if config.existing == "index" and {s.path for s in old.shards} == set(names):
-            raise ConfigError(f"{manifest_uri} covers these tars already; remove it to index anew")
+        covered = {shard.path for shard in old.shards} == set(names)
+        if config.existing == "index" and covered and not fresh:
+            raise ConfigError(f"{manifest_uri} covers these tars already; --fresh indexes anew")
     found: dict[str, _Indexed] = {}
     for name, one in _index_all(folder, names, config):
         found[name] = one

@@ -97,7 +97,7 @@ def run(config: PrepareConfig, *, fresh: bool) -> StageResult:
         ConfigError: the output holds something else.
     """
     if config.existing is not None:
-        return existing_shards.run(config)
+        return existing_shards.run(config, fresh=fresh)
     plans = _plan(config)
     for plan in plans:
         _claim_output(plan, fresh=fresh)

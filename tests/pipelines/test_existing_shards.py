@@ -73,6 +73,8 @@ def test_a_manifest_that_is_there_is_not_replaced_for_nothing(foreign: Path) -> 
     index(foreign)
     with pytest.raises(ConfigError, match="covers these tars already"):
         index(foreign)
+    config = PrepareConfig(existing="index", output=str(foreign), workers=1)
+    assert prepare.run(config, fresh=True).metrics["num_samples"] == 16
     # Statistics are something new.
     assert index(foreign, "stats").metrics["num_measured"] == 16
 
