@@ -47,11 +47,10 @@ class RunRecord(StrictConfig):
 
 @dataclass(frozen=True)
 class RunFolder:
-    """Args:
-    uri: where it is.
-    start: the start of the command that this object writes for. The workers of a driver that
-        was killed train on for a while: once a later start has written its record, theirs is
-        not the folder's any more, and what they write is refused.
+    """The folder at `uri`, written to for one start of the command.
+
+    The workers of a driver that was killed train on for a while: once a later start has written
+    its record, what they write is refused. `start` None only reads, or takes over.
     """
 
     uri: str

@@ -265,6 +265,15 @@ def test_of_damaged_foreign_tars_what_is_whole_is_taken(
     assert "only the samples before the damage are used" in caplog.text
 
 
+def test_a_damaged_tar_that_was_fetched_again_is_indexed_again(foreign: Path) -> None:
+    path, cache = foreign / "part-2.tar", str(foreign.parent / "cache")
+    data = path.read_bytes()
+    path.write_bytes(data[:100] + bytes([data[100] ^ 0x55]) + data[101:])  # of the same size
+    assert open_shards(str(foreign), cache, max_bad_ratio=0.5).num_samples == 8
+    path.write_bytes(data)
+    assert open_shards(str(foreign), cache).num_samples == 16
+
+
 def test_an_index_of_another_shard_is_refused(foreign: Path) -> None:
     first, second, _ = open_foreign(foreign).shards
     with pytest.raises(ChangedDataError, match=r"does not belong to .*part-0\.tar"):

@@ -177,3 +177,20 @@ def test_a_passing_error_is_not_kept(folder: RunFolder, error: BaseException) ->
 
 def test_errors_that_last_are_those_of_data_numbers_and_config() -> None:
     assert set(LASTING_ERRORS) == {DataError, NonFiniteLossError, ConfigError}
+
+
+def test_a_bad_sample_is_listed_once_whenever_it_is_met(folder: RunFolder) -> None:
+    def bad(epoch: int, key: str) -> dict[str, object]:
+        return {"epoch": epoch, "shard": "s.tar", "key": key, "kind": "empty", "reason": "none"}
+
+    assert folder.read_bad_samples() == []
+    folder.add_bad_samples([bad(0, "a"), bad(0, "b")])
+    folder.add_bad_samples([bad(1, "b"), bad(1, "c")])
+    listed = [(line["epoch"], line["key"]) for line in folder.read_bad_samples()]
+    assert listed == [(0, "a"), (0, "b"), (1, "c")]
+
+
+def test_a_config_error_of_a_worker_stays_one(folder: RunFolder) -> None:
+    folder.record_failure(ConfigError("no such thing"))
+    with pytest.raises(ConfigError, match="no such thing"):
+        folder.raise_failure()
