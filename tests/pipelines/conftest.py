@@ -1,4 +1,4 @@
-"""Small tars that another program wrote."""
+"""Small tars that another program wrote, and pictures to pack."""
 
 import io
 import tarfile
@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+
+from tests.pipelines.packing import write_image
 
 WriteTar = Callable[[Path, dict[str, bytes]], Path]
 
@@ -51,3 +53,14 @@ def foreign(tmp_path: Path, write_tar: WriteTar) -> Path:
             number += 1
         write_tar(tmp_path / f"foreign/part-{shard}.tar", members)
     return tmp_path / "foreign"
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """Thirty small images of three classes."""
+    generator = np.random.default_rng(0)
+    for i in range(30):
+        pixels = generator.integers(0, 256, size=(6 + i % 3, 8, 3), dtype=np.uint8)
+        name = ["cat", "dog", "owl"][i % 3] + f"/{i:03d}." + ["png", "JPG", "jpeg"][i % 3]
+        write_image(tmp_path / "photos" / name, pixels)
+    return tmp_path / "photos"

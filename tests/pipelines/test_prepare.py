@@ -1,94 +1,41 @@
 """Packing: the same bytes each time, nothing lost silently, and the same command goes on."""
 
-import base64
 import hashlib
 import io
 import json
 import logging
 import os
-import re
-import signal
 import subprocess
 import sys
 import tarfile
-import time
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import pytest
-from PIL import Image
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from infra import storage
 from infra.services import object_store
 from mae_core.data.decode import decode_image
 from mae_core.data.image_files import ImageFile
-from mae_core.data.manifest import Manifest, index_from_bytes, parse_manifest
+from mae_core.data.manifest import index_from_bytes
 from mae_core.data.samples import DataError, iter_samples
-from pipelines import prepare, process_pool
+from pipelines import prepare
 from pipelines.config import ConfigError, PrepareConfig, StageResult, load_config
+from tests.pipelines.packing import (
+    BLACK,
+    WHITE,
+    contents,
+    pack,
+    read_all,
+    read_manifest,
+    run_script,
+)
 
 ROOT = Path(__file__).parents[2]
-# A black and a white pixel: 1x1 grey PNG files as some program wrote them.
-BLACK = base64.b64decode(
-    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGNgAAAAAgABSK+kcQAAAABJRU5ErkJggg=="
-)
-WHITE = base64.b64decode(
-    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGP4DwABAQEAsTj2FAAAAABJRU5ErkJggg=="
-)
-
-
-@pytest.fixture
-def photos(tmp_path: Path) -> Path:
-    """Thirty small images of three classes."""
-    generator = np.random.default_rng(0)
-    for i in range(30):
-        pixels = generator.integers(0, 256, size=(6 + i % 3, 8, 3), dtype=np.uint8)
-        name = ["cat", "dog", "owl"][i % 3] + f"/{i:03d}." + ["png", "JPG", "jpeg"][i % 3]
-        write_image(tmp_path / "photos" / name, pixels)
-    return tmp_path / "photos"
-
-
-def write_image(path: Path, pixels: np.ndarray) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(pixels).save(path)
-
-
-def pack(source: Path | None, output: Path, *, fresh: bool = False, **options: Any) -> StageResult:
-    fields = {"workers": 1, "samples_per_shard": 7, **options}
-    origin = {"synthetic": "shapes"} if source is None else {"source": str(source)}
-    config = PrepareConfig.model_validate({**origin, "output": str(output), **fields})
-    return prepare.run(config, fresh=fresh)
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
-
-
-def written(folder: Path) -> dict[str, tuple[int, int]]:
-    """Changes where a file is written again, even with the same bytes."""
-    files = [path for path in folder.rglob("*") if path.is_file()]
-    return {
-        path.relative_to(folder).as_posix(): (path.stat().st_ino, path.stat().st_mtime_ns)
-        for path in files
-    }
-
-
-def read_manifest(folder: Path) -> Manifest:
-    return parse_manifest((folder / "manifest.json").read_bytes(), str(folder))
-
-
-def read_all(folder: Path) -> dict[str, dict[str, bytes]]:
-    samples = {}
-    for tar in sorted(folder.glob("*.tar")):
-        with tar.open("rb") as stream:
-            samples |= {sample.key: sample.parts for sample in iter_samples(stream, tar.name)}
-    return samples
 
 
 def test_class_folders_become_shards_with_a_manifest(photos: Path, tmp_path: Path) -> None:
@@ -346,123 +293,6 @@ def test_file_that_changes_while_it_is_packed_is_an_error(
         pack(photos, tmp_path / "out")
 
 
-def test_finished_output_is_reused_and_not_written_to(photos: Path, tmp_path: Path) -> None:
-    first = pack(photos, tmp_path / "out")
-    before = written(tmp_path / "out")
-    # Neither the number of workers nor the limit decides any byte.
-    second = pack(photos, tmp_path / "out", workers=2, max_bad_ratio=0.3)
-    assert second == first._replace(status="reused")
-    assert written(tmp_path / "out") == before
-
-
-@pytest.mark.parametrize(
-    "lost",
-    [
-        ["manifest.json"],
-        ["train-000002.tar"],
-        ["train-000002.index.npy"],
-        [".prepare/train-000002.json", "manifest.json"],
-        ["manifest.json", "train-000000.tar", "train-000004.index.npy"],
-    ],
-)
-def test_only_what_is_lost_is_packed_again(photos: Path, tmp_path: Path, lost: list[str]) -> None:
-    out = tmp_path / "out"
-    pack(photos, out)
-    expected, before = contents(out), written(out)
-    for name in lost:
-        (out / name).unlink()
-    assert pack(photos, out).status == "done"
-    assert contents(out) == expected
-    lost_shards = set(re.findall(r"train-\d{6}", " ".join(lost)))
-    shards = [name for name in before if name.endswith((".tar", ".npy"))]
-    kept = [name for name in shards if name.partition(".")[0] not in lost_shards]
-    assert len(kept) == 10 - 2 * len(lost_shards)
-    assert {name: written(out)[name] for name in kept} == {name: before[name] for name in kept}
-
-
-@pytest.mark.parametrize("damage", [b"", b"{", b'{"plan": "x"}'])
-def test_damaged_record_or_cut_shard_is_packed_again(
-    photos: Path, tmp_path: Path, damage: bytes
-) -> None:
-    out = tmp_path / "out"
-    pack(photos, out)
-    expected = contents(out)
-    (out / "manifest.json").unlink()
-    (out / ".prepare/train-000001.json").write_bytes(damage)
-    os.truncate(out / "train-000003.tar", 4096)
-    pack(photos, out)
-    assert contents(out) == expected
-
-
-def test_cut_shard_of_a_finished_output_is_packed_again(photos: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    pack(photos, out)
-    expected = contents(out)
-    os.truncate(out / "train-000003.tar", 4096)
-    assert pack(photos, out).status == "done"
-    assert contents(out) == expected
-
-
-@pytest.mark.parametrize(
-    ("change", "told"),
-    [
-        ({"seed": 1}, r"\(seed: 0 -> 1\)"),
-        ({"samples_per_shard": 8}, r"\(samples_per_shard: 7 -> 8\)"),
-        ({"in_chans": 1}, r"\(in_chans: 3 -> 1\)"),
-        ({"split": "val"}, r"\(split: train -> val\)"),
-    ],
-)
-def test_other_config_for_the_same_output_is_an_error(
-    photos: Path, tmp_path: Path, change: dict[str, Any], told: str
-) -> None:
-    pack(photos, tmp_path / "out")
-    before = written(tmp_path / "out")
-    with pytest.raises(ConfigError, match=rf"^output={tmp_path}/out was packed .*{told}.*--fresh"):
-        pack(photos, tmp_path / "out", **change)
-    assert written(tmp_path / "out") == before
-
-
-def test_other_images_for_the_same_output_are_an_error(photos: Path, tmp_path: Path) -> None:
-    pack(photos, tmp_path / "out")
-    (photos / "cat/new.png").write_bytes(WHITE)
-    with pytest.raises(ConfigError, match=r"\(images: 30 -> 31\)"):
-        pack(photos, tmp_path / "out")
-    (photos / "cat/new.png").rename(photos / "cat/000.png")
-    with pytest.raises(ConfigError, match=r"\(the files differ\)"):
-        pack(photos, tmp_path / "out")
-
-
-def test_fresh_replaces_what_was_packed(photos: Path, tmp_path: Path) -> None:
-    pack(photos, tmp_path / "out", samples_per_shard=3)
-    (tmp_path / "out/.train-000001.tar.12ab.partial").write_bytes(b"left by a kill")
-    assert pack(photos, tmp_path / "out", samples_per_shard=10, fresh=True).status == "done"
-    pack(photos, tmp_path / "new", samples_per_shard=10)
-    assert contents(tmp_path / "out") == contents(tmp_path / "new")
-
-
-@pytest.mark.parametrize("alien", ["thesis.docx", "photos/a.jpg"])
-def test_fresh_never_deletes_what_it_did_not_make(photos: Path, tmp_path: Path, alien: str) -> None:
-    pack(photos, tmp_path / "out")
-    (tmp_path / "out" / alien).parent.mkdir(exist_ok=True)
-    (tmp_path / "out" / alien).write_bytes(b"dear")
-    before = contents(tmp_path / "out")
-    with pytest.raises(ConfigError, match=r"holds what `mae prepare` did not make, such as "):
-        pack(photos, tmp_path / "out", fresh=True)
-    assert contents(tmp_path / "out") == before
-
-
-@pytest.mark.parametrize("fresh", [False, True])
-@pytest.mark.parametrize("name", ["theirs-000000.tar", "manifest.json"])
-def test_shards_of_another_origin_are_not_mixed_with(
-    photos: Path, tmp_path: Path, name: str, fresh: bool
-) -> None:
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / name).write_bytes(b"theirs")
-    with pytest.raises(ConfigError, match=name):
-        pack(photos, tmp_path / "out", fresh=fresh)
-    assert contents(tmp_path / "out") == {name: b"theirs"}
-
-
 def test_drawn_images_come_as_train_and_val(tmp_path: Path) -> None:
     out = tmp_path / "out"
     result = pack(None, out, num_train=20, num_val=6, img_size=32, samples_per_shard=8)
@@ -534,54 +364,6 @@ def test_demo_config_loads() -> None:
     config = load_config(PrepareConfig, [ROOT / "configs/prepare/demo.yaml"], environment={})
     assert (config.synthetic, config.output) == ("shapes", "data/shapes")
     assert (config.num_train, config.num_val, config.img_size) == (3000, 600, 64)
-
-
-def test_killed_worker_is_told_in_words() -> None:
-    with (
-        pytest.raises(DataError, match=r"a packing process was killed.*lower workers"),
-        process_pool.process_pool(1) as pool,
-    ):
-        pool.submit(os._exit, 1).result()
-
-
-def run_script(*words: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, str(ROOT / "pipelines/prepare.py"), *words],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def test_killed_run_goes_on_where_it_was(tmp_path: Path) -> None:
-    sizes = {"num_train": 320, "num_val": 5, "img_size": 64, "samples_per_shard": 40, "workers": 2}
-    words = ["--synthetic", "shapes", *(f"{name}={value}" for name, value in sizes.items())]
-    out = tmp_path / "out"
-    with run_script(*words, str(out)) as process:
-        waited_until_s = time.monotonic() + 300
-        while not list(out.glob("train/.prepare/train-*.json")):
-            assert process.poll() is None
-            assert time.monotonic() < waited_until_s
-            time.sleep(0.01)
-        children = psutil.Process(process.pid).children(recursive=True)
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-    assert len(children) >= 2
-    _, alive = psutil.wait_procs(children, timeout=10)
-    assert not alive, "packing processes outlived their parent"
-    assert not (out / "train/manifest.json").exists()
-    done = {path.stem for path in out.glob("train/.prepare/train-*.json")}
-    assert 1 <= len(done) < 8
-    before = {name: written(out)[f"train/{name}.tar"] for name in done}
-
-    with run_script(*words, str(out)) as process:
-        stdout, stderr = process.communicate(timeout=300)
-    assert process.returncode == 0, stderr
-    assert json.loads(stdout.splitlines()[-1])["status"] == "done"
-    assert {name: written(out)[f"train/{name}.tar"] for name in done} == before
-    pack(None, tmp_path / "whole", **sizes)
-    left = {k: v for k, v in contents(out).items() if not k.endswith(".partial")}
-    assert left == contents(tmp_path / "whole")
 
 
 def test_script_and_its_exit_codes(photos: Path, tmp_path: Path) -> None:
@@ -675,45 +457,3 @@ def test_cifar_folders_pack_to_the_same_samples(real_data: Path, tmp_path: Path)
     assert stats is not None
     np.testing.assert_allclose(stats.mean, [0.491, 0.482, 0.447], atol=0.02)  # CIFAR-10's
     np.testing.assert_allclose(stats.std, [0.247, 0.243, 0.262], atol=0.02)
-
-
-def test_transcoded_images_are_smaller_jpegs_with_their_labels(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    generator = np.random.default_rng(0)
-    for name in ("cat/0.png", "dog/1.png"):
-        small = generator.integers(0, 256, (6, 9, 3), dtype=np.uint8)
-        path = tmp_path / "in" / name
-        path.parent.mkdir(parents=True)
-        Image.fromarray(small).resize((180, 120)).save(path)
-    with caplog.at_level(logging.INFO):
-        result = pack(tmp_path / "in", tmp_path / "out", transcode_short_side=40)
-    samples = read_all(tmp_path / "out")
-    assert {key: set(parts) for key, parts in samples.items()} == {
-        "cat/0": {"cls", "jpg"},
-        "dog/1": {"cls", "jpg"},
-    }
-    for parts in samples.values():
-        with Image.open(io.BytesIO(parts["jpg"])) as image:
-            assert (image.format, image.size) == ("JPEG", (60, 40))
-    assert result.metrics["num_bytes"] < result.metrics["num_source_bytes"]
-    assert "transcoded to a short side of 40 px, quality 90: " in caplog.text
-    # Statistics are those of what was packed.
-    stats = read_manifest(tmp_path / "out").channel_stats
-    assert stats is not None
-    shown = [decode_image(parts["jpg"], 3) for parts in samples.values()]
-    assert stats.mean == pytest.approx(tuple(np.concatenate(shown).mean((0, 1)) / 255), abs=0.01)
-    with pytest.raises(ConfigError, match=r"transcode: 40 px, quality 90 -> 30 px"):
-        pack(tmp_path / "in", tmp_path / "out", transcode_short_side=30)
-
-
-def test_what_has_boxes_or_a_mask_is_not_transcoded(tmp_path: Path) -> None:
-    write_image(tmp_path / "in/a.png", np.zeros((8, 8, 3), np.uint8))
-    (tmp_path / "in/a.json").write_text("{}")
-    with pytest.raises(ConfigError, match=r"transcode_short_side: a\.png has boxes or a mask"):
-        pack(tmp_path / "in", tmp_path / "out", transcode_short_side=4)
-    with pytest.raises(ConfigError, match="has boxes or a mask"):
-        prepare.run(
-            PrepareConfig(synthetic="shapes", output=str(tmp_path / "s"), transcode_short_side=4),
-            fresh=False,
-        )
