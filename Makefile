@@ -17,7 +17,7 @@ $(STAMP): requirements.lock pyproject.toml
 	  { echo "Python 3.11 or newer is needed; set SYSTEM_PYTHON=/path/to/python3.11"; exit 2; }
 	$(SYSTEM_PYTHON) -m venv $(VENV)
 	$(PYTHON) -m pip install --quiet --disable-pip-version-check -r requirements.lock
-	$(PYTHON) -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	PYTHONWARNINGS=ignore $(PYTHON) -m pip install --quiet --disable-pip-version-check --no-deps --editable .
 	@touch $@
 
 .PHONY: install

@@ -1,6 +1,6 @@
 """How fast images come, and where the rest goes: `make bench-data`, or
 
-    python benchmarks/data.py [SHARDS ...]      # tars of JPEGs; without any, drawn photographs
+    python benchmarks/data.py [SHARDS ...]      # tars of JPEGs, s3:// too; else drawn photographs
 
 Compares by ratios, both sides in one run. Prints Markdown tables.
 """
@@ -30,12 +30,12 @@ from PIL import Image
 from torchvision.transforms import InterpolationMode, RandomResizedCrop
 from torchvision.transforms import functional as TF
 
+from infra import storage
 from mae_core.config import MaskingConfig
 from mae_core.data.decode import encode_jpeg
 from mae_core.data.manifest import Manifest, ShardInfo, parse_manifest
 from mae_core.data.order import RunOrder
 from mae_core.data.randomness import sample_generator
-from mae_core.data.samples import iter_samples
 from mae_core.data.transforms import Pixels, random_crop
 from mae_core.data.views import ViewSpec, training_view
 from pipelines import launch, prepare
@@ -46,6 +46,7 @@ from pipelines.datasets import (
     micro_batches,
     open_shards,
     passes_per_block,
+    read_rows,
     read_window,
     sequence_dataset,
 )
@@ -78,8 +79,7 @@ def ours(data: bytes, key: str = "") -> Pixels:
 def images_of(manifest: Manifest, limit: int = 1024) -> list[tuple[str, bytes]]:
     found: list[tuple[str, bytes]] = []
     for shard in manifest.shards:
-        with Path(shard.path).open("rb") as stream:
-            found += [(s.key, s.image) for s in iter_samples(stream, shard.path)]
+        found += [(s.key, s.image) for s in read_rows(shard, 0, shard.num_samples)]
         if len(found) >= limit:
             break
     return found[:limit]
@@ -195,7 +195,9 @@ def ray_webdataset(manifest: Manifest, num_images: int) -> Iterator[int]:
     def view(batch: pa.Table) -> dict[str, Any]:
         return {"pixels": np.stack([classic(data) for data in batch["jpg"].to_pylist()])}
 
-    dataset = ray.data.read_webdataset(paths * epochs, decoder=None)
+    filesystem, _ = storage.open_filesystem(paths[0])
+    names = [storage.open_filesystem(path)[1] for path in paths]
+    dataset = ray.data.read_webdataset(names * epochs, filesystem=filesystem, decoder=None)
     dataset = dataset.select_columns(["jpg"]).map_batches(
         view, batch_size=MICRO, batch_format="pyarrow"
     )
@@ -220,6 +222,8 @@ def bench_stream(manifest: Manifest, num_images: int) -> None:
         "torch DataLoader + webdataset + classic transforms": webdataset_loader,
         "Ray read_webdataset + classic transforms": ray_webdataset,
     }
+    if any(storage.is_remote(shard.path) for shard in manifest.shards):
+        del ways["torch DataLoader + webdataset + classic transforms"]  # it has no S3 client
     rates = {
         name: [steady_rate(way(manifest, num_images)) for _ in range(ROUNDS)]
         for name, way in ways.items()
