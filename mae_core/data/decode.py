@@ -1,8 +1,7 @@
 """Bytes to pixels, one sample at a time.
 
-JPEG by libjpeg-turbo (simplejpeg: 2.5 times as fast as Pillow on photographs), DICOM by pydicom,
-TIFFs that Pillow can't read by tifffile, everything else by Pillow. 8 bits stay uint8, 16 bits
-stay uint16, until the device.
+JPEG by libjpeg-turbo (simplejpeg), DICOM by pydicom, TIFFs that Pillow can't read whole by
+tifffile, everything else by Pillow. 8 bits stay uint8, 16 bits stay uint16, until the device.
 """
 
 import io

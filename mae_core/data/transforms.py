@@ -1,7 +1,7 @@
 """Crops, flips and sizes. Pixels stay uint8 or uint16 until the device.
 
 Resizing is bicubic (a = -0.5) and antialiased, as Pillow's, by the Rust library fast_image_resize:
-the same pictures (median PSNR 55 dB), several times as fast.
+the same pictures (median PSNR 55 dB over 256 photographs) in less time.
 """
 
 import math
