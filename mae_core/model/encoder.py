@@ -4,6 +4,7 @@ timm's blocks under timm's names, so that weights go from one to the other uncha
 """
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from timm.layers.norm import LayerNorm
 from timm.layers.patch_embed import PatchEmbed
@@ -13,6 +14,8 @@ from torch import Tensor, nn
 from mae_core.config import ModelConfig
 from mae_core.masking import keep_patches
 from mae_core.model.positions import resample_positions, sincos_positions
+
+_GLOBAL_BLOCKS = 4
 
 
 class MaskedEncoder(nn.Module):
@@ -33,6 +36,7 @@ class MaskedEncoder(nn.Module):
         embed_dim: int,
         depth: int,
         num_heads: int,
+        drop_path_rate: float = 0.0,
     ) -> None:
         super().__init__()
         self.patch_size = patch_size
@@ -43,8 +47,11 @@ class MaskedEncoder(nn.Module):
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         positions = sincos_positions(self.grid_size, embed_dim)
         self.register_buffer("positions", positions, persistent=False)
+        # Stochastic depth, rising from 0 at the first block: Huang et al. 2016,
+        # https://arxiv.org/abs/1603.09382.
+        rates = torch.linspace(0, drop_path_rate, depth).tolist()
         self.blocks = nn.Sequential(
-            *[Block(embed_dim, num_heads, qkv_bias=True) for _ in range(depth)]
+            *[Block(embed_dim, num_heads, qkv_bias=True, drop_path=rate) for rate in rates]
         )
         self.norm = LayerNorm(embed_dim)
         self._initialize()
@@ -60,20 +67,76 @@ class MaskedEncoder(nn.Module):
         self, images: Float[Tensor, "B C H W"], ids_keep: Int[Tensor, "B K"] | None = None
     ) -> Float[Tensor, "B T D"]:
         """Return T = 1 + K tokens, the class token first (1 + L without `ids_keep`)."""
+        return self.norm(self.tokens(images, ids_keep))
+
+    def tokens(
+        self, images: Float[Tensor, "B C H W"], ids_keep: Int[Tensor, "B K"] | None = None
+    ) -> Float[Tensor, "B T D"]:
+        """As `forward`, before the last norm."""
+        patches = self._embed(images)  # (B, L, D)
+        if ids_keep is not None:
+            patches = keep_patches(patches, ids_keep)  # (B, K, D)
+        # The class token's position is zero, in the reference too.
+        class_token = self.cls_token.expand(patches.shape[0], -1, -1)
+        return self.blocks(torch.cat([class_token, patches], dim=1))  # (B, 1 + K, D)
+
+    def feature_map(
+        self, images: Float[Tensor, "B C H W"], *, window: int = 0
+    ) -> Float[Tensor, "B D h w"]:
+        """The patch tokens after the last norm, in their places; one for each patch.
+
+        Args:
+            images: of any size that the patches tile.
+            window: 0 lets each patch see all. Otherwise patches see those in their window of
+                `window` x `window`, and all of them in four evenly spread blocks, without a class
+                token: ViTDet, Li et al. 2022, https://arxiv.org/abs/2203.16527, section 3. For
+                large images, where attention costs the square of the patches.
+        """
+        rows, columns = self._grid(images)
+        if window == 0:
+            tokens = self.norm(self.tokens(images))[:, 1:]
+            return tokens.transpose(1, 2).unflatten(2, (rows, columns))
+        tokens = self._embed(images)
+        spacing = max(1, len(self.blocks) // _GLOBAL_BLOCKS)
+        for number, block in enumerate(self.blocks, start=1):
+            if number % spacing == 0:
+                tokens = block(tokens)
+            else:
+                windows = _to_windows(tokens, window, (rows, columns))
+                tokens = _from_windows(block(windows), window, (rows, columns))
+        return self.norm(tokens).transpose(1, 2).unflatten(2, (rows, columns))
+
+    def _grid(self, images: Tensor) -> tuple[int, int]:
         height, width = images.shape[-2:]
         if height % self.patch_size or width % self.patch_size:
             raise ValueError(
                 f"image {height}x{width} is not a multiple of patch_size={self.patch_size}"
             )
-        grid_size = (height // self.patch_size, width // self.patch_size)
-        positions = resample_positions(self.positions, self.grid_size, grid_size)
-        patches = self.patch_embed(images) + positions  # (B, L, D)
-        if ids_keep is not None:
-            patches = keep_patches(patches, ids_keep)  # (B, K, D)
-        # The class token's position is zero, in the reference too.
-        class_token = self.cls_token.expand(patches.shape[0], -1, -1)
-        tokens = torch.cat([class_token, patches], dim=1)  # (B, 1 + K, D)
-        return self.norm(self.blocks(tokens))
+        return height // self.patch_size, width // self.patch_size
+
+    def _embed(self, images: Tensor) -> Tensor:
+        positions = resample_positions(self.positions, self.grid_size, self._grid(images))
+        return self.patch_embed(images) + positions  # (B, L, D)
+
+
+def _to_windows(tokens: Tensor, window: int, grid_size: tuple[int, int]) -> Tensor:
+    """(B, h * w, D) to (B * windows, window * window, D), zeros beyond the edges."""
+    rows, columns = grid_size
+    batch, _, dim = tokens.shape
+    down, across = -(-rows // window), -(-columns // window)
+    padding = (0, 0, 0, across * window - columns, 0, down * window - rows)
+    tokens = F.pad(tokens.view(batch, rows, columns, dim), padding)
+    tokens = tokens.view(batch, down, window, across, window, dim).transpose(2, 3)
+    return tokens.reshape(-1, window * window, dim)
+
+
+def _from_windows(windows: Tensor, window: int, grid_size: tuple[int, int]) -> Tensor:
+    """Undo `_to_windows`: (B, h * w, D)."""
+    rows, columns = grid_size
+    down, across, dim = -(-rows // window), -(-columns // window), windows.shape[2]
+    tokens = windows.view(-1, down, across, window, window, dim).transpose(2, 3)
+    tokens = tokens.reshape(-1, down * window, across * window, dim)
+    return tokens[:, :rows, :columns].flatten(1, 2)
 
 
 def _initialize_linear(module: nn.Module) -> None:
@@ -83,7 +146,7 @@ def _initialize_linear(module: nn.Module) -> None:
         nn.init.zeros_(module.bias)
 
 
-def build_encoder(config: ModelConfig) -> MaskedEncoder:
+def build_encoder(config: ModelConfig, *, drop_path_rate: float = 0.0) -> MaskedEncoder:
     shape = config.encoder_shape
     return MaskedEncoder(
         img_size=config.img_size,
@@ -92,4 +155,5 @@ def build_encoder(config: ModelConfig) -> MaskedEncoder:
         embed_dim=shape.embed_dim,
         depth=shape.depth,
         num_heads=shape.num_heads,
+        drop_path_rate=drop_path_rate,
     )

@@ -1,0 +1,68 @@
+"""Maps at several strides from the last map of an encoder, as dense heads want them."""
+
+from collections.abc import Sequence
+from typing import Protocol, runtime_checkable
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+
+@runtime_checkable
+class MapEncoder(Protocol):
+    """What a head needs of the encoder below it, which need not be a transformer."""
+
+    embed_dim: int
+    patch_size: int  # pixels to a place of the map
+
+    def feature_map(
+        self, images: Float[Tensor, "B C H W"], *, window: int = 0
+    ) -> Float[Tensor, "B D h w"]: ...
+
+
+class FeaturePyramid(nn.Module):
+    """A simple feature pyramid: each level from the same map, up by deconvolution, down by pooling.
+
+    Source: ViTDet, Li et al. 2022, https://arxiv.org/abs/2203.16527, section 3. Differs: group
+    norm in place of layer norm over channels.
+    """
+
+    def __init__(
+        self, dim: int, stride: int, *, strides: Sequence[int] = (4, 8, 16, 32), channels: int = 256
+    ) -> None:
+        """Build the levels.
+
+        Args:
+            dim: channels of the encoder's map.
+            stride: pixels a place of the encoder's map stands for.
+            strides: of the levels, each a power of two times or part of `stride`.
+            channels: of each level.
+        """
+        super().__init__()
+        self.strides = tuple(strides)
+        self.channels = channels
+        self.levels = nn.ModuleList(_level(dim, stride, wanted, channels) for wanted in strides)
+
+    def forward(self, features: Float[Tensor, "B D h w"]) -> list[Float[Tensor, "B E _ _"]]:
+        """One map a stride, finest first if `strides` are."""
+        return [level(features) for level in self.levels]
+
+
+def _level(dim: int, stride: int, wanted: int, channels: int) -> nn.Sequential:
+    layers: list[nn.Module] = []
+    while stride > wanted and stride % 2 == 0:
+        layers += [nn.ConvTranspose2d(dim, dim // 2, 2, stride=2), _norm(dim // 2), nn.GELU()]
+        dim, stride = dim // 2, stride // 2
+    while stride < wanted and wanted % (2 * stride) == 0:
+        layers.append(nn.MaxPool2d(2))
+        stride *= 2
+    if stride != wanted:
+        raise ValueError(f"stride {wanted} is no power of two away from the encoder's")
+    layers += [nn.Conv2d(dim, channels, 1), _norm(channels)]
+    layers += [nn.Conv2d(channels, channels, 3, padding=1), _norm(channels)]
+    return nn.Sequential(*layers)
+
+
+def _norm(channels: int) -> nn.GroupNorm:
+    """Of four channels a group at least: alone, a channel of a 1 x 1 map would vanish."""
+    groups = (32, 16, 8, 4, 2, 1)
+    return nn.GroupNorm(next(n for n in groups if channels % (4 * n) == 0 or n == 1), channels)
