@@ -1,0 +1,239 @@
+"""Boxes around the things in a picture: their JSON form, and what crops and flips make of them.
+
+A box is x0, y0, x1, y1 in pixels, from the picture's upper left corner; x1 and y1 lie beyond its
+last pixel, so that its area is (x1 - x0) * (y1 - y0).
+
+Source of the JSON form: COCO, https://cocodataset.org/#format-data, one file an image.
+"""
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from mae_core.data.decode import Pixels
+from mae_core.data.samples import DataError
+from mae_core.data.transforms import Crop, resize_crop
+
+_TOLERANCE_PX = 1.0  # beyond the picture; PASCAL VOC counts from 1
+_LARGEST_PX = 1e6  # float32 still tells such places apart
+_SMALLEST_PX = 1.0  # side of a box in a view
+_BARE_LIST = "boxes_xywh"
+_LISTS = ("annotations", "objects", _BARE_LIST)
+_BARE_CATEGORY = 0
+
+
+class Boxes(NamedTuple):
+    """The things in one picture, N of them."""
+
+    xyxy: npt.NDArray[np.float32]  # (N, 4)
+    labels: npt.NDArray[np.int64]  # (N,), from 0
+    is_crowd: npt.NDArray[np.bool_]  # (N,), True = a group that nobody took apart
+
+    def chosen(self, which: npt.NDArray[Any]) -> "Boxes":
+        """Those that an index array or a mask picks."""
+        return Boxes(self.xyxy[which], self.labels[which], self.is_crowd[which])
+
+
+def parse_boxes(data: bytes | None, where: str, categories: Mapping[int, int]) -> Boxes:
+    """Read the boxes of one image; a list without boxes is fine.
+
+    Args:
+        data: JSON, None where the sample has none. One of `{"annotations": [{"bbox": [x, y, w, h],
+            "category_id": 1, "iscrowd": 0}]}`, the same under `"objects"`, or `{"boxes_xywh":
+            [[x, y, w, h]]}`, whose boxes are all of label 0. With `"width"` and `"height"`, boxes
+            are checked against the picture, and clipped where they stick out by a pixel or less.
+        where: shard and key, named in errors.
+        categories: `category_id` to label.
+
+    Raises:
+        DataError: says what is wrong, and with which box.
+    """
+    raw = _parse_object(data, where)
+    size = _picture_size(raw, where)
+    known = categories if _list_name(raw, where) != _BARE_LIST else {_BARE_CATEGORY: 0}
+    xyxy, labels, crowd = [], [], []
+    for number, item in enumerate(_box_list(raw, where), start=1):
+        try:
+            xyxy.append(_corners(item.get("bbox"), size))
+            labels.append(_label(item, known))
+            crowd.append(_is_crowd(item))
+        except ValueError as error:
+            raise DataError(f"{where}: box {number} ({item.get('bbox')}): {error}") from None
+    return Boxes(
+        np.asarray(xyxy, np.float32).reshape(-1, 4),
+        np.asarray(labels, np.int64),
+        np.asarray(crowd, np.bool_),
+    )
+
+
+def collect_categories(datas: Iterable[bytes | None]) -> dict[int, int]:
+    """The `category_id`s that images have, in order, to labels from 0.
+
+    Boxes without a category count as category 0. What can't be read is passed over: `parse_boxes`
+    says what is wrong with it.
+    """
+    found: set[int] = set()
+    for data in datas:
+        try:
+            items = list(_box_list(_parse_object(data, ""), ""))
+        except DataError:
+            continue
+        categories = [item.get("category_id") for item in items]
+        found |= {category for category in categories if isinstance(category, int)}
+    return {category: label for label, category in enumerate(sorted(found))}
+
+
+def _parse_object(data: bytes | None, where: str) -> dict[str, Any]:
+    if data is None:
+        raise DataError(f"{where}: has no .json with boxes")
+    try:
+        raw = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where}: its .json is not JSON: {error}") from None
+    if not isinstance(raw, dict):
+        raise DataError(f"{where}: its .json is a {type(raw).__name__}, not an object")
+    return raw
+
+
+def _box_list(raw: dict[str, Any], where: str) -> Iterator[dict[str, Any]]:
+    name = _list_name(raw, where)
+    if not isinstance(raw[name], list):
+        raise DataError(f"{where}: {name} is a {type(raw[name]).__name__}, not a list")
+    for number, item in enumerate(raw[name], start=1):
+        if name == _BARE_LIST:
+            yield {"bbox": item, "category_id": _BARE_CATEGORY}
+        elif isinstance(item, dict):
+            yield item
+        else:
+            raise DataError(f"{where}: box {number} of {name} is {item!r}, not an object")
+
+
+def _list_name(raw: dict[str, Any], where: str) -> str:
+    for name in _LISTS:
+        if name in raw:
+            return name
+    raise DataError(f"{where}: its .json has no list of boxes: none of {', '.join(_LISTS)}")
+
+
+def _picture_size(raw: dict[str, Any], where: str) -> tuple[float, float] | None:
+    """Width and height, where the JSON has both."""
+    if "width" not in raw or "height" not in raw:
+        return None
+    width, height = raw["width"], raw["height"]
+    if not (_is_number(width) and _is_number(height) and width > 0 and height > 0):
+        raise DataError(f"{where}: width {width!r} and height {height!r} are no picture's size")
+    return float(width), float(height)
+
+
+def _corners(bbox: object, size: tuple[float, float] | None) -> tuple[float, ...]:
+    """[x, y, w, h] to x0, y0, x1, y1, clipped to the picture."""
+    if not (isinstance(bbox, list) and len(bbox) == 4 and all(_is_number(v) for v in bbox)):
+        raise ValueError(f"not four finite numbers x, y, width, height below {_LARGEST_PX:.0e}")
+    x, y, w, h = bbox
+    if w <= 0 or h <= 0:
+        raise ValueError(f"width {w} and height {h} must be above 0")
+    limits = (_LARGEST_PX, _LARGEST_PX) if size is None else size
+    if x < -_TOLERANCE_PX or y < -_TOLERANCE_PX:
+        raise ValueError("lies outside of the picture, whose corner is 0, 0")
+    if x + w > limits[0] + _TOLERANCE_PX or y + h > limits[1] + _TOLERANCE_PX:
+        raise ValueError(f"lies outside of the picture, which is {limits[0]:g} x {limits[1]:g}")
+    corners = (max(x, 0), max(y, 0), min(x + w, limits[0]), min(y + h, limits[1]))
+    left, top, right, bottom = np.asarray(corners, np.float32).tolist()
+    if right <= left or bottom <= top:
+        raise ValueError("has no area inside of the picture")
+    return left, top, right, bottom
+
+
+def _label(item: dict[str, Any], categories: Mapping[int, int]) -> int:
+    category = item.get("category_id")
+    label = categories.get(category) if isinstance(category, int) else None
+    if label is None:
+        known = ", ".join(map(str, sorted(categories))) or "none"
+        raise ValueError(f"category_id {category!r} is not known; known are {known}")
+    return label
+
+
+def _is_crowd(item: dict[str, Any]) -> bool:
+    flag = item.get("iscrowd", 0)
+    if flag not in (0, 1):
+        raise ValueError(f"iscrowd is {flag!r}, not 0 or 1")
+    return bool(flag)
+
+
+def _is_number(value: object) -> bool:
+    """Finite and not too large; the comparison is False for NaN too."""
+    is_real = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return is_real and abs(value) < _LARGEST_PX  # type: ignore[arg-type]
+
+
+def detection_view(
+    pixels: Pixels,
+    boxes: Boxes,
+    generator: np.random.Generator,
+    *,
+    size: tuple[int, int],
+    scale: tuple[float, float] = (0.5, 2.0),
+    flip: bool = True,
+    min_visible: float = 0.3,
+) -> tuple[Pixels, Boxes]:
+    """A random view of exactly `size`, mirrored half of the time if `flip`, and its boxes.
+
+    The picture is resized by what fits it into `size`, times a uniform draw from `scale`. Of what
+    is larger than `size` a random part is cut; what is smaller lies in the upper left corner, with
+    zeros beside it, as in `fitted_view`.
+
+    Source: large-scale jitter, Ghiasi et al. 2021, https://arxiv.org/abs/2012.07177, section 3, as
+    ViTDet trains with it. Differs: a default of (0.5, 2.0) for (0.1, 2.0), for smaller sets.
+
+    Args:
+        pixels: (H, W, C) uint8 or uint16.
+        boxes: In its pixels.
+        generator: Owned by the caller; the same draws give the same view.
+        size: Height and width.
+        scale: Range of the draw; 1 fits the picture.
+        flip: Whether to mirror.
+        min_visible: Boxes with a smaller share of their area in the view are left out, and so are
+            those with a side under a pixel.
+    """
+    height, width = pixels.shape[:2]
+    factor = min(size[0] / height, size[1] / width) * generator.uniform(*scale)
+    full = max(1, round(height * factor)), max(1, round(width * factor))
+    by_y, by_x = full[0] / height, full[1] / width
+    part = min(size[0], full[0]), min(size[1], full[1])
+    top = int(generator.integers(0, full[0] - part[0] + 1))
+    left = int(generator.integers(0, full[1] - part[1] + 1))
+    mirrored = flip and generator.random() < 0.5
+
+    view = resize_crop(pixels, Crop(top / by_y, left / by_x, part[0] / by_y, part[1] / by_x), part)
+    xyxy = boxes.xyxy * np.asarray([by_x, by_y, by_x, by_y], np.float32)
+    xyxy = xyxy - np.asarray([left, top, left, top], np.float32)
+    if mirrored:
+        view = view[:, ::-1]
+        xyxy = np.stack([part[1] - xyxy[:, 2], xyxy[:, 1], part[1] - xyxy[:, 0], xyxy[:, 3]], 1)
+    clipped = np.clip(xyxy, 0, np.asarray([part[1], part[0]] * 2, np.float32))
+    sides = clipped[:, 2:] - clipped[:, :2]
+    whole = (xyxy[:, 2:] - xyxy[:, :2]).prod(axis=1)
+    kept = (sides >= _SMALLEST_PX).all(axis=1) & (sides.prod(axis=1) >= min_visible * whole)
+    return _padded(view, size), Boxes(clipped, boxes.labels, boxes.is_crowd).chosen(kept)
+
+
+def fitted_view(pixels: Pixels, size: tuple[int, int]) -> tuple[Pixels, float]:
+    """The whole picture, as large as `size` lets it be, in the upper left corner; zeros beside it.
+
+    Returns:
+        The (height, width, C) view, and what a place in the picture is multiplied by to find it
+        in the view; right to half a pixel of the view, for its sides are rounded.
+    """
+    height, width = pixels.shape[:2]
+    factor = min(size[0] / height, size[1] / width)
+    part = max(1, round(height * factor)), max(1, round(width * factor))
+    return _padded(resize_crop(pixels, Crop(0, 0, height, width), part), size), factor
+
+
+def _padded(pixels: Pixels, size: tuple[int, int]) -> Pixels:
+    canvas = np.zeros((*size, pixels.shape[2]), pixels.dtype)
+    canvas[: pixels.shape[0], : pixels.shape[1]] = pixels
+    return canvas

@@ -1,0 +1,357 @@
+"""How well things are found, as numbers and as pictures for people.
+
+Boxes are x0, y0, x1, y1 in pixels, those that were found and the true ones of an image in the same
+picture. Precisions are in 0..1.
+
+Source: COCO's average precision, https://cocodataset.org/#detection-eval, computed by
+faster-coco-eval, https://github.com/MiXaiLL76/faster_coco_eval.
+"""
+
+import io
+import logging
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from faster_coco_eval.core.coco import COCO
+from faster_coco_eval.core.faster_eval_api import COCOeval_faster
+from matplotlib.figure import Figure
+from PIL import Image, ImageDraw, ImageFont
+
+from mae_core.data import decode
+from mae_core.data.boxes import Boxes
+from mae_core.model.detector import Detections
+
+Pixels = npt.NDArray[np.uint8]
+Floats = npt.NDArray[np.float64]
+
+_logger = logging.getLogger(__name__)
+
+_TILE_HEIGHT_PX = (288, 480)  # smaller and larger images are brought to this
+_TILE_WIDTH_PX = 640
+_SHEET_WIDTH_PX = 1600
+_GUTTER_PX = 8
+_FONT_PX = 15
+_SCORE_FONT_PX = 12
+_SMALLEST_SCORED = 0.8  # width of a box, in that of its score
+_SWATCH_PX = 16
+_WHITE_PERCENTILE = 99.9  # becomes white in an image
+_DARK_SHARE = 0.5  # in which it is below this share of full scale
+_TRUE_COLOUR = (0, 255, 60)
+# Told apart by people who see no red or no green, and none of them green: after Okabe and Ito,
+# https://jfly.uni-koeln.de/color/.
+_COLOURS = (
+    (230, 60, 0),
+    (0, 100, 220),
+    (255, 190, 0),
+    (200, 60, 170),
+    (70, 190, 250),
+    (120, 60, 20),
+    (110, 70, 200),
+    (130, 130, 130),
+)
+_NUM_LEGEND_CURVES = 20
+
+
+class Curve(NamedTuple):
+    """Precision at each of COCO's 101 recalls, at an IoU of 0.5; 0 where recall never got to."""
+
+    recall: Floats  # (101,), 0 to 1
+    precision: Floats  # (101,), the best one at this recall or a higher one
+
+    @property
+    def ap50(self) -> float:
+        return float(self.precision.mean())
+
+
+class DetectionScores(NamedTuple):
+    """Of the classes that have a true box. NaN where there is none to find."""
+
+    ap: float  # mean over IoUs of 0.50, 0.55 .. 0.95 and over classes
+    ap50: float
+    ap75: float
+    ap_per_class: dict[str, float]  # over the same IoUs; NaN for a class without a true box
+    curves: dict[str, Curve]  # of classes with a true box
+
+
+def evaluate_detections(
+    detections: Sequence[Detections],
+    truths: Sequence[Boxes],
+    names: Sequence[str],
+    *,
+    max_detections: int = 100,
+) -> DetectionScores:
+    """COCO's average precision over a whole set.
+
+    What is found in a crowd counts neither for nor against.
+
+    Args:
+        detections: Of each image.
+        truths: Of the same images in the same order.
+        names: Of the classes, by label; each of them once.
+        max_detections: Best ones taken, of an image and a class.
+    """
+    if len(detections) != len(truths):
+        raise ValueError(f"detections of {len(detections)} images, truths of {len(truths)}")
+    if not truths:
+        raise ValueError("there is no image to evaluate")
+    if len(set(names)) != len(names):
+        raise ValueError(f"a class is named twice: {', '.join(names)}")
+    labels = {label for truth in truths for label in truth.labels.tolist()}
+    labels |= {label for found in detections for label in found.labels.tolist()}
+    if not labels <= set(range(len(names))):
+        raise ValueError(f"labels {sorted(labels)} for {len(names)} names")
+    precision, recall = _precision(detections, truths, names, max_detections)
+    ap = [_mean(precision[:, :, k]) for k in range(len(names))]
+    return DetectionScores(
+        ap=_mean(precision),
+        ap50=_mean(precision[0]),
+        ap75=_mean(precision[5]),
+        ap_per_class=dict(zip(names, ap, strict=True)),
+        curves={
+            name: Curve(recall, precision[0, :, k])
+            for k, name in enumerate(names)
+            if not np.isnan(ap[k])
+        },
+    )
+
+
+def _precision(
+    detections: Sequence[Detections],
+    truths: Sequence[Boxes],
+    names: Sequence[str],
+    max_detections: int,
+) -> tuple[Floats, Floats]:
+    """(IoUs, recalls, classes), NaN for a class without a true box; and the recalls."""
+    truth = COCO(
+        {
+            "images": [{"id": image} for image in range(1, len(truths) + 1)],
+            "categories": [{"id": label, "name": name} for label, name in enumerate(names)],
+            "annotations": [*_annotations(truths)],
+        }
+    )
+    found = truth.loadRes([*_results(detections)])
+    evaluation = COCOeval_faster(truth, found, "bbox", print_function=_logger.debug)
+    evaluation.params.maxDets = [max_detections]
+    evaluation.params.areaRng = evaluation.params.areaRng[:1]
+    evaluation.params.areaRngLbl = evaluation.params.areaRngLbl[:1]
+    evaluation.evaluate()
+    evaluation.accumulate()
+    # IoU, recall, class, range of areas, number of detections.
+    precision = np.array(evaluation.eval["precision"], np.float64)[:, :, :, 0, -1]
+    precision[precision < 0] = np.nan
+    return precision, np.array(evaluation.params.recThrs)
+
+
+def _annotations(truths: Sequence[Boxes]) -> Iterable[dict[str, Any]]:
+    number = 0
+    for image, boxes in enumerate(truths, start=1):
+        for box, label, is_crowd in zip(*(array.tolist() for array in boxes), strict=True):
+            number += 1  # 0 would be no match
+            x, y, w, h = _xywh(box)
+            yield {
+                "id": number,
+                "image_id": image,
+                "category_id": label,
+                "bbox": [x, y, w, h],
+                "area": w * h,
+                "iscrowd": int(is_crowd),
+            }
+
+
+def _results(detections: Sequence[Detections]) -> Iterable[dict[str, Any]]:
+    for image, found in enumerate(detections, start=1):
+        for box, score, label in zip(*(tensor.tolist() for tensor in found), strict=True):
+            yield {"image_id": image, "category_id": label, "bbox": _xywh(box), "score": score}
+
+
+def _xywh(box: Sequence[float]) -> list[float]:
+    return [box[0], box[1], box[2] - box[0], box[3] - box[1]]
+
+
+def _mean(values: Floats) -> float:
+    """Without the NaNs; NaN where nothing is left."""
+    values = values[~np.isnan(values)]
+    return float(values.mean()) if values.size else float("nan")
+
+
+def detection_picture(
+    pictures: Sequence[decode.Pixels],
+    truths: Sequence[Boxes],
+    detections: Sequence[Detections],
+    names: Sequence[str],
+    title: str,
+    *,
+    min_score: float = 0.3,
+    max_images: int = 9,
+) -> Pixels:
+    """Draw images side by side, the true boxes and those that were found on them.
+
+    Three channels are shown as RGB, of more the first three, of fewer the first one in grey. Dark
+    images, such as those of 12 bits in 16, are brightened. Images are brought to a height of 288
+    to 480 pixels. A box too small for it has no score written on it.
+
+    Args:
+        pictures: (H, W, C) uint8 or uint16.
+        truths: In the pictures' pixels. Crowds are drawn as the others are.
+        detections: In the pictures' pixels.
+        names: Of the classes, by label.
+        title: Above it all.
+        min_score: Below it a detection is not drawn.
+        max_images: The first ones are taken.
+
+    Returns:
+        (height, width, 3), RGB.
+    """
+    if not pictures:
+        raise ValueError("there is no image to show")
+    triples = list(zip(pictures, truths, detections, strict=True))[:max_images]
+    labels: set[int] = set()
+    tiles = []
+    for pixels, truth, found in triples:
+        scores = found.scores.tolist()
+        sure = [i for i, score in enumerate(scores) if score >= min_score]
+        found = Detections(found.boxes[sure], found.scores[sure], found.labels[sure])
+        tiles.append(_tile(pixels, truth, found))
+        labels |= set(found.labels.tolist()) | set(truth.labels.tolist())
+    legend = [("true box", _TRUE_COLOUR)]
+    legend += [(f"found: {names[label]}", _colour(label)) for label in sorted(labels)]
+    return _sheet(tiles, title, legend)
+
+
+def _colour(label: int) -> tuple[int, int, int]:
+    return _COLOURS[label % len(_COLOURS)]
+
+
+def _tile(pixels: decode.Pixels, truth: Boxes, found: Detections) -> Image.Image:
+    height, width = pixels.shape[:2]
+    low, high = _TILE_HEIGHT_PX
+    by = min(min(max(height, low), high) / height, _TILE_WIDTH_PX / width)
+    smooth = Image.Resampling.NEAREST if by >= 3 else Image.Resampling.BICUBIC
+    size = max(1, round(width * by)), max(1, round(height * by))
+    tile = Image.fromarray(_shown(pixels)).resize(size, smooth)
+    draw = ImageDraw.Draw(tile)
+    font = ImageFont.load_default(size=_SCORE_FONT_PX)
+    # The best ones last, on top.
+    best_last = list(zip(*(tensor.flip(0).tolist() for tensor in found), strict=True))
+    for box, _, label in best_last:
+        x0, y0, x1, y1 = _on_tile(box, by)
+        draw.rectangle((x0 - 1, y0 - 1, x1 + 1, y1 + 1), outline=_colour(label), width=3)
+    for box in truth.xyxy.tolist():
+        draw.rectangle(_on_tile(box, by), outline=_TRUE_COLOUR, width=1)
+    for box, score, label in best_last:
+        _write_score(draw, _on_tile(box, by), f"{score:.2f}", _colour(label), font, size)
+    return tile
+
+
+def _on_tile(box: Sequence[float], by: float) -> tuple[int, int, int, int]:
+    """The first and the last pixels of a box."""
+    x0, y0, x1, y1 = (round(place * by) for place in box)
+    return x0, y0, max(x0, x1 - 1), max(y0, y1 - 1)
+
+
+def _write_score(
+    draw: ImageDraw.ImageDraw,
+    box: tuple[int, int, int, int],
+    text: str,
+    colour: tuple[int, int, int],
+    font: Any,
+    size: tuple[int, int],
+) -> None:
+    """Above the box's upper left corner, or below it where there is no room there."""
+    width, height = int(font.getlength(text)) + 4, _SCORE_FONT_PX + 2
+    if box[2] - box[0] < _SMALLEST_SCORED * width:
+        return
+    left = max(0, min(box[0] - 1, size[0] - width))
+    top = box[1] - height - 1 if box[1] - height - 1 >= 0 else box[1] + 2
+    draw.rectangle((left, top, left + width - 1, top + height - 1), fill=colour)
+    ink = "black" if sum(colour) > 380 else "white"
+    draw.text((left + width / 2, top + height / 2), text, fill=ink, font=font, anchor="mm")
+
+
+def _shown(pixels: decode.Pixels) -> Pixels:
+    """(H, W, 3), 8 bits."""
+    channels = pixels[..., :3] if pixels.shape[2] >= 3 else pixels[..., :1].repeat(3, axis=2)
+    white, full = float(np.percentile(channels, _WHITE_PERCENTILE)), np.iinfo(channels.dtype).max
+    if white > _DARK_SHARE * full:
+        white = full
+    scaled = channels.astype(np.float32) * (255 / max(white, 1))
+    return scaled.round().clip(0, 255).astype(np.uint8)
+
+
+def _sheet(
+    tiles: Sequence[Image.Image], title: str, legend: Sequence[tuple[str, tuple[int, int, int]]]
+) -> Pixels:
+    """Rows of tiles, as many beside each other as there is room for, under title and legend."""
+    columns = max(1, min(len(tiles), _SHEET_WIDTH_PX // max(tile.width for tile in tiles)))
+    rows = [tiles[start : start + columns] for start in range(0, len(tiles), columns)]
+    font = ImageFont.load_default(size=_FONT_PX)
+    widths = [sum(tile.width + _GUTTER_PX for tile in row) for row in rows]
+    width = _GUTTER_PX + max(*widths, int(font.getlength(title)) + _GUTTER_PX)
+    lines = _wrapped(legend, font, width)
+    line_px = _FONT_PX + 10
+    header_px = line_px * (1 + len(lines)) + _GUTTER_PX
+    height = header_px + sum(max(tile.height for tile in row) + _GUTTER_PX for row in rows)
+    sheet = Image.new("RGB", (width, height), "white")
+    draw = ImageDraw.Draw(sheet)
+    draw.text((_GUTTER_PX, line_px / 2), title, fill="black", font=font, anchor="lm")
+    for number, line in enumerate(lines, start=1):
+        middle = int(line_px * (number + 0.5))
+        for left, text, colour in line:
+            top = middle - _SWATCH_PX // 2
+            swatch = (left, top, left + _SWATCH_PX, top + _SWATCH_PX)
+            draw.rectangle(swatch, fill=(70, 70, 70), outline=colour, width=3)
+            place = (left + _SWATCH_PX + 5, middle)
+            draw.text(place, text, fill="black", font=font, anchor="lm")
+    top = header_px
+    for row in rows:
+        left = _GUTTER_PX
+        for tile in row:
+            sheet.paste(tile, (left, top))
+            left += tile.width + _GUTTER_PX
+        top += max(tile.height for tile in row) + _GUTTER_PX
+    return np.array(sheet)  # a copy: PIL's own memory is read-only, and torch warns about that
+
+
+def _wrapped(
+    legend: Sequence[tuple[str, tuple[int, int, int]]], font: Any, width: int
+) -> list[list[tuple[int, str, tuple[int, int, int]]]]:
+    """Lines of (left, text, colour) that fit into `width`."""
+    lines: list[list[tuple[int, str, tuple[int, int, int]]]] = [[]]
+    left = _GUTTER_PX
+    for text, colour in legend:
+        entry_px = _SWATCH_PX + 5 + int(font.getlength(text)) + 1 + 2 * _GUTTER_PX
+        if lines[-1] and left + entry_px > width:
+            lines.append([])
+            left = _GUTTER_PX
+        lines[-1].append((left, text, colour))
+        left += entry_px
+    return lines
+
+
+def precision_recall_picture(scores: DetectionScores, title: str) -> Pixels:
+    """Draw a curve for each class that has a true box, at an IoU of 0.5; the best 20 are named.
+
+    Returns:
+        (height, width, 3), RGB.
+    """
+    figure = Figure(figsize=(7.5, 5), dpi=120, layout="constrained")
+    axes = figure.subplots()
+    best = sorted(scores.curves.items(), key=lambda item: -item[1].ap50)
+    for rank, (name, curve) in enumerate(best):
+        label = f"{name}  AP50 {curve.ap50:.3f}" if rank < _NUM_LEGEND_CURVES else None
+        axes.plot(curve.recall, curve.precision, label=label, linewidth=1.8)
+    axes.set(
+        xlabel="recall",
+        ylabel="precision, at IoU 0.5",
+        title=title,
+        xlim=(0, 1.01),
+        ylim=(0, 1.03),
+    )
+    axes.grid(alpha=0.3)
+    if best:
+        figure.legend(loc="outside right upper", frameon=False, fontsize="small")
+    png = io.BytesIO()
+    figure.savefig(png, format="png")  # through Agg, without a display
+    return np.array(Image.open(png).convert("RGB"))

@@ -1,0 +1,357 @@
+"""Find things in images: an encoder, a pyramid of its map, and torchvision's dense heads.
+
+Images come normalised, all of one size, and are neither resized nor padded here. Boxes are x0, y0,
+x1, y1 in their pixels. Labels count from 0, without a background class.
+
+Sources: FCOS, Tian et al. 2019, https://arxiv.org/abs/1904.01355; Faster R-CNN, Ren et al. 2015,
+https://arxiv.org/abs/1506.01497; a plain ViT below them, ViTDet, Li et al. 2022,
+https://arxiv.org/abs/2203.16527.
+"""
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Any, Literal, NamedTuple, cast
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
+from torchvision.models.detection.fcos import FCOS, FCOSHead
+from torchvision.models.detection.image_list import ImageList
+from torchvision.models.detection.roi_heads import RoIHeads
+from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
+from torchvision.ops import MultiScaleRoIAlign
+
+from mae_core.data.boxes import Boxes
+from mae_core.model.feature_pyramid import FeaturePyramid, MapEncoder
+
+HeadName = Literal["fcos", "faster_rcnn"]
+
+_FCOS_GROUPS = 32  # of the group norm in torchvision's FCOS head
+_ROI_SIDE = 7  # places that a proposal is cut into, along each side
+_NUM_PROPOSALS = 1000  # before the non-maximum suppression, of a level and an image
+_NUM_KEPT_PROPOSALS = 500  # after it. Half of torchvision's, as the images are half as wide.
+_NUM_SAMPLED_ANCHORS = 256
+_NUM_SAMPLED_PROPOSALS = 256
+
+
+class BoxTargets(NamedTuple):
+    """`Boxes` of one image as tensors."""
+
+    xyxy: Float[Tensor, "N 4"]
+    labels: Int[Tensor, " N"]
+    is_crowd: Bool[Tensor, " N"]
+
+
+class Detections(NamedTuple):
+    """What was found in one image, best first."""
+
+    boxes: Float[Tensor, "K 4"]  # x0, y0, x1, y1 in pixels of the image that was looked at
+    scores: Float[Tensor, " K"]  # 0 to 1
+    labels: Int[Tensor, " K"]  # from 0
+
+
+class Detector(nn.Module):
+    """Losses in training (`forward`), boxes otherwise (`detect`).
+
+    The encoder and the pyramid run in whatever precision the caller's autocast says; the heads
+    always in float32, for a bf16 sum over all places loses most of them.
+    """
+
+    def __init__(
+        self,
+        encoder: MapEncoder,
+        pyramid: FeaturePyramid,
+        heads: "FCOSHeads | RegionHeads",
+        *,
+        window: int = 0,
+        frozen: bool = False,
+    ) -> None:
+        """Put the parts together; `build_detector` makes them.
+
+        Args:
+            encoder: Any module with a `feature_map`.
+            pyramid: Of its map.
+            heads: On the pyramid's maps.
+            window: As in `MaskedEncoder.feature_map`.
+            frozen: The encoder gets no gradients and stays in eval mode.
+        """
+        super().__init__()
+        self.encoder = encoder
+        self.pyramid = pyramid
+        self.heads = heads
+        self.window = window
+        self.frozen = frozen
+        module = cast(nn.Module, encoder)
+        if frozen:
+            module.requires_grad_(False)
+            module.eval()
+        elif window and isinstance(class_token := getattr(encoder, "cls_token", None), Tensor):
+            # Windows see no class token, and DDP waits for the gradient of each parameter.
+            class_token.requires_grad_(False)
+
+    def train(self, mode: bool = True) -> "Detector":
+        """As for any module; a frozen encoder stays in eval mode."""
+        super().train(mode)
+        if self.frozen:
+            cast(nn.Module, self.encoder).eval()
+        return self
+
+    def forward(
+        self, images: Float[Tensor, "B C H W"], boxes: Sequence[BoxTargets]
+    ) -> dict[str, Float[Tensor, ""]]:
+        """The losses by name; their sum is to be minimised. In train mode only.
+
+        Args:
+            images: Normalised.
+            boxes: Of each image; none are fine. Crowd boxes are as if they weren't there.
+        """
+        if not self.training:
+            raise RuntimeError("losses are taken in train mode; without them, call detect")
+        if len(boxes) != len(images):
+            raise ValueError(f"boxes of {len(boxes)} images for {len(images)} images")
+        targets = [_without_crowds(target) for target in boxes]
+        self._check_labels(targets)
+        maps = self._maps(images)
+        with torch.autocast(images.device.type, enabled=False):
+            return self.heads.losses(maps, _image_list(images), targets)
+
+    def detect(self, images: Float[Tensor, "B C H W"]) -> list[Detections]:
+        """What is in each image, without gradients and in eval mode; the mode is put back."""
+        was_training = self.training
+        self.eval()
+        try:
+            with torch.no_grad():
+                maps = self._maps(images)
+                with torch.autocast(images.device.type, enabled=False):
+                    return self.heads.detections(maps, _image_list(images))
+        finally:
+            self.train(was_training)
+
+    def _maps(self, images: Tensor) -> dict[str, Tensor]:
+        """Stride to map, in float32."""
+        height, width = images.shape[-2:]
+        _check_size((height, width), self.pyramid.strides)
+        with torch.no_grad() if self.frozen else nullcontext():
+            features = self.encoder.feature_map(images, window=self.window)
+        maps = self.pyramid(features)
+        return {
+            str(stride): level.float()
+            for stride, level in zip(self.pyramid.strides, maps, strict=True)
+        }
+
+    def _check_labels(self, targets: Sequence[BoxTargets]) -> None:
+        """On a GPU a wrong label would end the process."""
+        labels = torch.cat([target.labels for target in targets])
+        limit = self.heads.num_classes
+        if labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) < limit:
+            raise ValueError(
+                f"labels from {int(labels.min())} to {int(labels.max())} for num_classes={limit}"
+            )
+
+
+class FCOSHeads(nn.Module):
+    """At each place of each map: is there a thing, and how far are its four sides?"""
+
+    def __init__(
+        self,
+        *,
+        num_classes: int,
+        strides: Sequence[int],
+        channels: int,
+        num_convs: int,
+        score_threshold: float,
+        max_detections: int,
+    ) -> None:
+        super().__init__()
+        if channels % _FCOS_GROUPS:
+            raise ValueError(f"channels={channels} is not a multiple of {_FCOS_GROUPS}")
+        self.num_classes = num_classes
+        body = nn.Identity()  # its maps come from outside
+        body.out_channels = channels  # type: ignore[assignment]  # torchvision reads it
+        anchors = _anchors([(stride,) for stride in strides], (1.0,), strides)
+        self.fcos = FCOS(
+            body,
+            num_classes,
+            anchor_generator=anchors,
+            head=FCOSHead(channels, 1, num_classes, num_convs),
+            score_thresh=score_threshold,
+            detections_per_img=max_detections,
+        )
+
+    def losses(
+        self, maps: dict[str, Tensor], images: ImageList, targets: Sequence[BoxTargets]
+    ) -> dict[str, Tensor]:
+        levels = list(maps.values())
+        outputs = self.fcos.head(levels)
+        anchors = self.fcos.anchor_generator(images, levels)
+        wanted = [{"boxes": target.xyxy, "labels": target.labels} for target in targets]
+        losses = self.fcos.compute_loss(wanted, outputs, anchors, _num_places(levels))
+        return {
+            "classification": losses["classification"],
+            "box": losses["bbox_regression"],
+            "centerness": losses["bbox_ctrness"],
+        }
+
+    def detections(self, maps: dict[str, Tensor], images: ImageList) -> list[Detections]:
+        levels = list(maps.values())
+        places = _num_places(levels)
+        outputs = {
+            name: list(output.split(places, dim=1))
+            for name, output in self.fcos.head(levels).items()
+        }
+        anchors = [list(a.split(places)) for a in self.fcos.anchor_generator(images, levels)]
+        found = self.fcos.postprocess_detections(outputs, anchors, images.image_sizes)
+        return [Detections(f["boxes"], f["scores"], f["labels"]) for f in found]
+
+
+class RegionHeads(nn.Module):
+    """Faster R-CNN: propose regions, then look at each again."""
+
+    def __init__(
+        self,
+        *,
+        num_classes: int,
+        strides: Sequence[int],
+        channels: int,
+        num_convs: int,
+        score_threshold: float,
+        max_detections: int,
+    ) -> None:
+        super().__init__()
+        self.num_classes = num_classes
+        sizes = [(4 * stride, 8 * stride) for stride in strides]
+        anchors = _anchors(sizes, (0.5, 1.0, 2.0), strides)
+        self.rpn = RegionProposalNetwork(
+            anchors,
+            RPNHead(channels, anchors.num_anchors_per_location()[0], num_convs),
+            fg_iou_thresh=0.7,
+            bg_iou_thresh=0.3,
+            batch_size_per_image=_NUM_SAMPLED_ANCHORS,
+            positive_fraction=0.5,
+            pre_nms_top_n={"training": _NUM_PROPOSALS, "testing": _NUM_PROPOSALS},
+            post_nms_top_n={"training": _NUM_KEPT_PROPOSALS, "testing": _NUM_KEPT_PROPOSALS},
+            nms_thresh=0.7,
+        )
+        width = 4 * channels  # torchvision's 1024 at its 256 channels
+        self.regions = RoIHeads(
+            MultiScaleRoIAlign([str(stride) for stride in strides], _ROI_SIDE, sampling_ratio=2),
+            TwoMLPHead(channels * _ROI_SIDE**2, width),
+            FastRCNNPredictor(width, num_classes + 1),  # 0 is the background
+            fg_iou_thresh=0.5,
+            bg_iou_thresh=0.5,
+            batch_size_per_image=_NUM_SAMPLED_PROPOSALS,
+            positive_fraction=0.25,
+            bbox_reg_weights=None,
+            score_thresh=score_threshold,
+            nms_thresh=0.5,
+            detections_per_img=max_detections,
+        )
+
+    def losses(
+        self, maps: dict[str, Tensor], images: ImageList, targets: Sequence[BoxTargets]
+    ) -> dict[str, Tensor]:
+        """Which anchors and proposals count is drawn from torch's global generator."""
+        wanted = [{"boxes": target.xyxy, "labels": target.labels + 1} for target in targets]
+        proposals, proposal_losses = self.rpn(images, maps, wanted)
+        _, losses = self.regions(maps, proposals, images.image_sizes, wanted)
+        return {
+            "classification": losses["loss_classifier"],
+            "box": losses["loss_box_reg"],
+            "objectness": proposal_losses["loss_objectness"],
+            "proposal_box": proposal_losses["loss_rpn_box_reg"],
+        }
+
+    def detections(self, maps: dict[str, Tensor], images: ImageList) -> list[Detections]:
+        proposals, _ = self.rpn(images, maps)
+        found, _ = self.regions(maps, proposals, images.image_sizes)
+        return [Detections(f["boxes"], f["scores"], f["labels"] - 1) for f in found]
+
+
+def box_targets(boxes: Boxes, device: torch.device | str = "cpu") -> BoxTargets:
+    """The boxes of one image as tensors on `device`."""
+    return BoxTargets(*(torch.from_numpy(array).to(device) for array in boxes))
+
+
+def build_detector(  # noqa: PLR0913  # each is a fact of its own
+    encoder: MapEncoder,
+    *,
+    num_classes: int,
+    head: HeadName,
+    img_size: tuple[int, int],
+    strides: Sequence[int] = (8, 16, 32),
+    channels: int = 128,
+    num_convs: int = 2,
+    window: int = 0,
+    frozen: bool = False,
+    score_threshold: float = 0.05,
+    max_detections: int = 100,
+) -> Detector:
+    """A detector on `encoder`, its new parts drawn from torch's global generator.
+
+    Args:
+        encoder: Is used, not copied.
+        num_classes: Without a background.
+        head: fcos is the faster one on CPUs.
+        img_size: Height and width of what it will see, in pixels; the strides must tile it.
+        strides: Of the pyramid's levels, finest first.
+        channels: Of each level; a multiple of 32 for fcos.
+        num_convs: Layers before the last one, in each branch of fcos, or of the proposals.
+        window: As in `MaskedEncoder.feature_map`.
+        frozen: Train only what is new.
+        score_threshold: What is less sure is not said.
+        max_detections: At most, of an image.
+    """
+    if num_classes < 1:
+        raise ValueError(f"num_classes={num_classes} is below 1")
+    if list(strides) != sorted(set(strides)) or not strides:
+        raise ValueError(f"strides={tuple(strides)} do not rise")
+    _check_size(img_size, strides)
+    pyramid = FeaturePyramid(
+        encoder.embed_dim, encoder.patch_size, strides=strides, channels=channels
+    )
+    heads_type = FCOSHeads if head == "fcos" else RegionHeads
+    heads = heads_type(
+        num_classes=num_classes,
+        strides=strides,
+        channels=channels,
+        num_convs=num_convs,
+        score_threshold=score_threshold,
+        max_detections=max_detections,
+    )
+    return Detector(encoder, pyramid, heads, window=window, frozen=frozen)
+
+
+def _anchors(
+    sizes: Sequence[tuple[int, ...]], ratios: tuple[float, ...], strides: Sequence[int]
+) -> Any:
+    """An AnchorGenerator whose boxes lie around the middle of their places.
+
+    Differs: torchvision's lie around the upper left corner of them.
+    """
+    anchors = AnchorGenerator(tuple(sizes), (ratios,) * len(sizes))
+    pairs = zip(anchors.cell_anchors, strides, strict=True)
+    anchors.cell_anchors = [cell + stride / 2 for cell, stride in pairs]
+    return anchors
+
+
+def _check_size(size: tuple[int, int], strides: Sequence[int]) -> None:
+    """Of image and map, torchvision takes the quotient for the stride: it must leave no rest."""
+    for stride in strides:
+        if size[0] % stride or size[1] % stride:
+            raise ValueError(f"image {size[0]}x{size[1]} is not a multiple of stride {stride}")
+
+
+def _image_list(images: Tensor) -> ImageList:
+    height, width = images.shape[-2:]
+    return ImageList(images, [(height, width)] * len(images))
+
+
+def _num_places(levels: Sequence[Tensor]) -> list[int]:
+    return [level.shape[2] * level.shape[3] for level in levels]
+
+
+def _without_crowds(target: BoxTargets) -> BoxTargets:
+    kept = ~target.is_crowd
+    return BoxTargets(target.xyxy[kept].float(), target.labels[kept], target.is_crowd[kept])

@@ -1,0 +1,318 @@
+"""Boxes are read or refused in words, and lie around the same things in every view."""
+
+import json
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mae_core.data.boxes import (
+    Boxes,
+    collect_categories,
+    detection_view,
+    fitted_view,
+    parse_boxes,
+)
+from mae_core.data.decode import Pixels
+from mae_core.data.samples import DataError
+from mae_core.data.synthetic import draw_scene, encode_scene
+
+WHERE = "train-000001.tar: key 'cat7'"
+
+
+def make_json(*boxes: dict[str, Any], **rest: Any) -> bytes:
+    return json.dumps({"annotations": list(boxes), **rest}).encode()
+
+
+def make_boxes(*xyxy: tuple[float, float, float, float]) -> Boxes:
+    count = len(xyxy)
+    corners = np.asarray(xyxy, np.float32).reshape(count, 4)
+    return Boxes(corners, np.arange(count), np.zeros(count, np.bool_))
+
+
+def make_rectangle(size: tuple[int, int], box: tuple[int, int, int, int]) -> Pixels:
+    pixels = np.zeros((*size, 3), np.uint8)
+    pixels[box[1] : box[3], box[0] : box[2]] = 255
+    return pixels
+
+
+def bright_box(view: Pixels) -> tuple[float, float, float, float]:
+    """Around all pixels at half brightness or more."""
+    rows = np.flatnonzero((view[..., 0] >= 128).any(axis=1))
+    columns = np.flatnonzero((view[..., 0] >= 128).any(axis=0))
+    return columns[0], rows[0], columns[-1] + 1, rows[-1] + 1
+
+
+def test_coco_annotations_become_corners_labels_and_crowds() -> None:
+    data = make_json(
+        {"bbox": [10, 20, 30, 40], "category_id": 7},
+        {"bbox": [0.5, 1, 2, 3], "category_id": 3, "iscrowd": 1},
+        width=100,
+        height=80,
+    )
+    boxes = parse_boxes(data, WHERE, {3: 0, 7: 1})
+    np.testing.assert_array_equal(boxes.xyxy, [[10, 20, 40, 60], [0.5, 1, 2.5, 4]])
+    assert boxes.labels.tolist() == [1, 0]
+    assert boxes.is_crowd.tolist() == [False, True]
+    assert [array.dtype for array in boxes] == [np.float32, np.int64, np.bool_]
+
+
+def test_the_drawn_set_is_read() -> None:
+    scene = draw_scene(seed=0, index=3, size=64)
+    data = encode_scene(scene)["json"]
+    boxes = parse_boxes(data, WHERE, {category: category - 1 for category in range(1, 13)})
+    x, y, w, h = scene.objects[0].bbox
+    assert boxes.xyxy[0].tolist() == [x, y, x + w, y + h]
+    assert boxes.labels.tolist() == [item.category for item in scene.objects]
+
+
+def test_bare_boxes_are_of_the_first_class() -> None:
+    boxes = parse_boxes(b'{"boxes_xywh": [[1, 2, 3, 4]], "id": "a"}', WHERE, {5: 2})
+    assert boxes.xyxy.tolist() == [[1, 2, 4, 6]]
+    assert boxes.labels.tolist() == [0]
+
+
+@pytest.mark.parametrize("data", [make_json(), b'{"objects": []}', b'{"boxes_xywh": []}'])
+def test_an_image_without_boxes_is_fine(data: bytes) -> None:
+    boxes = parse_boxes(data, WHERE, {})
+    assert [array.shape for array in boxes] == [(0, 4), (0,), (0,)]
+
+
+def test_a_box_that_sticks_out_by_a_pixel_is_clipped() -> None:
+    data = make_json(
+        {"bbox": [-0.75, -1, 10, 10], "category_id": 1},
+        {"bbox": [91, 71, 10, 10], "category_id": 1},
+        width=100,
+        height=80,
+    )
+    boxes = parse_boxes(data, WHERE, {1: 0})
+    assert boxes.xyxy.tolist() == [[0, 0, 9.25, 9], [91, 71, 100, 80]]
+
+
+@pytest.mark.parametrize(
+    ("bbox", "reason"),
+    [
+        ([1, 2, 3], "not four finite numbers"),
+        ("1 2 3 4", "not four finite numbers"),
+        (None, "not four finite numbers"),
+        ([1, 2, 3, float("nan")], "not four finite numbers"),
+        ([1, 2, float("inf"), 4], "not four finite numbers"),
+        ([1, 2, True, 4], "not four finite numbers"),
+        ([1, 2, 10**400, 4], "not four finite numbers"),
+        ([1, 2, 0, 4], "width 0 and height 4 must be above 0"),
+        ([1, 2, 3, -4], "width 3 and height -4 must be above 0"),
+        ([-1.5, 2, 30, 4], "outside of the picture, whose corner is 0, 0"),
+        ([90, 2, 11.5, 4], "outside of the picture, which is 100 x 80"),
+        ([9, 2, 11.5, 79.5], "outside of the picture, which is 100 x 80"),
+        ([-0.9, 2, 0.5, 4], "no area inside of the picture"),
+    ],
+)
+def test_a_wrong_box_is_named_with_its_number_and_the_reason(bbox: object, reason: str) -> None:
+    good = {"bbox": [0, 0, 5, 5], "category_id": 1}
+    data = make_json(good, {"bbox": bbox, "category_id": 1}, width=100, height=80)
+    with pytest.raises(DataError) as error:
+        parse_boxes(data, WHERE, {1: 0})
+    text = str(error.value)
+    assert text.startswith(f"{WHERE}: box 2 (")
+    assert reason in text
+
+
+@pytest.mark.parametrize("category", [9, "1", None, 1.5])
+def test_an_unknown_category_says_which_are_known(category: object) -> None:
+    data = make_json({"bbox": [0, 0, 5, 5], "category_id": category})
+    with pytest.raises(DataError, match=r"box 1 .*is not known; known are 1, 4"):
+        parse_boxes(data, WHERE, {4: 1, 1: 0})
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (None, "has no .json"),
+        (b"{", "is not JSON"),
+        (b"\xff\xfe\xfa", "is not JSON"),
+        (b"[" * 100_000, "is not JSON"),
+        (b"[]", "is a list, not an object"),
+        (b"{}", "no list of boxes: none of annotations, objects, boxes_xywh"),
+        (b'{"annotations": {}}', "annotations is a dict, not a list"),
+        (b'{"annotations": [3]}', "box 1 of annotations is 3, not an object"),
+        (b'{"annotations": [], "width": 0, "height": 3}', "no picture's size"),
+        (b'{"annotations": [], "width": "a", "height": 3}', "no picture's size"),
+        (
+            b'{"annotations": [{"bbox": [0, 0, 1, 1], "category_id": 1, "iscrowd": "no"}]}',
+            "iscrowd is 'no'",
+        ),
+    ],
+)
+def test_what_is_no_list_of_boxes_is_refused_in_words(data: bytes | None, reason: str) -> None:
+    with pytest.raises(DataError) as error:
+        parse_boxes(data, WHERE, {1: 0})
+    assert str(error.value).startswith(f"{WHERE}: ")
+    assert reason in str(error.value)
+
+
+def test_categories_are_labelled_in_the_order_of_their_ids() -> None:
+    datas = [
+        make_json({"bbox": [0, 0, 1, 1], "category_id": 17}),
+        None,
+        b"{",
+        make_json({"bbox": [0, 0, 1, 1], "category_id": 2}, {"bbox": [], "category_id": 17}),
+    ]
+    assert collect_categories(datas) == {2: 0, 17: 1}
+    assert collect_categories([b'{"boxes_xywh": [[1, 2, 3, 4]]}']) == {0: 0}
+    assert collect_categories([make_json()]) == {}
+
+
+@st.composite
+def rectangles(draw: st.DrawFn) -> tuple[tuple[int, int], tuple[int, int, int, int]]:
+    height, width = draw(st.integers(40, 200)), draw(st.integers(40, 200))
+    x0, y0 = draw(st.integers(0, width - 20)), draw(st.integers(0, height - 20))
+    return (height, width), (
+        x0,
+        y0,
+        draw(st.integers(x0 + 16, width)),
+        draw(st.integers(y0 + 16, height)),
+    )
+
+
+@settings(max_examples=200, deadline=None)
+@given(rectangles(), st.integers(0, 10**6), st.sampled_from([(96, 96), (64, 128), (120, 70)]))
+def test_a_box_stays_around_its_rectangle_in_every_view(
+    rectangle: tuple[tuple[int, int], tuple[int, int, int, int]],
+    seed: int,
+    size: tuple[int, int],
+) -> None:
+    picture, box = rectangle
+    view, boxes = detection_view(
+        make_rectangle(picture, box), make_boxes(box), np.random.default_rng(seed), size=size
+    )
+    assert view.shape == (*size, 3)
+    if len(boxes.labels):
+        np.testing.assert_allclose(boxes.xyxy[0], bright_box(view), atol=1.5)
+        assert boxes.xyxy.min() >= 0
+        assert boxes.xyxy[0, 2] <= size[1]
+        assert boxes.xyxy[0, 3] <= size[0]
+
+
+@settings(max_examples=100, deadline=None)
+@given(rectangles(), st.sampled_from([(96, 96), (64, 128), (256, 300)]))
+def test_the_factor_of_a_fitted_view_finds_the_rectangle(
+    rectangle: tuple[tuple[int, int], tuple[int, int, int, int]], size: tuple[int, int]
+) -> None:
+    picture, box = rectangle
+    view, factor = fitted_view(make_rectangle(picture, box), size)
+    assert view.shape == (*size, 3)
+    np.testing.assert_allclose(np.asarray(box) * factor, bright_box(view), atol=1.5)
+
+
+def test_a_fitted_view_lies_in_the_upper_left_corner_beside_zeros() -> None:
+    pixels = np.full((10, 20, 1), 40_000, np.uint16)
+    view, factor = fitted_view(pixels, (40, 40))
+    assert factor == 2.0
+    assert view.dtype == np.uint16
+    assert (view[:20] == 40_000).all()
+    assert (view[20:] == 0).all()
+
+
+def test_a_view_is_a_function_of_its_generator() -> None:
+    scene = draw_scene(seed=1, index=0, size=64)
+    boxes = make_boxes((10, 10, 40, 40))
+
+    def view(seed: int) -> tuple[Pixels, Boxes]:
+        return detection_view(scene.pixels, boxes, np.random.default_rng(seed), size=(64, 64))
+
+    np.testing.assert_array_equal(view(5)[0], view(5)[0])
+    np.testing.assert_array_equal(view(5)[1].xyxy, view(5)[1].xyxy)
+    assert any((view(5)[0] != view(seed)[0]).any() for seed in range(5))
+
+
+def test_half_of_the_views_are_mirrored_and_none_without_flip() -> None:
+    pixels = make_rectangle((64, 64), (0, 0, 16, 64))
+    boxes = make_boxes((0, 0, 16, 64))
+
+    def lefts(*, flip: bool) -> list[float]:
+        generator = np.random.default_rng(0)
+        options: dict[str, Any] = {"size": (64, 64), "scale": (1.0, 1.0), "flip": flip}
+        views = [detection_view(pixels, boxes, generator, **options)[1] for _ in range(200)]
+        return [float(view.xyxy[0, 0]) for view in views]
+
+    mirrored = lefts(flip=True)
+    assert set(mirrored) == {0.0, 48.0}
+    assert 70 < mirrored.count(48.0) < 130
+    assert set(lefts(flip=False)) == {0.0}
+
+
+def test_the_picture_is_smaller_and_larger_by_as_much_as_scale_says() -> None:
+    pixels = np.full((64, 32, 3), 255, np.uint8)
+    generator = np.random.default_rng(0)
+    whole = make_boxes((0, 0, 32, 64))
+    sides = []
+    for _ in range(200):
+        _, boxes = detection_view(
+            pixels, whole, generator, size=(64, 64), scale=(0.5, 1.0), min_visible=0.0
+        )
+        sides.append(float(boxes.xyxy[0, 3]))
+    assert 31.5 <= min(sides) < 36
+    assert 60 < max(sides) <= 64
+
+
+def test_a_box_mostly_out_of_view_is_left_out_with_its_label() -> None:
+    pixels = np.zeros((100, 100, 3), np.uint8)
+    boxes = make_boxes((0, 0, 100, 100), (0, 0, 50, 100), (90, 90, 90.4, 100))
+    # At twice the size, a quarter of the whole picture is in view, and the sliver is thin.
+    shares = []
+    for seed in range(100):
+        _, kept = detection_view(
+            pixels, boxes, np.random.default_rng(seed), size=(100, 100), scale=(2.0, 2.0)
+        )
+        assert 0 not in kept.labels
+        assert 2 not in kept.labels
+        shares += ((kept.xyxy[:, 2:] - kept.xyxy[:, :2]).prod(axis=1) / 20_000).tolist()
+    assert shares
+    assert min(shares) >= 0.3
+
+
+def test_crowds_follow_the_same_rule_and_keep_their_mark() -> None:
+    boxes = make_boxes((0, 0, 30, 30), (0, 0, 100, 100))._replace(
+        is_crowd=np.asarray([False, True])
+    )
+    pixels = np.zeros((100, 100, 3), np.uint8)
+    for scale, expected in ((1.0, [False, True]), (2.0, [False])):
+        found = [
+            detection_view(
+                pixels,
+                boxes,
+                np.random.default_rng(seed),
+                size=(100, 100),
+                scale=(scale, scale),
+            )[1].is_crowd.tolist()
+            for seed in range(40)
+        ]
+        assert max(found, key=len) == expected
+
+
+def test_a_view_without_boxes_and_one_of_a_single_pixel_work() -> None:
+    view, boxes = detection_view(
+        np.full((1, 1, 1), 9, np.uint16), make_boxes(), np.random.default_rng(0), size=(8, 16)
+    )
+    assert view.shape == (8, 16, 1)
+    assert view.dtype == np.uint16
+    assert [array.shape for array in boxes] == [(0, 4), (0,), (0,)]
+
+
+@pytest.mark.realdata
+def test_all_real_boxes_are_read(real_data: Path) -> None:
+    with tarfile.open(real_data / "bccd/train-000000.tar") as tar:
+        datas = [
+            (member.name, file.read())
+            for member in tar
+            if member.name.endswith(".json") and (file := tar.extractfile(member))
+        ]
+    categories = collect_categories(data for _, data in datas)
+    assert categories == {1: 0, 2: 1, 3: 2}
+    counts = [len(parse_boxes(data, name, categories).labels) for name, data in datas]
+    assert len(counts) == 120
+    assert min(counts) >= 1
