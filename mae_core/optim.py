@@ -4,26 +4,30 @@ Source: He et al. 2021, https://arxiv.org/abs/2111.06377, table 8, and the autho
 """
 
 import math
+from collections.abc import Mapping
 
 import torch
+from timm.optim.lars import Lars
 from torch import Tensor, nn
 
 from mae_core.config import OptimConfig
 
 
-def warmup_cosine(step: int, *, peak: float, warmup_steps: float, total_steps: float) -> float:
-    """Rise linearly from 0 to `peak` at `warmup_steps`, then fall along a half cosine to 0.
+def warmup_cosine(
+    step: int, *, peak: float, warmup_steps: float, total_steps: float, floor: float = 0.0
+) -> float:
+    """Rise linearly from 0 to `peak` at `warmup_steps`, then fall along a half cosine to `floor`.
 
     Steps count from 0, so the first optimizer step of a warm-up has a learning rate of 0,
     as in the reference. `warmup_steps` and `total_steps` may be fractions of a step: they are
     epochs times steps per epoch.
     """
     if step >= total_steps:
-        return 0.0
+        return floor
     if step < warmup_steps:
         return peak * step / warmup_steps
     progress = (step - warmup_steps) / (total_steps - warmup_steps)
-    return peak * 0.5 * (1 + math.cos(math.pi * progress))
+    return floor + (peak - floor) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:
@@ -59,3 +63,41 @@ def build_optimizer(model: nn.Module, config: OptimConfig, *, fused: bool) -> to
         betas=config.betas,
         fused=fused,
     )
+
+
+def fine_tuning_groups(
+    model: nn.Module, weight_decay: float, scales: Mapping[str, float]
+) -> list[dict[str, object]]:
+    """Split what is trainable by (learning rate factor, with or without weight decay).
+
+    The reference's rule: in fine-tuning the class token is not decayed, in pretraining it is.
+
+    Args:
+        model: its parameters are named as in `scales`: give it before it is wrapped in DDP.
+        weight_decay: of tensors of two and more dimensions, the class token excepted.
+        scales: `layer_scales`, which a group has as "lr_scale". Nothing in torch reads it: a step
+            sets a group's "lr" to the learning rate times this.
+    """
+    groups: dict[tuple[float, float], list[Tensor]] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        is_exempt = parameter.ndim <= 1 or name.endswith((".bias", "cls_token"))
+        key = (scales[name], 0.0 if is_exempt else weight_decay)
+        groups.setdefault(key, []).append(parameter)
+    return [
+        {"params": parameters, "lr_scale": scale, "weight_decay": decay}
+        for (scale, decay), parameters in groups.items()
+    ]
+
+
+def build_lars(model: nn.Module, *, learning_rate: float) -> Lars:
+    """LARS over what is trainable, for a linear probe: no weight decay, biases not adapted.
+
+    Source: You et al. 2017, https://arxiv.org/abs/1708.03888; momentum 0.9 and trust 0.001 as in
+    He et al. 2021, table 10, and the authors' code. `learning_rate` stands until the first step.
+    """
+    adapted, plain = parameter_groups(model, 0.0)
+    # Without always_adapt, timm's is plain SGD wherever there is no weight decay.
+    groups = [{**adapted, "always_adapt": True}, {**plain, "always_adapt": False}]
+    return Lars(groups, lr=learning_rate, momentum=0.9, trust_coeff=0.001)

@@ -8,7 +8,13 @@ from torch import nn
 from mae_core.config import OptimConfig
 from mae_core.model.decoder import PixelDecoder
 from mae_core.model.encoder import MaskedEncoder
-from mae_core.optim import build_optimizer, parameter_groups, warmup_cosine
+from mae_core.optim import (
+    build_lars,
+    build_optimizer,
+    fine_tuning_groups,
+    parameter_groups,
+    warmup_cosine,
+)
 
 
 # Parity P7: ViT-B in 800 epochs of 312 steps, with the reference's fraction of an epoch.
@@ -145,3 +151,88 @@ def test_learning_rate_is_never_above_the_peak() -> None:
     assert max(rates) == 1.0
     assert rates.index(1.0) == 7
     assert all(math.isfinite(rate) and rate >= 0 for rate in rates)
+
+
+def test_a_half_cosine_may_end_above_zero() -> None:
+    """MAE's fine-tuning: the warm-up still starts at 0, and the floor is met at the end."""
+
+    def rate(step: int) -> float:
+        return warmup_cosine(step, peak=1.0, warmup_steps=2, total_steps=10, floor=0.2)
+
+    rates = [rate(step) for step in (0, 1, 2, 6, 10, 11)]
+    assert rates == pytest.approx([0.0, 0.5, 1.0, 0.6, 0.2, 0.2])
+
+
+def test_fine_tuning_groups_have_one_factor_and_one_decay_each() -> None:
+    encoder = make_model()["encoder"]
+    encoder.norm.requires_grad_(False)
+    name_of = {id(parameter): name for name, parameter in encoder.named_parameters()}
+    scales = {name: 0.5 if name.startswith("blocks.") else 0.25 for name in name_of.values()}
+    groups = fine_tuning_groups(encoder, 0.05, scales)
+    found = {
+        (group["lr_scale"], group["weight_decay"]): {name_of[id(p)] for p in group["params"]}
+        for group in groups
+    }
+    layers = ["attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"]
+    assert len(groups) == len(found) == 4
+    assert found[0.25, 0.05] == {"patch_embed.proj.weight"}
+    assert found[0.25, 0.0] == {"cls_token", "patch_embed.proj.bias"}  # as the reference's
+    assert found[0.5, 0.05] == {f"blocks.0.{name}.weight" for name in layers}
+    assert found[0.5, 0.0] == {
+        *(f"blocks.0.{name}.bias" for name in layers),
+        *(f"blocks.0.{name}.{kind}" for name in ("norm1", "norm2") for kind in ("weight", "bias")),
+    }
+    optimizer = torch.optim.AdamW(groups, lr=1e-3)
+    assert [group["lr_scale"] for group in optimizer.param_groups] == [
+        group["lr_scale"] for group in groups
+    ]
+
+
+def test_a_parameter_without_a_factor_is_an_error() -> None:
+    with pytest.raises(KeyError, match="weight"):
+        fine_tuning_groups(nn.Linear(2, 2), 0.05, {"module.weight": 1.0})
+
+
+def test_lars_follows_an_independent_one_for_ten_steps() -> None:
+    """You et al. 2017, https://arxiv.org/abs/1708.03888, algorithm 1, without weight decay."""
+    rng = np.random.default_rng(0)
+    layer = nn.Linear(3, 2).double()
+    optimizer = build_lars(layer, learning_rate=6.4)
+    assert {group["lr"] for group in optimizer.param_groups} == {6.4}
+    theirs = {name: p.detach().numpy().copy() for name, p in layer.named_parameters()}
+    momentum = {name: np.zeros_like(value) for name, value in theirs.items()}
+    for step in range(1, 11):
+        learning_rate = 6.4 * step / 10
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate
+        for name, parameter in layer.named_parameters():
+            gradient = rng.normal(size=parameter.shape)
+            parameter.grad = torch.from_numpy(gradient.copy())
+            # A bias takes the plain gradient, as in the authors' util/lars.py.
+            if name == "weight":
+                norms = np.linalg.norm(theirs[name]), np.linalg.norm(gradient)
+                gradient = gradient * (0.001 * norms[0] / norms[1])
+            momentum[name] = 0.9 * momentum[name] + gradient
+            theirs[name] -= learning_rate * momentum[name]
+        optimizer.step()
+        for name, parameter in layer.named_parameters():
+            # timm adds 1e-8 to the gradient's norm.
+            assert np.allclose(parameter.detach().numpy(), theirs[name], rtol=1e-6, atol=1e-8)
+
+
+def test_lars_leaves_frozen_parameters_alone() -> None:
+    layer = nn.Linear(3, 2)
+    layer.bias.requires_grad_(False)
+    params = [
+        p for group in build_lars(layer, learning_rate=1.0).param_groups for p in group["params"]
+    ]
+    assert [id(p) for p in params] == [id(layer.weight)]
+
+
+def test_lars_moves_a_weight_of_zeros() -> None:
+    layer = nn.Linear(3, 2)
+    nn.init.zeros_(layer.weight)
+    optimizer = build_lars(layer, learning_rate=0.5)
+    layer(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    assert torch.equal(layer.weight, torch.full((2, 3), -0.5))

@@ -1,0 +1,164 @@
+"""An encoder with a linear head: fine-tuned whole, in part, or probed while it is frozen.
+
+Source: He et al. 2021, https://arxiv.org/abs/2111.06377, section A.1 and, for training a part,
+section 5; the authors' code where the paper is silent. Differs: positions stay as they are, the
+authors train them.
+"""
+
+from typing import Literal, cast
+
+from jaxtyping import Float
+from timm.layers.norm import LayerNorm
+from torch import Tensor, nn
+
+from mae_core.model.encoder import MaskedEncoder
+from mae_core.model.feature_pyramid import MapEncoder
+
+_FINE_TUNED_HEAD_STD = 2e-5
+_PROBE_HEAD_STD = 0.01
+
+
+class Classifier(nn.Module):
+    """Pool what the encoder gives, normalise it, and classify it linearly.
+
+    What is frozen stays in eval mode, also after `train()`: no stochastic depth, and batch norms
+    keep their statistics.
+    """
+
+    def __init__(
+        self,
+        encoder: nn.Module,
+        fc_norm: nn.Module,
+        head: nn.Linear,
+        *,
+        pool: Literal["mean", "cls"],
+        pool_before_norm: bool,
+    ) -> None:
+        """Take the parts as `build_classifier` made them.
+
+        Args:
+            encoder: a `MaskedEncoder` or a `MapEncoder`.
+            fc_norm: (B, D) to (B, D).
+            head: (B, D) to (B, num_classes).
+            pool: the mean of the patch tokens, or the class token.
+            pool_before_norm: pool the tokens that have not been through the encoder's last norm.
+        """
+        super().__init__()
+        self.encoder = encoder
+        self.fc_norm = fc_norm
+        self.head = head
+        self.pool = pool
+        self.pool_before_norm = pool_before_norm
+
+    def forward(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B K"]:
+        """Return logits, one for each of K classes."""
+        return self.head(self.fc_norm(self._features(images)))
+
+    def train(self, mode: bool = True) -> "Classifier":
+        super().train(mode)
+        for module in self.encoder.modules():
+            parameters = list(module.parameters())
+            if parameters and not any(p.requires_grad for p in parameters):
+                module.eval()
+        return self
+
+    def _features(self, images: Tensor) -> Tensor:
+        if not isinstance(self.encoder, MaskedEncoder):
+            return cast(MapEncoder, self.encoder).feature_map(images).mean(dim=(2, 3))  # (B, D)
+        encode = self.encoder.tokens if self.pool_before_norm else self.encoder
+        tokens = encode(images)  # (B, 1 + L, D)
+        return tokens[:, 1:].mean(dim=1) if self.pool == "mean" else tokens[:, 0]
+
+
+def build_classifier(
+    encoder: nn.Module,
+    *,
+    num_classes: int,
+    kind: Literal["finetune", "linear"],
+    pool: Literal["mean", "cls"],
+    trainable_blocks: int | None = None,
+) -> Classifier:
+    """Put a fresh head on `encoder`, and decide which of its parameters are trained.
+
+    The rest has `requires_grad` False, and so has what the forward pass does not use: DDP refuses
+    a trained parameter without a gradient.
+
+    Args:
+        encoder: a `MaskedEncoder` or a `MapEncoder`; changed in place.
+        num_classes: of the head.
+        kind: "finetune" trains the encoder and a layer norm over the mean, which replaces the
+            encoder's own. "linear" trains the head alone, behind a batch norm without parameters:
+            it needs 2 images in a batch.
+        pool: the mean of the patch tokens, or the class token; a `MapEncoder` has only "mean".
+        trainable_blocks: fine-tune only the last blocks, this many, the norms after them and the
+            head; 0 leaves the encoder as it is. None trains all of it.
+    """
+    is_transformer = isinstance(encoder, MaskedEncoder)
+    if not is_transformer and pool != "mean":
+        raise ValueError(f"pool={pool} needs a class token, which this encoder has not: pool=mean")
+    _choose_trained(encoder, kind=kind, pool=pool, trainable_blocks=trainable_blocks)
+    dim = cast(MapEncoder, encoder).embed_dim
+    fc_norm: nn.Module
+    if kind == "linear":
+        fc_norm = nn.BatchNorm1d(dim, affine=False, eps=1e-6)
+    else:
+        fc_norm = LayerNorm(dim) if pool == "mean" else nn.Identity()
+    head = nn.Linear(dim, num_classes)
+    std = _PROBE_HEAD_STD if kind == "linear" else _FINE_TUNED_HEAD_STD
+    # Cut at +-2, which is many deviations away: as timm's, and with it the reference's.
+    nn.init.trunc_normal_(head.weight, std=std)
+    nn.init.zeros_(head.bias)
+    classifier = Classifier(
+        encoder,
+        fc_norm,
+        head,
+        pool=pool,
+        pool_before_norm=kind == "finetune" and pool == "mean",
+    )
+    return classifier.train()
+
+
+def _choose_trained(
+    encoder: nn.Module, *, kind: str, pool: str, trainable_blocks: int | None
+) -> None:
+    depth = len(encoder.blocks) if isinstance(encoder, MaskedEncoder) else 0
+    if trainable_blocks is not None and not 0 <= trainable_blocks <= depth:
+        raise ValueError(
+            f"trainable_blocks={trainable_blocks} is not in 0..{depth}, the encoder's transformer "
+            "blocks"
+        )
+    if kind == "linear" and trainable_blocks:
+        raise ValueError(f"trainable_blocks={trainable_blocks}: kind=linear trains no block")
+    encoder.requires_grad_(kind == "finetune" and trainable_blocks is None)
+    if isinstance(encoder, MaskedEncoder):
+        if trainable_blocks:
+            encoder.blocks[depth - trainable_blocks :].requires_grad_(True)
+        encoder.norm.requires_grad_(kind == "finetune" and pool == "cls")
+
+
+def layer_scales(model: nn.Module, layer_decay: float) -> dict[str, float]:
+    """The factor on each parameter's learning rate: `layer_decay` for each layer above it.
+
+    Of the encoder's depth + 2 layers the first is the patch embedding with the class token, the
+    last is what comes after the blocks, the head of any task. Source: BEiT, Bao et al. 2021,
+    https://arxiv.org/abs/2106.08254, and MAE's `lr_decay.py`.
+    """
+    encoder = model.encoder
+    if not isinstance(encoder, MaskedEncoder):
+        if layer_decay == 1:
+            return {name: 1.0 for name, _ in model.named_parameters()}
+        raise ValueError(
+            f"layer_decay={layer_decay} needs an encoder of transformer blocks: layer_decay=1"
+        )
+    last = len(encoder.blocks) + 1
+    return {
+        name: layer_decay ** (last - _layer(name, last)) for name, _ in model.named_parameters()
+    }
+
+
+def _layer(name: str, last: int) -> int:
+    if name.startswith(("encoder.cls_token", "encoder.patch_embed.")):
+        return 0
+    if name.startswith("encoder.blocks."):
+        return int(name.split(".")[2]) + 1
+    return last
