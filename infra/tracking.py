@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -185,6 +186,17 @@ def log_artifact_file(uri: str, run_id: str | None, file: Path, folder: str | No
     if run_id is not None:
         with _or_warn(f"log {file}", uri):
             _client(uri).log_artifact(run_id, str(file), folder)
+
+
+def log_artifact_bytes(uri: str, run_id: str | None, data: bytes, artifact_file: str) -> None:
+    """Log a file that is in memory, under a path such as `folder/name.png`."""
+    if run_id is None:
+        return
+    folder, _, name = artifact_file.rpartition("/")
+    with TemporaryDirectory() as local:
+        file = Path(local) / name
+        file.write_bytes(data)
+        log_artifact_file(uri, run_id, file, folder or None)
 
 
 def log_picture(

@@ -67,6 +67,10 @@ class CheckpointRecord(StrictConfig):
     model: ModelConfig
     masking: MaskingConfig
     loss: LossConfig
+    stage: str = "pretrain"
+    """What the weights were trained for: pretrain, classify, detect, segment."""
+    classes: tuple[str, ...] = ()
+    """Names of what a tuned model tells apart."""
 
     @model_validator(mode="after")
     def _statistics_fit_the_channels(self) -> Self:
@@ -267,8 +271,12 @@ def load_weights(folder: Path, model: nn.Module, *, strict: bool = True) -> None
     _load_named(model, _load_tensors(folder, WEIGHTS_FILE, read_manifest(folder)), strict=strict)
 
 
-def load_encoder(folder: Path) -> tuple[MaskedEncoder, CheckpointManifest]:
+def load_encoder(
+    folder: Path, *, drop_path_rate: float = 0.0
+) -> tuple[MaskedEncoder, CheckpointManifest]:
     """Build the encoder that the manifest describes and load its weights.
+
+    Also of a tuned model, whose head is left out.
 
     Raises:
         CorruptCheckpointError: The weights or the manifest are damaged.
@@ -276,7 +284,7 @@ def load_encoder(folder: Path) -> tuple[MaskedEncoder, CheckpointManifest]:
     """
     manifest = read_manifest(folder)
     weights = _load_tensors(folder, WEIGHTS_FILE, manifest)
-    encoder = build_encoder(manifest.model)
+    encoder = build_encoder(manifest.model, drop_path_rate=drop_path_rate)
     prefix = "encoder."
     own = {n.removeprefix(prefix): t for n, t in weights.items() if n.startswith(prefix)}
     _load_named(encoder, own, strict=True)

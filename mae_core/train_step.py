@@ -1,8 +1,8 @@
 """One optimizer step, on one worker, told everything it needs."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -19,6 +19,14 @@ class MicroBatch(NamedTuple):
     images: Float[Tensor, "B C H W"]  # normalised; a hole's pixels are any finite numbers
     noise: Float[Tensor, "B L"]
     weights: Float[Tensor, " B"]  # 1, or 0 for a hole: a sample that could not be read
+
+
+class BatchLoss(NamedTuple):
+    loss: Float[Tensor, ""]  # sum over the images that came / their nominal number
+    num_samples: Float[Tensor, ""]  # that came
+
+
+BatchT = TypeVar("BatchT")
 
 
 class StepMetrics(NamedTuple):
@@ -61,12 +69,58 @@ def pretrain_step(
         NonFiniteLossError: before the update, and on every worker if on one.
         ValueError: `micro_batches` ended early; nothing was updated.
     """
+    return optimizer_step(
+        model,
+        optimizer,
+        micro_batches,
+        _pretrain_loss,
+        grad_accum_steps=grad_accum_steps,
+        learning_rate=learning_rate,
+        autocast_dtype=autocast_dtype,
+        max_grad_norm=max_grad_norm,
+    )
+
+
+def _pretrain_loss(model: nn.Module, batch: MicroBatch) -> BatchLoss:
+    output = model(batch.images, batch.noise)
+    loss = (output.loss_per_image * batch.weights).sum() / len(batch.images)
+    return BatchLoss(loss, batch.weights.sum())
+
+
+def optimizer_step(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batches: Iterable[BatchT],
+    loss_of: Callable[[nn.Module, BatchT], BatchLoss],
+    *,
+    grad_accum_steps: int,
+    learning_rate: float,
+    autocast_dtype: torch.dtype | None,
+    max_grad_norm: float | None = None,
+) -> StepMetrics:
+    """As `pretrain_step`, for any loss.
+
+    Args:
+        model: bare, or wrapped in DDP.
+        optimizer: each of its groups gets `learning_rate` times its `lr_scale`, if it has one.
+        batches: read as far as needed.
+        loss_of: the loss of one batch, divided by its nominal number of images; calls the model
+            once, and is called under autocast.
+        grad_accum_steps: batches in a step.
+        learning_rate: of this step.
+        autocast_dtype: None runs in the weights' own type.
+        max_grad_norm: None leaves gradients as they are.
+
+    Raises:
+        NonFiniteLossError: before the update, and on every worker if on one.
+        ValueError: `batches` ended early; nothing was updated.
+    """
     for group in optimizer.param_groups:
-        group["lr"] = learning_rate
+        group["lr"] = learning_rate * group.get("lr_scale", 1.0)
     optimizer.zero_grad(set_to_none=True)  # a step that raised leaves gradients behind
 
     loss, num_samples = _accumulate_gradients(
-        model, micro_batches, grad_accum_steps=grad_accum_steps, autocast_dtype=autocast_dtype
+        model, batches, loss_of, grad_accum_steps=grad_accum_steps, autocast_dtype=autocast_dtype
     )
     parameters = [p for p in model.parameters() if p.grad is not None]
     grad_norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
@@ -82,7 +136,8 @@ def pretrain_step(
 
 def _accumulate_gradients(
     model: nn.Module,
-    micro_batches: Iterable[MicroBatch],
+    batches: Iterable[BatchT],
+    loss_of: Callable[[nn.Module, BatchT], BatchLoss],
     *,
     grad_accum_steps: int,
     autocast_dtype: torch.dtype | None,
@@ -90,21 +145,19 @@ def _accumulate_gradients(
     """Return the loss and the number of images read."""
     losses: list[Tensor] = []
     counts: list[Tensor] = []
-    iterator = iter(micro_batches)
+    iterator = iter(batches)
     no_sync = getattr(model, "no_sync", nullcontext)  # DDP's
+    device = next(model.parameters()).device.type
     for index in range(grad_accum_steps):
         batch = next(iterator, None)
         if batch is None:
             raise ValueError(f"{index} micro batches, fewer than {grad_accum_steps=}")
-        images, noise, weights = batch
         is_last = index == grad_accum_steps - 1
         with nullcontext() if is_last else no_sync():
-            with torch.autocast(
-                images.device.type, dtype=autocast_dtype, enabled=autocast_dtype is not None
-            ):
-                output = model(images, noise)
-            loss = (output.loss_per_image * weights).sum() / (len(images) * grad_accum_steps)
-            loss.backward()
+            with torch.autocast(device, dtype=autocast_dtype, enabled=autocast_dtype is not None):
+                output = loss_of(model, batch)
+            loss = output.loss / grad_accum_steps
+            loss.backward()  # type: ignore[no-untyped-call]
         losses.append(loss.detach())
-        counts.append(weights.sum())
+        counts.append(output.num_samples)
     return torch.stack(losses).sum(), torch.stack(counts).sum()

@@ -148,6 +148,23 @@ def decode_block(table: pa.Table, spec: ViewSpec, num_views: int = 1) -> pa.Tabl
     )
 
 
+def check_place(rows: pa.Table, expected: int, num_rows: int, rank: int) -> None:
+    """Data and weights must be at the same place, or samples would be lost or seen twice."""
+    found = int(rows["position"][0].as_py())
+    if found != expected or len(rows) != num_rows:
+        # No DataError: the workers start again, and if it was a late commit, at one place.
+        raise RuntimeError(
+            f"rank {rank} got samples {found} + {len(rows)} of the run's sequence where "
+            f"{expected} + {num_rows} were due: a bug, please report it"
+        )
+
+
+def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
+    """What to compute in; None for the weights' own type."""
+    wanted = precision == "bf16" and device.type == "cuda"
+    return torch.bfloat16 if wanted and torch.cuda.is_bf16_supported() else None
+
+
 T = TypeVar("T")
 U = TypeVar("U")
 

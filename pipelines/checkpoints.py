@@ -17,8 +17,10 @@ from mae_core.checkpoint import (
     MANIFEST_FILE,
     CheckpointManifest,
     CorruptCheckpointError,
+    read_manifest,
     verify_checkpoint,
 )
+from pipelines.config import ConfigError
 
 logger = logging.getLogger(__name__)
 
@@ -80,6 +82,21 @@ def fetch_checkpoint(uri: str, folder: Path) -> FoundCheckpoint:
     except FileNotFoundError as error:  # some stores still list a folder whose files are gone
         raise CorruptCheckpointError(f"{uri}: there is nothing in it") from error
     return FoundCheckpoint(uri, folder, verify_checkpoint(folder))
+
+
+def fetch_manifest(uri: str) -> CheckpointManifest:
+    """Of a checkpoint that the user names; its files are not looked at.
+
+    Raises:
+        ConfigError: there is none, or it can't be read.
+    """
+    with tempfile.TemporaryDirectory() as workspace:
+        try:
+            data = storage.read_bytes(storage.join(storage.absolute(uri), MANIFEST_FILE))
+            (Path(workspace) / MANIFEST_FILE).write_bytes(data)
+            return read_manifest(Path(workspace))
+        except (FileNotFoundError, CorruptCheckpointError) as error:
+            raise ConfigError(f"init_from={uri}: is no whole checkpoint ({error})") from error
 
 
 def resume_position(run_uri: str) -> int:

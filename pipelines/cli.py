@@ -25,10 +25,18 @@ from pipelines.config import (
     describe,
     load_config,
 )
+from pipelines.downstream_config import ClassifyConfig, DetectConfig, EmbedConfig, SegmentConfig
 
 STAGES: dict[str, tuple[type[StrictConfig], str]] = {
     "prepare": (PrepareConfig, "Pack images into shards, or draw a small data set."),
     "pretrain": (PretrainConfig, "Pretrain a masked autoencoder on shards."),
+    "classify": (
+        ClassifyConfig,
+        "Classify with a pretrained encoder, beside one from scratch.",
+    ),
+    "detect": (DetectConfig, "Train a detector on a pretrained encoder."),
+    "embed": (EmbedConfig, "Write an encoder's features, or search IMAGE: find what is like it."),
+    "segment": (SegmentConfig, "Train a segmenter on a pretrained encoder."),
 }
 EXIT_CODES: list[tuple[tuple[type[Exception], ...], int, str]] = [
     ((ConfigError,), 2, "config error"),
@@ -114,6 +122,8 @@ def _config(arguments: argparse.Namespace) -> StrictConfig:
     bare = [word for word in arguments.words if not _is_file(word) and "=" not in word]
     if arguments.stage == "prepare":
         overrides += _prepare_words(bare, arguments.synthetic)
+    elif arguments.stage == "embed" and len(bare) == 2 and bare[0] == "search":
+        overrides.append(f"query={bare[1]}")
     elif bare:
         raise ConfigError(f"{bare[0]!r} is neither a .yaml file nor section.key=value")
     return load_config(STAGES[arguments.stage][0], files, overrides)

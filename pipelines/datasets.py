@@ -37,7 +37,7 @@ from mae_core.data.manifest import (
     index_to_bytes,
     parse_manifest,
 )
-from mae_core.data.order import RunOrder
+from mae_core.data.order import ChainedOrder, RunOrder
 from mae_core.data.samples import (
     IMAGE_EXTENSIONS,
     DataError,
@@ -60,6 +60,10 @@ SCHEMA = pa.schema(
         ("image", pa.large_binary()),  # encoded, or the view's pixels where `decoded`
         ("decoded", pa.bool_()),
         ("error", pa.string()),  # "kind: why" of a sample that can't be read; the image is empty
+        (
+            "target",
+            pa.large_binary(),
+        ),  # what `SequencePlan.targets` names, or null
     ]
 )
 READ_CPUS = 1  # of a read task; Ray's default, which lets it run read and slicing as one task
@@ -68,6 +72,9 @@ BLOCK_BYTES = 32 * 2**20
 _INDEX_THREADS = 8
 _READS = 3  # of a range whose checksums are wrong: it may have been the way here
 _WINDOWS_PER_GROUP = 200
+_MAX_GAP_BYTES = 64 * 2**10  # read and thrown away rather than asked for apart
+
+Rows = range | npt.NDArray[np.int64]  # of a shard, rising
 
 
 class ChangedDataError(DataError):
@@ -297,21 +304,45 @@ def _read_one(
     return found[0]
 
 
+def read_chosen(shard: ShardInfo, rows: Rows) -> list[Sample | BrokenSample]:
+    """Rising rows of a shard; those that lie near each other by one ranged read."""
+    if isinstance(rows, range):
+        return read_samples(shard, rows.start, rows.stop)
+    if not len(rows):
+        return []
+    offsets = _index(shard.index).offsets
+    gaps = offsets[rows[1:]] - offsets[rows[:-1] + 1]
+    samples: list[Sample | BrokenSample] = []
+    for near in np.split(rows, np.flatnonzero(gaps > _MAX_GAP_BYTES) + 1):
+        between = read_samples(shard, int(near[0]), int(near[-1]) + 1)
+        samples += [between[row - near[0]] for row in near]
+    return samples
+
+
 @dataclass(frozen=True, eq=False)
 class SequencePlan:
     """All that a read task needs to know."""
 
     shards: tuple[ShardInfo, ...]
-    order: RunOrder
+    order: RunOrder | ChainedOrder
     start: int  # place in the sequence at which reading starts
     micro_batch_size: int
     num_workers: int = 1
     passes_per_block: int = 1  # micro batches of one worker that travel together
+    # Of each shard in the order's counting, which goes through `shards` again and again; None: all.
+    rows: tuple[Rows, ...] | None = None
+    targets: tuple[str, ...] = ()  # extensions; the first that is there comes with the image
 
     @property
     def can_share_blocks(self) -> bool:
         """Whether each window holds whole rounds of micro batches, one for each worker."""
         return self.order.window % (self.num_workers * self.micro_batch_size) == 0
+
+    def read(self, shard: int, first: int, last: int) -> tuple[str, list[Sample | BrokenSample]]:
+        """The path of a shard of the order, and its samples [first, last)."""
+        info = self.shards[shard % len(self.shards)]
+        rows = range(info.num_samples) if self.rows is None else self.rows[shard]
+        return info.path, read_chosen(info, rows[first:last])
 
 
 def read_window(plan: SequencePlan, window: int) -> Iterator[pa.Table]:
@@ -319,8 +350,8 @@ def read_window(plan: SequencePlan, window: int) -> Iterator[pa.Table]:
     order = plan.order
     rows: list[tuple[int, str, Sample | BrokenSample]] = []
     for epoch, shard, first, last in order.window_segments(window):
-        samples = read_samples(plan.shards[shard], first, last)
-        rows += [(epoch, plan.shards[shard].path, sample) for sample in samples]
+        path, samples = plan.read(shard, first, last)
+        rows += [(epoch, path, sample) for sample in samples]
     window_start, window_stop = order.window_bounds(window)
     permutation = order.window_permutation(window)
     for begin in range(max(plan.start, window_start), window_stop, plan.micro_batch_size):
@@ -335,6 +366,9 @@ def read_window(plan: SequencePlan, window: int) -> Iterator[pa.Table]:
                 pa.array([_image(sample) for *_, sample in chosen], pa.large_binary()),
                 pa.array([False] * len(chosen)),
                 pa.array([getattr(sample, "error", None) for *_, sample in chosen], pa.string()),
+                pa.array(
+                    [target_of(sample, plan.targets) for *_, sample in chosen], pa.large_binary()
+                ),
             ],
             schema=SCHEMA,
         )
@@ -344,6 +378,13 @@ def _image(row: Sample | BrokenSample) -> bytes:
     return row.image if isinstance(row, Sample) else b""
 
 
+def target_of(row: Sample | BrokenSample, extensions: tuple[str, ...]) -> bytes | None:
+    """What belongs to an image: the first of `extensions` that is there."""
+    if isinstance(row, BrokenSample):
+        return None
+    return next((row.parts[name] for name in extensions if name in row.parts), None)
+
+
 def sequence_dataset(
     plan: SequencePlan, decode: Callable[[pa.Table], pa.Table] | None = None
 ) -> ray.data.Dataset:
@@ -351,7 +392,7 @@ def sequence_dataset(
 
     Row i is for worker i modulo `plan.num_workers`. `decode` is applied in the read task.
     """
-    first = plan.start // plan.order.window
+    first = plan.order.window_of(plan.start)
     # One at least, for Ray; a window beyond the end is empty.
     num_windows = max(1, plan.order.num_windows - first)
     # Numbers in groups, then one by one: a task a window from the start would cost the driver

@@ -193,7 +193,7 @@ def ray_run(run_uri: str, scaling: ScalingConfig) -> RunConfig:
     )
 
 
-def run_tags(stage: str, *, seed: int, output: str) -> dict[str, str]:
+def run_tags(stage: str, *, seed: object, output: str) -> dict[str, str]:
     """What MLflow's run list can be searched by."""
     tags = {"stage": stage, "seed": str(seed), "output": output}
     commit = _git_commit()

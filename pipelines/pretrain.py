@@ -16,13 +16,11 @@ if __name__ == "__main__":  # run as a file: import the package, not the files b
 
     sys.exit(main(["pretrain", *sys.argv[1:]]))
 
-import json
 import logging
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 from uuid import uuid4
 
 import numpy as np
@@ -31,7 +29,6 @@ import ray.train
 from ray.train.torch import TorchTrainer
 
 from infra import storage, tracking
-from mae_core.checkpoint import MANIFEST_FILE, CorruptCheckpointError, read_manifest
 from mae_core.data.decode import CorruptSampleError, Pixels, decode_image
 from mae_core.data.manifest import IMAGENET_STATS, ChannelStats, Manifest, ShardInfo
 from mae_core.data.randomness import named_generator
@@ -39,8 +36,8 @@ from mae_core.data.samples import DataError
 from mae_core.data.transforms import center_crop, stack_pixels
 from mae_core.masking import draw_noise
 from pipelines import launch
-from pipelines.checkpoints import find_checkpoint
-from pipelines.config import ConfigError, PretrainConfig, StageResult, flatten
+from pipelines.checkpoints import fetch_manifest, find_checkpoint
+from pipelines.config import ConfigError, PretrainConfig, StageResult
 from pipelines.datasets import (
     measure_channel_stats,
     open_shards,
@@ -48,7 +45,13 @@ from pipelines.datasets import (
 )
 from pipelines.export import log_encoder
 from pipelines.knn import needed_label
-from pipelines.reporting import RunSize, count_kinds
+from pipelines.recording import (
+    ended_in_mlflow,
+    log_bad_samples,
+    say_where_to_compare,
+    start_record,
+)
+from pipelines.reporting import RunSize
 from pipelines.run_folder import RunFolder, RunRecord
 from pipelines.train_worker import Pictures, TrainTask, remaining_data, train_worker
 
@@ -95,9 +98,20 @@ def run(config: PretrainConfig, *, fresh: bool) -> StageResult:
     with launch.running_ray(config.scaling):
         if fresh:  # not before: a mistake in the command must not cost the run that is there
             folder.clear()
-        run_id = _start_record(config, plan, folder, start, record.run_id if record else None)
+        run_id = start_record(
+            config,
+            folder,
+            RunRecord(
+                start=start,
+                data_digest=plan.manifest.digest,
+                run_id=record.run_id if record else None,
+                config=config.model_dump(mode="json"),
+            ),
+            tags=launch.run_tags(STAGE, seed=config.seed, output=folder.uri),
+            data={"train": (plan.manifest.digest, str(config.data.train))},
+        )
         folder = RunFolder(folder.uri, start)
-        with _ended_in_mlflow(config, run_id, folder):
+        with ended_in_mlflow(config.tracking.uri, run_id, folder):
             folder.forget_failure()
             _train(config, _task(config, plan, folder, run_id))
             return _finish(config, plan, folder, run_id)
@@ -108,6 +122,7 @@ def _task(config: PretrainConfig, plan: Plan, folder: RunFolder, run_id: str | N
     return TrainTask(
         raw_config=config.model_dump(mode="json"),
         run_uri=folder.uri,
+        init_uri=None if config.init_from is None else storage.absolute(config.init_from),
         start=folder.start,
         run_id=run_id,
         size=plan.size,
@@ -135,13 +150,7 @@ def _check_init_from(config: PretrainConfig) -> None:
     uri = config.init_from
     if uri is None:
         return
-    with tempfile.TemporaryDirectory() as workspace:
-        try:
-            manifest = storage.read_bytes(storage.join(storage.absolute(uri), MANIFEST_FILE))
-            (Path(workspace) / MANIFEST_FILE).write_bytes(manifest)
-            found = read_manifest(Path(workspace)).model
-        except (FileNotFoundError, CorruptCheckpointError) as error:
-            raise ConfigError(f"init_from={uri}: is no whole checkpoint ({error})") from error
+    found = fetch_manifest(uri).model
     for name in ("encoder", "patch_size", "in_chans", "decoder"):  # positions follow img_size
         theirs, ours = getattr(found, name), getattr(config.model, name)
         if theirs != ours:
@@ -229,68 +238,6 @@ def _channel_stats(config: PretrainConfig, manifest: Manifest) -> ChannelStats:
     return stats
 
 
-def _start_record(
-    config: PretrainConfig, plan: Plan, folder: RunFolder, start: str, run_id: str | None
-) -> str | None:
-    """Start or reopen the run in MLflow, and write down what this run is."""
-    started = tracking.start_run(
-        config.tracking,
-        run_name=config.run_name,
-        params=flatten(config),
-        tags=launch.run_tags(STAGE, seed=config.seed, output=folder.uri),
-        run_id=run_id,
-    )
-    folder.write_record(
-        RunRecord(
-            start=start,
-            data_digest=plan.manifest.digest,
-            # A server that is down now does not make the run a new one later.
-            run_id=started or run_id,
-            config=config.model_dump(mode="json"),
-        )
-    )
-    tracking.log_dataset(
-        config.tracking.uri,
-        started,
-        name="train",
-        digest=plan.manifest.digest,
-        source=str(config.data.train),
-        context="pretrain",
-    )
-    logger.info("run: %s", folder.uri)
-    return started
-
-
-@contextmanager
-def _ended_in_mlflow(
-    config: PretrainConfig, run_id: str | None, folder: RunFolder
-) -> Iterator[None]:
-    """Mark the run as it ends: finished, failed, or killed and resumable."""
-
-    def end(status: tracking.Status) -> None:
-        if not folder.is_superseded():
-            tracking.end_run(config.tracking.uri, run_id, status)
-
-    try:
-        # Without asking whose the run is: the storage may be what hangs, and `ray job stop` waits
-        # for three seconds.
-        killed = partial(tracking.end_run, config.tracking.uri, run_id, "KILLED")
-        with launch.cancel_on_signals(killed):
-            yield
-    except launch.CancelledError:
-        logger.info("stopped; the same command goes on from the last checkpoint in %s", folder.uri)
-        raise
-    except BaseException as error:
-        folder.check_start()
-        end("FAILED")
-        with suppress(storage.StorageError):  # must not take the place of `error`
-            _log_bad_samples(config, run_id, folder)
-        folder.record_failure(error)
-        folder.raise_failure()
-        raise
-    end("FINISHED")
-
-
 def _pictures(config: PretrainConfig, manifest: Manifest) -> Pictures:
     """The images and masks of the reconstruction picture: the same ones all through the run."""
     model = config.model
@@ -344,34 +291,12 @@ def _finish(
         if found is None or found.manifest.step != plan.size.total_steps:
             raise storage.StorageError(f"{folder.uri}: the last checkpoint is not there")
         metrics = folder.read_evaluation()
-        metrics["data/left_out"] = len(_log_bad_samples(config, run_id, folder))
+        metrics["data/left_out"] = len(log_bad_samples(uri, run_id, folder))
         tracking.log_final_metrics(uri, run_id, metrics, plan.size.total_steps)
         log_encoder(uri, run_id, found.folder)
         tracking.log_artifact_file(uri, run_id, found.folder / "manifest.json", "checkpoint")
-    _say_what_to_open(config, folder)
+    logger.info("reconstruction picture: %s", folder.picture_uri)
+    say_where_to_compare(uri)
     result = StageResult(STAGE, "done", run_id, found.uri, metrics)
     folder.write_result(result)
     return result
-
-
-def _log_bad_samples(
-    config: PretrainConfig, run_id: str | None, folder: RunFolder
-) -> list[dict[str, Any]]:
-    """The samples that were left out, each once: said, and listed in MLflow."""
-    bad = folder.read_bad_samples()
-    if bad:
-        logger.warning(
-            "left out %d samples (%s): %s", len(bad), count_kinds(bad), folder.bad_samples_uri
-        )
-        text = "".join(json.dumps(line) + "\n" for line in bad)
-        tracking.log_artifact_text(config.tracking.uri, run_id, text, "bad_samples.jsonl")
-    return bad
-
-
-def _say_what_to_open(config: PretrainConfig, folder: RunFolder) -> None:
-    logger.info("reconstruction picture: %s", folder.picture_uri)
-    uri = config.tracking.uri
-    if uri.startswith("sqlite:"):
-        logger.info("to compare runs: mlflow ui --backend-store-uri %s", uri)
-    else:
-        logger.info("to compare runs: open %s", uri)

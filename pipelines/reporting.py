@@ -15,7 +15,9 @@ import torch.distributed
 from torch import Tensor
 
 from infra.tracking import MetricWriter
+from mae_core.data.samples import DataError
 from pipelines.batches import BadSample
+from pipelines.run_folder import RunFolder
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +58,7 @@ class StepReporter:
     every_steps: int
     first_step: int
     writer: MetricWriter | None  # rank 0 has one
+    prefix: str = ""  # of the metrics' names
     num_bad: int = 0
     unsaved_bad: list[BadSample] = field(default_factory=list)  # since the last checkpoint
     waited_s: float = 0.0
@@ -100,23 +103,22 @@ class StepReporter:
         if self.writer is not None:
             seen = step * self.size.global_batch_size
             epoch = seen / self.size.samples_per_epoch
-            self.writer.write(
-                {
-                    "train/loss": totals.loss,
-                    "train/learning_rate": learning_rate,
-                    "train/grad_norm": float(grad_norm),
-                    "train/epoch": epoch,
-                    "train/samples_seen": seen,
-                    "data/images_per_s": images_per_s,
-                    "data/wait_share": wait_share,
-                    "data/bad_samples": totals.num_bad,
-                },
-                step,
-            )
+            metrics = {
+                "train/loss": totals.loss,
+                "train/learning_rate": learning_rate,
+                "train/grad_norm": float(grad_norm),
+                "train/epoch": epoch,
+                "train/samples_seen": seen,
+                "data/images_per_s": images_per_s,
+                "data/wait_share": wait_share,
+                "data/bad_samples": totals.num_bad,
+            }
+            self.writer.write({self.prefix + key: x for key, x in metrics.items()}, step)
             left_s = (self.size.total_steps - step) * self.size.global_batch_size / images_per_s
             logger.info(
-                "step %d/%d epoch=%.2f loss=%.4f lr=%.2e images/s=%.0f data_wait=%.0f%% bad=%d "
+                "%sstep %d/%d epoch=%.2f loss=%.4f lr=%.2e images/s=%.0f data_wait=%.0f%% bad=%d "
                 "eta=%s",
+                self.prefix,
                 step,
                 self.size.total_steps,
                 epoch,
@@ -145,6 +147,37 @@ class StepReporter:
         # The step divides by the nominal batch; shown is the mean over the samples that came.
         share_that_came = counted / self.size.global_batch_size
         return Totals(loss_sum / world_size / max(share_that_came, 1e-9), int(num_bad))
+
+
+def too_many_bad(totals: Totals, seen: int, max_bad_ratio: float) -> bool:
+    """Judged against a thousand samples at least: one bad one of the first ten is no 10 %."""
+    return totals.num_bad > max_bad_ratio * max(seen, 1000)
+
+
+def bad_samples_error(
+    totals: Totals, seen: int, max_bad_ratio: float, folder: RunFolder
+) -> DataError:
+    """Say what is wrong with how many, after `save_bad_samples`."""
+    bad = folder.read_bad_samples()
+    return DataError(
+        f"{totals.num_bad} of {max(seen, 1000)} samples can't be used, more than "
+        f"data.max_bad_ratio={max_bad_ratio:g} ({count_kinds(bad)}); the first is "
+        f"{bad[0]['key']} in {bad[0]['shard']}: {bad[0]['reason']}; all of them: "
+        f"{folder.bad_samples_uri}"
+    )
+
+
+def save_bad_samples(reporter: StepReporter, folder: RunFolder, rank: int, world_size: int) -> None:
+    """What was left out since the last call, of all ranks. Every rank calls it."""
+    found = [[sample._asdict() for sample in reporter.unsaved_bad]]
+    reporter.unsaved_bad.clear()
+    if world_size > 1:
+        found *= world_size
+        torch.distributed.all_gather_object(found, found[rank])
+    if rank == 0 and any(found):
+        folder.add_bad_samples(sample for part in found for sample in part)
+    if world_size > 1:  # the file is there when the first rank reads it
+        torch.distributed.barrier()
 
 
 def count_kinds(bad: Iterable[Mapping[str, str]]) -> str:

@@ -6,16 +6,23 @@ shards/           the index of shards that came without a manifest
 reconstruction.png  what the model fills in, at the last picture
 evaluation.json   the kNN accuracies
 bad_samples.jsonl   a line for each sample that was left out: epoch, shard, key, kind, reason
+arms/             of a downstream run, a folder an arm: metrics.json (last), pictures, tables
+features/         the Parquet files of an embed run
+models/           the tuned model of each arm, as a checkpoint without optimizer
 failed.json       why trying again is pointless, while that is so
 result.json       written last: the run is done
 """
 
+import io
 import json
 import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
 from pydantic import ValidationError
 
 from infra import storage
@@ -117,6 +124,48 @@ class RunFolder:
 
     def write_picture(self, png: bytes) -> None:
         self._write("reconstruction.png", png)
+
+    @property
+    def features_uri(self) -> str:
+        """Of the Parquet files of an embed run."""
+        return self._file("features")
+
+    def model_uri(self, label: str) -> str:
+        """Where the tuned model of an arm lies."""
+        return self._file(f"models/{label}")
+
+    def has_arm(self, label: str) -> bool:
+        return storage.exists(self._file(f"arms/{label}/metrics.json"))
+
+    def read_arm(self, label: str) -> dict[str, float]:
+        text = self._read(f"arms/{label}/metrics.json")
+        return {} if text is None else json.loads(text)
+
+    def write_arm(self, label: str, metrics: str) -> None:
+        """Written last of an arm: it is done."""
+        self._write(f"arms/{label}/metrics.json", metrics.encode())
+
+    def write_arm_file(self, label: str, name: str, data: bytes) -> None:
+        self._write(f"arms/{label}/{name}", data)
+
+    def read_arm_files(self, label: str) -> dict[str, bytes]:
+        """Pictures and tables by name."""
+        folder = self._file(f"arms/{label}")
+        return {n: storage.read_bytes(storage.join(folder, n)) for n in storage.list_files(folder)}
+
+    def write_arm_picture(self, label: str, name: str, picture: npt.NDArray[np.uint8]) -> None:
+        self.write_picture_file(f"arms/{label}/{name}", picture)
+
+    def write_picture_file(self, name: str, picture: npt.NDArray[np.uint8]) -> str:
+        """An (H, W, 3) picture of the whole run as NAME.png; returns its URI."""
+        buffer = io.BytesIO()
+        Image.fromarray(picture).save(buffer, "PNG")
+        return self.write_file(f"{name}.png", buffer.getvalue())
+
+    def write_file(self, name: str, data: bytes) -> str:
+        """A file of the whole run; returns its URI."""
+        self._write(name, data)
+        return self._file(name)
 
     def read_evaluation(self) -> dict[str, float]:
         text = self._read("evaluation.json")

@@ -1,7 +1,6 @@
 """One training process: from its stream of blocks to optimizer steps and checkpoints."""
 
 import io
-import json
 import logging
 import tempfile
 import time
@@ -10,7 +9,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -23,7 +22,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from infra import storage, tracking
+from infra import tracking
 from mae_core.checkpoint import (
     CheckpointRecord,
     load_training_state,
@@ -33,13 +32,20 @@ from mae_core.checkpoint import (
 from mae_core.data.decode import Pixels
 from mae_core.data.manifest import ShardInfo
 from mae_core.data.order import RunOrder
-from mae_core.data.samples import DataError
 from mae_core.data.views import normalize
 from mae_core.evaluation.reconstruction import reconstruct, reconstruction_picture
 from mae_core.model.mae import MaskedAutoencoder, build_mae
 from mae_core.optim import build_optimizer, warmup_cosine
 from mae_core.train_step import MicroBatch, pretrain_step
-from pipelines.batches import BatchDecoder, DecodedBatch, ahead, decode_block, view_spec
+from pipelines.batches import (
+    BatchDecoder,
+    DecodedBatch,
+    ahead,
+    autocast_dtype,
+    check_place,
+    decode_block,
+    view_spec,
+)
 from pipelines.checkpoints import (
     commit_checkpoint,
     fetch_checkpoint,
@@ -55,8 +61,15 @@ from pipelines.datasets import (
     sequence_dataset,
 )
 from pipelines.knn import ImageReader, knn_metrics
-from pipelines.reporting import RunSize, StepReporter, count_kinds
+from pipelines.reporting import (
+    RunSize,
+    StepReporter,
+    bad_samples_error,
+    save_bad_samples,
+    too_many_bad,
+)
 from pipelines.run_folder import RunFolder
+from pipelines.sample_trace import SampleTrace
 
 logger = logging.getLogger(__name__)
 
@@ -77,6 +90,7 @@ class TrainTask(NamedTuple):
 
     raw_config: dict[str, Any]
     run_uri: str
+    init_uri: str | None  # of the checkpoint whose weights the run starts from
     start: str  # see RunFolder
     run_id: str | None  # MLflow's
     size: RunSize
@@ -155,7 +169,7 @@ class _Worker:
         self.optimizer = build_optimizer(self.mae, config.optim, fused=True)
         self.mean = torch.tensor(task.mean, device=self.device)
         self.std = torch.tensor(task.std, device=self.device)
-        self.autocast_dtype = _autocast_dtype(config, self.device)
+        self.autocast_dtype = autocast_dtype(config.optim.precision, self.device)
 
     def train(self) -> None:
         first_step = self._restore()
@@ -181,7 +195,7 @@ class _Worker:
         with ExitStack() as stack:
             if writer is not None:
                 stack.callback(writer.close)
-            trace = stack.enter_context(_SampleTrace(config.debug.sample_trace, self.rank))
+            trace = stack.enter_context(SampleTrace(config.debug.sample_trace, self.rank))
             batches = self._micro_batches(first_step, reporter, trace)
             for step in range(first_step + 1, task.size.total_steps + 1):
                 self._step(model, step, batches, reporter)
@@ -193,7 +207,7 @@ class _Worker:
                     if writer is not None and not writer.is_failing:
                         # These steps are not trained again, so nobody would report them again.
                         writer.flush(FLUSH_TIMEOUT_S)
-                    self._save_bad_samples(reporter)
+                    save_bad_samples(reporter, task.folder, self.rank, self.world_size)
                     self._checkpoint(step)
             if task.val_shards:
                 self._evaluate()
@@ -218,10 +232,8 @@ class _Worker:
                 load_weights(found.folder, self.mae)
                 load_training_state(found.folder, self.mae, self.optimizer)
                 return found.manifest.step
-            if self.config.init_from is not None:
-                start = fetch_checkpoint(
-                    storage.absolute(self.config.init_from), Path(workspace) / "init"
-                )
+            if self.task.init_uri is not None:
+                start = fetch_checkpoint(self.task.init_uri, Path(workspace) / "init")
                 load_weights(start.folder, self.mae)
         return 0
 
@@ -259,32 +271,13 @@ class _Worker:
             learning_rate=learning_rate,
             grad_norm=metrics.grad_norm,
         )
-        # Bad ones are judged against a thousand samples at least: one of the first ten is no 10 %.
-        seen = max((step - reporter.first_step) * size.images_per_step, 1000)
-        if totals.num_bad > config.data.max_bad_ratio * seen:
-            self._save_bad_samples(reporter)
-            bad = self.task.folder.read_bad_samples()
-            raise DataError(
-                f"{totals.num_bad} of {seen} samples can't be used, more than data.max_bad_ratio="
-                f"{config.data.max_bad_ratio:g} ({count_kinds(bad)}); the first is "
-                f"{bad[0]['key']} in {bad[0]['shard']}: {bad[0]['reason']}; all of them: "
-                f"{self.task.folder.bad_samples_uri}"
-            )
-
-    def _save_bad_samples(self, reporter: StepReporter) -> None:
-        """What was left out since the last call, of all ranks. Every rank calls it."""
-        found = [[sample._asdict() for sample in reporter.unsaved_bad]]
-        reporter.unsaved_bad.clear()
-        if self.world_size > 1:
-            found *= self.world_size
-            torch.distributed.all_gather_object(found, found[self.rank])
-        if self.rank == 0 and any(found):
-            self.task.folder.add_bad_samples(sample for part in found for sample in part)
-        if self.world_size > 1:  # the file is there when the first rank reads it
-            torch.distributed.barrier()
+        seen = (step - reporter.first_step) * size.images_per_step
+        if too_many_bad(totals, seen, config.data.max_bad_ratio):
+            save_bad_samples(reporter, self.task.folder, self.rank, self.world_size)
+            raise bad_samples_error(totals, seen, config.data.max_bad_ratio, self.task.folder)
 
     def _micro_batches(
-        self, first_step: int, reporter: StepReporter, trace: "_SampleTrace"
+        self, first_step: int, reporter: StepReporter, trace: SampleTrace
     ) -> Iterator[MicroBatch]:
         config = self.config
         decoder = BatchDecoder(
@@ -306,23 +299,15 @@ class _Worker:
             reporter.waited_s += time.monotonic() - since
             if batch is None:
                 return
-            self._check_place(batch, seen, passes)
+            place = seen + (passes * self.world_size + self.rank) * config.images_per_micro_batch
+            check_place(batch.rows, place, config.images_per_micro_batch, self.rank)
             reporter.count_bad(batch.bad)
             passes += 1
             per_pass = config.images_per_micro_batch * self.world_size
-            trace.write(batch, 1 + (seen + (passes - 1) * per_pass) // size.images_per_step)
+            came = batch.weights[:: config.data.crops_per_image] > 0  # of each one's first view
+            step = 1 + (seen + (passes - 1) * per_pass) // size.images_per_step
+            trace.write(batch.rows, came.tolist(), step)
             yield self._to_device(batch)
-
-    def _check_place(self, batch: DecodedBatch, seen: int, passes: int) -> None:
-        """Data and weights must be at the same place, or samples would be lost or seen twice."""
-        size = self.config.images_per_micro_batch
-        expected = seen + (passes * self.world_size + self.rank) * size
-        if batch.first_position != expected or len(batch.rows) != size:
-            # No DataError: the workers start again, and if it was a late commit, at one place.
-            raise RuntimeError(
-                f"rank {self.rank} got samples {batch.first_position} + {len(batch.rows)} of "
-                f"the run's sequence where {expected} + {size} were due: a bug, please report it"
-            )
 
     def _to_device(self, batch: DecodedBatch) -> MicroBatch:
         """Whole numbers until here; floats come on the device."""
@@ -403,58 +388,3 @@ class _Worker:
             logger.info("checkpoint: %s", uri)
         # Without the checkpoint: the run's folder is the one list of them (docs/adr/0005).
         ray.train.report({"step": step, "samples_seen": step * size.global_batch_size})
-
-
-def _autocast_dtype(config: PretrainConfig, device: torch.device) -> torch.dtype | None:
-    wanted = config.optim.precision == "bf16" and device.type == "cuda"
-    return torch.bfloat16 if wanted and torch.cuda.is_bf16_supported() else None
-
-
-class _SampleTrace:
-    """`rank-R.jsonl`: a line for each sample trained on, for anyone to check the order by."""
-
-    def __init__(self, folder: str | None, rank: int) -> None:
-        self._folder = None if folder is None else Path(folder)
-        self._rank = rank
-        self._attempt = 0
-        self._file: TextIO | None = None
-
-    def __enter__(self) -> "_SampleTrace":
-        if self._folder is not None:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            self._attempt = self._next_attempt(self._folder)
-            self._file = (self._folder / f"rank-{self._rank}.jsonl").open("a")
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._file is not None:
-            self._file.close()
-
-    def _next_attempt(self, folder: Path) -> int:
-        """The same number on every rank: one more than the highest in any rank's file."""
-        attempts = [0]
-        if self._rank == 0:
-            for file in folder.glob("rank-*.jsonl"):
-                lines = [line for line in file.read_text().splitlines() if line.endswith("}")]
-                attempts += [json.loads(line)["attempt"] for line in lines[-1:]]
-        shared = [max(attempts) + 1]
-        if torch.distributed.is_initialized():
-            torch.distributed.broadcast_object_list(shared)
-        return shared[0]
-
-    def write(self, batch: DecodedBatch, step: int) -> None:
-        if self._file is None:
-            return
-        rows = batch.rows.select(["epoch", "shard", "key"]).to_pylist()
-        weights = batch.weights[:: len(batch.weights) // len(rows)]  # of each one's first view
-        for row, weight in zip(rows, weights.tolist(), strict=True):
-            if weight:
-                line = {
-                    "epoch": row["epoch"],
-                    "step": step,
-                    "shard": row["shard"],
-                    "key": row["key"],
-                    "attempt": self._attempt,
-                }
-                self._file.write(json.dumps(line) + "\n")
-        self._file.flush()

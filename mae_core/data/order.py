@@ -43,6 +43,10 @@ class RunOrder:
     def num_windows(self) -> int:
         return -(-self.num_samples // self.window)
 
+    def window_of(self, position: int) -> int:
+        """The window that a place in the sequence lies in."""
+        return position // self.window
+
     def window_bounds(self, window: int) -> tuple[int, int]:
         """First and last-plus-one place in the run's sequence."""
         start = window * self.window
@@ -73,3 +77,68 @@ class RunOrder:
         """The epoch's shards in order, and where each ends in it."""
         shards = named_generator(self.seed, "shards", epoch).permutation(len(self.counts))
         return shards, np.cumsum(self.counts[shards])
+
+
+@dataclass(frozen=True, eq=False)
+class ChainedOrder:
+    """Several runs one after the other, as one sequence; each of them has windows of its own.
+
+    Shards are counted through: those of the second run come after those of the first.
+    """
+
+    orders: tuple[RunOrder, ...]  # of the same window
+
+    @property
+    def window(self) -> int:
+        return self.orders[0].window
+
+    @property
+    def num_samples(self) -> int:
+        return sum(order.num_samples for order in self.orders)
+
+    @property
+    def num_windows(self) -> int:
+        return sum(order.num_windows for order in self.orders)
+
+    def window_of(self, position: int) -> int:
+        windows = 0
+        for order in self.orders:
+            if position < order.num_samples:
+                return windows + order.window_of(position)
+            position -= order.num_samples
+            windows += order.num_windows
+        return windows
+
+    def window_bounds(self, window: int) -> tuple[int, int]:
+        place = self._place(window)
+        start, stop = place.order.window_bounds(place.window)
+        return place.samples_before + start, place.samples_before + stop
+
+    def window_segments(self, window: int) -> list[Segment]:
+        place = self._place(window)
+        return [
+            segment._replace(shard=place.shards_before + segment.shard)
+            for segment in place.order.window_segments(place.window)
+        ]
+
+    def window_permutation(self, window: int) -> npt.NDArray[np.int64]:
+        place = self._place(window)
+        return place.order.window_permutation(place.window)
+
+    def _place(self, window: int) -> "_Place":
+        samples = shards = 0
+        for order in self.orders:
+            if window < order.num_windows:
+                return _Place(order, window, samples, shards)
+            window -= order.num_windows
+            samples += order.num_samples
+            shards += len(order.counts)
+        # Beyond the end: nothing, as in a run.
+        return _Place(order, order.num_windows + window, samples - order.num_samples, shards)
+
+
+class _Place(NamedTuple):
+    order: RunOrder
+    window: int  # of this order
+    samples_before: int
+    shards_before: int

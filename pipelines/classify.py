@@ -1,0 +1,311 @@
+#!/usr/bin/env python
+"""Classify with a pretrained encoder: nearest neighbours, linear probe, fine-tuning, from scratch.
+
+    python pipelines/classify.py configs/classify/cifar10.yaml init_from=CHECKPOINT
+
+The same command goes on where it was stopped; a finished run is not trained again.
+"""
+
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":  # run as a file: import the package, not the files beside this one
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+    from pipelines.cli import main
+
+    sys.exit(main(["classify", *sys.argv[1:]]))
+
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, Literal, NamedTuple, cast
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mae_core.data.augment import rand_augment, random_erase
+from mae_core.data.class_labels import class_indices, names_of, one_class, read_labels
+from mae_core.data.decode import decode_image
+from mae_core.data.mixing import mix_batch, soft_targets
+from mae_core.data.randomness import named_generator
+from mae_core.data.transforms import center_crop
+from mae_core.data.views import ViewSpec, training_view
+from mae_core.evaluation.classification import encode_features, knn_accuracy
+from mae_core.evaluation.classifier_report import (
+    ClassificationScores,
+    confusion_picture,
+    label_fraction_picture,
+    markdown_table,
+    most_wrong_picture,
+    reliability_picture,
+    roc_picture,
+    score_classification,
+    score_multilabel,
+)
+from mae_core.evaluation.linear_probe import linear_probe_accuracy
+from mae_core.model.classifier import build_classifier
+from mae_core.optim import build_lars
+from mae_core.train_step import BatchLoss
+from pipelines import downstream
+from pipelines.config import ConfigError, StageResult
+from pipelines.downstream import LabelledData, Stage, adamw, read_targets
+from pipelines.downstream_config import ClassifyConfig, ClassifySection, DownstreamConfig
+from pipelines.task import Arm, Batch, EncodedSample, Evaluation, Example, TaskInfo
+
+MOST_WRONG = 16
+TUNED = ("finetune", "scratch")
+
+
+def run(config: ClassifyConfig, *, fresh: bool) -> StageResult:
+    """Train and measure each arm; see `downstream.run`."""
+    targets = ("cls",) if config.classify.label_key is None else ("json",)
+    return downstream.run(config, Stage(targets, _study, _make_task, _summarize), fresh=fresh)
+
+
+def _section(config: DownstreamConfig) -> ClassifySection:
+    return cast(ClassifyConfig, config).classify
+
+
+def _study(
+    config: DownstreamConfig, data: LabelledData
+) -> tuple[tuple[str, ...], Sequence[Hashable]]:
+    """Class names, and the class or classes of each training sample."""
+    section = _section(config)
+    targets = read_targets(data.train, ("cls",) if section.label_key is None else ("json",))
+    raw = [read_labels(target, where, key=section.label_key) for where, target in targets]
+    names = section.names or data.train.classes or names_of(raw)
+    indices = [
+        class_indices(labels, where, names) for labels, (where, _) in zip(raw, targets, strict=True)
+    ]
+    if section.labels == "one":
+        for found, (where, _) in zip(indices, targets, strict=True):
+            one_class(found, where)
+    if len(names) < 2:
+        raise ConfigError(f"data.train has one class, {', '.join(names)}: nothing to tell apart")
+    return names, indices
+
+
+def _make_task(config: DownstreamConfig, info: TaskInfo) -> "ClassifyTask":
+    return ClassifyTask(cast(ClassifyConfig, config), info)
+
+
+class Prediction(NamedTuple):
+    values: npt.NDArray[np.float32]  # logits (K,), or features (D,) where nothing is trained
+    label: npt.NDArray[np.int64]  # () a class, or (K,) 0 and 1
+    place: tuple[int, int]
+
+
+class ClassifyTask:
+    """See `pipelines.task.Task`."""
+
+    def __init__(self, config: ClassifyConfig, info: TaskInfo) -> None:
+        self.config = config
+        self.section = config.classify
+        self.info = info
+
+    def training_example(self, sample: EncodedSample, arm: Arm) -> Example:
+        section, model = self.section, self.info.model
+        label = self._label(sample)
+        spec = ViewSpec(arm.seed, model.in_chans, model.img_size, section.crop_scale, section.flip)
+        pixels = training_view(sample.image, sample.epoch, sample.key, spec)
+        if arm.name in TUNED and section.rand_augment > 0:
+            generator = named_generator(arm.seed, "augment", sample.epoch, sample.key)
+            pixels = rand_augment(pixels, generator, magnitude=section.rand_augment)
+        return Example(pixels, label)
+
+    def validation_example(self, sample: EncodedSample) -> Example:
+        label = self._label(sample)
+        pixels = decode_image(sample.image, self.info.model.in_chans)
+        return Example(center_crop(pixels, self.info.model.img_size), label)
+
+    def _label(self, sample: EncodedSample) -> npt.NDArray[np.int64]:
+        names = self.info.names
+        raw = read_labels(sample.target, sample.where, key=self.section.label_key)
+        indices = class_indices(raw, sample.where, names)
+        if self.section.labels == "one":
+            return np.asarray(one_class(indices, sample.where))
+        label = np.zeros(len(names), np.int64)
+        label[list(indices)] = 1
+        return label
+
+    def build_model(self, encoder: nn.Module, arm: Arm) -> nn.Module:
+        if arm.name in downstream.UNTRAINED:
+            return encoder
+        kind: Literal["finetune", "linear"] = "linear" if arm.name == "linear" else "finetune"
+        return build_classifier(
+            encoder,
+            num_classes=len(self.info.names),
+            kind=kind,
+            pool=self.section.pool,
+            trainable_blocks=self.section.trainable_blocks if arm.name == "finetune" else None,
+        )
+
+    def build_optimizer(self, model: nn.Module, arm: Arm) -> torch.optim.Optimizer:
+        if arm.name == "linear":
+            return build_lars(model, learning_rate=self.peak_learning_rate(arm))
+        return adamw(model, self.config.optim, arm)
+
+    def peak_learning_rate(self, arm: Arm) -> float:
+        optim = self.config.optim
+        base = self.section.linear_base_lr if arm.name == "linear" else optim.base_lr
+        return base * optim.global_batch_size / 256
+
+    def loss(self, model: nn.Module, batch: Batch, arm: Arm) -> BatchLoss:
+        images, targets = self._augmented(batch, arm)
+        logits = model(images).float()
+        if self.section.labels == "many":
+            losses = F.binary_cross_entropy_with_logits(logits, targets, reduction="none").mean(1)
+        else:
+            losses = -(targets * logits.log_softmax(dim=1)).sum(dim=1)
+        loss = (losses * batch.weights).sum() / len(batch.weights)
+        return BatchLoss(loss, batch.weights.sum())
+
+    def _augmented(self, batch: Batch, arm: Arm) -> tuple[Tensor, Tensor]:
+        """Images and (B, K) targets, erased and mixed if the arm is fine-tuned."""
+        section, is_tuned = self.section, arm.name in TUNED
+        images, device = batch.images, batch.images.device
+        if section.labels == "many":
+            empty = np.zeros(len(self.info.names), np.int64)
+            rows = [empty if target is None else target for target in batch.targets]
+            targets = torch.from_numpy(np.stack(rows)).float().to(device)
+        else:
+            labels = [0 if target is None else int(target) for target in batch.targets]
+            smoothing = section.smoothing if is_tuned else 0.0
+            targets = soft_targets(
+                torch.tensor(labels, device=device), len(self.info.names), smoothing
+            )
+        # A hole that is mixed in has no class.
+        targets = targets * batch.weights[:, None]
+        if is_tuned and section.random_erase > 0:
+            erased = [
+                random_erase(image, batch.generator, probability=section.random_erase)
+                for image in images
+            ]
+            images = torch.stack(cast(list[Tensor], erased))
+        if is_tuned and (section.mixup > 0 or section.cutmix > 0):
+            images, targets = mix_batch(
+                images,
+                targets,
+                batch.generator,
+                mixup_alpha=section.mixup,
+                cutmix_alpha=section.cutmix,
+            )
+        return images, targets
+
+    def predict(
+        self, model: nn.Module, images: Tensor, examples: Sequence[Example]
+    ) -> list[Prediction]:
+        if hasattr(model, "head"):
+            values = model(images).float().cpu().numpy()
+        else:
+            values = encode_features(model, images, pool=self.section.pool).cpu().numpy()
+        return [
+            Prediction(row, example.target, example.place or (0, 0))
+            for row, example in zip(values, examples, strict=True)
+        ]
+
+    def evaluate(
+        self,
+        predictions: list[Prediction],
+        arm: Arm,
+        read: Callable[[tuple[int, int]], Example],
+        training: list[Prediction],
+    ) -> Evaluation:
+        values = torch.from_numpy(np.stack([p.values for p in predictions]))
+        labels = torch.from_numpy(np.stack([p.label for p in predictions]))
+        if arm.name in downstream.UNTRAINED:
+            return Evaluation({"top1": self._feature_top1(values, labels, arm, training)}, {}, {})
+        if self.section.labels == "many":
+            return self._evaluate_many(values, labels, arm)
+        return self._evaluate_one(predictions, values, labels, arm, read)
+
+    def _feature_top1(
+        self, values: Tensor, labels: Tensor, arm: Arm, training: list[Prediction]
+    ) -> float:
+        bank = torch.from_numpy(np.stack([p.values for p in training]))
+        bank_labels = torch.from_numpy(np.stack([p.label for p in training]))
+        if arm.name == "knn":
+            k = min(self.section.k, len(bank))
+            return knn_accuracy(bank, bank_labels, values, labels, k=k)
+        return linear_probe_accuracy(bank, bank_labels, values, labels, seed=arm.seed)
+
+    def _evaluate_one(
+        self,
+        predictions: list[Prediction],
+        logits: Tensor,
+        labels: Tensor,
+        arm: Arm,
+        read: Callable[[tuple[int, int]], Example],
+    ) -> Evaluation:
+        names, title = self.info.names, self._title(arm)
+        scores = score_classification(logits, labels, names)
+        metrics = {"top1": scores.top1, "ece": scores.ece}
+        if scores.top5 is not None:
+            metrics["top5"] = scores.top5
+        pictures = {}
+        if arm.seed == self.section.seeds[0]:
+            chances = logits.softmax(dim=1).gather(1, labels[:, None])[:, 0]
+            worst = chances.argsort()[:MOST_WRONG].tolist()
+            pictures = {
+                "confusion": confusion_picture(scores, f"{title}: top-1 {scores.top1:.3f}"),
+                "calibration": reliability_picture(scores, f"{title}: ECE {scores.ece:.3f}"),
+                "most_wrong": most_wrong_picture(
+                    [read(predictions[i].place).pixels for i in worst],
+                    logits[worst],
+                    labels[worst],
+                    names,
+                    f"{title}: the most wrong of {len(labels)}",
+                ),
+            }
+        return Evaluation(metrics, pictures, {"per_class.md": _per_class_table(scores)})
+
+    def _evaluate_many(self, logits: Tensor, labels: Tensor, arm: Arm) -> Evaluation:
+        names, title = self.info.names, self._title(arm)
+        scores = score_multilabel(logits, labels, names)
+        metrics = {
+            "auroc": scores.macro_auroc,
+            "average_precision": scores.macro_average_precision,
+            **{f"auroc/{name}": value for name, value in scores.auroc.items()},
+        }
+        rows = [
+            f"| {x} | {auroc:.3f} | {scores.average_precision[x]:.3f} | {scores.support[x]} |"
+            for x, auroc in scores.auroc.items()
+        ]
+        rows += [f"| {x} | all or none have it | | {scores.support[x]} |" for x in scores.left_out]
+        head = "| finding | AUROC | average precision | images with it |\n|---|---|---|---|\n"
+        pictures = {}
+        if arm.seed == self.section.seeds[0]:
+            shown = f"{title}: mean AUROC {scores.macro_auroc:.3f}"
+            pictures = {"roc": roc_picture(logits, labels, names, shown)}
+        return Evaluation(metrics, pictures, {"per_finding.md": head + "\n".join(rows) + "\n"})
+
+    def _title(self, arm: Arm) -> str:
+        share = "" if arm.fraction == 1 else f", {100 * arm.fraction:g} % of the labels"
+        return f"{self.info.title}, {arm.name}{share}"
+
+
+def _per_class_table(scores: ClassificationScores) -> str:
+    lines = ["| class | precision | recall | F1 | images |", "|---|---|---|---|---|"]
+    for name, row in scores.per_class.items():
+        lines.append(
+            f"| {name} | {row.precision:.3f} | {row.recall:.3f} | {row.f1:.3f} | {row.support} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _summarize(
+    config: DownstreamConfig, info: TaskInfo, found: dict[Arm, dict[str, float]]
+) -> Evaluation:
+    """The table of all arms; the figure where there are several shares of the labels."""
+    metric = "top1" if _section(config).labels == "one" else "auroc"
+    grouped: dict[tuple[str, float], list[float]] = {}
+    for arm, metrics in found.items():
+        grouped.setdefault((arm.name, arm.fraction), []).append(metrics[metric])
+    rows: list[Any] = [(name, fraction, values) for (name, fraction), values in grouped.items()]
+    shown = {"top1": "top-1 accuracy", "auroc": "mean AUROC"}[metric]
+    pictures = {}
+    if len(_section(config).label_fraction) > 1:
+        title = f"{info.title}: {shown}"
+        pictures["label_fraction"] = label_fraction_picture(rows, title, metric=shown)
+    return Evaluation({}, pictures, {"summary.md": f"{shown}\n\n{markdown_table(rows)}"})

@@ -1,0 +1,377 @@
+"""The driver of classify, detect and segment: what is trained, with what, and what came of it."""
+
+import logging
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import NamedTuple
+from uuid import uuid4
+
+import numpy as np
+import ray.train
+import torch
+from ray.train.torch import TorchTrainer
+from torch import nn
+
+from infra import storage, tracking
+from mae_core.checkpoint import WEIGHTS_FILE, CheckpointManifest
+from mae_core.data.decode import CorruptSampleError, decode_image
+from mae_core.data.label_subset import stratified_subset
+from mae_core.data.manifest import Manifest, ShardInfo
+from mae_core.data.samples import DataError
+from mae_core.model.classifier import layer_scales
+from mae_core.optim import fine_tuning_groups
+from pipelines import launch
+from pipelines.checkpoints import fetch_manifest
+from pipelines.config import ConfigError, StageResult
+from pipelines.datasets import Rows, open_shards, read_rows, read_samples, target_of
+from pipelines.downstream_config import DownstreamConfig, TuningOptimConfig
+from pipelines.downstream_worker import TuningJob, remaining_data, tuning_worker
+from pipelines.recording import (
+    ended_in_mlflow,
+    log_bad_samples,
+    say_where_to_compare,
+    start_record,
+)
+from pipelines.run_folder import RunFolder, RunRecord
+from pipelines.task import Arm, Evaluation, Task, TaskInfo
+
+logger = logging.getLogger(__name__)
+
+ROWS_PER_READ = 512
+UNTRAINED = ("knn", "logistic")
+
+
+class LabelledData(NamedTuple):
+    train: Manifest
+    val: Manifest
+
+    def digest(self, encoder: CheckpointManifest) -> str:
+        """Names all that went in."""
+        weights = encoder.files[WEIGHTS_FILE].sha256[:16]
+        return f"{self.train.digest[:16]}-{self.val.digest[:16]}-{weights}"
+
+
+class Stage(NamedTuple):
+    """What a stage adds."""
+
+    targets: tuple[str, ...]  # extensions that hold the label, the first that is there
+    # Class names and, for each training sample, what is spread evenly over shares of the labels.
+    study: Callable[[DownstreamConfig, LabelledData], tuple[tuple[str, ...], Sequence[Hashable]]]
+    make_task: Callable[[DownstreamConfig, TaskInfo], Task]
+    # All arms' metrics to pictures and tables of the whole run.
+    summarize: Callable[[DownstreamConfig, TaskInfo, dict[Arm, dict[str, float]]], Evaluation]
+
+
+def run(config: DownstreamConfig, stage: Stage, *, fresh: bool) -> StageResult:
+    """Train and measure each arm, or go on with it, or find that it is done.
+
+    Raises:
+        ConfigError, DataError, NoShardsError, StorageError: before any worker is started, unless
+            only reading can tell.
+    """
+    launch.check_paths(_paths(config))
+    launch.check_tracking(config.tracking.uri)
+    root = storage.absolute(config.storage.root)
+    folder = RunFolder(storage.join(root, config.stage, config.run_name))
+    encoder = _encoder(config)
+    if fresh:
+        storage.delete_folder(folder.index_uri)
+    data = _open_data(config, folder)
+    digest = data.digest(encoder)
+    record = None if fresh else folder.read_record()
+    if record is not None and record.data_digest != digest:
+        raise DataError(
+            f"{folder.uri}: data or weights changed since this run began; bring them back, or "
+            "start over with --fresh"
+        )
+    if not fresh and (done := folder.read_result()) is not None:
+        logger.info("%s is done: not trained again (--fresh starts over)", folder.uri)
+        return done._replace(status="reused")
+    _check_first_sample(config, encoder, data, stage)
+    names, strata = stage.study(config, data)
+    chosen = _plan_arms(config, data.train, strata)
+    info = TaskInfo(
+        encoder.model,
+        encoder.channel_mean,
+        encoder.channel_std,
+        names,
+        f"{config.run_name} on {_short(config.data.val)}",
+    )
+    start = uuid4().hex
+    with launch.running_ray(config.scaling):
+        if fresh:
+            folder.clear()
+        run_id = start_record(
+            config,
+            folder,
+            RunRecord(
+                start=start,
+                data_digest=digest,
+                run_id=record.run_id if record else None,
+                config=config.model_dump(mode="json"),
+            ),
+            tags={
+                **launch.run_tags(
+                    config.stage,
+                    seed=",".join(map(str, config.arms_config.seeds)),
+                    output=folder.uri,
+                ),
+                "init_from": storage.absolute(config.init_from),
+                "pretrained.data_digest": encoder.data_digest,
+                "pretrained.step": str(encoder.step),
+            },
+            data={
+                "train": (data.train.digest, str(config.data.train)),
+                "val": (data.val.digest, str(config.data.val)),
+            },
+        )
+        folder = RunFolder(folder.uri, start)
+        job = TuningJob(
+            config_type=type(config),
+            raw_config=config.model_dump(mode="json"),
+            make_task=partial(stage.make_task, config, info),
+            targets=stage.targets,
+            classes=names,
+            init_uri=storage.absolute(config.init_from),
+            run_uri=folder.uri,
+            start=start,
+            run_id=run_id,
+            arms=tuple(arm for arm, _ in chosen),
+            rows=tuple(rows for _, rows in chosen),
+            train_shards=data.train.shards,
+            val_shards=data.val.shards,
+            data_digest=digest,
+            encoder=encoder,
+        )
+        with ended_in_mlflow(config.tracking.uri, run_id, folder):
+            folder.forget_failure()
+            _train(config, job)
+            return _finish(config, stage, info, job, folder)
+
+
+def _short(spec: str | tuple[str, ...]) -> str:
+    """The end of a path, for titles."""
+    text = spec if isinstance(spec, str) else spec[0]
+    return "/".join(text.rstrip("/").split("/")[-2:])
+
+
+def _paths(config: DownstreamConfig) -> Iterator[tuple[str, str]]:
+    for key, uris in (("data.train", config.data.train), ("data.val", config.data.val)):
+        for uri in [uris] if isinstance(uris, str) else uris:
+            yield key, uri
+    yield "storage.root", config.storage.root
+    yield "init_from", config.init_from
+
+
+def _encoder(config: DownstreamConfig) -> CheckpointManifest:
+    """The checkpoint's manifest, for images of this run's size."""
+    found = fetch_manifest(config.init_from)
+    height, width = size = config.img_size or found.model.img_size
+    patch = found.model.patch_size
+    if height < patch or width < patch or height % patch or width % patch:
+        raise ConfigError(
+            f"img_size={height}x{width} is not a multiple of {patch}, the patch_size of "
+            f"init_from={config.init_from}"
+        )
+    return found.model_copy(update={"model": found.model.model_copy(update={"img_size": size})})
+
+
+def _open_data(config: DownstreamConfig, folder: RunFolder) -> LabelledData:
+    def opened(spec: str | tuple[str, ...], name: str) -> Manifest:
+        uri = storage.join(folder.index_uri, name)
+        return open_shards(spec, uri, max_bad_ratio=config.data.max_bad_ratio)
+
+    return LabelledData(opened(config.data.train, "train"), opened(config.data.val, "val"))
+
+
+def _check_first_sample(
+    config: DownstreamConfig, encoder: CheckpointManifest, data: LabelledData, stage: Stage
+) -> None:
+    """What is wrong with every sample is told before anything is started."""
+    for key, manifest in (("data.train", data.train), ("data.val", data.val)):
+        shard = manifest.shards[0]
+        for sample in read_rows(shard, 0, 1):
+            if target_of(sample, stage.targets) is None:
+                wanted = " or ".join(f".{name}" for name in stage.targets)
+                raise DataError(f"{key}: {shard.path}: {sample.key} has no {wanted}")
+            try:
+                decode_image(sample.image, encoder.model.in_chans)
+            except CorruptSampleError as error:
+                if error.kind == "channels":
+                    raise ConfigError(
+                        f"init_from={config.init_from}: takes in_chans={encoder.model.in_chans} in "
+                        f"patches of {encoder.model.patch_size}, but {key}: {shard.path}: "
+                        f"{sample.key} {error}"
+                    ) from error
+
+
+def read_targets(manifest: Manifest, extensions: tuple[str, ...]) -> list[tuple[str, bytes | None]]:
+    """Where each sample lies, for errors, and its label's bytes; of all shards, in order."""
+    pieces = [
+        (shard, start, min(start + ROWS_PER_READ, shard.num_samples))
+        for shard in manifest.shards
+        for start in range(0, shard.num_samples, ROWS_PER_READ)
+    ]
+
+    def read(piece: tuple[ShardInfo, int, int]) -> list[tuple[str, bytes | None]]:
+        shard, start, stop = piece
+        rows = read_samples(shard, start, stop)
+        return [(f"{shard.path}: {row.key}", target_of(row, extensions)) for row in rows]
+
+    with ThreadPoolExecutor(4) as pool:
+        return [target for part in pool.map(read, pieces) for target in part]
+
+
+def _plan_arms(
+    config: DownstreamConfig, train: Manifest, strata: Sequence[Hashable]
+) -> list[tuple[Arm, tuple[Rows, ...]]]:
+    section, optim = config.arms_config, config.optim
+    planned: list[tuple[Arm, tuple[Rows, ...]]] = []
+    step = 0
+    for fraction in sorted(section.label_fraction):
+        for seed in section.seeds:
+            rows = _rows(train, strata, fraction, seed)
+            num_samples = sum(map(len, rows))
+            for name in config.arms:
+                if name in UNTRAINED and fraction == 1 and seed != section.seeds[0]:
+                    continue  # nothing in it depends on the seed
+                steps = 0 if name in UNTRAINED else _num_steps(config, num_samples)
+                planned.append((Arm(name, fraction, seed, num_samples, steps, step), rows))
+                step += steps
+    logger.info(
+        "plan: %d arms, %d steps in all of global batch %d = micro batch %d x %d workers x %d",
+        len(planned),
+        step,
+        optim.global_batch_size,
+        optim.micro_batch_size,
+        config.scaling.num_workers,
+        optim.global_batch_size // (optim.micro_batch_size * config.scaling.num_workers),
+    )
+    return planned
+
+
+def _num_steps(config: DownstreamConfig, num_samples: int) -> int:
+    optim = config.optim
+    steps = int(optim.epochs * num_samples / optim.global_batch_size + 1e-9)
+    if steps == 0:
+        raise ConfigError(
+            f"optim.epochs={optim.epochs:g} of {num_samples} labelled samples is less than one "
+            f"optim.global_batch_size={optim.global_batch_size}; lower it, or train longer"
+        )
+    return min(steps, optim.max_steps or steps)
+
+
+def _rows(
+    train: Manifest, strata: Sequence[Hashable], fraction: float, seed: int
+) -> tuple[Rows, ...]:
+    counts = [shard.num_samples for shard in train.shards]
+    if fraction == 1:
+        return tuple(range(count) for count in counts)
+    chosen = stratified_subset(strata, fraction, seed)
+    ends = np.cumsum(counts)
+    return tuple(
+        chosen[(chosen >= end - count) & (chosen < end)] - (end - count)
+        for count, end in zip(counts, ends, strict=True)
+    )
+
+
+def _train(config: DownstreamConfig, job: TuningJob) -> None:
+    trainer = TorchTrainer(
+        tuning_worker,
+        train_loop_config={"job": job},
+        scaling_config=launch.ray_scaling(config.scaling),
+        run_config=launch.ray_run(job.run_uri, config.scaling),
+        datasets={"train": partial(remaining_data, job)} if job.is_trained else {},
+        dataset_config=ray.train.DataConfig(enable_shard_locality=False),
+    )
+    trainer.fit()
+
+
+def _finish(
+    config: DownstreamConfig, stage: Stage, info: TaskInfo, job: TuningJob, folder: RunFolder
+) -> StageResult:
+    """Bring the arms' results together; then the run is done."""
+    uri, run_id = config.tracking.uri, job.run_id
+    found = {arm: folder.read_arm(arm.label) for arm in job.arms}
+    if missing := [arm.label for arm, metrics in found.items() if not metrics]:
+        raise storage.StorageError(f"{folder.uri}: no result of {', '.join(missing)} is there")
+    metrics = mean_metrics(found)
+    metrics["data/left_out"] = len(log_bad_samples(uri, run_id, folder))
+    tracking.log_final_metrics(uri, run_id, metrics, max(arm.steps for arm in job.arms))
+    for arm in job.arms:
+        for name, content in folder.read_arm_files(arm.label).items():
+            tracking.log_artifact_bytes(uri, run_id, content, f"{arm.label}/{name}")
+    summary = stage.summarize(config, info, found)
+    for name, text in summary.texts.items():
+        folder.write_file(name, text.encode())
+        tracking.log_artifact_text(uri, run_id, text, name)
+        logger.info("\n%s", text.rstrip())
+    for name, picture in summary.pictures.items():
+        logger.info("%s: %s", name, folder.write_picture_file(name, picture))
+        tracking.log_picture(uri, run_id, picture, name, 0)
+    kept = _kept_arm(job.arms)
+    output = folder.uri if kept is None else folder.model_uri(kept.label)
+    say_where_to_compare(uri)
+    result = StageResult(config.stage, "done", run_id, output, metrics)
+    folder.write_result(result)
+    return result
+
+
+def _kept_arm(arms: Sequence[Arm]) -> Arm | None:
+    """Whose model is the run's output: fine-tuned if one is, with the most labels."""
+    trained = [arm for arm in arms if arm.steps]
+    preferred = ("finetune", "frozen", "linear", "scratch")
+    first = min((preferred.index(arm.name) for arm in trained), default=None)
+    if first is None:
+        return None
+    return max((a for a in trained if a.name == preferred[first]), key=lambda arm: arm.fraction)
+
+
+def mean_metrics(found: dict[Arm, dict[str, float]]) -> dict[str, float]:
+    """`arm/metric`, or `arm-fraction/metric` where there are several: the mean over the seeds.
+
+    With `_std` of several seeds' standard deviation (n - 1).
+    """
+    several = len({arm.fraction for arm in found}) > 1
+    values: dict[str, list[float]] = {}
+    for arm, metrics in found.items():
+        name = f"{arm.name}-{arm.fraction:g}" if several else arm.name
+        for metric, value in metrics.items():
+            values.setdefault(f"{name}/{metric}", []).append(value)
+    means = {key: float(np.mean(seeds)) for key, seeds in values.items()}
+    spreads = {
+        f"{key}_std": float(np.std(seeds, ddof=1))
+        for key, seeds in values.items()
+        if len(seeds) > 1
+    }
+    return means | spreads
+
+
+def adamw(model: nn.Module, optim: TuningOptimConfig, arm: Arm) -> torch.optim.AdamW:
+    """AdamW over what is trainable; a pretrained encoder's lower layers learn more slowly."""
+    scales = {name: 1.0 for name, _ in model.named_parameters()}
+    if arm.name == "finetune":
+        scales = layer_scales(model, optim.layer_decay)
+    groups = fine_tuning_groups(model, optim.weight_decay, scales)
+    return torch.optim.AdamW(groups, lr=optim.learning_rate, betas=optim.betas, fused=True)
+
+
+def arms_table(found: dict[Arm, dict[str, float]]) -> str:
+    """A row for each arm and share of the labels: mean and standard deviation over the seeds."""
+    metrics = list(dict.fromkeys(metric for values in found.values() for metric in values))
+    grouped: dict[tuple[str, float], list[dict[str, float]]] = {}
+    for arm, values in found.items():
+        grouped.setdefault((arm.name, arm.fraction), []).append(values)
+    lines = [f"| arm | labels | {' | '.join(metrics)} |", "|---|---|" + "---|" * len(metrics)]
+    for (name, fraction), seeds in grouped.items():
+        cells = [_mean_and_spread([s[m] for s in seeds if m in s]) for m in metrics]
+        lines.append(f"| {name} | {100 * fraction:g} % | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _mean_and_spread(values: Sequence[float]) -> str:
+    if not values:
+        return ""
+    mean = f"{np.mean(values):.3f}"
+    return mean if len(values) == 1 else f"{mean} ± {np.std(values, ddof=1):.3f}"

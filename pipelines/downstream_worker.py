@@ -1,0 +1,551 @@
+"""One process that trains the arms of a downstream run and measures each."""
+
+import json
+import logging
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import replace
+from functools import partial
+from itertools import groupby
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import ray.data
+import ray.train
+import ray.train.torch
+import torch
+import torch.distributed
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from infra import storage, tracking
+from mae_core.checkpoint import (
+    CheckpointManifest,
+    CheckpointRecord,
+    load_encoder,
+    load_training_state,
+    load_weights,
+    save_checkpoint,
+)
+from mae_core.data.decode import CorruptSampleError
+from mae_core.data.manifest import ShardInfo
+from mae_core.data.order import ChainedOrder, RunOrder
+from mae_core.data.randomness import named_generator
+from mae_core.data.samples import DataError, Sample
+from mae_core.data.transforms import stack_pixels
+from mae_core.data.views import normalize
+from mae_core.model.encoder import build_encoder
+from mae_core.optim import warmup_cosine
+from mae_core.train_step import optimizer_step
+from pipelines.batches import BadSample, ahead, autocast_dtype, check_place
+from pipelines.checkpoints import (
+    commit_checkpoint,
+    fetch_checkpoint,
+    find_checkpoint,
+    resume_position,
+)
+from pipelines.datasets import (
+    BrokenSample,
+    Rows,
+    SequencePlan,
+    configure_ray_data,
+    micro_batches,
+    passes_per_block,
+    read_chosen,
+    read_samples,
+    sequence_dataset,
+    target_of,
+)
+from pipelines.downstream_config import DownstreamConfig
+from pipelines.reporting import (
+    RunSize,
+    StepReporter,
+    bad_samples_error,
+    save_bad_samples,
+    too_many_bad,
+)
+from pipelines.run_folder import RunFolder
+from pipelines.sample_trace import SampleTrace
+from pipelines.task import Arm, Batch, EncodedSample, Evaluation, Example, Task
+
+logger = logging.getLogger(__name__)
+
+BATCHES_AHEAD = 2
+ROWS_PER_READ = 32
+LOSS_METRIC = "train/loss"
+
+
+class TuningJob(NamedTuple):
+    """All that a worker is told."""
+
+    config_type: type[DownstreamConfig]
+    raw_config: dict[str, Any]
+    make_task: Callable[[], Task]
+    targets: tuple[str, ...]  # extensions that hold an image's label
+    classes: tuple[str, ...]
+    init_uri: str  # of the pretrained checkpoint
+    run_uri: str
+    start: str  # see RunFolder
+    run_id: str | None  # MLflow's
+    arms: tuple[Arm, ...]
+    rows: tuple[tuple[Rows, ...], ...]  # of each arm, of each training shard
+    train_shards: tuple[ShardInfo, ...]
+    val_shards: tuple[ShardInfo, ...]
+    data_digest: str
+    encoder: CheckpointManifest  # with the image size that is trained on
+
+    @property
+    def folder(self) -> RunFolder:
+        return RunFolder(self.run_uri, self.start)
+
+    @property
+    def config(self) -> DownstreamConfig:
+        return self.config_type.model_validate(self.raw_config)
+
+    @property
+    def is_trained(self) -> bool:
+        return any(arm.steps for arm in self.arms)
+
+    @property
+    def total_steps(self) -> int:
+        return self.arms[-1].last_step
+
+
+def remaining_data(job: TuningJob) -> ray.data.Dataset:
+    """The arms' sequences, one after the other, from the newest whole checkpoint on."""
+    job.folder.check_start()
+    job.folder.raise_failure()
+    configure_ray_data()
+    config = job.config
+    trained = [(arm, rows) for arm, rows in zip(job.arms, job.rows, strict=True) if arm.steps]
+    order = ChainedOrder(
+        tuple(
+            RunOrder(
+                counts=np.asarray([len(part) for part in rows], dtype=np.int64),
+                seed=arm.seed,
+                window=config.data.shuffle_window,
+                num_samples=arm.steps * config.optim.global_batch_size,
+            )
+            for arm, rows in trained
+        )
+    )
+    plan = SequencePlan(
+        job.train_shards,
+        order,
+        resume_position(job.run_uri),
+        config.optim.micro_batch_size,
+        num_workers=config.scaling.num_workers,
+        rows=tuple(part for _, rows in trained for part in rows),
+        targets=job.targets,
+    )
+    size = sum(s.num_bytes for s in job.train_shards) / sum(s.num_samples for s in job.train_shards)
+    return sequence_dataset(replace(plan, passes_per_block=passes_per_block(plan, size)))
+
+
+def tuning_worker(arguments: dict[str, TuningJob]) -> None:
+    """Ray Train's entry: runs in each worker, and again in each after one was lost."""
+    job = arguments["job"]
+    try:
+        _Worker(job).run()
+    except Exception as error:
+        job.folder.record_failure(error)
+        raise
+
+
+class _DecodedBatch(NamedTuple):
+    examples: list[Example | None]
+    bad: list[BadSample]
+    rows: pa.Table
+
+
+class _Worker:
+    def __init__(self, job: TuningJob) -> None:
+        self.job = job
+        self.config = config = job.config
+        context = ray.train.get_context()
+        self.rank, self.world_size = context.get_world_rank(), context.get_world_size()
+        self.device = ray.train.torch.get_device()
+        if self.device.type == "cpu":
+            torch.set_num_threads(config.scaling.cpus_per_worker)
+        self.task = job.make_task()
+        self.pool = ThreadPoolExecutor(config.scaling.cpus_per_worker, thread_name_prefix="decode")
+        self.autocast_dtype = autocast_dtype(config.optim.precision, self.device)
+        self.kept_features: dict[Any, tuple[Any, list[Any] | None]] = {}
+        self.num_passes = 0  # micro batches of this worker since it started
+
+    def run(self) -> None:
+        with ExitStack() as stack:
+            workspace = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            pretrained = fetch_checkpoint(self.job.init_uri, workspace / "pretrained").folder
+            found = find_checkpoint(self.job.run_uri, workspace / "own")
+            done = found.manifest.step if found else 0
+            self.first_step = done
+            trace = stack.enter_context(SampleTrace(self.config.debug.sample_trace, self.rank))
+            decoded = self._decoded() if self.job.is_trained else iter(())
+            for arm in self.job.arms:
+                # The data goes on from the checkpoint: an arm behind it is trained again.
+                if self.job.folder.has_arm(arm.label) and (not arm.steps or done >= arm.last_step):
+                    continue
+                model, optimizer = self._build(arm, pretrained)
+                if found is not None and arm.first_step < done <= arm.last_step:
+                    load_weights(found.folder, model)
+                    load_training_state(found.folder, model, optimizer)
+                self._train(arm, model, optimizer, decoded, trace, max(done, arm.first_step))
+                self._finish(arm, model)
+
+    def _build(self, arm: Arm, pretrained: Path) -> tuple[nn.Module, torch.optim.Optimizer]:
+        """The same weights on every worker and after every start."""
+        torch.manual_seed(_seed(arm.seed, "weights"))
+        rate = self.config.optim.drop_path_rate if arm.name in ("finetune", "scratch") else 0.0
+        if arm.name == "scratch":
+            encoder = build_encoder(self.job.encoder.model, drop_path_rate=rate)
+        else:
+            encoder, _ = load_encoder(pretrained, drop_path_rate=rate)
+        model = self.task.build_model(encoder, arm).to(self.device)
+        return model, self.task.build_optimizer(model, arm)
+
+    def _train(
+        self,
+        arm: Arm,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        decoded: Iterator[_DecodedBatch],
+        trace: SampleTrace,
+        done: int,
+    ) -> None:
+        if done >= arm.last_step:
+            return
+        wrapped = self._wrap(model)
+        wrapped.train()
+        with ExitStack() as stack:
+            reporter = self._reporter(arm, done, stack)
+            for step in range(done + 1, arm.last_step + 1):
+                torch.manual_seed(_seed(arm.seed, "step", step, self.rank))
+                self._step(arm, wrapped, optimizer, step, decoded, reporter, trace)
+                is_last = step == arm.last_step
+                if is_last or (step - arm.first_step) % self.config.checkpoint.every_steps == 0:
+                    save_bad_samples(reporter, self.job.folder, self.rank, self.world_size)
+                    self._checkpoint(arm, model, optimizer, step)
+
+    def _wrap(self, model: nn.Module) -> nn.Module:
+        if self.world_size == 1 or not any(p.requires_grad for p in model.parameters()):
+            return model
+        on_gpu = [self.device] if self.device.type == "cuda" else None
+        return DistributedDataParallel(model, device_ids=on_gpu)
+
+    def _reporter(self, arm: Arm, done: int, stack: ExitStack) -> StepReporter:
+        """Steps are counted from the arm's own start: arms are compared at the same step."""
+        job, config = self.job, self.config
+        prefix = f"{arm.label}/" if sum(a.steps > 0 for a in job.arms) > 1 else ""
+        writer = None
+        if self.rank == 0:
+            uri, metric = config.tracking.uri, prefix + LOSS_METRIC
+            writer = tracking.MetricWriter(
+                uri,
+                job.run_id,
+                after_step=tracking.last_logged_step(uri, job.run_id, metric),
+                is_superseded=job.folder.is_superseded,
+            )
+            stack.callback(writer.close)
+        batch = config.optim.global_batch_size
+        size = RunSize(arm.steps, batch, arm.num_samples, 1)
+        reporter = StepReporter(
+            size, config.reporting.every_steps, done - arm.first_step, writer, prefix
+        )
+        if self.rank == 0:
+            logger.info(
+                "%s: %d steps on %d labelled images, from step %d on",
+                arm.label,
+                arm.steps,
+                arm.num_samples,
+                done - arm.first_step,
+            )
+        return reporter
+
+    def _step(
+        self,
+        arm: Arm,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        step: int,
+        decoded: Iterator[_DecodedBatch],
+        reporter: StepReporter,
+        trace: SampleTrace,
+    ) -> None:
+        optim, own_step = self.config.optim, step - arm.first_step
+        warmup = optim.warmup_epochs * arm.num_samples / optim.global_batch_size
+        peak = self.task.peak_learning_rate(arm)
+        learning_rate = warmup_cosine(
+            own_step - 1,
+            peak=peak,
+            warmup_steps=min(warmup, arm.steps / 5),
+            total_steps=arm.steps,
+            floor=peak * optim.min_lr_ratio,
+        )
+        metrics = optimizer_step(
+            model,
+            optimizer,
+            self._batches(arm, step, decoded, reporter, trace),
+            partial(self.task.loss, arm=arm),
+            grad_accum_steps=optim.global_batch_size // (optim.micro_batch_size * self.world_size),
+            learning_rate=learning_rate,
+            autocast_dtype=self.autocast_dtype,
+            max_grad_norm=optim.max_grad_norm,
+        )
+        if not reporter.is_due(own_step):
+            return
+        totals = reporter.report(
+            own_step,
+            loss=metrics.loss,
+            num_samples=metrics.num_samples,
+            learning_rate=learning_rate,
+            grad_norm=metrics.grad_norm,
+        )
+        seen = (own_step - reporter.first_step) * optim.global_batch_size
+        ratio = self.config.data.max_bad_ratio
+        if too_many_bad(totals, seen, ratio):
+            save_bad_samples(reporter, self.job.folder, self.rank, self.world_size)
+            raise bad_samples_error(totals, seen, ratio, self.job.folder)
+
+    # Data
+
+    def _decoded(self) -> Iterator[_DecodedBatch]:
+        shard = ray.train.get_dataset_shard("train")
+        rows = shard.iter_batches(batch_size=1, batch_format="pyarrow", prefetch_batches=2)
+        return ahead(micro_batches(rows), self._decode, BATCHES_AHEAD)
+
+    def _decode(self, table: pa.Table) -> _DecodedBatch:
+        position = int(table["position"][0].as_py())
+        batch = self.config.optim.global_batch_size
+        arm = next(a for a in self.job.arms if position < a.last_step * batch)
+        columns = [table[n].to_pylist() for n in ("shard", "key", "epoch", "image", "target")]
+        samples = [EncodedSample(*values) for values in zip(*columns, strict=True)]
+        made = list(self.pool.map(partial(self._example, arm=arm), samples, table["error"]))
+        return _DecodedBatch(
+            [x if isinstance(x, Example) else None for x in made],
+            [x for x in made if isinstance(x, BadSample)],
+            table.drop_columns(["image", "target"]),
+        )
+
+    def _example(self, sample: EncodedSample, error: Any, arm: Arm) -> Example | BadSample:
+        why = error.as_py()
+        if why is not None:
+            kind = why.partition(":")[0]
+            return BadSample(sample.epoch, sample.shard, sample.key, kind, why)
+        try:
+            return self.task.training_example(sample, arm)
+        except CorruptSampleError as corrupt:
+            return BadSample(sample.epoch, sample.shard, sample.key, corrupt.kind, str(corrupt))
+
+    def _batches(
+        self,
+        arm: Arm,
+        step: int,
+        decoded: Iterator[_DecodedBatch],
+        reporter: StepReporter,
+        trace: SampleTrace,
+    ) -> Iterator[Batch]:
+        """The micro batches of one step."""
+        optim = self.config.optim
+        number = 0
+        while True:
+            since = time.monotonic()
+            batch = next(decoded, None)
+            reporter.waited_s += time.monotonic() - since
+            if batch is None:
+                return
+            before = self.first_step * optim.global_batch_size
+            place = self.num_passes * self.world_size + self.rank
+            check_place(
+                batch.rows,
+                before + place * optim.micro_batch_size,
+                optim.micro_batch_size,
+                self.rank,
+            )
+            self.num_passes += 1
+            reporter.count_bad(batch.bad)
+            trace.write(batch.rows, [x is not None for x in batch.examples], step)
+            generator = named_generator(arm.seed, "batch", step, self.rank, number)
+            number += 1
+            yield self._to_device(batch.examples, generator)
+
+    def _to_device(
+        self, examples: Sequence[Example | None], generator: np.random.Generator
+    ) -> Batch:
+        model = self.job.encoder.model
+        hole = np.zeros((*model.img_size, model.in_chans), np.uint8)
+        images = self._images([hole if x is None else x.pixels for x in examples])
+        weights = torch.tensor([float(x is not None) for x in examples], device=self.device)
+        images = images * weights[:, None, None, None]
+        targets = [None if x is None else x.target for x in examples]
+        return Batch(images, targets, weights, generator)
+
+    def _images(self, pixels: list[npt.NDArray[Any]]) -> Tensor:
+        encoder = self.job.encoder
+        stacked = normalize(stack_pixels(pixels), encoder.channel_mean, encoder.channel_std)
+        return torch.from_numpy(stacked).to(self.device)
+
+    # What comes of it
+
+    def _checkpoint(
+        self, arm: Arm, model: nn.Module, optimizer: torch.optim.Optimizer, step: int
+    ) -> None:
+        if self.rank == 0:
+            with tempfile.TemporaryDirectory() as local:
+                record = self._record(arm, step)
+                save_checkpoint(Path(local), record, model=model, optimizer=optimizer)
+                uri = commit_checkpoint(
+                    Path(local),
+                    self.job.run_uri,
+                    step=step,
+                    keep=self.config.checkpoint.keep,
+                    check=self.job.folder.check_start,
+                )
+            logger.info("checkpoint: %s", uri)
+        ray.train.report({"step": step})
+
+    def _record(self, arm: Arm, step: int) -> CheckpointRecord:
+        encoder, batch = self.job.encoder, self.config.optim.global_batch_size
+        return CheckpointRecord(
+            step=step,
+            samples_seen=step * batch,
+            epoch=(step - arm.first_step) * batch / arm.num_samples,
+            total_steps=max(self.job.total_steps, 1),
+            seed=arm.seed,
+            data_digest=self.job.data_digest,
+            channel_mean=encoder.channel_mean,
+            channel_std=encoder.channel_std,
+            model=encoder.model,
+            masking=encoder.masking,
+            loss=encoder.loss,
+            stage=self.config.stage,
+            classes=self.job.classes,
+        )
+
+    def _finish(self, arm: Arm, model: nn.Module) -> None:
+        """Measure an arm, and keep its model; a start that was cut here does it again."""
+        training: list[Any] | None = []
+        if arm.steps:
+            predictions = self._predictions(model, self.job.val_shards, None)
+        else:  # such arms share the frozen encoder
+            number = self.job.arms.index(arm)
+            training = self._features(model, self.job.train_shards, self.job.rows[number])
+            predictions = self._features(model, self.job.val_shards, None)
+        if predictions is not None and training is not None:
+            evaluation = self.task.evaluate(predictions, arm, self._validation_example, training)
+            folder = self.job.folder
+            if arm.steps:
+                with tempfile.TemporaryDirectory() as local:
+                    record = self._record(arm, arm.last_step)
+                    save_checkpoint(Path(local), record, model=model, optimizer=None)
+                    uri = folder.model_uri(arm.label)
+                    storage.upload_folder(
+                        Path(local), uri, last="manifest.json", before_last=folder.check_start
+                    )
+            _write_evaluation(folder, arm, evaluation)
+            shown = ", ".join(f"{name}={x:.3f}" for name, x in evaluation.metrics.items())
+            logger.info("%s: %s", arm.label, shown)
+        if self.world_size > 1:  # nobody asks for the result before it is there
+            torch.distributed.barrier()
+
+    def _features(
+        self, model: nn.Module, shards: tuple[ShardInfo, ...], rows: tuple[Rows, ...] | None
+    ) -> list[Any] | None:
+        """As `_predictions`, kept until other rows of the same shards are asked for."""
+        kept = self.kept_features.get(shards)
+        if kept is None or kept[0] is not rows:
+            self.kept_features[shards] = kept = (rows, self._predictions(model, shards, rows))
+        return kept[1]
+
+    def _predictions(
+        self, model: nn.Module, shards: tuple[ShardInfo, ...], rows: tuple[Rows, ...] | None
+    ) -> list[Any] | None:
+        """Of all samples, or of some rows, on rank 0; each rank predicts its part of them."""
+        chosen = rows or tuple(range(shard.num_samples) for shard in shards)
+        pieces = [
+            (shards, number, part[start : start + ROWS_PER_READ])
+            for number, part in enumerate(chosen)
+            for start in range(0, len(part), ROWS_PER_READ)
+        ]
+        was_training = model.training
+        model.eval()
+        mine = [self._predict_piece(model, *x) for x in pieces[self.rank :: self.world_size]]
+        model.train(was_training)
+        parts = [mine]
+        if self.world_size > 1:
+            parts = [[] for _ in range(self.world_size)]
+            torch.distributed.all_gather_object(parts, mine)
+        if self.rank != 0:
+            return None
+        ordered = [parts[i % self.world_size][i // self.world_size] for i in range(len(pieces))]
+        predictions = [prediction for part in ordered for prediction in part]
+        if not predictions:
+            raise DataError(f"{shards[0].path}: none of the images can be decoded")
+        return predictions
+
+    def _predict_piece(
+        self, model: nn.Module, shards: tuple[ShardInfo, ...], number: int, rows: Rows
+    ) -> list[Any]:
+        samples = read_chosen(shards[number], rows)
+        read = partial(self._whole_example, shards)
+        made = list(self.pool.map(read, [(number, int(row)) for row in rows], samples))
+        examples = [example for example in made if example is not None]
+        if len(examples) < len(made):
+            logger.warning(
+                "%d of %d images can't be used and are not measured: %s, rows %d to %d",
+                len(made) - len(examples),
+                len(made),
+                shards[number].path,
+                rows[0],
+                rows[-1],
+            )
+        if not examples:
+            return []
+        predictions: list[Any] = []
+        with torch.no_grad():
+            for _, alike in groupby(examples, key=lambda example: example.pixels.shape):
+                group = list(alike)
+                images = self._images([example.pixels for example in group])
+                predictions += self.task.predict(model, images, group)
+        return predictions
+
+    def _validation_example(self, place: tuple[int, int]) -> Example:
+        shards = self.job.val_shards
+        (sample,) = read_samples(shards[place[0]], place[1], place[1] + 1)
+        example = self._whole_example(shards, place, sample)
+        if example is None:
+            raise DataError(f"{shards[place[0]].path}: row {place[1]} changed while it was read")
+        return example
+
+    def _whole_example(
+        self, shards: tuple[ShardInfo, ...], place: tuple[int, int], row: Sample | BrokenSample
+    ) -> Example | None:
+        """As it is, not augmented; None where it can't be used."""
+        if isinstance(row, BrokenSample):
+            return None
+        target = target_of(row, self.job.targets)
+        sample = EncodedSample(shards[place[0]].path, row.key, 0, row.image, target)
+        try:
+            return self.task.validation_example(sample)._replace(place=place)
+        except CorruptSampleError:
+            return None
+
+
+def _seed(*names: int | str) -> int:
+    first, *rest = names
+    assert isinstance(first, int)
+    return int(named_generator(first, *rest).integers(2**62))
+
+
+def _write_evaluation(folder: RunFolder, arm: Arm, evaluation: Evaluation) -> None:
+    for name, picture in evaluation.pictures.items():
+        folder.write_arm_picture(arm.label, name, picture)
+    for name, text in evaluation.texts.items():
+        folder.write_arm_file(arm.label, name, text.encode())
+    folder.write_arm(arm.label, json.dumps(evaluation.metrics))

@@ -1,0 +1,336 @@
+#!/usr/bin/env python
+"""Write the features of a frozen encoder for a shard set, and find images that are alike.
+
+    python pipelines/embed.py init_from=CHECKPOINT data=SHARDS
+    mae embed search IMAGE init_from=CHECKPOINT data=SHARDS
+
+Nothing is masked. The same command goes on with the files that are missing.
+"""
+
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":  # run as a file: import the package, not the files beside this one
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+    from pipelines.cli import main
+
+    sys.exit(main(["embed", *sys.argv[1:]]))
+
+import io
+import logging
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
+from uuid import uuid4
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+import ray
+import ray.data
+import torch
+
+from infra import storage, tracking
+from mae_core.checkpoint import WEIGHTS_FILE, CheckpointManifest, load_encoder
+from mae_core.data.decode import CorruptSampleError, Pixels, decode_image
+from mae_core.data.manifest import Manifest, ShardInfo
+from mae_core.data.samples import DataError, Sample
+from mae_core.data.transforms import center_crop, stack_pixels
+from mae_core.data.views import normalize
+from mae_core.evaluation.retrieval import cosine_similarity, retrieval_picture
+from mae_core.model.encoder import MaskedEncoder
+from pipelines import launch
+from pipelines.checkpoints import fetch_checkpoint, fetch_manifest
+from pipelines.config import ConfigError, StageResult
+from pipelines.datasets import open_shards, read_rows, read_samples
+from pipelines.downstream_config import EmbedConfig
+from pipelines.recording import ended_in_mlflow, say_where_to_compare, start_record
+from pipelines.run_folder import RunFolder, RunRecord
+
+logger = logging.getLogger(__name__)
+
+STAGE = "embed"
+
+
+class Piece(NamedTuple):
+    """What becomes one file."""
+
+    shard: ShardInfo
+    start: int
+    stop: int
+    uri: str
+
+
+class EmbedJob(NamedTuple):
+    """All that an actor is told."""
+
+    config: EmbedConfig
+    init_uri: str
+    img_size: tuple[int, int]
+
+
+def run(config: EmbedConfig, *, fresh: bool) -> StageResult:
+    """Embed what is not embedded yet; with a query, look for its like.
+
+    Raises:
+        ConfigError, DataError, NoShardsError, StorageError: as the other stages.
+    """
+    launch.check_paths([("init_from", config.init_from), ("storage.root", config.storage.root)])
+    launch.check_tracking(config.tracking.uri)
+    root = storage.absolute(config.storage.root)
+    folder = RunFolder(storage.join(root, STAGE, config.run_name))
+    encoder = fetch_manifest(config.init_from)
+    img_size = config.img_size or encoder.model.img_size
+    if any(side % encoder.model.patch_size for side in img_size):
+        raise ConfigError(
+            f"img_size={img_size[0]}x{img_size[1]} is not a multiple of "
+            f"{encoder.model.patch_size}, the patch_size of init_from={config.init_from}"
+        )
+    if fresh:
+        storage.delete_folder(folder.index_uri)
+    data = open_shards(
+        config.data, storage.join(folder.index_uri, "data"), max_bad_ratio=config.max_bad_ratio
+    )
+    digest = f"{data.digest[:16]}-{encoder.files[WEIGHTS_FILE].sha256[:16]}"
+    record = None if fresh else folder.read_record()
+    if record is not None and record.data_digest != digest:
+        raise DataError(
+            f"{folder.uri}: data or weights changed since this run began; bring them back, or "
+            "start over with --fresh"
+        )
+    job = EmbedJob(config, storage.absolute(config.init_from), img_size)
+    done = None if fresh else folder.read_result()
+    if done is None:
+        done = _embed(config, job, data, folder, record, digest, fresh=fresh)
+    else:
+        logger.info("%s is done: not embedded again (--fresh starts over)", folder.uri)
+        done = done._replace(status="reused")
+    if config.query is not None:
+        _search(config, job, data, folder)
+    return done
+
+
+def _embed(
+    config: EmbedConfig,
+    job: EmbedJob,
+    data: Manifest,
+    folder: RunFolder,
+    record: RunRecord | None,
+    digest: str,
+    *,
+    fresh: bool,
+) -> StageResult:
+    start = uuid4().hex
+    with launch.running_ray(config.scaling):
+        if fresh:
+            folder.clear()
+        run_id = start_record(
+            config,
+            folder,
+            RunRecord(
+                start=start,
+                data_digest=digest,
+                run_id=record.run_id if record else None,
+                config=config.model_dump(mode="json"),
+            ),
+            tags={
+                **launch.run_tags(STAGE, seed="", output=folder.uri),
+                "init_from": job.init_uri,
+            },
+            data={"data": (data.digest, str(config.data))},
+        )
+        folder = RunFolder(folder.uri, start)
+        with ended_in_mlflow(config.tracking.uri, run_id, folder):
+            bad = _run_actors(config, job, data, folder)
+            metrics = {
+                "num_images": float(data.num_samples - bad),
+                "data/left_out": float(bad),
+            }
+            tracking.log_final_metrics(config.tracking.uri, run_id, metrics, 0)
+            say_where_to_compare(config.tracking.uri)
+            result = StageResult(STAGE, "done", run_id, folder.features_uri, metrics)
+            folder.write_result(result)
+            return result
+
+
+def _run_actors(config: EmbedConfig, job: EmbedJob, data: Manifest, folder: RunFolder) -> int:
+    """Write the files that are missing; how many images of all files can't be used.
+
+    Raises:
+        DataError: more than `max_bad_ratio`.
+    """
+    pieces = list(_pieces(config, data, folder))
+    there = set(storage.list_files(folder.features_uri))
+    missing = [piece for piece in pieces if piece.uri.rpartition("/")[2] not in there]
+    logger.info("%d of %d files are to be written", len(missing), len(pieces))
+    if missing:
+        numbers = ray.data.from_items([{"number": i} for i in range(len(missing))])
+        written = numbers.repartition(len(missing)).map_batches(
+            _Embedder,
+            fn_constructor_args=(job, missing),
+            batch_size=1,
+            compute=ray.data.ActorPoolStrategy(size=config.scaling.num_workers),
+            num_cpus=config.scaling.cpus_per_worker,
+            num_gpus=1 if config.scaling.use_gpu else 0,
+        )
+        for number, row in enumerate(written.iter_rows(), start=1):
+            logger.info("file %d of %d: %d images", number, len(missing), row["num_images"])
+    num_written = sum(_num_rows(piece.uri) for piece in pieces)
+    bad = data.num_samples - num_written
+    if bad > config.max_bad_ratio * max(data.num_samples, 1000):
+        raise DataError(
+            f"{bad} of {data.num_samples} images can't be used, more than max_bad_ratio="
+            f"{config.max_bad_ratio:g}; the workers' log names them"
+        )
+    return bad
+
+
+def _pieces(config: EmbedConfig, data: Manifest, folder: RunFolder) -> Iterator[Piece]:
+    for number, shard in enumerate(data.shards):
+        for start in range(0, shard.num_samples, config.rows_per_file):
+            stop = min(start + config.rows_per_file, shard.num_samples)
+            name = f"part-{number:06d}-{start:08d}.parquet"
+            yield Piece(shard, start, stop, storage.join(folder.features_uri, name))
+
+
+def _num_rows(uri: str) -> int:
+    return int(pq.read_metadata(io.BytesIO(storage.read_bytes(uri))).num_rows)
+
+
+class _Embedder:
+    """An actor of Ray Data: holds the encoder, writes a file a piece."""
+
+    def __init__(self, job: EmbedJob, pieces: list[Piece]) -> None:
+        self.reader = FeatureReader(job)
+        self.pieces = pieces
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, list[int]]:
+        counts = [self._write(self.pieces[int(number)]) for number in batch["number"]]
+        return {"num_images": counts}
+
+    def _write(self, piece: Piece) -> int:
+        tables = []
+        for start in range(piece.start, piece.stop, self.reader.batch_size):
+            stop = min(start + self.reader.batch_size, piece.stop)
+            rows = read_samples(piece.shard, start, stop)
+            numbered = [(start + i, row) for i, row in enumerate(rows) if isinstance(row, Sample)]
+            tables += self.reader.table(piece.shard.path, numbered)
+        table = pa.concat_tables(tables) if tables else _table([], "", np.zeros((0, 1)))
+        buffer = io.BytesIO()
+        pq.write_table(table, buffer, compression="zstd")
+        storage.write_bytes(piece.uri, buffer.getvalue())
+        return len(table)
+
+
+class FeatureReader:
+    """From samples to features."""
+
+    def __init__(self, job: EmbedJob) -> None:
+        config = job.config
+        self.batch_size, self.kind, self.img_size = config.batch_size, config.features, job.img_size
+        self.device = torch.device("cuda" if config.scaling.use_gpu else "cpu")
+        if self.device.type == "cpu":
+            torch.set_num_threads(config.scaling.cpus_per_worker)
+        self.encoder, self.manifest = _load(job)
+        self.encoder.to(self.device).eval()
+        self.pool = ThreadPoolExecutor(config.scaling.cpus_per_worker)
+
+    def table(self, path: str, numbered: list[tuple[int, Sample]]) -> list[pa.Table]:
+        """One table of those that can be decoded; the others are named in the log."""
+        decoded = list(self.pool.map(lambda item: self._pixels(path, item[1]), numbered))
+        whole = [
+            (row, sample, pixels)
+            for (row, sample), pixels in zip(numbered, decoded, strict=True)
+            if pixels is not None
+        ]
+        if not whole:
+            return []
+        features = self.features([pixels for *_, pixels in whole])
+        return [_table([(row, sample) for row, sample, _ in whole], path, features)]
+
+    def _pixels(self, path: str, sample: Sample) -> Pixels | None:
+        try:
+            pixels = decode_image(sample.image, self.manifest.model.in_chans)
+            return center_crop(pixels, self.img_size)
+        except CorruptSampleError as error:
+            logger.warning("left out: shard=%s key=%s reason=%s", path, sample.key, error)
+            return None
+
+    def features(self, pixels: list[Pixels]) -> npt.NDArray[np.float32]:
+        """(N, D); of a grid (N, h * w * D), row by row."""
+        mean, std = self.manifest.channel_mean, self.manifest.channel_std
+        images = torch.from_numpy(normalize(stack_pixels(pixels), mean, std)).to(self.device)
+        with torch.no_grad():
+            tokens = self.encoder(images).float()  # (N, 1 + L, D)
+        if self.kind == "cls":
+            chosen = tokens[:, 0]
+        elif self.kind == "mean":
+            chosen = tokens[:, 1:].mean(dim=1)
+        else:
+            chosen = tokens[:, 1:].flatten(1)
+        features: npt.NDArray[np.float32] = chosen.cpu().numpy()
+        return features
+
+
+def _load(job: EmbedJob) -> tuple[MaskedEncoder, CheckpointManifest]:
+    with tempfile.TemporaryDirectory() as workspace:
+        found = fetch_checkpoint(job.init_uri, Path(workspace) / "encoder")
+        return load_encoder(found.folder)
+
+
+def _table(samples: list[tuple[int, Sample]], path: str, features: npt.NDArray[Any]) -> pa.Table:
+    """shard, row, key, label (the .cls as text, or null) and feature, a list of one length."""
+    labels = [sample.parts.get("cls") for _, sample in samples]
+    flat = pa.array(features.astype(np.float32).ravel())
+    return pa.table(
+        {
+            "shard": pa.array([path] * len(samples), pa.string()),
+            "row": pa.array([row for row, _ in samples], pa.int64()),
+            "key": pa.array([sample.key for _, sample in samples], pa.string()),
+            "label": pa.array(
+                [None if x is None else x.decode(errors="replace") for x in labels], pa.string()
+            ),
+            "feature": pa.FixedSizeListArray.from_arrays(flat, features.shape[1]),
+        }
+    )
+
+
+# Looking for what is alike
+
+
+def _search(config: EmbedConfig, job: EmbedJob, data: Manifest, folder: RunFolder) -> None:
+    """Print the images most like the query, and draw them."""
+    assert config.query is not None
+    reader = FeatureReader(job)
+    try:
+        query = decode_image(storage.read_bytes(config.query), reader.manifest.model.in_chans)
+    except (FileNotFoundError, CorruptSampleError) as error:
+        raise ConfigError(f"{config.query}: {error}") from error
+    (feature,) = reader.features([center_crop(query, job.img_size)])
+    best: list[tuple[float, dict[str, Any]]] = []
+    for name in storage.list_files(folder.features_uri):
+        content = storage.read_bytes(storage.join(folder.features_uri, name))
+        table = pq.read_table(io.BytesIO(content))
+        if not len(table):
+            continue
+        width = table.schema.field("feature").type.list_size
+        flat = table["feature"].combine_chunks().flatten().to_numpy()
+        alike = cosine_similarity(flat.reshape(-1, width), feature)
+        for place in np.argsort(-alike)[: config.num_neighbours]:
+            row = {c: table[c][int(place)].as_py() for c in ("shard", "row", "key", "label")}
+            best.append((float(alike[place]), row))
+        best = sorted(best, key=lambda item: -item[0])[: config.num_neighbours]
+    shards = {shard.path: shard for shard in data.shards}
+    pictures, captions = [], []
+    for similarity, row in best:
+        (sample,) = read_rows(shards[row["shard"]], row["row"], row["row"] + 1)
+        pictures.append(decode_image(sample.image, reader.manifest.model.in_chans))
+        label = "" if row["label"] is None else f", class {row['label']}"
+        captions.append(f"{row['key'][-18:]}\n{similarity:.3f}{label}")
+        logger.info("%.4f  %s  %s%s", similarity, row["shard"], row["key"], label)
+    title = f"{config.run_name}: most like {Path(config.query).name}, by cosine"
+    picture = retrieval_picture(query, pictures, captions, title)
+    uri = folder.write_picture_file(f"search-{Path(config.query).stem}", picture)
+    logger.info("picture: %s", uri)

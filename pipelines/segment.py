@@ -1,0 +1,213 @@
+#!/usr/bin/env python
+"""Train a segmenter on a pretrained encoder, and the same one from scratch.
+
+    python pipelines/segment.py configs/segment/nuclei.yaml init_from=CHECKPOINT
+
+The same command goes on where it was stopped; a finished run is not trained again.
+"""
+
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":  # run as a file: import the package, not the files beside this one
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+    from pipelines.cli import main
+
+    sys.exit(main(["segment", *sys.argv[1:]]))
+
+from collections.abc import Callable, Hashable, Sequence
+from typing import NamedTuple, cast
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from mae_core.data.decode import decode_image
+from mae_core.data.label_maps import (
+    IGNORE,
+    INSTANCE_CLASSES,
+    InstanceMap,
+    LabelMap,
+    check_same_size,
+    decode_indices,
+    decode_label_map,
+    instances_to_classes,
+    segmentation_view,
+)
+from mae_core.data.randomness import sample_generator
+from mae_core.evaluation.segmentation import (
+    InstanceMatches,
+    SegmentationScores,
+    confusion_counts,
+    instance_f1,
+    scores_from_counts,
+    segmentation_picture,
+)
+from mae_core.model.feature_pyramid import MapEncoder
+from mae_core.model.segmenter import (
+    build_segmenter,
+    segmentation_loss,
+    sliding_window_logits,
+)
+from mae_core.train_step import BatchLoss
+from pipelines import downstream
+from pipelines.config import StageResult
+from pipelines.downstream import LabelledData, Stage, adamw, arms_table
+from pipelines.downstream_config import DownstreamConfig, SegmentConfig
+from pipelines.task import Arm, Batch, EncodedSample, Evaluation, Example, TaskInfo
+
+NUM_PICTURES = 6
+
+
+def run(config: SegmentConfig, *, fresh: bool) -> StageResult:
+    """Train and measure each arm; see `downstream.run`."""
+    stage = Stage(("seg.png",), _study, _make_task, _summarize)
+    return downstream.run(config, stage, fresh=fresh)
+
+
+def _study(
+    config: DownstreamConfig, data: LabelledData
+) -> tuple[tuple[str, ...], Sequence[Hashable]]:
+    section = cast(SegmentConfig, config).segment
+    names = INSTANCE_CLASSES if section.masks == "instances" else section.names
+    assert names is not None, "the config checks it"
+    return names, [0] * data.train.num_samples
+
+
+def _make_task(config: DownstreamConfig, info: TaskInfo) -> "SegmentTask":
+    return SegmentTask(cast(SegmentConfig, config), info)
+
+
+class _Truth(NamedTuple):
+    classes: LabelMap
+    instances: InstanceMap | None  # where they are to be told apart
+
+
+class Prediction(NamedTuple):
+    counts: npt.NDArray[np.int64]  # (K, K), see confusion_counts
+    matches: InstanceMatches | None
+    classes: LabelMap | None  # of the first images, for the picture
+    place: tuple[int, int]
+
+
+class SegmentTask:
+    """See `pipelines.task.Task`."""
+
+    def __init__(self, config: SegmentConfig, info: TaskInfo) -> None:
+        self.config = config
+        self.section = config.segment
+        self.info = info
+
+    def training_example(self, sample: EncodedSample, arm: Arm) -> Example:
+        pixels, truth = self._decode(sample)
+        view, classes = segmentation_view(
+            pixels,
+            truth.classes,
+            sample_generator(arm.seed, sample.epoch, sample.key),
+            size=self.info.model.img_size,
+            scale=self.section.scale,
+            flip=self.section.flip,
+        )
+        return Example(view, _Truth(classes, None))
+
+    def validation_example(self, sample: EncodedSample) -> Example:
+        return Example(*self._decode(sample))
+
+    def _decode(self, sample: EncodedSample) -> tuple[npt.NDArray[np.uint8], _Truth]:
+        pixels = decode_image(sample.image, self.info.model.in_chans)
+        instances = None
+        if self.section.masks == "instances":
+            instances = decode_indices(sample.target, sample.where)
+            classes = instances_to_classes(instances)
+        else:
+            classes = decode_label_map(
+                sample.target, sample.where, kind="classes", num_classes=len(self.info.names)
+            )
+        check_same_size(pixels, classes, sample.where)
+        return pixels, _Truth(classes, instances)
+
+    def build_model(self, encoder: nn.Module, arm: Arm) -> nn.Module:
+        return build_segmenter(
+            cast(MapEncoder, encoder),
+            num_classes=len(self.info.names),
+            head=self.section.head,
+            channels=self.section.channels,
+            window=self.section.window,
+            frozen=arm.name == "frozen",
+        )
+
+    def build_optimizer(self, model: nn.Module, arm: Arm) -> torch.optim.Optimizer:
+        return adamw(model, self.config.optim, arm)
+
+    def peak_learning_rate(self, arm: Arm) -> float:
+        return self.config.optim.learning_rate
+
+    def loss(self, model: nn.Module, batch: Batch, arm: Arm) -> BatchLoss:
+        hole = np.full(self.info.model.img_size, IGNORE, np.uint8)
+        maps = [hole if target is None else target.classes for target in batch.targets]
+        targets = torch.from_numpy(np.stack(maps)).long().to(batch.images.device)
+        loss = segmentation_loss(model(batch.images), targets, batch.weights)
+        return BatchLoss(loss, batch.weights.sum())
+
+    def predict(
+        self, model: nn.Module, images: Tensor, examples: Sequence[Example]
+    ) -> list[Prediction]:
+        height, width = crop = self.info.model.img_size
+        step = 1 - self.section.overlap
+        stride = max(1, round(height * step)), max(1, round(width * step))
+        logits = sliding_window_logits(model, images, crop=crop, stride=stride)
+        maps = logits.argmax(dim=1).to(torch.uint8).cpu()
+        return [
+            self._prediction(classes, example)
+            for classes, example in zip(maps, examples, strict=True)
+        ]
+
+    def _prediction(self, classes: Tensor, example: Example) -> Prediction:
+        truth: _Truth = example.target
+        place = example.place or (0, 0)
+        counts = confusion_counts(
+            classes, torch.from_numpy(truth.classes.copy()), len(self.info.names)
+        )
+        found = classes.numpy()
+        matches = None if truth.instances is None else instance_f1(found, truth.instances)
+        is_shown = place[0] == 0 and place[1] < NUM_PICTURES
+        return Prediction(counts.numpy(), matches, found if is_shown else None, place)
+
+    def evaluate(
+        self,
+        predictions: list[Prediction],
+        arm: Arm,
+        read: Callable[[tuple[int, int]], Example],
+        training: list[Prediction],
+    ) -> Evaluation:
+        counts = np.sum([p.counts for p in predictions], axis=0)
+        scores = scores_from_counts(torch.from_numpy(counts), self.info.names)
+        metrics = {"miou": scores.miou, "pixel_accuracy": scores.pixel_accuracy}
+        metrics |= {f"iou/{name}": value for name, value in scores.iou_per_class.items()}
+        matches = [p.matches for p in predictions if p.matches is not None]
+        if matches:
+            metrics["instance_f1"] = InstanceMatches(*np.sum(matches, axis=0).tolist()).f1
+        shown = [p for p in predictions if p.classes is not None]
+        examples = [read(p.place) for p in shown]
+        title = f"{self.info.title}, {arm.name}: mIoU {scores.miou:.3f}"
+        picture = segmentation_picture(
+            [example.pixels for example in examples],
+            [example.target.classes for example in examples],
+            [p.classes for p in shown if p.classes is not None],
+            self.info.names,
+            title,
+        )
+        table = {"per_class.md": _per_class_table(scores)}
+        return Evaluation(metrics, {"segmentation": picture}, table)
+
+
+def _per_class_table(scores: SegmentationScores) -> str:
+    rows = [f"| {name} | {value:.3f} |" for name, value in scores.iou_per_class.items()]
+    return "| class | IoU |\n|---|---|\n" + "\n".join(rows) + "\n"
+
+
+def _summarize(
+    config: DownstreamConfig, info: TaskInfo, found: dict[Arm, dict[str, float]]
+) -> Evaluation:
+    return Evaluation({}, {}, {"summary.md": arms_table(found)})
