@@ -257,8 +257,21 @@ class SegmentSection(ArmsConfig):
     """Factor on the picture before the random crop, from and to."""
     flip: bool = True
     """Mirror half of the images."""
+    class_weights: tuple[float, ...] | None = None
+    """Factor on the loss of each class's pixels, in the order of their numbers: rare classes
+    drown otherwise; all the same where left out."""
     overlap: float = Field(default=0.5, ge=0, lt=1)
     """Share of a window that the next one covers too, where images are larger than `img_size`."""
+
+    @model_validator(mode="after")
+    def _each_class_has_a_weight(self) -> Self:
+        num_classes = 3 if self.masks == "instances" else len(self.names or ())
+        if self.class_weights is not None and len(self.class_weights) != num_classes:
+            raise ValueError(
+                f"class_weights={list(self.class_weights)}: {len(self.class_weights)} for "
+                f"{num_classes} classes"
+            )
+        return self
 
     @model_validator(mode="after")
     def _classes_have_names(self) -> Self:

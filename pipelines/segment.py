@@ -147,7 +147,10 @@ class SegmentTask:
         hole = np.full(self.info.model.img_size, IGNORE, np.uint8)
         maps = [hole if target is None else target.classes for target in batch.targets]
         targets = torch.from_numpy(np.stack(maps)).long().to(batch.images.device)
-        loss = segmentation_loss(model(batch.images), targets, batch.weights)
+        class_weights = None
+        if self.section.class_weights is not None:
+            class_weights = torch.tensor(self.section.class_weights, device=targets.device)
+        loss = segmentation_loss(model(batch.images), targets, batch.weights, class_weights)
         return BatchLoss(loss, batch.weights.sum())
 
     def predict(

@@ -97,9 +97,10 @@ class MaskedEncoder(nn.Module):
             tokens = self.norm(self.tokens(images))[:, 1:]
             return tokens.transpose(1, 2).unflatten(2, (rows, columns))
         tokens = self._embed(images)
-        spacing = max(1, len(self.blocks) // _GLOBAL_BLOCKS)
+        depth = len(self.blocks)
+        spread = {-(-depth * i // _GLOBAL_BLOCKS) for i in range(1, _GLOBAL_BLOCKS + 1)}
         for number, block in enumerate(self.blocks, start=1):
-            if number % spacing == 0:
+            if number in spread:
                 tokens = block(tokens)
             else:
                 windows = _to_windows(tokens, window, (rows, columns))

@@ -198,15 +198,22 @@ def build_segmenter(
 
 
 def segmentation_loss(
-    logits: Float[Tensor, "B K H W"], targets: Int[Tensor, "B H W"], weights: Float[Tensor, " B"]
+    logits: Float[Tensor, "B K H W"],
+    targets: Int[Tensor, "B H W"],
+    weights: Float[Tensor, " B"],
+    class_weights: Float[Tensor, " K"] | None = None,
 ) -> Float[Tensor, ""]:
     """Cross-entropy: the mean over an image's pixels that count, then the weighted mean over B.
 
     The denominator is B, whatever the weights: a place that a batch holds for no image has weight
     0 and adds nothing, and so does an image whose pixels are all `IGNORE`.
+
+    `class_weights` multiply the loss of each class's pixels: thin classes drown otherwise.
     """
     # fp32: a bf16 sum over H * W pixels loses the small ones.
-    losses = F.cross_entropy(logits.float(), targets, ignore_index=IGNORE, reduction="none")
+    losses = F.cross_entropy(
+        logits.float(), targets, class_weights, ignore_index=IGNORE, reduction="none"
+    )
     num_pixels = (targets != IGNORE).sum(dim=(1, 2)).clamp(min=1)
     per_image = losses.sum(dim=(1, 2)) / num_pixels  # (B,); ignored pixels are 0 already
     return (per_image * weights).sum() / len(weights)

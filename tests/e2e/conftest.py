@@ -86,12 +86,15 @@ class Place:
         return pretrain.run(self.config(*more), fresh=fresh)
 
     def start(self, *more: str) -> subprocess.Popen[str]:
-        """The command itself, in a process of its own."""
+        """Pretraining as a command, in a process of its own."""
+        return self.start_stage("pretrain", self.words(*more))
+
+    def start_stage(self, stage: str, words: list[str]) -> subprocess.Popen[str]:
         environment = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "MAE__"))}
         environment["RAY_worker_niceness"] = "0"
         with (self.folder / "stderr.txt").open("a") as stderr:
             return subprocess.Popen(
-                [sys.executable, str(ROOT / "pipelines/pretrain.py"), *self.words(*more)],
+                [sys.executable, str(ROOT / f"pipelines/{stage}.py"), *words],
                 cwd=self.folder,
                 env=environment,
                 stdout=subprocess.PIPE,
@@ -166,18 +169,39 @@ def undisturbed(
 
 
 @pytest.fixture
-def started(place: Place) -> Iterator[Callable[..., subprocess.Popen[str]]]:
-    """Starts the command; whatever still runs at the test's end is killed."""
-    processes: list[subprocess.Popen[str]] = []
-
-    def start(*more: str) -> subprocess.Popen[str]:
-        processes.append(place.start(*more))
-        return processes[-1]
-
-    yield start
-    for process in processes:
+def processes() -> Iterator[list[subprocess.Popen[str]]]:
+    """Commands that were started; whatever still runs at the test's end is killed."""
+    running: list[subprocess.Popen[str]] = []
+    yield running
+    for process in running:
         if process.poll() is None:
             for child in psutil.Process(process.pid).children(recursive=True):
                 child.kill()
             process.kill()
         process.communicate()
+
+
+@pytest.fixture
+def started(
+    place: Place, processes: list[subprocess.Popen[str]]
+) -> Callable[..., subprocess.Popen[str]]:
+    """Starts pretraining as a command."""
+
+    def start(*more: str) -> subprocess.Popen[str]:
+        processes.append(place.start(*more))
+        return processes[-1]
+
+    return start
+
+
+@pytest.fixture
+def started_downstream(
+    place: Place, processes: list[subprocess.Popen[str]]
+) -> Callable[..., subprocess.Popen[str]]:
+    """Starts another stage as a command."""
+
+    def start(stage: str, *words: str) -> subprocess.Popen[str]:
+        processes.append(place.start_stage(stage, list(words)))
+        return processes[-1]
+
+    return start

@@ -1,5 +1,6 @@
 """Heads that give each pixel a class: on any encoder, at any size, and they learn."""
 
+import math
 from collections.abc import Callable
 
 import pytest
@@ -372,3 +373,10 @@ def test_image_that_patches_do_not_tile_is_seen_in_windows(
     )
     assert logits.shape == (1, 3, 37, 45)
     assert logits.isfinite().all()
+
+
+def test_class_weights_multiply_the_loss_of_their_pixels() -> None:
+    logits = torch.zeros(1, 3, 1, 2)  # each class is as likely: a loss of log 3 a pixel
+    targets, weights = torch.tensor([[[0, 2]]]), torch.ones(1)
+    loss = segmentation_loss(logits, targets, weights, torch.tensor([1.0, 1.0, 4.0]))
+    assert loss.item() == pytest.approx(2.5 * math.log(3))

@@ -45,6 +45,7 @@ def make_block(
             pa.array(list(images.values()), pa.large_binary()),
             [False] * count,
             pa.array(errors or [None] * count, pa.string()),
+            pa.array([None] * count, pa.large_binary()),
         ],
         schema=SCHEMA,
     )

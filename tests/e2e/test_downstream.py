@@ -1,0 +1,380 @@
+"""Classify, detect, segment and embed on the drawn set: from a checkpoint to numbers and a model.
+
+One encoder is pretrained for a few steps; what it knows does not matter here.
+"""
+
+import hashlib
+import threading
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pyarrow.parquet as pq
+import pytest
+import torch
+from mlflow import MlflowClient
+from PIL import Image
+
+from mae_core.checkpoint import load_encoder, verify_checkpoint
+from mae_core.data.samples import DataError
+from pipelines import classify, detect, embed, segment
+from pipelines.config import ConfigError, StageResult, load_config
+from pipelines.downstream_config import (
+    ClassifyConfig,
+    DetectConfig,
+    DownstreamConfig,
+    EmbedConfig,
+    SegmentConfig,
+)
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
+
+STAGES: dict[type[DownstreamConfig], Any] = {
+    ClassifyConfig: classify,
+    DetectConfig: detect,
+    SegmentConfig: segment,
+}
+# 96 samples in batches of 16: 6 steps an epoch, 12 an arm.
+WORDS = [
+    "data.shuffle_window=32",
+    "optim.global_batch_size=16",
+    "optim.micro_batch_size=8",
+    "optim.epochs=2",
+    "optim.warmup_epochs=0.5",
+    "checkpoint.every_steps=5",
+    "reporting.every_steps=1",
+]
+DETECT = ["detect.strides=[4,8]", "detect.channels=32", "detect.num_convs=1"]
+SHAPES = "[background,disc,ring,crescent,heart,triangle,square,star,cross,arrow,bowtie]"
+SEGMENT = [f"segment.names={SHAPES}", "segment.channels=16", "img_size=16"]
+
+
+@pytest.fixture(scope="session")
+def encoder_uri(undisturbed: Any) -> str:
+    """The checkpoint of a run of 30 steps: ViT micro, 16 pixels, patches of 4, three channels."""
+    return str(undisturbed.result.output)
+
+
+class Downstream:
+    """Commands that run in one place."""
+
+    def __init__(self, place: Any, encoder_uri: str) -> None:
+        self.place = place
+        self.encoder_uri = encoder_uri
+
+    def words(self, *more: str) -> list[str]:
+        return [
+            *WORDS,
+            f"init_from={self.encoder_uri}",
+            f"data.train={self.place.shapes}/train",
+            f"data.val={self.place.shapes}/val",
+            f"storage.root={self.place.folder}/runs",
+            f"tracking.uri={self.place.tracking_uri}",
+            f"debug.sample_trace={self.place.trace_folder}",
+            *more,
+        ]
+
+    def run(
+        self, config_type: type[DownstreamConfig], *more: str, fresh: bool = False
+    ) -> StageResult:
+        config = load_config(config_type, [], self.words(*more), {})
+        result: StageResult = STAGES[config_type].run(config, fresh=fresh)
+        return result
+
+    def losses(self, run_id: str | None, metric: str = "train/loss") -> dict[int, float]:
+        assert run_id is not None
+        history = MlflowClient(self.place.tracking_uri).get_metric_history(run_id, metric)
+        steps = [point.step for point in history]
+        assert len(set(steps)) == len(steps), "a step has two values"
+        return {point.step: point.value for point in history}
+
+
+@pytest.fixture
+def downstream(place: Any, encoder_uri: str) -> Downstream:
+    return Downstream(place, encoder_uri)
+
+
+def weights_sha256(output: str) -> str:
+    return hashlib.sha256((Path(output) / "model.safetensors").read_bytes()).hexdigest()
+
+
+def run_folder(place: Any, stage: str) -> Path:
+    (folder,) = (place.folder / "runs" / stage).iterdir()
+    return Path(folder)
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_arms_shares_and_seeds_are_compared_in_one_run(downstream: Downstream) -> None:
+    result = downstream.run(
+        ClassifyConfig,
+        "classify.arms=[knn,logistic,linear,finetune,scratch]",
+        "classify.label_fraction=[0.5,1.0]",
+        "classify.seeds=[0,1]",
+        "optim.max_steps=2",
+    )
+    assert result.status == "done"
+    names = {"knn", "logistic", "linear", "finetune", "scratch"}
+    for key in (f"{name}-{share}/top1" for name in names for share in ("0.5", "1")):
+        assert 0 <= result.metrics[key] <= 1
+    # With all of the labels, nothing of the neighbours depends on a seed.
+    assert {"knn-0.5/top1_std", "finetune-1/top1_std"} <= set(result.metrics)
+    assert "knn-1/top1_std" not in result.metrics
+    assert result.output.endswith("models/finetune-1-seed0")
+
+    folder = run_folder(downstream.place, "classify")
+    table = (folder / "summary.md").read_text()
+    assert "| labels | knn | logistic | linear | finetune | scratch |" in table
+    for name in ("label_fraction.png", "arms/finetune-1-seed0/most_wrong.png"):
+        with Image.open(folder / name) as picture:
+            assert min(picture.size) > 200
+    client = MlflowClient(downstream.place.tracking_uri)
+    assert result.run_id is not None
+    run = client.get_run(result.run_id)
+    assert run.info.status == "FINISHED"
+    assert run.data.tags["init_from"] == downstream.encoder_uri
+    assert run.data.metrics["finetune-1/top1"] == result.metrics["finetune-1/top1"]
+    assert {d.dataset.name for d in run.inputs.dataset_inputs} == {"train", "val"}
+    # Each arm counts its own steps, so that curves lie over each other.
+    for arm in ("finetune-0.5-seed1", "scratch-1-seed0"):
+        assert sorted(downstream.losses(result.run_id, f"{arm}/train/loss")) == [1, 2]
+    logged = {a.path for a in client.list_artifacts(result.run_id)}
+    assert {"summary.md", "finetune-1-seed0"} <= logged
+
+    # A share of the labels is the same share of each class, and nothing else is trained on.
+    trace = downstream.place.trace()
+    assert len({line["key"] for line in trace}) == 96
+    assert downstream.run(
+        ClassifyConfig,
+        "classify.arms=[knn,logistic,linear,finetune,scratch]",
+        "classify.label_fraction=[0.5,1.0]",
+        "classify.seeds=[0,1]",
+        "optim.max_steps=2",
+    ) == result._replace(status="reused")
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_half_of_the_labels_trains_on_half_of_the_samples(downstream: Downstream) -> None:
+    downstream.run(ClassifyConfig, "classify.arms=[finetune]", "classify.label_fraction=[0.5]")
+    counted = Counter((line["epoch"], line["key"]) for line in downstream.place.trace())
+    assert set(counted.values()) == {1}
+    keys = {key for _, key in counted}
+    assert 40 <= len(keys) <= 56  # half of each of ten classes, rounded
+    assert sum(epoch == 0 for epoch, _ in counted) == len(keys)
+
+
+@pytest.mark.parametrize(
+    ("config_type", "words", "metric", "pictures"),
+    [
+        (DetectConfig, DETECT, "finetune/ap50", {"detections.png", "precision_recall.png"}),
+        (
+            DetectConfig,
+            [*DETECT, "detect.head=faster_rcnn", "detect.arms=[frozen]", "optim.max_steps=2"],
+            "frozen/ap50",
+            {"detections.png", "precision_recall.png"},
+        ),
+        (SegmentConfig, SEGMENT, "finetune/miou", {"segmentation.png"}),
+        (
+            SegmentConfig,
+            [*SEGMENT, "segment.head=linear", "segment.arms=[frozen]", "segment.window=2"],
+            "frozen/miou",
+            {"segmentation.png"},
+        ),
+    ],
+    ids=["fcos", "faster-rcnn-frozen", "fpn", "linear-frozen-windowed"],
+)
+@pytest.mark.usefixtures("local_ray")
+def test_dense_stages_leave_numbers_pictures_and_a_model(
+    downstream: Downstream,
+    config_type: type[DownstreamConfig],
+    words: list[str],
+    metric: str,
+    pictures: set[str],
+) -> None:
+    result = downstream.run(config_type, *words)
+    assert 0 <= result.metrics[metric] <= 1
+    arm = metric.partition("/")[0] + "-1-seed0"
+    folder = run_folder(downstream.place, config_type.stage)
+    found = {file.name for file in (folder / "arms" / arm).iterdir()}
+    assert found == {*pictures, "metrics.json", "per_class.md"}
+    manifest = verify_checkpoint(Path(result.output))
+    assert manifest.stage == config_type.stage
+    encoder, _ = load_encoder(Path(result.output))
+    original, _ = load_encoder(Path(downstream.encoder_uri))
+    same = torch.equal(encoder.blocks[5].mlp.fc1.weight, original.blocks[5].mlp.fc1.weight)
+    assert same == ("frozen" in arm)
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_a_killed_worker_costs_nothing_but_time(
+    downstream: Downstream, tmp_path: Path, local_ray: Path
+) -> None:
+    """In the second arm: the first is not trained again, and all ends as if undisturbed."""
+    arms = ("classify.arms=[finetune,scratch]", "classify.seeds=[0]")
+    undisturbed = downstream.run(ClassifyConfig, *arms)
+    losses = downstream.losses(undisturbed.run_id, "scratch-1-seed0/train/loss")
+    weights = weights_sha256(undisturbed.output)
+    lines = len(downstream.place.trace())
+
+    def kill_one() -> None:
+        downstream.place.wait_for_step(20, attempt=2)  # of 24; checkpoints at 17 and 22
+        for child in psutil.Process().children(recursive=True):
+            if "RayTrainWorker" in " ".join(child.cmdline()):
+                child.kill()
+
+    thread = threading.Thread(target=kill_one)
+    thread.start()
+    again = downstream.run(ClassifyConfig, *arms, fresh=True)
+    thread.join()
+    assert downstream.losses(again.run_id, "scratch-1-seed0/train/loss") == losses
+    assert weights_sha256(again.output) == weights
+    assert again.metrics == undisturbed.metrics
+    later = downstream.place.trace()[lines:]
+    assert {line["attempt"] for line in downstream.place.trace()} == {1, 2, 3}
+    assert all(line["step"] > 12 for line in later if line["attempt"] == 3)
+
+
+@pytest.mark.parametrize(
+    ("config_type", "words"),
+    [(DetectConfig, DETECT), (SegmentConfig, SEGMENT)],
+    ids=["detect", "segment"],
+)
+def test_a_killed_driver_leaves_a_run_that_the_same_command_finishes(
+    downstream: Downstream,
+    config_type: type[DownstreamConfig],
+    words: list[str],
+    started_downstream: Callable[..., Any],
+    local_ray: Path,
+) -> None:
+    words = [*words, f"{config_type.stage}.arms=[finetune]"]
+    process = started_downstream(config_type.stage, *downstream.words(*words))
+    downstream.place.wait_for_step(7)  # after the checkpoint of step 5
+    process.kill()
+    process.wait()
+    result = downstream.run(config_type, *words)
+    assert sorted(downstream.losses(result.run_id)) == list(range(1, 13))
+    trace = downstream.place.trace()
+    assert all(line["step"] > 5 for line in trace if line["attempt"] == 2)
+    assert len(MlflowClient(downstream.place.tracking_uri).search_runs(["1"])) == 1
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_two_workers_see_what_one_would(downstream: Downstream) -> None:
+    words = ("classify.arms=[finetune]", "optim.max_steps=4", "classify.mixup=0")
+    words = (*words, "classify.cutmix=0", "classify.random_erase=0", "optim.drop_path_rate=0")
+    one = downstream.run(ClassifyConfig, *words)
+    losses = downstream.losses(one.run_id)
+    two = downstream.run(ClassifyConfig, *words, "scaling.num_workers=2", fresh=True)
+    assert downstream.losses(two.run_id) == pytest.approx(losses, abs=1e-4)
+    assert two.metrics["finetune/top1"] == pytest.approx(one.metrics["finetune/top1"], abs=0.1)
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_features_are_written_once_and_searched(downstream: Downstream) -> None:
+    place = downstream.place
+    words = [
+        f"init_from={downstream.encoder_uri}",
+        f"data={place.shapes}/train",
+        f"storage.root={place.folder}/runs",
+        f"tracking.uri={place.tracking_uri}",
+        "rows_per_file=12",
+    ]
+    result = embed.run(load_config(EmbedConfig, [], words, {}), fresh=False)
+    files = sorted(Path(result.output).glob("*.parquet"))
+    assert len(files) == 9  # shards of 20, 20, 20, 20 and 16 samples
+    table = pq.read_table(result.output)
+    assert len(table) == 96
+    assert table.schema.field("feature").type.list_size == 192
+    assert len(set(table["key"].to_pylist())) == 96
+
+    # What is there is not written again; what is missing is.
+    (Path(result.output).parent / "result.json").unlink()
+    before = {file.name: file.stat().st_mtime_ns for file in files}
+    content = files[3].read_bytes()
+    files[3].unlink()
+    again = embed.run(load_config(EmbedConfig, [], words, {}), fresh=False)
+    assert files[3].read_bytes() == content
+    after = {file.name: file.stat().st_mtime_ns for file in files}
+    assert [name for name in before if before[name] != after[name]] == [files[3].name]
+    assert again.metrics == result.metrics
+
+    query = place.folder / "query.jpg"
+    first = table.slice(5, 1).to_pylist()[0]
+    from pipelines.datasets import open_shards, read_rows  # noqa: PLC0415
+
+    shards = {s.path: s for s in open_shards(f"{place.shapes}/train", "unused").shards}
+    (sample,) = read_rows(shards[first["shard"]], first["row"], first["row"] + 1)
+    query.write_bytes(sample.image)
+    config = load_config(EmbedConfig, [], [*words, f"query={query}", "num_neighbours=3"], {})
+    assert embed.run(config, fresh=False).status == "reused"
+    with Image.open(Path(result.output).parent / "search-query.png") as picture:
+        assert picture.width > 400
+
+
+def test_a_size_that_the_patches_do_not_tile_is_refused(downstream: Downstream) -> None:
+    with pytest.raises(ConfigError, match=r"img_size=18x18 is not a multiple of 4, the patch_size"):
+        downstream.run(ClassifyConfig, "img_size=18")
+
+
+def test_a_checkpoint_that_is_none_is_refused(downstream: Downstream) -> None:
+    with pytest.raises(ConfigError, match=r"init_from=/nowhere: is no whole checkpoint"):
+        downstream.run(ClassifyConfig, "init_from=/nowhere")
+
+
+def test_data_of_other_channels_are_refused_naming_both(
+    downstream: Downstream, real_data: Path
+) -> None:
+    shards = next((real_data / "multichannel").rglob("*.tar"))
+    with pytest.raises((ConfigError, DataError)) as error:
+        downstream.run(SegmentConfig, *SEGMENT, f"data.train={shards}", f"data.val={shards}")
+    assert "in_chans=3" in str(error.value) or "has no .seg.png" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("config_type", "words", "extension", "content", "message"),
+    [
+        (ClassifyConfig, [], "cls", b"cat", r"one\.cls holds 'cat'"),
+        (ClassifyConfig, ["classify.names=[a,b]"], "cls", b"7", r"one: class 7, but there are 2"),
+        (
+            DetectConfig,
+            DETECT,
+            "json",
+            json.dumps(
+                {
+                    "width": 24,
+                    "height": 20,
+                    "annotations": [{"bbox": [1, 2, 90, 5], "category_id": 1}],
+                }
+            ).encode(),
+            r"one: box 1 \(\[1, 2, 90, 5\]\)",
+        ),
+    ],
+    ids=["no-number", "no-such-class", "box-outside"],
+)
+def test_a_wrong_label_is_named_before_anything_is_trained(
+    downstream: Downstream,
+    write_tar: Callable[..., Path],
+    make_png: Callable[[int], bytes],
+    config_type: type[DownstreamConfig],
+    words: list[str],
+    extension: str,
+    content: bytes,
+    message: str,
+) -> None:
+    tar = write_tar(
+        downstream.place.folder / "wrong/a.tar",
+        {"one.png": make_png(0), f"one.{extension}": content},
+    )
+    with pytest.raises(DataError, match=message) as error:
+        downstream.run(config_type, *words, f"data.train={tar}", f"data.val={tar}")
+    assert "a.tar" in str(error.value)
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_a_wrong_label_map_stops_the_run_naming_sample_and_class(
+    downstream: Downstream,
+) -> None:
+    names = "segment.names=[background,disc]"
+    with pytest.raises(DataError, match=r"the label map has .* but the classes are 0\.\.1"):
+        downstream.run(SegmentConfig, *SEGMENT, names)

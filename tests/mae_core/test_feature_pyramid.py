@@ -1,0 +1,87 @@
+"""Levels of the right size from maps of any stride; windows that see only themselves."""
+
+import pytest
+import torch
+
+from mae_core.config import ModelConfig
+from mae_core.model.encoder import build_encoder
+from mae_core.model.feature_pyramid import FeaturePyramid
+
+
+@pytest.mark.parametrize(
+    ("stride", "strides"), [(16, (4, 8, 16, 32)), (8, (8, 16)), (4, (2, 4)), (14, (7, 14, 28))]
+)
+def test_each_level_has_the_size_that_its_stride_says(
+    stride: int, strides: tuple[int, ...]
+) -> None:
+    pyramid = FeaturePyramid(24, stride, strides=strides, channels=16)
+    levels = pyramid(torch.randn(2, 24, 4, 8))
+    assert [level.shape for level in levels] == [
+        (2, 16, 4 * stride // s, 8 * stride // s) for s in strides
+    ]
+
+
+def test_a_stride_that_no_doubling_reaches_is_refused() -> None:
+    with pytest.raises(ValueError, match="stride 12 is no power of two away"):
+        FeaturePyramid(24, 16, strides=(12,))
+
+
+def test_a_level_of_one_place_is_not_all_bias() -> None:
+    pyramid = FeaturePyramid(24, 16, strides=(16,), channels=32).eval()
+    first, second = (pyramid(torch.randn(1, 24, 1, 1))[0] for _ in range(2))
+    assert not torch.allclose(first, second)
+
+
+def make_encoder(depth_seed: int = 0) -> torch.nn.Module:
+    torch.manual_seed(depth_seed)
+    return build_encoder(ModelConfig(encoder="vit_micro", img_size=32, patch_size=8)).eval()
+
+
+def test_the_map_has_the_patch_tokens_in_their_places() -> None:
+    encoder = make_encoder()
+    images = torch.randn(2, 3, 32, 48)
+    tokens, features = encoder(images), encoder.feature_map(images)
+    assert features.shape == (2, 192, 4, 6)
+    assert torch.equal(features[1, :, 2, 5], tokens[1, 1 + 2 * 6 + 5])
+
+
+def test_windows_that_hold_the_whole_image_see_all_of_it_but_the_class_token() -> None:
+    encoder = make_encoder()
+    images = torch.randn(1, 3, 32, 32)
+    whole, windowed = encoder.feature_map(images, window=4), encoder.feature_map(images, window=2)
+    patches = encoder._embed(images)
+    expected = encoder.norm(encoder.blocks(patches)).transpose(1, 2).reshape(1, 192, 4, 4)
+    assert torch.allclose(whole, expected, atol=1e-5)
+    assert not torch.allclose(whole, windowed, atol=1e-3)
+
+
+def test_a_patch_sees_only_its_window_before_the_first_global_block() -> None:
+    """Of 12 blocks every third is global; the first two stay in their windows."""
+    torch.manual_seed(0)
+    encoder = build_encoder(ModelConfig(encoder="vit_tiny", img_size=32, patch_size=8)).eval()
+    encoder.blocks[2] = torch.nn.Identity()  # the first global one
+    encoder.blocks = encoder.blocks[:3]
+    encoder.blocks.extend([torch.nn.Identity()] * 9)
+    images = torch.randn(1, 3, 32, 32)
+    changed = images.clone()
+    changed[..., 16:, 16:] += 1.0  # the last window
+    before, after = (encoder.feature_map(x, window=2) for x in (images, changed))
+    assert torch.equal(before[..., :2, :], after[..., :2, :])
+    assert torch.equal(before[..., 2:, :2], after[..., 2:, :2])
+    assert not torch.allclose(before[..., 2:, 2:], after[..., 2:, 2:])
+
+
+def test_an_image_that_windows_do_not_tile_is_padded_and_cut_back() -> None:
+    encoder = make_encoder()
+    assert encoder.feature_map(torch.randn(2, 3, 40, 56), window=3).shape == (2, 192, 5, 7)
+
+
+def test_stochastic_depth_is_off_in_eval_mode_and_drops_in_training() -> None:
+    torch.manual_seed(0)
+    config = ModelConfig(encoder="vit_micro", img_size=16, patch_size=8)
+    encoder = build_encoder(config, drop_path_rate=0.9)
+    images = torch.randn(4, 3, 16, 16)
+    assert torch.equal(encoder.eval()(images), encoder(images))
+    torch.manual_seed(1)
+    first = encoder.train()(images)
+    assert not torch.allclose(first, encoder(images))
