@@ -27,8 +27,10 @@ from torch import Tensor, nn
 from mae_core.data.augment import rand_augment, random_erase
 from mae_core.data.class_labels import class_indices, names_of, one_class, read_labels
 from mae_core.data.decode import decode_image
+from mae_core.data.manifest import Manifest
 from mae_core.data.mixing import mix_batch, soft_targets
 from mae_core.data.randomness import named_generator
+from mae_core.data.samples import DataError
 from mae_core.data.transforms import center_crop
 from mae_core.data.views import ViewSpec, training_view
 from mae_core.evaluation.classification import encode_features, knn_accuracy
@@ -49,10 +51,11 @@ from mae_core.optim import build_lars
 from mae_core.train_step import BatchLoss
 from pipelines import downstream
 from pipelines.config import ConfigError, StageResult
-from pipelines.downstream import LabelledData, Stage, adamw, read_targets
+from pipelines.downstream import LabelledData, Stage, adamw, read_json_beside, read_targets
 from pipelines.downstream_config import ClassifyConfig, ClassifySection, DownstreamConfig
 from pipelines.task import Arm, Batch, EncodedSample, Evaluation, Example, TaskInfo
 
+CLASSES_FILE = "classes.json"
 MOST_WRONG = 16
 TUNED = ("finetune", "scratch")
 
@@ -74,7 +77,7 @@ def _study(
     section = _section(config)
     targets = read_targets(data.train, ("cls",) if section.label_key is None else ("json",))
     raw = [read_labels(target, where, key=section.label_key) for where, target in targets]
-    names = section.names or data.train.classes or names_of(raw)
+    names = section.names or data.train.classes or _named_beside(data.train) or names_of(raw)
     indices = [
         class_indices(labels, where, names) for labels, (where, _) in zip(raw, targets, strict=True)
     ]
@@ -84,6 +87,16 @@ def _study(
     if len(names) < 2:
         raise ConfigError(f"data.train has one class, {', '.join(names)}: nothing to tell apart")
     return names, indices
+
+
+def _named_beside(train: Manifest) -> tuple[str, ...] | None:
+    """What classes.json beside the shards says: a list of names, in the order of their numbers."""
+    uri, listed = read_json_beside(train, CLASSES_FILE)
+    if listed is None:
+        return None
+    if not isinstance(listed, list) or not all(isinstance(name, str) for name in listed):
+        raise DataError(f'{uri}: not a list of names such as ["cat", "dog"]')
+    return tuple(listed)
 
 
 def _make_task(config: DownstreamConfig, info: TaskInfo) -> "ClassifyTask":

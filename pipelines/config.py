@@ -197,6 +197,9 @@ class PrepareConfig(StrictConfig):
     and, after a tab or a comma, a label on each line."""
     synthetic: Literal["shapes"] | None = None
     """Draw the images instead; makes the folders train and val in `output`."""
+    annotations: str | None = None
+    """Boxes of the images in `source`: a COCO file (instances_train.json), or a folder of the .xml
+    files of PASCAL VOC."""
     existing: Literal["index", "stats"] | None = None
     """Pack nothing: read the tars that lie in `output`, and write their manifest with checksums and
     indexes beside them (index), with channel statistics over all images too (stats)."""

@@ -15,7 +15,6 @@ if __name__ == "__main__":  # run as a file: import the package, not the files b
 
     sys.exit(main(["detect", *sys.argv[1:]]))
 
-import json
 from collections.abc import Callable, Hashable, Sequence
 from typing import NamedTuple, cast
 
@@ -23,7 +22,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from infra import storage
 from mae_core.data.boxes import (
     Boxes,
     collect_categories,
@@ -51,7 +49,14 @@ from mae_core.model.feature_pyramid import MapEncoder
 from mae_core.train_step import BatchLoss
 from pipelines import downstream
 from pipelines.config import ConfigError, StageResult
-from pipelines.downstream import LabelledData, Stage, adamw, arms_table, read_targets
+from pipelines.downstream import (
+    LabelledData,
+    Stage,
+    adamw,
+    arms_table,
+    read_json_beside,
+    read_targets,
+)
 from pipelines.downstream_config import DetectConfig, DownstreamConfig
 from pipelines.task import Arm, Batch, EncodedSample, Evaluation, Example, TaskInfo
 
@@ -95,11 +100,9 @@ def _categories(
 
 def _named_beside(train: Manifest) -> dict[int, str]:
     """What categories.json beside the shards says: COCO's list of ids and names."""
-    uri = storage.join(train.shards[0].path.rpartition("/")[0], CATEGORIES_FILE)
-    if not storage.exists(uri):
-        return {}
+    uri, listed = read_json_beside(train, CATEGORIES_FILE)
     try:
-        return {int(item["id"]): str(item["name"]) for item in json.loads(storage.read_bytes(uri))}
+        return {int(item["id"]): str(item["name"]) for item in listed or ()}
     except (ValueError, TypeError, KeyError) as error:
         raise DataError(f'{uri}: not a list of {{"id": 1, "name": "..."}} ({error})') from error
 

@@ -1,10 +1,11 @@
 """The driver of classify, detect and segment: what is trained, with what, and what came of it."""
 
+import json
 import logging
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from uuid import uuid4
 
 import numpy as np
@@ -221,6 +222,21 @@ def read_targets(manifest: Manifest, extensions: tuple[str, ...]) -> list[tuple[
 
     with ThreadPoolExecutor(4) as pool:
         return [target for part in pool.map(read, pieces) for target in part]
+
+
+def read_json_beside(manifest: Manifest, name: str) -> tuple[str, Any]:
+    """A JSON file in the folder of the shards: its URI, and what it holds; None without one.
+
+    Raises:
+        DataError: it is no JSON.
+    """
+    uri = storage.join(manifest.shards[0].path.rpartition("/")[0], name)
+    if not storage.exists(uri):
+        return uri, None
+    try:
+        return uri, json.loads(storage.read_bytes(uri))
+    except ValueError as error:
+        raise DataError(f"{uri}: is no JSON ({error})") from error
 
 
 def _plan_arms(

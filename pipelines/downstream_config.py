@@ -170,7 +170,8 @@ class ClassifySection(ArmsConfig):
     """Key in the samples' .json that holds the class, or the list of findings; else .cls is read:
     a number, or for many several of them."""
     names: tuple[str, ...] | None = None
-    """Names of the classes in the order of their numbers; else the manifest's, or the numbers."""
+    """Names of the classes in the order of their numbers; else the manifest's, those that
+    classes.json beside the shards lists, or the numbers."""
     pool: Literal["mean", "cls"] = "mean"
     """What is classified: the mean of the patch tokens, or the class token."""
     trainable_blocks: int | None = Field(default=None, ge=0)

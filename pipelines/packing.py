@@ -20,6 +20,7 @@ from mae_core.data.samples import DataError, ShardIndex, index_shard, sample_che
 from mae_core.data.synthetic import draw_scene, encode_scene
 from mae_core.data.transforms import shrink_to_short_side
 
+CATEGORIES_NAME = "categories.json"  # ids and names of the boxes' categories, beside the shards
 STATE_FOLDER = ".prepare"  # the plan, and a record of each shard that is done
 
 
@@ -172,6 +173,8 @@ def _read_item(
 def _read_files(item: ImageFile) -> dict[str, bytes]:
     wanted = [(item.extension, item.path, item.num_bytes), *item.companions]
     parts = {} if item.label is None else {"cls": str(item.label).encode()}
+    if item.boxes is not None:
+        parts["json"] = item.boxes
     for extension, path, num_bytes in wanted:
         try:
             parts[extension] = Path(path).read_bytes()

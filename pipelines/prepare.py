@@ -36,6 +36,7 @@ from itertools import islice
 from typing import NamedTuple
 
 from infra import storage
+from mae_core.data.annotations import Annotations, read_annotations
 from mae_core.data.image_files import ImageFile, find_images
 from mae_core.data.manifest import MANIFEST_NAME, Manifest, parse_manifest, sum_pixels
 from mae_core.data.randomness import named_generator
@@ -44,6 +45,7 @@ from mae_core.data.synthetic import SHAPE_CLASSES, draw_scene, encode_scene
 from pipelines import existing_shards
 from pipelines.config import ConfigError, PrepareConfig, StageResult
 from pipelines.packing import (
+    CATEGORIES_NAME,
     STATE_FOLDER,
     Item,
     SceneItem,
@@ -74,6 +76,7 @@ class SetPlan(NamedTuple):
     in_chans: int
     transcode: Transcode | None
     facts: dict[str, int | str]  # what a person would compare, and the digest of everything
+    categories: tuple[tuple[int, str], ...] = ()  # of the boxes: category_id and name
 
     @property
     def num_items(self) -> int:
@@ -131,7 +134,12 @@ def _plan(config: PrepareConfig) -> list[SetPlan]:
     """Say which image goes where, before any pixel is read."""
     if config.source is not None:
         files, classes = find_images(Path(config.source).expanduser())
-        return [_plan_set(config, config.output, config.split, files, classes)]
+        categories: dict[int, str] = {}
+        if config.annotations is not None:
+            found = read_annotations(Path(config.annotations).expanduser())
+            files, categories = _with_boxes(config, files, found), found.categories
+        plan = _plan_set(config, config.output, config.split, files, classes)
+        return [plan._replace(categories=tuple(categories.items()))]
     plans = []
     for split, first, count in (
         ("train", 0, config.num_train),
@@ -144,6 +152,36 @@ def _plan(config: PrepareConfig) -> list[SetPlan]:
         output = storage.join(config.output, split)
         plans.append(_plan_set(config, output, split, scenes, SHAPE_CLASSES))
     return plans
+
+
+def _with_boxes(
+    config: PrepareConfig, files: Sequence[ImageFile], found: Annotations
+) -> list[ImageFile]:
+    """Each image with its boxes.
+
+    Raises:
+        DataError: an image has a .json of its own too, or none of the images has boxes.
+    """
+    boxed = []
+    for file in files:
+        boxes = found.of(file.source)
+        if boxes is not None and any(name == "json" for name, *_ in file.companions):
+            raise DataError(f"{file.source} has a .json beside it, and boxes in annotations, too")
+        boxed.append(file._replace(boxes=boxes))
+    without = [file.source for file in boxed if file.boxes is None]
+    if len(without) == len(boxed):
+        raise DataError(
+            f"annotations={config.annotations}: knows none of the images, such as {without[0]}; it "
+            f"has {next(iter(found.by_image), 'nothing')}"
+        )
+    if without:
+        log.warning(
+            "annotations=%s: nothing on %d images, packed without boxes: %s",
+            config.annotations,
+            len(without),
+            ", ".join(without[:5]),
+        )
+    return boxed
 
 
 def _plan_set(
@@ -245,7 +283,11 @@ def _clear_output(output: str) -> None:
 
 
 def _is_ours(name: str) -> bool:
-    return name.endswith((".tar", ".index.npy")) or name in {MANIFEST_NAME, SKIPPED_NAME}
+    return name.endswith((".tar", ".index.npy")) or name in {
+        MANIFEST_NAME,
+        SKIPPED_NAME,
+        CATEGORIES_NAME,
+    }
 
 
 def _finished_manifest(plan: SetPlan) -> Manifest | None:
@@ -293,6 +335,9 @@ def _pack_set(plan: SetPlan, config: PrepareConfig) -> Manifest:
         classes=plan.classes,
         channel_stats=sum_pixels(record.pixels for record in ordered).channel_stats(),
     )
+    if plan.categories:
+        listed = [{"id": number, "name": name} for number, name in plan.categories]
+        storage.write_bytes(storage.join(plan.output, CATEGORIES_NAME), json_bytes(listed))
     text = manifest.model_dump_json(indent=2) + "\n"
     storage.write_bytes(storage.join(plan.output, MANIFEST_NAME), text.encode())
     return manifest
@@ -322,7 +367,8 @@ def _reasons(skipped: Iterable[SkippedImage]) -> str:
 def _check_companions(items: Sequence[Item]) -> None:
     for item in items:
         names = [name for name, *_ in item.companions] if isinstance(item, ImageFile) else []
-        if isinstance(item, SceneItem) or not {"json", "seg.png"}.isdisjoint(names):
+        has_boxes = isinstance(item, SceneItem) or item.boxes is not None
+        if has_boxes or not {"json", "seg.png"}.isdisjoint(names):
             raise ConfigError(
                 f"transcode_short_side: {item.source} has boxes or a mask in pixels beside it, "
                 "which would not fit the smaller image any more; pack this set as it is"

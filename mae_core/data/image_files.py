@@ -31,6 +31,7 @@ class ImageFile(NamedTuple):
     num_bytes: int
     companions: tuple[tuple[str, str, int], ...]  # extension, path, bytes
     label: int | None
+    boxes: bytes | None = None  # of `.json`, where they come from elsewhere
 
     @property
     def extension(self) -> str:
@@ -42,6 +43,7 @@ class ImageFile(NamedTuple):
         """What it takes in a tar."""
         sizes = [self.num_bytes, *(size for *_, size in self.companions)]
         sizes += [] if self.label is None else [len(str(self.label))]
+        sizes += [] if self.boxes is None else [len(self.boxes)]
         block = tarfile.BLOCKSIZE
         return sum(block + -(-size // block) * block for size in sizes)
 
@@ -49,6 +51,8 @@ class ImageFile(NamedTuple):
     def identity(self) -> str:
         """What of it decides the bytes of a shard, as far as can be known without reading it."""
         sizes = [(extension, size) for extension, _, size in self.companions]
+        if self.boxes is not None:
+            sizes.append((hashlib.sha256(self.boxes).hexdigest(), len(self.boxes)))
         return json.dumps([self.key, self.extension, self.num_bytes, sizes, self.label])
 
 
