@@ -4,6 +4,8 @@ One encoder is pretrained for a few steps; what it knows does not matter here.
 """
 
 import hashlib
+import io
+import tarfile
 import threading
 from collections import Counter
 from collections.abc import Callable
@@ -340,13 +342,7 @@ def test_data_of_other_channels_are_refused_naming_both(
             DetectConfig,
             DETECT,
             "json",
-            json.dumps(
-                {
-                    "width": 24,
-                    "height": 20,
-                    "annotations": [{"bbox": [1, 2, 90, 5], "category_id": 1}],
-                }
-            ).encode(),
+            b'{"width": 24, "height": 20, "objects": [{"bbox": [1, 2, 90, 5], "category_id": 1}]}',
             r"one: box 1 \(\[1, 2, 90, 5\]\)",
         ),
     ],
@@ -354,18 +350,20 @@ def test_data_of_other_channels_are_refused_naming_both(
 )
 def test_a_wrong_label_is_named_before_anything_is_trained(
     downstream: Downstream,
-    write_tar: Callable[..., Path],
-    make_png: Callable[[int], bytes],
     config_type: type[DownstreamConfig],
     words: list[str],
     extension: str,
     content: bytes,
     message: str,
 ) -> None:
-    tar = write_tar(
-        downstream.place.folder / "wrong/a.tar",
-        {"one.png": make_png(0), f"one.{extension}": content},
-    )
+    tar = downstream.place.folder / "a.tar"
+    buffer = io.BytesIO()
+    Image.new("RGB", (24, 20)).save(buffer, "PNG")
+    with tarfile.open(tar, "w") as stream:
+        for name, data in (("one.png", buffer.getvalue()), (f"one.{extension}", content)):
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            stream.addfile(info, io.BytesIO(data))
     with pytest.raises(DataError, match=message) as error:
         downstream.run(config_type, *words, f"data.train={tar}", f"data.val={tar}")
     assert "a.tar" in str(error.value)
