@@ -13,7 +13,7 @@ def page(stage: str, config_type: type[StrictConfig], summary: str) -> str:
     lines = [
         f"# `mae {stage}`",
         "",
-        f"{summary} Written by `make docs` from the fields in `pipelines/config.py`.",
+        f"{summary} Written by `make docs` from the config's fields.",
         "",
         "| key | type | default | meaning |",
         "|---|---|---|---|",
