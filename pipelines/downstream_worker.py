@@ -78,6 +78,7 @@ logger = logging.getLogger(__name__)
 
 BATCHES_AHEAD = 2
 ROWS_PER_READ = 32
+FLUSH_TIMEOUT_S = 5.0  # what a checkpoint waits for a slow MLflow; for one that is down, once
 LOSS_METRIC = "train/loss"
 
 
@@ -230,6 +231,9 @@ class _Worker:
                 self._step(arm, wrapped, optimizer, step, decoded, reporter, trace)
                 is_last = step == arm.last_step
                 if is_last or (step - arm.first_step) % self.config.checkpoint.every_steps == 0:
+                    if reporter.writer is not None and not reporter.writer.is_failing:
+                        # These steps are not trained again, so nobody would report them again.
+                        reporter.writer.flush(FLUSH_TIMEOUT_S)
                     save_bad_samples(reporter, self.job.folder, self.rank, self.world_size)
                     self._checkpoint(arm, model, optimizer, step)
 

@@ -1,0 +1,145 @@
+"""What a downstream run plans and how it brings results together, without any training."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mae_core.data.manifest import Manifest, ShardInfo
+from pipelines.config import ConfigError, load_config
+from pipelines.downstream import _kept_arm, _plan_arms, arms_table, mean_metrics
+from pipelines.downstream_config import ClassifyConfig, DetectConfig, SegmentConfig
+from pipelines.task import Arm
+
+NEEDED = ["init_from=c", "data.train=t", "data.val=v"]
+
+
+def make_config(*words: str) -> ClassifyConfig:
+    batch = ["optim.global_batch_size=8", "optim.micro_batch_size=8", "data.shuffle_window=8"]
+    return load_config(ClassifyConfig, [], [*NEEDED, *batch, *words], {})
+
+
+def make_manifest(*counts: int) -> Manifest:
+    return Manifest(
+        shards=tuple(
+            ShardInfo(path=f"{i}.tar", index=f"{i}.npy", num_samples=n, num_bytes=100 * n)
+            for i, n in enumerate(counts)
+        )
+    )
+
+
+def make_arm(name: str, fraction: float = 1.0, seed: int = 0, steps: int = 1) -> Arm:
+    return Arm(name, fraction, seed, 10, steps, 0)
+
+
+def test_arms_follow_one_another_without_a_gap() -> None:
+    config = make_config(
+        "classify.arms=[knn,finetune,scratch]",
+        "classify.label_fraction=[1.0,0.5]",
+        "classify.seeds=[0,3]",
+        "optim.epochs=2",
+        "optim.max_steps=6",
+    )
+    planned = [arm for arm, _ in _plan_arms(config, make_manifest(10, 22), [0, 1] * 16)]
+    assert [arm.label for arm in planned] == [
+        "knn-0.5-seed0",
+        "finetune-0.5-seed0",
+        "scratch-0.5-seed0",
+        "knn-0.5-seed3",
+        "finetune-0.5-seed3",
+        "scratch-0.5-seed3",
+        "knn-1-seed0",  # once: no seed matters
+        "finetune-1-seed0",
+        "scratch-1-seed0",
+        "finetune-1-seed3",
+        "scratch-1-seed3",
+    ]
+    assert [arm.steps for arm in planned] == [0, 4, 4, 0, 4, 4, 0, 6, 6, 6, 6]
+    assert [arm.first_step for arm in planned] == [0, 0, 4, 8, 8, 12, 16, 16, 22, 28, 34]
+
+
+def test_a_share_of_the_labels_is_cut_into_rows_of_each_shard() -> None:
+    config = make_config("classify.arms=[finetune]", "classify.label_fraction=[0.5]")
+    ((arm, rows),) = _plan_arms(config, make_manifest(3, 0, 9), ["a"] * 6 + ["b"] * 6)
+    assert arm.num_samples == 6
+    assert [len(part) for part in rows][1] == 0
+    chosen = [*np.asarray(rows[0]), *(np.asarray(rows[2]) + 3)]
+    assert sum(place < 6 for place in chosen) == 3
+    assert max(rows[2]) < 9
+
+
+def test_too_few_samples_for_a_batch_are_refused_with_both_numbers() -> None:
+    config = make_config("classify.arms=[finetune]", "optim.epochs=1")
+    with pytest.raises(ConfigError, match=r"epochs=1 of 5 labelled samples is less than one"):
+        _plan_arms(config, make_manifest(5), [0] * 5)
+
+
+def test_metrics_are_means_over_seeds_with_their_deviation() -> None:
+    found = {make_arm("finetune", seed=i): {"top1": value} for i, value in enumerate([0.1, 0.3])}
+    assert mean_metrics(found) == pytest.approx(
+        {"finetune/top1": 0.2, "finetune/top1_std": 0.1414213562}
+    )
+
+
+def test_several_shares_are_told_apart_by_name() -> None:
+    found = {make_arm("knn", fraction): {"top1": fraction} for fraction in (0.01, 1.0)}
+    assert mean_metrics(found) == {"knn-0.01/top1": 0.01, "knn-1/top1": 1.0}
+
+
+def test_the_table_has_a_row_for_each_arm_and_share() -> None:
+    found = {
+        make_arm("finetune", seed=0): {"ap": 0.5, "ap50": 0.75},
+        make_arm("finetune", seed=1): {"ap": 0.7, "ap50": 0.75},
+        make_arm("scratch"): {"ap": 0.25},
+    }
+    assert arms_table(found).splitlines() == [
+        "| arm | labels | ap | ap50 |",
+        "|---|---|---|---|",
+        "| finetune | 100 % | 0.600 ± 0.141 | 0.750 ± 0.000 |",
+        "| scratch | 100 % | 0.250 |  |",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("names", "kept"),
+    [
+        (["knn", "linear", "finetune", "scratch"], "finetune"),
+        (["scratch", "frozen"], "frozen"),
+        (["scratch"], "scratch"),
+    ],
+)
+def test_the_output_is_the_fine_tuned_model_if_there_is_one(names: list[str], kept: str) -> None:
+    arms = [make_arm(name, steps=0 if name == "knn" else 1) for name in names]
+    found = _kept_arm(arms)
+    assert found is not None
+    assert found.name == kept
+    assert _kept_arm([make_arm("knn", steps=0)]) is None
+
+
+@pytest.mark.parametrize(
+    ("config_type", "words", "message"),
+    [
+        (ClassifyConfig, ["classify.label_fraction=[0.1,1.5]"], "must be above 0, at most 1"),
+        (ClassifyConfig, ["classify.seeds=[1,1]"], "give different numbers"),
+        (ClassifyConfig, ["classify.labels=many"], "knn and logistic need labels=one"),
+        (ClassifyConfig, ["optim.micro_batch_size=48"], "is not a multiple of"),
+        (ClassifyConfig, ["classify.arms=[finetun]"], "Input should be"),
+        (DetectConfig, ["detect.hed=fcos"], "did you mean detect.head"),
+        (SegmentConfig, ["segment.head=fpn"], "segment.names is needed"),
+        (
+            SegmentConfig,
+            ["segment.names=[a,b]", "segment.class_weights=[1]"],
+            "class_weights=.*1 for 2 classes",
+        ),
+    ],
+)
+def test_a_mistake_in_a_config_is_told(config_type: Any, words: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_config(config_type, [], [*NEEDED, *words], {})
+
+
+def test_where_it_runs_is_not_what_it_is() -> None:
+    name = make_config().run_name
+    assert make_config("scaling.num_workers=1", "checkpoint.every_steps=7").run_name == name
+    assert make_config("classify.seeds=[1]").run_name != name
+    assert make_config("init_from=other").run_name != name
