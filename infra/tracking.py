@@ -8,6 +8,7 @@ seconds, not the run. So no function here raises for a server that is down, and 
 import json
 import logging
 import os
+import re
 import threading
 import time
 from collections import deque
@@ -47,6 +48,8 @@ MAX_DIGEST_CHARS = 36
 
 # Answers that the same request would get again.
 _REFUSALS = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST", "RESOURCE_DOES_NOT_EXIST", "INVALID_STATE")
+
+_REFUSED_CHARACTERS = re.compile(r"[^\w\-. :/]", re.ASCII)  # in the name of a metric
 
 SQLITE_SCHEME = "sqlite:///"
 
@@ -231,7 +234,11 @@ def _now_ms() -> int:
 
 
 def _to_points(timestamp_ms: int, step: int, metrics: Mapping[str, float]) -> list[Metric]:
-    return [Metric(key, value, timestamp_ms, step) for key, value in metrics.items()]
+    """Names of classes are part of names: what MLflow refuses in them becomes `_`."""
+    return [
+        Metric(_REFUSED_CHARACTERS.sub("_", key), value, timestamp_ms, step)
+        for key, value in metrics.items()
+    ]
 
 
 class _StepEntry(NamedTuple):

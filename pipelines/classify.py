@@ -314,11 +314,12 @@ def _summarize(
     metric = "top1" if _section(config).labels == "one" else "auroc"
     grouped: dict[tuple[str, float], list[float]] = {}
     for arm, metrics in found.items():
-        grouped.setdefault((arm.name, arm.fraction), []).append(metrics[metric])
+        if metric in metrics:
+            grouped.setdefault((arm.name, arm.fraction), []).append(metrics[metric])
     rows: list[Any] = [(name, fraction, values) for (name, fraction), values in grouped.items()]
     shown = {"top1": "top-1 accuracy", "auroc": "mean AUROC"}[metric]
     pictures = {}
-    if len(_section(config).label_fraction) > 1:
+    if rows and len(_section(config).label_fraction) > 1:
         title = f"{info.title}: {shown}"
         pictures["label_fraction"] = label_fraction_picture(rows, title, metric=shown)
     return Evaluation({}, pictures, {"summary.md": f"{shown}\n\n{markdown_table(rows)}"})

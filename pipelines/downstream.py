@@ -310,7 +310,7 @@ def _finish(
     """Bring the arms' results together; then the run is done."""
     uri, run_id = config.tracking.uri, job.run_id
     found = {arm: folder.read_arm(arm.label) for arm in job.arms}
-    if missing := [arm.label for arm, metrics in found.items() if not metrics]:
+    if missing := [arm.label for arm in found if not folder.has_arm(arm.label)]:
         raise storage.StorageError(f"{folder.uri}: no result of {', '.join(missing)} is there")
     metrics = mean_metrics(found)
     metrics["data/left_out"] = len(log_bad_samples(uri, run_id, folder))

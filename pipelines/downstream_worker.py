@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -552,4 +553,6 @@ def _write_evaluation(folder: RunFolder, arm: Arm, evaluation: Evaluation) -> No
         folder.write_arm_picture(arm.label, name, picture)
     for name, text in evaluation.texts.items():
         folder.write_arm_file(arm.label, name, text.encode())
-    folder.write_arm(arm.label, json.dumps(evaluation.metrics))
+    # NaN: there was nothing to measure, such as a class that no sample has.
+    measured = {name: x for name, x in evaluation.metrics.items() if not math.isnan(x)}
+    folder.write_arm(arm.label, json.dumps(measured))
