@@ -345,13 +345,13 @@ def precision_recall_picture(scores: DetectionScores, title: str) -> Pixels:
     axes.set(
         xlabel="recall",
         ylabel="precision, at IoU 0.5",
-        title=title,
         xlim=(0, 1.01),
         ylim=(0, 1.03),
     )
     axes.grid(alpha=0.3)
+    figure.suptitle(title, fontsize="medium", wrap=True)
     if best:
-        figure.legend(loc="outside right upper", frameon=False, fontsize="small")
+        figure.legend(loc="outside right center", frameon=False, fontsize="small")
     png = io.BytesIO()
     figure.savefig(png, format="png")  # through Agg, without a display
     return np.array(Image.open(png).convert("RGB"))
