@@ -49,7 +49,7 @@ MAX_DIGEST_CHARS = 36
 # Answers that the same request would get again.
 _REFUSALS = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST", "RESOURCE_DOES_NOT_EXIST", "INVALID_STATE")
 
-_REFUSED_CHARACTERS = re.compile(r"[^\w\-. :/]", re.ASCII)  # in the name of a metric
+_REFUSED_CHARACTERS = re.compile(r"[^\w\-. :/]")  # in the name of a metric
 
 SQLITE_SCHEME = "sqlite:///"
 
@@ -235,10 +235,12 @@ def _now_ms() -> int:
 
 def _to_points(timestamp_ms: int, step: int, metrics: Mapping[str, float]) -> list[Metric]:
     """Names of classes are part of names: what MLflow refuses in them becomes `_`."""
-    return [
-        Metric(_REFUSED_CHARACTERS.sub("_", key), value, timestamp_ms, step)
-        for key, value in metrics.items()
-    ]
+    return [Metric(_metric_name(key), value, timestamp_ms, step) for key, value in metrics.items()]
+
+
+def _metric_name(key: str) -> str:
+    parts = _REFUSED_CHARACTERS.sub("_", key).split("/")
+    return "/".join(part if part.strip(".") else "_" for part in parts)
 
 
 class _StepEntry(NamedTuple):

@@ -25,7 +25,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mae_core.data.augment import rand_augment, random_erase
-from mae_core.data.class_labels import class_indices, names_of, one_class, read_labels
+from mae_core.data.class_labels import (
+    RawLabel,
+    class_indices,
+    names_of,
+    one_class,
+    read_labels,
+)
 from mae_core.data.decode import decode_image
 from mae_core.data.manifest import Manifest
 from mae_core.data.mixing import mix_batch, soft_targets
@@ -75,18 +81,52 @@ def _study(
 ) -> tuple[tuple[str, ...], Sequence[Hashable]]:
     """Class names, and the class or classes of each training sample."""
     section = _section(config)
-    targets = read_targets(data.train, ("cls",) if section.label_key is None else ("json",))
-    raw = [read_labels(target, where, key=section.label_key) for where, target in targets]
-    names = section.names or data.train.classes or _named_beside(data.train) or names_of(raw)
-    indices = [
-        class_indices(labels, where, names) for labels, (where, _) in zip(raw, targets, strict=True)
-    ]
-    if section.labels == "one":
-        for found, (where, _) in zip(indices, targets, strict=True):
-            one_class(found, where)
+    extensions = ("cls",) if section.label_key is None else ("json",)
+    train, val = (
+        [
+            _RawLabels(
+                target.where,
+                read_labels(target.data, target.where, key=section.label_key)
+                if not target.is_broken
+                else (),
+                target.is_broken,
+            )
+            for target in read_targets(manifest, extensions)
+        ]
+        for manifest in (data.train, data.val)
+    )
+    names = section.names or _listed_names(data.train) or names_of([x.labels for x in train])
     if len(names) < 2:
         raise ConfigError(f"data.train has one class, {', '.join(names)}: nothing to tell apart")
-    return names, indices
+    _check_names_agree(section, data.val, names)
+    strata: list[Hashable] = []
+    for where, labels, is_broken in [*train, *val]:
+        indices = class_indices(labels, where, names)
+        if section.labels == "one" and not is_broken:
+            one_class(indices, where)
+        strata.append(indices)
+    return names, strata[: len(train)]
+
+
+class _RawLabels(NamedTuple):
+    where: str
+    labels: tuple[RawLabel, ...]
+    is_broken: bool
+
+
+def _listed_names(manifest: Manifest) -> tuple[str, ...] | None:
+    return manifest.classes or _named_beside(manifest)
+
+
+def _check_names_agree(section: ClassifySection, val: Manifest, names: tuple[str, ...]) -> None:
+    """Raises: DataError: data.val counts the classes otherwise than data.train."""
+    theirs = _listed_names(val)
+    if section.names is None and theirs is not None and theirs != names[: len(theirs)]:
+        raise DataError(
+            f"data.val numbers its classes {', '.join(theirs[:10])}, data.train "
+            f"{', '.join(names[:10])}: pack both with the same class folders, or give "
+            "classify.names"
+        )
 
 
 def _named_beside(train: Manifest) -> tuple[str, ...] | None:

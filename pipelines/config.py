@@ -235,6 +235,8 @@ class PrepareConfig(StrictConfig):
     def _one_origin(self) -> Self:
         if [self.source, self.synthetic, self.existing].count(None) != 2:
             raise ValueError("give one of source=FOLDER, synthetic=shapes, existing=index or stats")
+        if self.annotations is not None and self.source is None:
+            raise ValueError("annotations needs source: the folder of the images")
         return self
 
 

@@ -236,6 +236,14 @@ def _index(index_uri: str) -> SampleIndex:
     return index_from_bytes(storage.read_bytes(index_uri), index_uri)
 
 
+def _index_of(shard: ShardInfo) -> SampleIndex:
+    """Raises: ChangedDataError: the index is another shard's."""
+    index = _index(shard.index)
+    if len(index.offsets) != shard.num_samples + 1 or index.offsets[-1] > shard.num_bytes:
+        raise ChangedDataError(f"{shard.index}: does not belong to {shard.path}; index it again")
+    return index
+
+
 def read_rows(shard: ShardInfo, start: int, stop: int) -> list[Sample]:
     """Those of samples [start, stop) of a shard that are whole, by one ranged read."""
     rows = read_samples(shard, start, stop)
@@ -250,9 +258,7 @@ def read_samples(shard: ShardInfo, start: int, stop: int) -> list[Sample | Broke
     """
     if start == stop:
         return []
-    index = _index(shard.index)
-    if len(index.offsets) != shard.num_samples + 1 or index.offsets[-1] > shard.num_bytes:
-        raise ChangedDataError(f"{shard.index}: does not belong to {shard.path}; index it again")
+    index = _index_of(shard)
     offsets = index.offsets[start : stop + 1]
     checksums = None if index.checksums is None else index.checksums[start:stop]
     data = b""
@@ -310,7 +316,7 @@ def read_chosen(shard: ShardInfo, rows: Rows) -> list[Sample | BrokenSample]:
         return read_samples(shard, rows.start, rows.stop)
     if not len(rows):
         return []
-    offsets = _index(shard.index).offsets
+    offsets = _index_of(shard).offsets
     gaps = offsets[rows[1:]] - offsets[rows[:-1] + 1]
     samples: list[Sample | BrokenSample] = []
     for near in np.split(rows, np.flatnonzero(gaps > _MAX_GAP_BYTES) + 1):

@@ -75,13 +75,32 @@ def _study(
 ) -> tuple[tuple[str, ...], Sequence[Hashable]]:
     """Names of the categories; every box of both sets is looked at before any training."""
     train, val = (read_targets(manifest, TARGETS) for manifest in (data.train, data.val))
-    categories = _categories(cast(DetectConfig, config), data.train, [x for _, x in train])
+    categories = _categories(cast(DetectConfig, config), data.train, [x.data for x in train])
+    if cast(DetectConfig, config).detect.categories is None:
+        _check_names_agree(data.val, categories)
+    if len(set(categories.values())) < len(categories):
+        raise ConfigError(
+            f"two categories have the same name: {', '.join(sorted(categories.values()))}; give "
+            "detect.categories"
+        )
     numbers = {identifier: label for label, identifier in enumerate(categories)}
-    for where, target in [*train, *val]:
-        parse_boxes(target, where, numbers)
+    for where, target, is_broken in [*train, *val]:
+        if not is_broken:
+            parse_boxes(target, where, numbers)
     # The numbers go with the names: a worker has nothing else to read them from.
     names = tuple(f"{identifier}:{name}" for identifier, name in categories.items())
     return names, [0] * len(train)
+
+
+def _check_names_agree(val: Manifest, categories: dict[int, str]) -> None:
+    """Raises: DataError: data.val gives a number another name than data.train."""
+    for number, name in _named_beside(val).items():
+        ours = categories.get(number, name)
+        if ours not in (name, str(number)):
+            raise DataError(
+                f"data.val names category {number} {name}, data.train {ours}: pack both from files "
+                "with the same categories, or give detect.categories"
+            )
 
 
 def _categories(

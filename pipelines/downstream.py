@@ -11,7 +11,7 @@ from uuid import uuid4
 import numpy as np
 import ray.train
 import torch
-from ray.train.torch import TorchTrainer
+from ray.train.torch import TorchConfig, TorchTrainer
 from torch import nn
 
 from infra import storage, tracking
@@ -25,7 +25,14 @@ from mae_core.optim import fine_tuning_groups
 from pipelines import launch
 from pipelines.checkpoints import fetch_manifest
 from pipelines.config import ConfigError, StageResult
-from pipelines.datasets import Rows, open_shards, read_rows, read_samples, target_of
+from pipelines.datasets import (
+    BrokenSample,
+    Rows,
+    open_shards,
+    read_rows,
+    read_samples,
+    target_of,
+)
 from pipelines.downstream_config import DownstreamConfig, TuningOptimConfig
 from pipelines.downstream_worker import TuningJob, remaining_data, tuning_worker
 from pipelines.recording import (
@@ -40,6 +47,7 @@ from pipelines.task import Arm, Evaluation, Task, TaskInfo
 logger = logging.getLogger(__name__)
 
 ROWS_PER_READ = 512
+MEASURING_TIMEOUT_S = 6 * 3600
 UNTRAINED = ("knn", "logistic")
 
 
@@ -91,6 +99,8 @@ def run(config: DownstreamConfig, stage: Stage, *, fresh: bool) -> StageResult:
         return done._replace(status="reused")
     _check_first_sample(config, encoder, data, stage)
     names, strata = stage.study(config, data)
+    if len(set(names)) < len(names):
+        raise ConfigError(f"two classes have the same name: {', '.join(sorted(names))}")
     chosen = _plan_arms(config, data.train, strata)
     info = TaskInfo(
         encoder.model,
@@ -144,6 +154,7 @@ def run(config: DownstreamConfig, stage: Stage, *, fresh: bool) -> StageResult:
             val_shards=data.val.shards,
             data_digest=digest,
             encoder=encoder,
+            pretrained=fetch_manifest(config.init_from).model,
         )
         with ended_in_mlflow(config.tracking.uri, run_id, folder):
             folder.forget_failure()
@@ -207,18 +218,31 @@ def _check_first_sample(
                     ) from error
 
 
-def read_targets(manifest: Manifest, extensions: tuple[str, ...]) -> list[tuple[str, bytes | None]]:
-    """Where each sample lies, for errors, and its label's bytes; of all shards, in order."""
+class Target(NamedTuple):
+    where: str  # shard and key, for errors
+    data: bytes | None  # of the label
+    is_broken: bool  # the sample can't be read: a hole in training
+
+
+def read_targets(manifest: Manifest, extensions: tuple[str, ...]) -> list[Target]:
+    """The label of each sample; of all shards, in order."""
     pieces = [
         (shard, start, min(start + ROWS_PER_READ, shard.num_samples))
         for shard in manifest.shards
         for start in range(0, shard.num_samples, ROWS_PER_READ)
     ]
 
-    def read(piece: tuple[ShardInfo, int, int]) -> list[tuple[str, bytes | None]]:
+    def read(piece: tuple[ShardInfo, int, int]) -> list[Target]:
         shard, start, stop = piece
         rows = read_samples(shard, start, stop)
-        return [(f"{shard.path}: {row.key}", target_of(row, extensions)) for row in rows]
+        return [
+            Target(
+                f"{shard.path}: {row.key}",
+                target_of(row, extensions),
+                isinstance(row, BrokenSample),
+            )
+            for row in rows
+        ]
 
     with ThreadPoolExecutor(4) as pool:
         return [target for part in pool.map(read, pieces) for target in part]
@@ -300,6 +324,8 @@ def _train(config: DownstreamConfig, job: TuningJob) -> None:
         run_config=launch.ray_run(job.run_uri, config.scaling),
         datasets={"train": partial(remaining_data, job)} if job.is_trained else {},
         dataset_config=ray.train.DataConfig(enable_shard_locality=False),
+        # The others wait while the first worker measures an arm.
+        torch_config=TorchConfig(timeout_s=MEASURING_TIMEOUT_S),
     )
     trainer.fit()
 

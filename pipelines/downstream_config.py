@@ -76,6 +76,8 @@ class ArmsConfig(StrictConfig):
     def _shares(cls, fractions: tuple[float, ...]) -> tuple[float, ...]:
         if not fractions or not all(0 < fraction <= 1 for fraction in fractions):
             raise ValueError(f"label_fraction={list(fractions)}: each must be above 0, at most 1")
+        if len(set(fractions)) < len(fractions):
+            raise ValueError(f"label_fraction={list(fractions)}: each only once")
         return fractions
 
     @field_validator("seeds")
@@ -131,6 +133,13 @@ class DownstreamConfig(StrictConfig):
                 f"data.shuffle_window={self.data.shuffle_window} is not a multiple of "
                 f"optim.micro_batch_size={optim.micro_batch_size}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _each_arm_once(self) -> Self:
+        arms = self.arms if hasattr(self, "stage") else ("none",)
+        if not arms or len(set(arms)) < len(arms):
+            raise ValueError(f"{self.stage}.arms={list(arms)}: give one at least, each only once")
         return self
 
     @property

@@ -34,6 +34,7 @@ from mae_core.checkpoint import (
     load_weights,
     save_checkpoint,
 )
+from mae_core.config import ModelConfig
 from mae_core.data.decode import CorruptSampleError
 from mae_core.data.manifest import ShardInfo
 from mae_core.data.order import ChainedOrder, RunOrder
@@ -51,6 +52,7 @@ from pipelines.checkpoints import (
     find_checkpoint,
     resume_position,
 )
+from pipelines.config import ConfigError
 from pipelines.datasets import (
     BrokenSample,
     Rows,
@@ -101,6 +103,7 @@ class TuningJob(NamedTuple):
     val_shards: tuple[ShardInfo, ...]
     data_digest: str
     encoder: CheckpointManifest  # with the image size that is trained on
+    pretrained: ModelConfig  # as it was pretrained: its positions are stretched over other sizes
 
     @property
     def folder(self) -> RunFolder:
@@ -124,6 +127,8 @@ def remaining_data(job: TuningJob) -> ray.data.Dataset:
     job.folder.check_start()
     job.folder.raise_failure()
     configure_ray_data()
+    # Nothing is read while an arm is measured, however long that takes.
+    ray.data.DataContext.get_current().execution_no_progress_timeout_s = -1
     config = job.config
     trained = [(arm, rows) for arm, rows in zip(job.arms, job.rows, strict=True) if arm.steps]
     order = ChainedOrder(
@@ -190,10 +195,14 @@ class _Worker:
             self.first_step = done
             trace = stack.enter_context(SampleTrace(self.config.debug.sample_trace, self.rank))
             decoded = self._decoded() if self.job.is_trained else iter(())
-            for arm in self.job.arms:
-                # The data goes on from the checkpoint: an arm behind it is trained again.
-                if self.job.folder.has_arm(arm.label) and (not arm.steps or done >= arm.last_step):
-                    continue
+            # Asked once, before any worker waits for another: all get the same answer. The data
+            # goes on from the checkpoint, so an arm behind it is trained again.
+            finished = [
+                arm
+                for arm in self.job.arms
+                if self.job.folder.has_arm(arm.label) and (not arm.steps or done >= arm.last_step)
+            ]
+            for arm in (arm for arm in self.job.arms if arm not in finished):
                 model, optimizer = self._build(arm, pretrained)
                 if found is not None and arm.first_step < done <= arm.last_step:
                     load_weights(found.folder, model)
@@ -209,8 +218,11 @@ class _Worker:
             encoder = build_encoder(self.job.encoder.model, drop_path_rate=rate)
         else:
             encoder, _ = load_encoder(pretrained, drop_path_rate=rate)
-        model = self.task.build_model(encoder, arm).to(self.device)
-        return model, self.task.build_optimizer(model, arm)
+        try:
+            model = self.task.build_model(encoder, arm).to(self.device)
+            return model, self.task.build_optimizer(model, arm)
+        except ValueError as error:  # such as strides that do not tile the image
+            raise ConfigError(f"arm {arm.label}: {error}") from error
 
     def _train(
         self,
@@ -237,6 +249,9 @@ class _Worker:
                         reporter.writer.flush(FLUSH_TIMEOUT_S)
                     save_bad_samples(reporter, self.job.folder, self.rank, self.world_size)
                     self._checkpoint(arm, model, optimizer, step)
+        if self.world_size > 1:  # measured with the statistics of the model that is kept
+            for buffer in model.buffers():
+                torch.distributed.broadcast(buffer, 0)
 
     def _wrap(self, model: nn.Module) -> nn.Module:
         if self.world_size == 1 or not any(p.requires_grad for p in model.parameters()):
@@ -417,6 +432,7 @@ class _Worker:
 
     def _record(self, arm: Arm, step: int) -> CheckpointRecord:
         encoder, batch = self.job.encoder, self.config.optim.global_batch_size
+        made_as = encoder.model if arm.name == "scratch" else self.job.pretrained
         return CheckpointRecord(
             step=step,
             samples_seen=step * batch,
@@ -426,7 +442,7 @@ class _Worker:
             data_digest=self.job.data_digest,
             channel_mean=encoder.channel_mean,
             channel_std=encoder.channel_std,
-            model=encoder.model,
+            model=made_as,
             masking=encoder.masking,
             loss=encoder.loss,
             stage=self.config.stage,
@@ -443,7 +459,12 @@ class _Worker:
             training = self._features(model, self.job.train_shards, self.job.rows[number])
             predictions = self._features(model, self.job.val_shards, None)
         if predictions is not None and training is not None:
-            evaluation = self.task.evaluate(predictions, arm, self._validation_example, training)
+            try:
+                evaluation = self.task.evaluate(
+                    predictions, arm, self._validation_example, training
+                )
+            except ValueError as error:  # such as too few images to choose a penalty on
+                raise DataError(f"arm {arm.label} can't be measured: {error}") from error
             folder = self.job.folder
             if arm.steps:
                 with tempfile.TemporaryDirectory() as local:
@@ -490,6 +511,13 @@ class _Worker:
             return None
         ordered = [parts[i % self.world_size][i // self.world_size] for i in range(len(pieces))]
         predictions = [prediction for part in ordered for prediction in part]
+        total = sum(map(len, chosen))
+        num_bad, ratio = total - len(predictions), self.config.data.max_bad_ratio
+        if num_bad > ratio * max(total, 1000):
+            raise DataError(
+                f"{num_bad} of {total} samples of {shards[0].path} and the shards beside it can't "
+                f"be measured, more than data.max_bad_ratio={ratio:g}; the log names them"
+            )
         if not predictions:
             raise DataError(f"{shards[0].path}: none of the images can be decoded")
         return predictions
@@ -501,23 +529,14 @@ class _Worker:
         read = partial(self._whole_example, shards)
         made = list(self.pool.map(read, [(number, int(row)) for row in rows], samples))
         examples = [example for example in made if example is not None]
-        if len(examples) < len(made):
-            logger.warning(
-                "%d of %d images can't be used and are not measured: %s, rows %d to %d",
-                len(made) - len(examples),
-                len(made),
-                shards[number].path,
-                rows[0],
-                rows[-1],
-            )
-        if not examples:
-            return []
+        size = self.config.optim.micro_batch_size
         predictions: list[Any] = []
         with torch.no_grad():
             for _, alike in groupby(examples, key=lambda example: example.pixels.shape):
-                group = list(alike)
-                images = self._images([example.pixels for example in group])
-                predictions += self.task.predict(model, images, group)
+                whole = list(alike)
+                for group in (whole[i : i + size] for i in range(0, len(whole), size)):
+                    images = self._images([example.pixels for example in group])
+                    predictions += self.task.predict(model, images, group)
         return predictions
 
     def _validation_example(self, place: tuple[int, int]) -> Example:
@@ -532,13 +551,16 @@ class _Worker:
         self, shards: tuple[ShardInfo, ...], place: tuple[int, int], row: Sample | BrokenSample
     ) -> Example | None:
         """As it is, not augmented; None where it can't be used."""
+        path = shards[place[0]].path
         if isinstance(row, BrokenSample):
+            logger.warning("not measured: shard=%s key=%s reason=%s", path, row.key, row.error)
             return None
         target = target_of(row, self.job.targets)
-        sample = EncodedSample(shards[place[0]].path, row.key, 0, row.image, target)
+        sample = EncodedSample(path, row.key, 0, row.image, target)
         try:
             return self.task.validation_example(sample)._replace(place=place)
-        except CorruptSampleError:
+        except CorruptSampleError as error:
+            logger.warning("not measured: shard=%s key=%s reason=%s", path, row.key, error)
             return None
 
 

@@ -77,7 +77,7 @@ def run(config: EmbedConfig, *, fresh: bool) -> StageResult:
     Raises:
         ConfigError, DataError, NoShardsError, StorageError: as the other stages.
     """
-    launch.check_paths([("init_from", config.init_from), ("storage.root", config.storage.root)])
+    launch.check_paths(_paths(config))
     launch.check_tracking(config.tracking.uri)
     root = storage.absolute(config.storage.root)
     folder = RunFolder(storage.join(root, STAGE, config.run_name))
@@ -112,6 +112,15 @@ def run(config: EmbedConfig, *, fresh: bool) -> StageResult:
     return done
 
 
+def _paths(config: EmbedConfig) -> Iterator[tuple[str, str]]:
+    yield "init_from", config.init_from
+    yield "storage.root", config.storage.root
+    for uri in [config.data] if isinstance(config.data, str) else config.data:
+        yield "data", uri
+    if config.query is not None:
+        yield "query", config.query
+
+
 def _embed(
     config: EmbedConfig,
     job: EmbedJob,
@@ -143,6 +152,7 @@ def _embed(
         )
         folder = RunFolder(folder.uri, start)
         with ended_in_mlflow(config.tracking.uri, run_id, folder):
+            folder.forget_failure()
             bad = _run_actors(config, job, data, folder)
             metrics = {
                 "num_images": float(data.num_samples - bad),

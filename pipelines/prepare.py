@@ -138,8 +138,8 @@ def _plan(config: PrepareConfig) -> list[SetPlan]:
         if config.annotations is not None:
             found = read_annotations(Path(config.annotations).expanduser())
             files, categories = _with_boxes(config, files, found), found.categories
-        plan = _plan_set(config, config.output, config.split, files, classes)
-        return [plan._replace(categories=tuple(categories.items()))]
+        listed = tuple(categories.items())
+        return [_plan_set(config, config.output, config.split, files, classes, listed)]
     plans = []
     for split, first, count in (
         ("train", 0, config.num_train),
@@ -163,11 +163,21 @@ def _with_boxes(
         DataError: an image has a .json of its own too, or none of the images has boxes.
     """
     boxed = []
+    taken: dict[str, str] = {}  # entry to the image that it is of
     for file in files:
-        boxes = found.of(file.source)
-        if boxes is not None and any(name == "json" for name, *_ in file.companions):
+        entry = found.name_of(file.source)
+        if entry is None:
+            boxed.append(file)
+            continue
+        if any(name == "json" for name, *_ in file.companions):
             raise DataError(f"{file.source} has a .json beside it, and boxes in annotations, too")
-        boxed.append(file._replace(boxes=boxes))
+        if entry in taken:
+            raise DataError(
+                f"annotations={config.annotations}: {entry} may be {taken[entry]} or "
+                f"{file.source}; name the folders in it, or pack them one by one"
+            )
+        taken[entry] = file.source
+        boxed.append(file._replace(boxes=found.by_image[entry]))
     without = [file.source for file in boxed if file.boxes is None]
     if len(without) == len(boxed):
         raise DataError(
@@ -190,6 +200,7 @@ def _plan_set(
     split: str,
     items: Sequence[Item],
     classes: tuple[str, ...] | None,
+    categories: tuple[tuple[int, str], ...] = (),
 ) -> SetPlan:
     order = named_generator(config.seed, "prepare", split).permutation(len(items))
     limits = config.samples_per_shard, config.max_shard_bytes
@@ -210,12 +221,16 @@ def _plan_set(
         facts["transcode"] = f"{transcode.short_side} px, quality {transcode.quality}"
     if config.synthetic is not None:
         facts |= {"img_size": config.img_size, "drawing": _drawing_digest(config.img_size)}
+    if categories:
+        facts["categories"] = ", ".join(f"{number} {name}" for number, name in categories)
     hasher = hashlib.sha256(json.dumps([facts, classes]).encode())
     for shard in shards:
         for item in shard.items:
             hasher.update(f"{shard.name} {item.identity}\n".encode())
     facts["digest"] = hasher.hexdigest()[:32]
-    return SetPlan(storage.absolute(output), shards, classes, config.in_chans, transcode, facts)
+    return SetPlan(
+        storage.absolute(output), shards, classes, config.in_chans, transcode, facts, categories
+    )
 
 
 def _drawing_digest(size: int) -> str:

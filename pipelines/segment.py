@@ -194,6 +194,8 @@ class SegmentTask:
         shown = [p for p in predictions if p.classes is not None]
         examples = [read(p.place) for p in shown]
         title = f"{self.info.title}, {arm.name}: mIoU {scores.miou:.3f}"
+        if not shown:
+            return Evaluation(metrics, {}, {"per_class.md": _per_class_table(scores)})
         picture = segmentation_picture(
             [example.pixels for example in examples],
             [example.target.classes for example in examples],

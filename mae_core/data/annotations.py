@@ -19,13 +19,10 @@ class Annotations(NamedTuple):
     by_image: dict[str, bytes]  # file name (COCO) or its stem (VOC) to `.json`, see parse_boxes
     categories: dict[int, str]  # category_id to name
 
-    def of(self, source: str) -> bytes | None:
-        """Of an image by its path; by all of it, its name or its stem."""
+    def name_of(self, source: str) -> str | None:
+        """The entry of an image, by its path, its name or its stem; None without one."""
         path = PurePosixPath(source)
-        for name in (source, path.name, path.stem):
-            if name in self.by_image:
-                return self.by_image[name]
-        return None
+        return next((x for x in (source, path.name, path.stem) if x in self.by_image), None)
 
 
 def read_annotations(source: Path) -> Annotations:
@@ -53,14 +50,16 @@ def _read_coco(file: Path) -> Annotations:
                     f"{file}: annotation {number} is of image_id={item['image_id']}, which "
                     "images does not list"
                 )
+            if "bbox" not in item or "category_id" not in item:
+                raise DataError(f"{file}: annotation {number} has no bbox or no category_id")
             kept = {"bbox": item["bbox"], "category_id": item["category_id"]}
             boxes[item["image_id"]].append(kept | {"iscrowd": item.get("iscrowd", 0)})
-        by_image = {
-            str(image["file_name"]): _encoded(
-                image.get("width"), image.get("height"), boxes[identifier]
-            )
-            for identifier, image in images.items()
-        }
+        by_image: dict[str, bytes] = {}
+        for identifier, image in images.items():
+            name = str(image["file_name"])
+            if name in by_image:
+                raise DataError(f"{file}: images lists {name} twice")
+            by_image[name] = _encoded(image.get("width"), image.get("height"), boxes[identifier])
     except (ValueError, TypeError, AttributeError) as error:
         raise DataError(f"annotations={file}: is no COCO file ({error})") from error
     except KeyError as error:

@@ -98,6 +98,17 @@ def downstream(place: Any, encoder_uri: str) -> Downstream:
     return Downstream(place, encoder_uri)
 
 
+def write_samples(tar: Path, members: dict[str, bytes]) -> None:
+    """A black image `one.png` and what belongs to it."""
+    buffer = io.BytesIO()
+    Image.new("RGB", (24, 20)).save(buffer, "PNG")
+    with tarfile.open(tar, "w") as stream:
+        for name, data in {"one.png": buffer.getvalue(), **members}.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            stream.addfile(info, io.BytesIO(data))
+
+
 def weights_sha256(output: str) -> str:
     return hashlib.sha256((Path(output) / "model.safetensors").read_bytes()).hexdigest()
 
@@ -233,7 +244,7 @@ def test_a_killed_worker_costs_nothing_but_time(
 
 @pytest.mark.parametrize(
     ("config_type", "words"),
-    [(DetectConfig, DETECT), (SegmentConfig, SEGMENT)],
+    [(DetectConfig, [*DETECT, "img_size=[24,16]"]), (SegmentConfig, SEGMENT)],
     ids=["detect", "segment"],
 )
 def test_a_killed_driver_leaves_a_run_that_the_same_command_finishes(
@@ -252,6 +263,8 @@ def test_a_killed_driver_leaves_a_run_that_the_same_command_finishes(
     assert sorted(downstream.losses(result.run_id)) == list(range(1, 13))
     encoder, manifest = load_encoder(Path(result.output))
     assert manifest.stage == config_type.stage
+    # At another size positions are stretched: the model is still one of the pretrained size.
+    assert manifest.model.img_size == (16, 16)
     original, _ = load_encoder(Path(downstream.encoder_uri))
     assert not torch.equal(encoder.blocks[5].mlp.fc1.weight, original.blocks[5].mlp.fc1.weight)
     trace = downstream.place.trace()
@@ -355,16 +368,41 @@ def test_a_wrong_label_is_named_before_anything_is_trained(
     message: str,
 ) -> None:
     tar = downstream.place.folder / "a.tar"
-    buffer = io.BytesIO()
-    Image.new("RGB", (24, 20)).save(buffer, "PNG")
-    with tarfile.open(tar, "w") as stream:
-        for name, data in (("one.png", buffer.getvalue()), (f"one.{extension}", content)):
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            stream.addfile(info, io.BytesIO(data))
+    write_samples(tar, {f"one.{extension}": content})
     with pytest.raises(DataError, match=message) as error:
         downstream.run(config_type, *words, f"data.train={tar}", f"data.val={tar}")
     assert "a.tar" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("config_type", "name", "contents", "message"),
+    [
+        (ClassifyConfig, "classes.json", ('["cat","dog"]', '["dog","cat"]'), "numbers its classes"),
+        (
+            DetectConfig,
+            "categories.json",
+            ('[{"id": 1, "name": "cat"}]', '[{"id": 1, "name": "dog"}]'),
+            "data.val names category 1 dog, data.train cat",
+        ),
+    ],
+)
+def test_sets_that_number_their_classes_otherwise_are_refused(
+    downstream: Downstream,
+    config_type: type[DownstreamConfig],
+    name: str,
+    contents: tuple[str, str],
+    message: str,
+) -> None:
+    tars = []
+    boxes = b'{"objects": [{"bbox": [1, 2, 9, 5], "category_id": 1}]}'
+    for folder, content in zip(("train", "val"), contents, strict=True):
+        tar = downstream.place.folder / folder / "a.tar"
+        tar.parent.mkdir()
+        (tar.parent / name).write_text(content)
+        write_samples(tar, {"one.cls": b"1", "one.json": boxes})
+        tars.append(str(tar))
+    with pytest.raises(DataError, match=message):
+        downstream.run(config_type, f"data.train={tars[0]}", f"data.val={tars[1]}")
 
 
 @pytest.mark.usefixtures("local_ray")

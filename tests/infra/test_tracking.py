@@ -58,8 +58,9 @@ def test_a_run_holds_its_name_params_and_tags(uri: str) -> None:
 
 
 def test_a_class_of_any_name_can_be_part_of_a_metric(uri: str, run_id: str) -> None:
-    tracking.log_final_metrics(uri, run_id, {"ap/fish (sea), ö": 0.5, "top1": 0.25}, 3)
-    assert history(uri, run_id, "ap/fish _sea__ _") == [(3, 0.5)]
+    names = {"ap/fish (sea), ö": 0.5, "ap/": 0.75, "ap/..": 0.875, "top1": 0.25}
+    tracking.log_final_metrics(uri, run_id, names, 3)
+    assert history(uri, run_id, "ap/fish _sea__ ö") == [(3, 0.5)]
     assert history(uri, run_id, "top1") == [(3, 0.25)]
 
 

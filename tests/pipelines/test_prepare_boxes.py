@@ -86,6 +86,24 @@ def test_an_image_with_boxes_from_two_places_is_refused(photos: Path, tmp_path: 
         pack(photos, tmp_path / "out", annotations=str(coco))
 
 
+def test_boxes_that_may_be_of_two_images_are_refused(photos: Path, tmp_path: Path) -> None:
+    coco = write_coco(photos, images=30)
+    names = json.loads(coco.read_text())["images"]
+    first = photos / names[0]["file_name"]
+    (photos / "dog" / first.name).write_bytes(first.read_bytes())
+    coco.write_text(coco.read_text().replace(names[0]["file_name"], first.name))
+    with pytest.raises(DataError, match=rf"{first.name} may be .* or .*{first.name}"):
+        pack(photos, tmp_path / "out", annotations=str(coco))
+
+
+def test_other_names_of_the_categories_are_another_set(photos: Path, tmp_path: Path) -> None:
+    coco = write_coco(photos, images=30)
+    pack(photos, tmp_path / "out", annotations=str(coco))
+    coco.write_text(coco.read_text().replace("nose", "ear"))
+    with pytest.raises(ConfigError, match="categories"):
+        pack(photos, tmp_path / "out", annotations=str(coco))
+
+
 def test_boxes_do_not_fit_transcoded_images(photos: Path, tmp_path: Path) -> None:
     coco = write_coco(photos, images=30)
     with pytest.raises(ConfigError, match="has boxes or a mask"):

@@ -44,12 +44,14 @@ def write_voc(folder: Path, name: str, *boxes: tuple[str, str, str, str, str]) -
 def test_coco_boxes_go_with_their_images(tmp_path: Path) -> None:
     found = read_annotations(write_coco(tmp_path))
     assert found.categories == {3: "cat", 9: "dog"}
-    boxes = parse_boxes(found.of("some/folder/one.jpg") or found.of("a/one.jpg"), "x", {3: 0, 9: 1})
+    assert found.name_of("a/one.jpg") == "a/one.jpg"
+    boxes = parse_boxes(found.by_image["a/one.jpg"], "x", {3: 0, 9: 1})
     assert boxes.xyxy.tolist() == [[1, 2, 11, 7], [0, 0, 4, 4]]
     assert boxes.labels.tolist() == [1, 0]
     assert boxes.is_crowd.tolist() == [False, True]
-    assert len(parse_boxes(found.of("two.jpg"), "x", {}).xyxy) == 0  # listed, without boxes
-    assert found.of("three.jpg") is None
+    assert found.name_of("folder/two.jpg") == "two.jpg"
+    assert len(parse_boxes(found.by_image["two.jpg"], "x", {}).xyxy) == 0  # listed, without boxes
+    assert found.name_of("three.jpg") is None
 
 
 def test_voc_boxes_go_with_their_images(tmp_path: Path) -> None:
@@ -59,7 +61,8 @@ def test_voc_boxes_go_with_their_images(tmp_path: Path) -> None:
     write_voc(tmp_path, "two", ("RBC", "1", "2", "3", "4"))
     found = read_annotations(tmp_path)
     assert found.categories == {1: "RBC", 2: "WBC"}
-    boxes = parse_boxes(found.of("images/one.jpg"), "x", {1: 0, 2: 1})
+    assert found.name_of("images/one.jpg") == "one"
+    boxes = parse_boxes(found.by_image["one"], "x", {1: 0, 2: 1})
     assert boxes.xyxy.tolist() == [[68, 315.5, 286, 480]]
     assert boxes.labels.tolist() == [1]
 
@@ -73,7 +76,8 @@ def test_voc_boxes_go_with_their_images(tmp_path: Path) -> None:
             {"annotations": [{"image_id": 99, "bbox": [0, 0, 1, 1], "category_id": 3}]},
             "annotation 1 is of image_id=99",
         ),
-        ({"annotations": [{"image_id": 7}]}, "'bbox' is missing"),
+        ({"annotations": [{"image_id": 7}]}, "annotation 1 has no bbox or no category_id"),
+        ({"images": [*COCO["images"], {"id": 9, "file_name": "two.jpg"}]}, "two.jpg twice"),
     ],
 )
 def test_a_broken_coco_file_is_named(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
