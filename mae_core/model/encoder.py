@@ -49,7 +49,7 @@ class MaskedEncoder(nn.Module):
         self.register_buffer("positions", positions, persistent=False)
         # Stochastic depth, rising from 0 at the first block: Huang et al. 2016,
         # https://arxiv.org/abs/1603.09382.
-        rates = torch.linspace(0, drop_path_rate, depth).tolist()
+        rates = [drop_path_rate * number / max(depth - 1, 1) for number in range(depth)]
         self.blocks = nn.Sequential(
             *[Block(embed_dim, num_heads, qkv_bias=True, drop_path=rate) for rate in rates]
         )
