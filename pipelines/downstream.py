@@ -6,7 +6,6 @@ from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, NamedTuple
-from uuid import uuid4
 
 import numpy as np
 import ray.train
@@ -36,12 +35,13 @@ from pipelines.datasets import (
 from pipelines.downstream_config import DownstreamConfig, TuningOptimConfig
 from pipelines.downstream_worker import TuningJob, remaining_data, tuning_worker
 from pipelines.recording import (
+    earlier_record,
     ended_in_mlflow,
     log_bad_samples,
     say_where_to_compare,
-    start_record,
+    take_over,
 )
-from pipelines.run_folder import RunFolder, RunRecord
+from pipelines.run_folder import RunFolder
 from pipelines.task import Arm, Evaluation, Task, TaskInfo
 
 logger = logging.getLogger(__name__)
@@ -83,17 +83,13 @@ def run(config: DownstreamConfig, stage: Stage, *, fresh: bool) -> StageResult:
     launch.check_tracking(config.tracking.uri)
     root = storage.absolute(config.storage.root)
     folder = RunFolder(storage.join(root, config.stage, config.run_name))
-    encoder = _encoder(config)
+    pretrained = fetch_manifest(config.init_from)
+    encoder = _at_run_size(config, pretrained)
     if fresh:
         storage.delete_folder(folder.index_uri)
     data = _open_data(config, folder)
     digest = data.digest(encoder)
-    record = None if fresh else folder.read_record()
-    if record is not None and record.data_digest != digest:
-        raise DataError(
-            f"{folder.uri}: data or weights changed since this run began; bring them back, or "
-            "start over with --fresh"
-        )
+    earlier = None if fresh else earlier_record(folder, digest)
     if not fresh and (done := folder.read_result()) is not None:
         logger.info("%s is done: not trained again (--fresh starts over)", folder.uri)
         return done._replace(status="reused")
@@ -101,7 +97,6 @@ def run(config: DownstreamConfig, stage: Stage, *, fresh: bool) -> StageResult:
     names, strata = stage.study(config, data)
     if len(set(names)) < len(names):
         raise ConfigError(f"two classes have the same name: {', '.join(sorted(names))}")
-    chosen = _plan_arms(config, data.train, strata)
     info = TaskInfo(
         encoder.model,
         encoder.channel_mean,
@@ -109,35 +104,20 @@ def run(config: DownstreamConfig, stage: Stage, *, fresh: bool) -> StageResult:
         names,
         f"{config.run_name} on {_short(config.data.val)}",
     )
-    start = uuid4().hex
+    chosen = _plan_arms(config, data.train, strata)
     with launch.running_ray(config.scaling):
-        if fresh:
-            folder.clear()
-        run_id = start_record(
+        taken = take_over(
             config,
             folder,
-            RunRecord(
-                start=start,
-                data_digest=digest,
-                run_id=record.run_id if record else None,
-                config=config.model_dump(mode="json"),
-            ),
-            tags={
-                **launch.run_tags(
-                    config.stage,
-                    seed=",".join(map(str, config.arms_config.seeds)),
-                    output=folder.uri,
-                ),
-                "init_from": storage.absolute(config.init_from),
-                "pretrained.data_digest": encoder.data_digest,
-                "pretrained.step": str(encoder.step),
-            },
+            digest=digest,
+            earlier=earlier,
+            fresh=fresh,
+            tags=_tags(config, encoder, folder),
             data={
                 "train": (data.train.digest, str(config.data.train)),
                 "val": (data.val.digest, str(config.data.val)),
             },
         )
-        folder = RunFolder(folder.uri, start)
         job = TuningJob(
             config_type=type(config),
             raw_config=config.model_dump(mode="json"),
@@ -146,20 +126,32 @@ def run(config: DownstreamConfig, stage: Stage, *, fresh: bool) -> StageResult:
             classes=names,
             init_uri=storage.absolute(config.init_from),
             run_uri=folder.uri,
-            start=start,
-            run_id=run_id,
+            start=taken.start,
+            run_id=taken.run_id,
             arms=tuple(arm for arm, _ in chosen),
             rows=tuple(rows for _, rows in chosen),
             train_shards=data.train.shards,
             val_shards=data.val.shards,
             data_digest=digest,
             encoder=encoder,
-            pretrained=fetch_manifest(config.init_from).model,
+            pretrained=pretrained.model,
         )
-        with ended_in_mlflow(config.tracking.uri, run_id, folder):
-            folder.forget_failure()
+        with ended_in_mlflow(config.tracking.uri, taken.run_id, taken.folder):
+            taken.folder.forget_failure()
             _train(config, job)
-            return _finish(config, stage, info, job, folder)
+            return _finish(config, stage, info, job, taken.folder)
+
+
+def _tags(
+    config: DownstreamConfig, encoder: CheckpointManifest, folder: RunFolder
+) -> dict[str, str]:
+    seeds = ",".join(map(str, config.arms_config.seeds))
+    return {
+        **launch.run_tags(config.stage, seed=seeds, output=folder.uri),
+        "init_from": storage.absolute(config.init_from),
+        "pretrained.data_digest": encoder.data_digest,
+        "pretrained.step": str(encoder.step),
+    }
 
 
 def _short(spec: str | tuple[str, ...]) -> str:
@@ -176,9 +168,8 @@ def _paths(config: DownstreamConfig) -> Iterator[tuple[str, str]]:
     yield "init_from", config.init_from
 
 
-def _encoder(config: DownstreamConfig) -> CheckpointManifest:
+def _at_run_size(config: DownstreamConfig, found: CheckpointManifest) -> CheckpointManifest:
     """The checkpoint's manifest, for images of this run's size."""
-    found = fetch_manifest(config.init_from)
     height, width = size = config.img_size or found.model.img_size
     patch = found.model.patch_size
     if height < patch or width < patch or height % patch or width % patch:

@@ -160,6 +160,7 @@ class DownstreamConfig(StrictConfig):
         where: Any = {"name", "scaling", "checkpoint", "reporting", "storage", "tracking", "debug"}
         identity = self.model_dump(mode="json", exclude=where)
         identity["optim"].pop("micro_batch_size")
+        identity["data"].pop("max_bad_ratio")
         text = json.dumps(identity, sort_keys=True)
         return f"{self.name or self.stage}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 

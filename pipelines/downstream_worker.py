@@ -10,19 +10,17 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
-from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import ray.data
 import ray.train
 import ray.train.torch
 import torch
 import torch.distributed
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from infra import storage, tracking
@@ -39,9 +37,7 @@ from mae_core.data.decode import CorruptSampleError
 from mae_core.data.manifest import ShardInfo
 from mae_core.data.order import ChainedOrder, RunOrder
 from mae_core.data.randomness import named_generator
-from mae_core.data.samples import DataError, Sample
-from mae_core.data.transforms import stack_pixels
-from mae_core.data.views import normalize
+from mae_core.data.samples import DataError
 from mae_core.model.encoder import build_encoder
 from mae_core.optim import warmup_cosine
 from mae_core.train_step import optimizer_step
@@ -54,18 +50,15 @@ from pipelines.checkpoints import (
 )
 from pipelines.config import ConfigError
 from pipelines.datasets import (
-    BrokenSample,
     Rows,
     SequencePlan,
     configure_ray_data,
     micro_batches,
     passes_per_block,
-    read_chosen,
-    read_samples,
     sequence_dataset,
-    target_of,
 )
 from pipelines.downstream_config import DownstreamConfig
+from pipelines.measuring import Measurer, to_images
 from pipelines.reporting import (
     RunSize,
     StepReporter,
@@ -80,7 +73,6 @@ from pipelines.task import Arm, Batch, EncodedSample, Evaluation, Example, Task
 logger = logging.getLogger(__name__)
 
 BATCHES_AHEAD = 2
-ROWS_PER_READ = 32
 FLUSH_TIMEOUT_S = 5.0  # what a checkpoint waits for a slow MLflow; for one that is down, once
 LOSS_METRIC = "train/loss"
 
@@ -183,7 +175,17 @@ class _Worker:
         self.task = job.make_task()
         self.pool = ThreadPoolExecutor(config.scaling.cpus_per_worker, thread_name_prefix="decode")
         self.autocast_dtype = autocast_dtype(config.optim.precision, self.device)
-        self.kept_features: dict[Any, tuple[Any, list[Any] | None]] = {}
+        self.measurer = Measurer(
+            task=self.task,
+            encoder=job.encoder,
+            targets=job.targets,
+            max_bad_ratio=config.data.max_bad_ratio,
+            batch_size=config.optim.micro_batch_size,
+            pool=self.pool,
+            device=self.device,
+            rank=self.rank,
+            world_size=self.world_size,
+        )
         self.num_passes = 0  # micro batches of this worker since it started
 
     def run(self) -> None:
@@ -400,16 +402,12 @@ class _Worker:
     ) -> Batch:
         model = self.job.encoder.model
         hole = np.zeros((*model.img_size, model.in_chans), np.uint8)
-        images = self._images([hole if x is None else x.pixels for x in examples])
+        pixels = [hole if x is None else x.pixels for x in examples]
+        images = to_images(pixels, self.job.encoder, self.device)
         weights = torch.tensor([float(x is not None) for x in examples], device=self.device)
         images = images * weights[:, None, None, None]
         targets = [None if x is None else x.target for x in examples]
         return Batch(images, targets, weights, generator)
-
-    def _images(self, pixels: list[npt.NDArray[Any]]) -> Tensor:
-        encoder = self.job.encoder
-        stacked = normalize(stack_pixels(pixels), encoder.channel_mean, encoder.channel_std)
-        return torch.from_numpy(stacked).to(self.device)
 
     # What comes of it
 
@@ -453,16 +451,15 @@ class _Worker:
         """Measure an arm, and keep its model; a start that was cut here does it again."""
         training: list[Any] | None = []
         if arm.steps:
-            predictions = self._predictions(model, self.job.val_shards, None)
+            predictions = self.measurer.predictions(model, self.job.val_shards, None)
         else:  # such arms share the frozen encoder
             number = self.job.arms.index(arm)
-            training = self._features(model, self.job.train_shards, self.job.rows[number])
-            predictions = self._features(model, self.job.val_shards, None)
+            training = self.measurer.features(model, self.job.train_shards, self.job.rows[number])
+            predictions = self.measurer.features(model, self.job.val_shards, None)
         if predictions is not None and training is not None:
             try:
-                evaluation = self.task.evaluate(
-                    predictions, arm, self._validation_example, training
-                )
+                read = partial(self.measurer.example_at, self.job.val_shards)
+                evaluation = self.task.evaluate(predictions, arm, read, training)
             except ValueError as error:  # such as too few images to choose a penalty on
                 raise DataError(f"arm {arm.label} can't be measured: {error}") from error
             folder = self.job.folder
@@ -479,89 +476,6 @@ class _Worker:
             logger.info("%s: %s", arm.label, shown)
         if self.world_size > 1:  # nobody asks for the result before it is there
             torch.distributed.barrier()
-
-    def _features(
-        self, model: nn.Module, shards: tuple[ShardInfo, ...], rows: tuple[Rows, ...] | None
-    ) -> list[Any] | None:
-        """As `_predictions`, kept until other rows of the same shards are asked for."""
-        kept = self.kept_features.get(shards)
-        if kept is None or kept[0] is not rows:
-            self.kept_features[shards] = kept = (rows, self._predictions(model, shards, rows))
-        return kept[1]
-
-    def _predictions(
-        self, model: nn.Module, shards: tuple[ShardInfo, ...], rows: tuple[Rows, ...] | None
-    ) -> list[Any] | None:
-        """Of all samples, or of some rows, on rank 0; each rank predicts its part of them."""
-        chosen = rows or tuple(range(shard.num_samples) for shard in shards)
-        pieces = [
-            (shards, number, part[start : start + ROWS_PER_READ])
-            for number, part in enumerate(chosen)
-            for start in range(0, len(part), ROWS_PER_READ)
-        ]
-        was_training = model.training
-        model.eval()
-        mine = [self._predict_piece(model, *x) for x in pieces[self.rank :: self.world_size]]
-        model.train(was_training)
-        parts = [mine]
-        if self.world_size > 1:
-            parts = [[] for _ in range(self.world_size)]
-            torch.distributed.all_gather_object(parts, mine)
-        if self.rank != 0:
-            return None
-        ordered = [parts[i % self.world_size][i // self.world_size] for i in range(len(pieces))]
-        predictions = [prediction for part in ordered for prediction in part]
-        total = sum(map(len, chosen))
-        num_bad, ratio = total - len(predictions), self.config.data.max_bad_ratio
-        if num_bad > ratio * max(total, 1000):
-            raise DataError(
-                f"{num_bad} of {total} samples of {shards[0].path} and the shards beside it can't "
-                f"be measured, more than data.max_bad_ratio={ratio:g}; the log names them"
-            )
-        if not predictions:
-            raise DataError(f"{shards[0].path}: none of the images can be decoded")
-        return predictions
-
-    def _predict_piece(
-        self, model: nn.Module, shards: tuple[ShardInfo, ...], number: int, rows: Rows
-    ) -> list[Any]:
-        samples = read_chosen(shards[number], rows)
-        read = partial(self._whole_example, shards)
-        made = list(self.pool.map(read, [(number, int(row)) for row in rows], samples))
-        examples = [example for example in made if example is not None]
-        size = self.config.optim.micro_batch_size
-        predictions: list[Any] = []
-        with torch.no_grad():
-            for _, alike in groupby(examples, key=lambda example: example.pixels.shape):
-                whole = list(alike)
-                for group in (whole[i : i + size] for i in range(0, len(whole), size)):
-                    images = self._images([example.pixels for example in group])
-                    predictions += self.task.predict(model, images, group)
-        return predictions
-
-    def _validation_example(self, place: tuple[int, int]) -> Example:
-        shards = self.job.val_shards
-        (sample,) = read_samples(shards[place[0]], place[1], place[1] + 1)
-        example = self._whole_example(shards, place, sample)
-        if example is None:
-            raise DataError(f"{shards[place[0]].path}: row {place[1]} changed while it was read")
-        return example
-
-    def _whole_example(
-        self, shards: tuple[ShardInfo, ...], place: tuple[int, int], row: Sample | BrokenSample
-    ) -> Example | None:
-        """As it is, not augmented; None where it can't be used."""
-        path = shards[place[0]].path
-        if isinstance(row, BrokenSample):
-            logger.warning("not measured: shard=%s key=%s reason=%s", path, row.key, row.error)
-            return None
-        target = target_of(row, self.job.targets)
-        sample = EncodedSample(path, row.key, 0, row.image, target)
-        try:
-            return self.task.validation_example(sample)._replace(place=place)
-        except CorruptSampleError as error:
-            logger.warning("not measured: shard=%s key=%s reason=%s", path, row.key, error)
-            return None
 
 
 def _seed(*names: int | str) -> int:

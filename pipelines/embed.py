@@ -22,7 +22,6 @@ import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
-from uuid import uuid4
 
 import numpy as np
 import numpy.typing as npt
@@ -46,8 +45,14 @@ from pipelines.checkpoints import fetch_checkpoint, fetch_manifest
 from pipelines.config import ConfigError, StageResult
 from pipelines.datasets import open_shards, read_rows, read_samples
 from pipelines.downstream_config import EmbedConfig
-from pipelines.recording import ended_in_mlflow, say_where_to_compare, start_record
-from pipelines.run_folder import RunFolder, RunRecord
+from pipelines.recording import (
+    Taken,
+    earlier_record,
+    ended_in_mlflow,
+    say_where_to_compare,
+    take_over,
+)
+from pipelines.run_folder import RunFolder
 
 logger = logging.getLogger(__name__)
 
@@ -94,16 +99,24 @@ def run(config: EmbedConfig, *, fresh: bool) -> StageResult:
         config.data, storage.join(folder.index_uri, "data"), max_bad_ratio=config.max_bad_ratio
     )
     digest = f"{data.digest[:16]}-{encoder.files[WEIGHTS_FILE].sha256[:16]}"
-    record = None if fresh else folder.read_record()
-    if record is not None and record.data_digest != digest:
-        raise DataError(
-            f"{folder.uri}: data or weights changed since this run began; bring them back, or "
-            "start over with --fresh"
-        )
+    earlier = None if fresh else earlier_record(folder, digest)
     job = EmbedJob(config, storage.absolute(config.init_from), img_size)
     done = None if fresh else folder.read_result()
     if done is None:
-        done = _embed(config, job, data, folder, record, digest, fresh=fresh)
+        with launch.running_ray(config.scaling):
+            taken = take_over(
+                config,
+                folder,
+                digest=digest,
+                earlier=earlier,
+                fresh=fresh,
+                tags={
+                    **launch.run_tags(STAGE, seed="", output=folder.uri),
+                    "init_from": job.init_uri,
+                },
+                data={"data": (data.digest, str(config.data))},
+            )
+            done = _embed(config, job, data, taken)
     else:
         logger.info("%s is done: not embedded again (--fresh starts over)", folder.uri)
         done = done._replace(status="reused")
@@ -121,48 +134,17 @@ def _paths(config: EmbedConfig) -> Iterator[tuple[str, str]]:
         yield "query", config.query
 
 
-def _embed(
-    config: EmbedConfig,
-    job: EmbedJob,
-    data: Manifest,
-    folder: RunFolder,
-    record: RunRecord | None,
-    digest: str,
-    *,
-    fresh: bool,
-) -> StageResult:
-    start = uuid4().hex
-    with launch.running_ray(config.scaling):
-        if fresh:
-            folder.clear()
-        run_id = start_record(
-            config,
-            folder,
-            RunRecord(
-                start=start,
-                data_digest=digest,
-                run_id=record.run_id if record else None,
-                config=config.model_dump(mode="json"),
-            ),
-            tags={
-                **launch.run_tags(STAGE, seed="", output=folder.uri),
-                "init_from": job.init_uri,
-            },
-            data={"data": (data.digest, str(config.data))},
-        )
-        folder = RunFolder(folder.uri, start)
-        with ended_in_mlflow(config.tracking.uri, run_id, folder):
-            folder.forget_failure()
-            bad = _run_actors(config, job, data, folder)
-            metrics = {
-                "num_images": float(data.num_samples - bad),
-                "data/left_out": float(bad),
-            }
-            tracking.log_final_metrics(config.tracking.uri, run_id, metrics, 0)
-            say_where_to_compare(config.tracking.uri)
-            result = StageResult(STAGE, "done", run_id, folder.features_uri, metrics)
-            folder.write_result(result)
-            return result
+def _embed(config: EmbedConfig, job: EmbedJob, data: Manifest, taken: Taken) -> StageResult:
+    uri, (folder, run_id) = config.tracking.uri, taken
+    with ended_in_mlflow(uri, run_id, folder):
+        folder.forget_failure()
+        bad = _run_actors(config, job, data, folder)
+        metrics = {"num_images": float(data.num_samples - bad), "data/left_out": float(bad)}
+        tracking.log_final_metrics(uri, run_id, metrics, 0)
+        say_where_to_compare(uri)
+        result = StageResult(STAGE, "done", run_id, folder.features_uri, metrics)
+        folder.write_result(result)
+        return result
 
 
 def _run_actors(config: EmbedConfig, job: EmbedJob, data: Manifest, folder: RunFolder) -> int:

@@ -21,7 +21,6 @@ import tempfile
 from collections.abc import Iterator
 from functools import partial
 from typing import NamedTuple
-from uuid import uuid4
 
 import numpy as np
 import ray.data
@@ -46,13 +45,14 @@ from pipelines.datasets import (
 from pipelines.export import log_encoder
 from pipelines.knn import needed_label
 from pipelines.recording import (
+    earlier_record,
     ended_in_mlflow,
     log_bad_samples,
     say_where_to_compare,
-    start_record,
+    take_over,
 )
 from pipelines.reporting import RunSize
-from pipelines.run_folder import RunFolder, RunRecord
+from pipelines.run_folder import RunFolder
 from pipelines.train_worker import Pictures, TrainTask, remaining_data, train_worker
 
 logger = logging.getLogger(__name__)
@@ -87,30 +87,18 @@ def run(config: PretrainConfig, *, fresh: bool) -> StageResult:
         return done._replace(status="reused")
     _check_init_from(config)
     plan = _plan(config, folder)
-    record = None if fresh else folder.read_record()
-    start = uuid4().hex
-    if record is not None and record.data_digest != plan.manifest.digest:
-        raise DataError(
-            f"the training data changed since this run began (digest {record.data_digest}, "
-            f"now {plan.manifest.digest}), or got a manifest; bring it back, or start over with "
-            "--fresh"
-        )
+    digest = plan.manifest.digest
+    earlier = None if fresh else earlier_record(folder, digest)
     with launch.running_ray(config.scaling):
-        if fresh:  # not before: a mistake in the command must not cost the run that is there
-            folder.clear()
-        run_id = start_record(
+        folder, run_id = take_over(
             config,
             folder,
-            RunRecord(
-                start=start,
-                data_digest=plan.manifest.digest,
-                run_id=record.run_id if record else None,
-                config=config.model_dump(mode="json"),
-            ),
+            digest=digest,
+            earlier=earlier,
+            fresh=fresh,
             tags=launch.run_tags(STAGE, seed=config.seed, output=folder.uri),
-            data={"train": (plan.manifest.digest, str(config.data.train))},
+            data={"train": (digest, str(config.data.train))},
         )
-        folder = RunFolder(folder.uri, start)
         with ended_in_mlflow(config.tracking.uri, run_id, folder):
             folder.forget_failure()
             _train(config, _task(config, plan, folder, run_id))

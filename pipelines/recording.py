@@ -5,11 +5,13 @@ import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
+from uuid import uuid4
 
 from infra import storage, tracking
 from infra.config import TrackingConfig
 from mae_core.config import StrictConfig
+from mae_core.data.samples import DataError
 from pipelines import launch
 from pipelines.config import flatten
 from pipelines.reporting import count_kinds
@@ -28,44 +30,87 @@ class RunConfig(Protocol):
     def run_name(self) -> str: ...
 
 
-def start_record(
+class Taken(NamedTuple):
+    """A run's folder, taken over by this start of the command."""
+
+    folder: RunFolder
+    run_id: str | None  # MLflow's
+
+    @property
+    def start(self) -> str:
+        assert self.folder.start is not None
+        return self.folder.start
+
+
+def earlier_record(folder: RunFolder, digest: str) -> RunRecord | None:
+    """What an earlier start of the run wrote, if there was one.
+
+    Raises:
+        DataError: it had other data or weights than `digest` names.
+    """
+    record = folder.read_record()
+    if record is not None and record.data_digest != digest:
+        raise DataError(
+            f"{folder.uri}: data (or the weights that it started from) changed since this run "
+            f"began (digest {record.data_digest}, now {digest}), or the shards got a manifest; "
+            "bring them back, or start over with --fresh"
+        )
+    return record
+
+
+def take_over(
     config: RunConfig,
     folder: RunFolder,
-    record: RunRecord,
     *,
+    digest: str,
+    earlier: RunRecord | None,
+    fresh: bool,
     tags: dict[str, str],
     data: Mapping[str, tuple[str, str]],
-) -> str | None:
-    """Start or reopen the run in MLflow, and write down what this run is: MLflow's id.
+) -> Taken:
+    """Start or reopen the run in MLflow, and write down what this run is.
 
     Args:
         config: the stage's.
-        folder: taken over for `record.start`.
-        record: with the id of the MLflow run that is reopened, if there is one.
+        folder: of the run.
+        digest: names the data, and the weights that it starts from.
+        earlier: as `earlier_record` found it; its MLflow run is reopened.
+        fresh: delete what is there; only now, for a mistake in the command must not cost it.
         tags: see `launch.run_tags`.
         data: digest and source of each data set, by what it is used for.
     """
     assert isinstance(config, StrictConfig)
-    started = tracking.start_run(
+    if fresh:
+        folder.clear()
+    reopened = earlier.run_id if earlier else None
+    run_id = tracking.start_run(
         config.tracking,
         run_name=config.run_name,
         params=flatten(config),
         tags=tags,
-        run_id=record.run_id,
+        run_id=reopened,
     )
-    # A server that is down now does not make the run a new one later.
-    folder.write_record(record.model_copy(update={"run_id": started or record.run_id}))
-    for name, (digest, source) in data.items():
+    start = uuid4().hex
+    folder.write_record(
+        RunRecord(
+            start=start,
+            data_digest=digest,
+            # A server that is down now does not make the run a new one later.
+            run_id=run_id or reopened,
+            config=config.model_dump(mode="json"),
+        )
+    )
+    for name, (data_digest, source) in data.items():
         tracking.log_dataset(
             config.tracking.uri,
-            started,
+            run_id,
             name=name,
-            digest=digest,
+            digest=data_digest,
             source=source,
             context=tags["stage"],
         )
     logger.info("run: %s", folder.uri)
-    return started
+    return Taken(RunFolder(folder.uri, start), run_id)
 
 
 @contextmanager

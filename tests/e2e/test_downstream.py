@@ -5,6 +5,7 @@ One encoder is pretrained for a few steps; what it knows does not matter here.
 
 import hashlib
 import io
+import json
 import tarfile
 import threading
 from collections import Counter
@@ -23,6 +24,7 @@ from mae_core.checkpoint import load_encoder, verify_checkpoint
 from mae_core.data.samples import DataError
 from pipelines import classify, detect, embed, segment
 from pipelines.config import ConfigError, StageResult, load_config
+from pipelines.datasets import open_shards, read_rows
 from pipelines.downstream_config import (
     ClassifyConfig,
     DetectConfig,
@@ -314,8 +316,6 @@ def test_features_are_written_once_and_searched(downstream: Downstream) -> None:
 
     query = place.folder / "query.jpg"
     first = table.slice(5, 1).to_pylist()[0]
-    from pipelines.datasets import open_shards, read_rows  # noqa: PLC0415
-
     shards = {s.path: s for s in open_shards(f"{place.shapes}/train", "unused").shards}
     (sample,) = read_rows(shards[first["shard"]], first["row"], first["row"] + 1)
     query.write_bytes(sample.image)
@@ -323,6 +323,34 @@ def test_features_are_written_once_and_searched(downstream: Downstream) -> None:
     assert embed.run(config, fresh=False).status == "reused"
     with Image.open(Path(result.output).parent / "search-query.png") as picture:
         assert picture.width > 400
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_a_broken_sample_is_a_counted_hole_and_too_many_stop_the_run(
+    downstream: Downstream,
+) -> None:
+    tar = downstream.place.folder / "a.tar"
+    members: dict[str, bytes] = {"one.cls": b"0"}
+    for number in range(31):
+        buffer = io.BytesIO()
+        Image.new("RGB", (24, 20), (8 * number, 0, 0)).save(buffer, "PNG")
+        whole = buffer.getvalue()
+        members[f"s{number:02d}.png"] = whole[:60] if number == 7 else whole
+        members[f"s{number:02d}.cls"] = str(number % 2).encode()
+    write_samples(tar, members)
+    words = ("classify.arms=[knn,finetune]", f"data.train={tar}", f"data.val={tar}")
+
+    with pytest.raises(DataError, match="can't be (used|measured), more than data.max_bad_ratio=0"):
+        downstream.run(ClassifyConfig, *words, "data.max_bad_ratio=0")
+    result = downstream.run(ClassifyConfig, *words)
+    assert result.metrics["data/left_out"] == 1
+    folder = run_folder(downstream.place, "classify")
+    (bad,) = [json.loads(x) for x in (folder / "bad_samples.jsonl").read_text().splitlines()]
+    assert (bad["key"], bad["shard"]) == ("s07", str(tar))
+    assert "s07" not in {line["key"] for line in downstream.place.trace()}
+    assert result.metrics["finetune/top1"] * 31 == pytest.approx(
+        round(result.metrics["finetune/top1"] * 31)
+    )  # of the 31 that can be measured
 
 
 def test_a_size_that_the_patches_do_not_tile_is_refused(downstream: Downstream) -> None:
