@@ -340,7 +340,9 @@ def test_a_broken_sample_is_a_counted_hole_and_too_many_stop_the_run(
     write_samples(tar, members)
     words = ("classify.arms=[knn,finetune]", f"data.train={tar}", f"data.val={tar}")
 
-    with pytest.raises(DataError, match="can't be (used|measured), more than data.max_bad_ratio=0"):
+    with pytest.raises(
+        DataError, match=r"can't be (used|measured), more than data\.max_bad_ratio=0"
+    ):
         downstream.run(ClassifyConfig, *words, "data.max_bad_ratio=0")
     result = downstream.run(ClassifyConfig, *words)
     assert result.metrics["data/left_out"] == 1
