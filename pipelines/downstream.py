@@ -97,13 +97,8 @@ def run(config: DownstreamConfig, stage: Stage, *, fresh: bool) -> StageResult:
     names, strata = stage.study(config, data)
     if len(set(names)) < len(names):
         raise ConfigError(f"two classes have the same name: {', '.join(sorted(names))}")
-    info = TaskInfo(
-        encoder.model,
-        encoder.channel_mean,
-        encoder.channel_std,
-        names,
-        f"{config.run_name} on {_short(config.data.val)}",
-    )
+    title = f"{config.run_name} on {_short(config.data.val)}"
+    info = TaskInfo(encoder.model, names, title)
     chosen = _plan_arms(config, data.train, strata)
     with launch.running_ray(config.scaling):
         taken = take_over(

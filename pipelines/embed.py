@@ -36,8 +36,8 @@ from mae_core.checkpoint import WEIGHTS_FILE, CheckpointManifest, load_encoder
 from mae_core.data.decode import CorruptSampleError, Pixels, decode_image
 from mae_core.data.manifest import Manifest, ShardInfo
 from mae_core.data.samples import DataError, Sample
-from mae_core.data.transforms import center_crop, stack_pixels
-from mae_core.data.views import normalize
+from mae_core.data.transforms import center_crop
+from mae_core.evaluation.classification import encode_features
 from mae_core.evaluation.retrieval import cosine_similarity, retrieval_picture
 from mae_core.model.encoder import MaskedEncoder
 from pipelines import launch
@@ -45,6 +45,7 @@ from pipelines.checkpoints import fetch_checkpoint, fetch_manifest
 from pipelines.config import ConfigError, StageResult
 from pipelines.datasets import open_shards, read_rows, read_samples
 from pipelines.downstream_config import EmbedConfig
+from pipelines.measuring import to_images
 from pipelines.recording import (
     Taken,
     earlier_record,
@@ -252,16 +253,12 @@ class FeatureReader:
 
     def features(self, pixels: list[Pixels]) -> npt.NDArray[np.float32]:
         """(N, D); of a grid (N, h * w * D), row by row."""
-        mean, std = self.manifest.channel_mean, self.manifest.channel_std
-        images = torch.from_numpy(normalize(stack_pixels(pixels), mean, std)).to(self.device)
-        with torch.no_grad():
-            tokens = self.encoder(images).float()  # (N, 1 + L, D)
-        if self.kind == "cls":
-            chosen = tokens[:, 0]
-        elif self.kind == "mean":
-            chosen = tokens[:, 1:].mean(dim=1)
+        images = to_images(pixels, self.manifest, self.device)
+        if self.kind == "grid":
+            with torch.no_grad():
+                chosen = self.encoder(images).float()[:, 1:].flatten(1)
         else:
-            chosen = tokens[:, 1:].flatten(1)
+            chosen = encode_features(self.encoder, images, pool=self.kind)
         features: npt.NDArray[np.float32] = chosen.cpu().numpy()
         return features
 

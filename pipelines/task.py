@@ -74,8 +74,6 @@ class TaskInfo(NamedTuple):
     """What a task knows of the run."""
 
     model: ModelConfig  # of the encoder; img_size is what is trained on
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
     names: tuple[str, ...]  # of the classes
     title: str  # of pictures: run and data
 
