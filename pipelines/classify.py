@@ -329,8 +329,7 @@ class ClassifyTask:
         head = "| finding | AUROC | average precision | images with it |\n|---|---|---|---|\n"
         pictures = {}
         if arm.seed == self.section.seeds[0]:
-            shown = f"{title}: mean AUROC {scores.macro_auroc:.3f}"
-            pictures = {"roc": roc_picture(logits, labels, names, shown)}
+            pictures = {"roc": roc_picture(logits, labels, names, title)}
         return Evaluation(metrics, pictures, {"per_finding.md": head + "\n".join(rows) + "\n"})
 
     def _title(self, arm: Arm) -> str:
