@@ -68,7 +68,7 @@ from pipelines.reporting import (
 )
 from pipelines.run_folder import RunFolder
 from pipelines.sample_trace import SampleTrace
-from pipelines.task import Arm, Batch, EncodedSample, Evaluation, Example, Task
+from pipelines.task import Arm, Batch, EncodedSample, Evaluation, Example, Task, arm_of_step
 
 logger = logging.getLogger(__name__)
 
@@ -344,8 +344,8 @@ class _Worker:
 
     def _decode(self, table: pa.Table) -> _DecodedBatch:
         position = int(table["position"][0].as_py())
-        batch = self.config.optim.global_batch_size
-        arm = next(a for a in self.job.arms if position < a.last_step * batch)
+        step = position // self.config.optim.global_batch_size + 1
+        arm = arm_of_step(self.job.arms, step)
         columns = [table[n].to_pylist() for n in ("shard", "key", "epoch", "image", "target")]
         samples = [EncodedSample(*values) for values in zip(*columns, strict=True)]
         made = list(self.pool.map(partial(self._example, arm=arm), samples, table["error"]))

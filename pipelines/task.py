@@ -35,6 +35,11 @@ class Arm(NamedTuple):
         return self.first_step + self.steps
 
 
+def arm_of_step(arms: Sequence[Arm], step: int) -> Arm:
+    """Which arm the optimizer step is of; steps count from 1, through all arms."""
+    return next(arm for arm in arms if arm.first_step < step <= arm.last_step)
+
+
 class EncodedSample(NamedTuple):
     shard: str
     key: str

@@ -9,7 +9,7 @@ from mae_core.data.manifest import Manifest, ShardInfo
 from pipelines.config import ConfigError, load_config
 from pipelines.downstream import _kept_arm, _plan_arms, arms_table, mean_metrics
 from pipelines.downstream_config import ClassifyConfig, DetectConfig, SegmentConfig
-from pipelines.task import Arm
+from pipelines.task import Arm, arm_of_step
 
 NEEDED = ["init_from=c", "data.train=t", "data.val=v"]
 
@@ -98,6 +98,17 @@ def test_the_table_has_a_row_for_each_arm_and_share() -> None:
         "| finetune | 100 % | 0.600 ± 0.141 | 0.750 ± 0.000 |",
         "| scratch | 100 % | 0.250 |  |",
     ]
+
+
+def test_each_step_is_of_the_arm_that_trains_it() -> None:
+    arms = [
+        Arm("knn", 1.0, 0, 10, 0, 0),
+        Arm("finetune", 1.0, 0, 10, 3, 0),
+        Arm("logistic", 1.0, 0, 10, 0, 3),
+        Arm("scratch", 1.0, 0, 10, 2, 3),
+    ]
+    names = [arm_of_step(arms, step).name for step in range(1, 6)]
+    assert names == ["finetune", "finetune", "finetune", "scratch", "scratch"]
 
 
 @pytest.mark.parametrize(
