@@ -12,7 +12,14 @@ from torch.nn.parallel import DistributedDataParallel
 from mae_core.model.decoder import PixelDecoder
 from mae_core.model.encoder import MaskedEncoder
 from mae_core.model.mae import MAEOutput, MaskedAutoencoder
-from mae_core.train_step import MicroBatch, NonFiniteLossError, StepMetrics, pretrain_step
+from mae_core.train_step import (
+    BatchLoss,
+    MicroBatch,
+    NonFiniteLossError,
+    StepMetrics,
+    optimizer_step,
+    pretrain_step,
+)
 
 
 def make_mae() -> MaskedAutoencoder:
@@ -263,3 +270,31 @@ def test_runs_under_distributed_data_parallel(tmp_path: Path) -> None:
         torch.distributed.destroy_process_group()
     _, expected = take_step([make_batch()])
     assert_close({n: before[n] - p.detach() for n, p in mae.named_parameters()}, expected)
+
+
+def test_each_group_learns_at_its_share_of_the_rate() -> None:
+    slow, fast = nn.Linear(1, 1, bias=False), nn.Linear(1, 1, bias=False)
+    nn.init.ones_(slow.weight)
+    nn.init.ones_(fast.weight)
+    optimizer = torch.optim.SGD(
+        [
+            {"params": slow.parameters(), "lr_scale": 0.25},
+            {"params": fast.parameters()},
+        ],
+        lr=1.0,
+    )
+
+    def loss_of(model: nn.Module, batch: torch.Tensor) -> BatchLoss:
+        return BatchLoss(slow(batch).sum() + fast(batch).sum(), torch.ones(()))
+
+    optimizer_step(
+        nn.ModuleList([slow, fast]),
+        optimizer,
+        [torch.ones(1, 1)],
+        loss_of,
+        grad_accum_steps=1,
+        learning_rate=0.5,
+        autocast_dtype=None,
+    )
+    assert slow.weight.item() == pytest.approx(1 - 0.5 * 0.25)
+    assert fast.weight.item() == pytest.approx(0.5)
