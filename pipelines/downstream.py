@@ -21,7 +21,7 @@ from mae_core.data.manifest import Manifest, ShardInfo
 from mae_core.data.samples import DataError
 from mae_core.model.classifier import layer_scales
 from mae_core.optim import fine_tuning_groups
-from pipelines import launch
+from pipelines import driver, launch
 from pipelines.checkpoints import fetch_manifest
 from pipelines.config import ConfigError, StageResult
 from pipelines.datasets import (
@@ -79,8 +79,8 @@ def run(config: DownstreamConfig, stage: Stage, *, fresh: bool) -> StageResult:
         ConfigError, DataError, NoShardsError, StorageError: before any worker is started, unless
             only reading can tell.
     """
-    launch.check_paths(_paths(config))
-    launch.check_tracking(config.tracking.uri)
+    driver.check_paths(_paths(config))
+    driver.check_tracking(config.tracking.uri)
     root = storage.absolute(config.storage.root)
     folder = RunFolder(storage.join(root, config.stage, config.run_name))
     pretrained = fetch_manifest(config.init_from)
@@ -142,7 +142,7 @@ def _tags(
 ) -> dict[str, str]:
     seeds = ",".join(map(str, config.arms_config.seeds))
     return {
-        **launch.run_tags(config.stage, seed=seeds, output=folder.uri),
+        **driver.run_tags(config.stage, seed=seeds, output=folder.uri),
         "init_from": storage.absolute(config.init_from),
         "pretrained.data_digest": encoder.data_digest,
         "pretrained.step": str(encoder.step),

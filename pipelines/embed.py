@@ -40,7 +40,7 @@ from mae_core.data.transforms import center_crop
 from mae_core.evaluation.classification import encode_features
 from mae_core.evaluation.retrieval import cosine_similarity, retrieval_picture
 from mae_core.model.encoder import MaskedEncoder
-from pipelines import launch
+from pipelines import driver, launch
 from pipelines.checkpoints import fetch_checkpoint, fetch_manifest
 from pipelines.config import ConfigError, StageResult
 from pipelines.datasets import open_shards, read_rows, read_samples
@@ -83,8 +83,8 @@ def run(config: EmbedConfig, *, fresh: bool) -> StageResult:
     Raises:
         ConfigError, DataError, NoShardsError, StorageError: as the other stages.
     """
-    launch.check_paths(_paths(config))
-    launch.check_tracking(config.tracking.uri)
+    driver.check_paths(_paths(config))
+    driver.check_tracking(config.tracking.uri)
     root = storage.absolute(config.storage.root)
     folder = RunFolder(storage.join(root, STAGE, config.run_name))
     encoder = fetch_manifest(config.init_from)
@@ -112,7 +112,7 @@ def run(config: EmbedConfig, *, fresh: bool) -> StageResult:
                 earlier=earlier,
                 fresh=fresh,
                 tags={
-                    **launch.run_tags(STAGE, seed="", output=folder.uri),
+                    **driver.run_tags(STAGE, seed="", output=folder.uri),
                     "init_from": job.init_uri,
                 },
                 data={"data": (data.digest, str(config.data))},

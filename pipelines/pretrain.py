@@ -34,7 +34,7 @@ from mae_core.data.randomness import named_generator
 from mae_core.data.samples import DataError
 from mae_core.data.transforms import center_crop, stack_pixels
 from mae_core.masking import draw_noise
-from pipelines import launch
+from pipelines import driver, launch
 from pipelines.checkpoints import fetch_manifest, find_checkpoint
 from pipelines.config import ConfigError, PretrainConfig, StageResult
 from pipelines.datasets import (
@@ -77,8 +77,8 @@ def run(config: PretrainConfig, *, fresh: bool) -> StageResult:
         ConfigError, DataError, NoShardsError, StorageError: before any worker is started, unless
             only reading can tell.
     """
-    launch.check_paths(_paths(config))
-    launch.check_tracking(config.tracking.uri)
+    driver.check_paths(_paths(config))
+    driver.check_tracking(config.tracking.uri)
     folder = RunFolder(storage.join(storage.absolute(config.storage.root), STAGE, config.run_name))
     if fresh:
         storage.delete_folder(folder.index_uri)
@@ -96,7 +96,7 @@ def run(config: PretrainConfig, *, fresh: bool) -> StageResult:
             digest=digest,
             earlier=earlier,
             fresh=fresh,
-            tags=launch.run_tags(STAGE, seed=config.seed, output=folder.uri),
+            tags=driver.run_tags(STAGE, seed=config.seed, output=folder.uri),
             data={"train": (digest, str(config.data.train))},
         )
         with ended_in_mlflow(config.tracking.uri, run_id, folder):

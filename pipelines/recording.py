@@ -12,7 +12,7 @@ from infra import storage, tracking
 from infra.config import TrackingConfig
 from mae_core.config import StrictConfig
 from mae_core.data.samples import DataError
-from pipelines import launch
+from pipelines import driver
 from pipelines.config import flatten
 from pipelines.reporting import count_kinds
 from pipelines.run_folder import RunFolder, RunRecord
@@ -76,7 +76,7 @@ def take_over(
         digest: names the data, and the weights that it starts from.
         earlier: as `earlier_record` found it; its MLflow run is reopened.
         fresh: delete what is there; only now, for a mistake in the command must not cost it.
-        tags: see `launch.run_tags`.
+        tags: see `driver.run_tags`.
         data: digest and source of each data set, by what it is used for.
     """
     assert isinstance(config, StrictConfig)
@@ -125,9 +125,9 @@ def ended_in_mlflow(uri: str, run_id: str | None, folder: RunFolder) -> Iterator
         # Without asking whose the run is: the storage may be what hangs, and `ray job stop` waits
         # for three seconds.
         killed = partial(tracking.end_run, uri, run_id, "KILLED")
-        with launch.cancel_on_signals(killed):
+        with driver.cancel_on_signals(killed):
             yield
-    except launch.CancelledError:
+    except driver.CancelledError:
         logger.info("stopped; the same command goes on from the last checkpoint in %s", folder.uri)
         raise
     except BaseException as error:

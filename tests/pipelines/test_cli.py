@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from infra.services import object_store
-from pipelines import cli, launch, prepare, pretrain
+from pipelines import cli, driver, launch, prepare, pretrain
 from pipelines.config import PrepareConfig, PretrainConfig, StageResult, describe
 
 ROOT = Path(__file__).parents[2]
@@ -216,8 +216,8 @@ def test_a_result_is_one_line_of_json(
 @pytest.mark.parametrize(
     ("error", "code", "last"),
     [
-        (launch.CancelledError(15), 143, ""),
-        (launch.CancelledError(2), 130, ""),
+        (driver.CancelledError(15), 143, ""),
+        (driver.CancelledError(2), 130, ""),
         (KeyboardInterrupt(), 130, ""),
         (ZeroDivisionError("x"), 1, "error: ZeroDivisionError: x; --debug shows where\n"),
     ],

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from infra.config import TrackingConfig
-from pipelines import launch
+from pipelines import driver, launch
 from pipelines.config import ConfigError, ScalingConfig
 
 
@@ -83,7 +83,7 @@ def in_job(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("in_job")
 def test_a_relative_path_is_refused_in_a_ray_job() -> None:
     with pytest.raises(ConfigError) as caught:
-        launch.check_paths([("data.train", "s3://data/train"), ("storage.root", "runs")])
+        driver.check_paths([("data.train", "s3://data/train"), ("storage.root", "runs")])
     assert str(caught.value) == (
         "storage.root=runs: in a Ray job a path must be absolute or s3://...; "
         "give storage.root=... on the command line, or MAE__STORAGE__ROOT"
@@ -93,33 +93,33 @@ def test_a_relative_path_is_refused_in_a_ray_job() -> None:
 @pytest.mark.usefixtures("in_job")
 def test_a_path_of_a_list_is_checked_too() -> None:
     with pytest.raises(ConfigError, match=r"^data\.train=b: "):
-        launch.check_paths([("data.train", "b"), ("data.train", "/a")])
+        driver.check_paths([("data.train", "b"), ("data.train", "/a")])
 
 
 @pytest.mark.usefixtures("in_job")
 def test_absolute_and_remote_paths_are_taken_in_a_ray_job() -> None:
-    launch.check_paths([("data.train", "/data/train"), ("storage.root", "s3://mae/runs")])
-    assert launch.ray_job_id() == "raysubmit_1"
+    driver.check_paths([("data.train", "/data/train"), ("storage.root", "s3://mae/runs")])
+    assert driver.ray_job_id() == "raysubmit_1"
 
 
 @pytest.mark.usefixtures("in_job")
 def test_an_mlflow_store_in_the_working_copy_of_a_ray_job_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"tracking\.uri=.*is lost with the Ray job's working"):
-        launch.check_tracking(TrackingConfig().uri)
-    launch.check_tracking("http://127.0.0.1:5000")
-    launch.check_tracking(f"sqlite:///{tmp_path}/mlflow.db")
+        driver.check_tracking(TrackingConfig().uri)
+    driver.check_tracking("http://127.0.0.1:5000")
+    driver.check_tracking(f"sqlite:///{tmp_path}/mlflow.db")
 
 
 def test_relative_paths_are_taken_outside_of_a_job(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RAY_JOB_CONFIG_JSON_ENV_VAR", raising=False)
-    launch.check_paths([("data.train", "data/train"), ("storage.root", "runs")])
-    assert launch.ray_job_id() is None
+    driver.check_paths([("data.train", "data/train"), ("storage.root", "runs")])
+    assert driver.ray_job_id() is None
 
 
 @pytest.mark.parametrize("uri", ["gs://bucket/x", "https://host/x.tar", "s3://"])
 def test_another_scheme_is_a_config_error(uri: str) -> None:
     with pytest.raises(ConfigError, match=r"^data\.val: "):
-        launch.check_paths([("data.val", uri)])
+        driver.check_paths([("data.val", uri)])
 
 
 @pytest.mark.parametrize(
@@ -132,12 +132,12 @@ def test_a_signal_calls_first_then_cancels_and_handlers_come_back(
     calls: list[str] = []
 
     def go_on_after_a_signal() -> None:
-        with launch.cancel_on_signals(lambda: calls.append("first")):
+        with driver.cancel_on_signals(lambda: calls.append("first")):
             os.kill(os.getpid(), number)
             time.sleep(10)
             calls.append("went on")
 
-    with pytest.raises(launch.CancelledError) as caught:
+    with pytest.raises(driver.CancelledError) as caught:
         go_on_after_a_signal()
     assert caught.value.exit_code == exit_code
     assert calls == ["first"]
@@ -147,9 +147,9 @@ def test_a_signal_calls_first_then_cancels_and_handlers_come_back(
 def test_without_a_signal_nothing_is_called() -> None:
     before = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)}
     calls: list[str] = []
-    with launch.cancel_on_signals(lambda: calls.append("first")):
+    with driver.cancel_on_signals(lambda: calls.append("first")):
         pass
-    with pytest.raises(ValueError, match="mine"), launch.cancel_on_signals(lambda: None):
+    with pytest.raises(ValueError, match="mine"), driver.cancel_on_signals(lambda: None):
         raise ValueError("mine")
     assert calls == []
     assert {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)} == before
@@ -172,7 +172,7 @@ def test_workers_reserve_their_cpus_and_a_gpu_each() -> None:
 
 def test_a_run_is_tagged_with_commit_and_job(monkeypatch: pytest.MonkeyPatch, in_job: None) -> None:
     monkeypatch.setenv("MAE_GIT_COMMIT", "abc123")
-    assert launch.run_tags("pretrain", seed=7, output="/out") == {
+    assert driver.run_tags("pretrain", seed=7, output="/out") == {
         "stage": "pretrain",
         "seed": "7",
         "output": "/out",
