@@ -22,3 +22,5 @@ class TrackingConfig(_StrictConfig):
     """MLflow tracking server (http://...) or an absolute sqlite store (sqlite:////...)."""
     experiment: str = "mae"
     """MLflow experiment that the run joins."""
+    parent_run_id: str | None = None
+    """MLflow run that this one is shown below; a pipeline sets it."""

@@ -5,9 +5,11 @@ another program is never taken for ours, and NAME.log with its output.
 """
 
 import contextlib
+import ctypes
 import json
 import os
 import random
+import signal
 import socket
 import subprocess
 import time
@@ -22,6 +24,8 @@ START_TIME_TOLERANCE_S = 5.0
 POLL_S = 0.2
 LOG_TAIL_LINES = 15
 MARKER_VARIABLE = "MAE_SERVICE"
+PARENT_VARIABLE = "MAE_PARENT_PID"
+PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 
 
 class _Record(NamedTuple):
@@ -71,6 +75,20 @@ def is_alive(process: psutil.Process) -> bool:
     with contextlib.suppress(psutil.NoSuchProcess):
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     return False
+
+
+def end_with_parent() -> None:
+    """Where PARENT_VARIABLE names our parent, SIGTERM comes when it dies, however it does.
+
+    Linux only; elsewhere a child whose parent was killed goes on.
+    """
+    parent = os.environ.pop(PARENT_VARIABLE, None)
+    if parent is None:
+        return
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != int(parent):  # it died before we asked
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 def stop_process(folder: Path, name: str, grace_s: float) -> bool:

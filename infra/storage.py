@@ -23,7 +23,7 @@ from contextlib import contextmanager, suppress
 from fnmatch import fnmatchcase
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import pyarrow as pa
 from braceexpand import braceexpand
@@ -316,6 +316,30 @@ def _list_names(uri: str, kind: pafs.FileType) -> list[str]:
     except FileNotFoundError:
         return []
     return sorted(info.base_name for info in infos if info.type == kind)
+
+
+class FileFacts(NamedTuple):
+    num_bytes: int
+    changed_at_ns: int
+
+
+def list_tree(uri: str, *, deep: bool = True) -> dict[str, FileFacts]:
+    """Size and time of change of each file below a folder, by its path in it; none if there is no
+    such folder. Of a file, that of the file, by its name.
+    """
+    filesystem, path = open_filesystem(uri)
+    try:
+        with storage_errors("list", uri):
+            infos = filesystem.get_file_info(pafs.FileSelector(path, recursive=deep))
+    except FileNotFoundError:
+        info = _file_info(uri)
+        infos = [info] if info.type == pafs.FileType.File else []
+        path = path.rpartition("/")[0]
+    return {
+        info.path.removeprefix(path).lstrip("/"): FileFacts(int(info.size), int(info.mtime_ns or 0))
+        for info in infos
+        if info.type == pafs.FileType.File
+    }
 
 
 def delete_file(uri: str) -> None:

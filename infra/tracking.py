@@ -39,6 +39,7 @@ from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunT
 from mlflow.exceptions import MlflowException
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
+RunStatus = Literal["FINISHED", "FAILED", "KILLED", "RUNNING", "SCHEDULED", "MISSING", "UNKNOWN"]
 
 logger = logging.getLogger(__name__)
 
@@ -106,6 +107,8 @@ def start_run(
             for key, value in params.items()
             if logged.get(key, value) != value
         }
+        if tracking.parent_run_id is not None:
+            tags = {**tags, "mlflow.parentRunId": tracking.parent_run_id}
         new_params = [Param(key, value) for key, value in params.items() if key not in logged]
         new_tags = [RunTag(key, value) for key, value in {**tags, **changed}.items()]
         client.log_batch(run.info.run_id, params=new_params, tags=new_tags)
@@ -160,6 +163,43 @@ def end_run(uri: str, run_id: str | None, status: Status) -> None:
     if run_id is not None:
         with _or_warn(f"end run {run_id} as {status}", uri):
             _client(uri).set_terminated(run_id, status)
+
+
+def run_status(uri: str, run_id: str | None) -> RunStatus:
+    """How a run ended; "MISSING" if the store has no such run, "UNKNOWN" if it does not answer."""
+    if run_id is None:
+        return "MISSING"
+    try:
+        run = _client(uri).get_run(run_id)
+    except MlflowException as error:
+        return "MISSING" if error.error_code == "RESOURCE_DOES_NOT_EXIST" else "UNKNOWN"
+    except Exception as error:
+        logger.warning("could not look at run %s at %s: %s", run_id, uri, _reason(error))
+        return "UNKNOWN"
+    return "MISSING" if run.info.lifecycle_stage == "deleted" else run.info.status
+
+
+def run_link(uri: str, run_id: str) -> str:
+    """Address of a run in the UI: below a page of the UI, wherever that is served."""
+    with _or_warn(f"find run {run_id}", uri):
+        return f"#/experiments/{_client(uri).get_run(run_id).info.experiment_id}/runs/{run_id}"
+    return ""
+
+
+def set_tags(uri: str, run_id: str | None, tags: Mapping[str, str]) -> None:
+    """`mlflow.note.content` is the description, in Markdown."""
+    if run_id is not None:
+        with _or_warn("set tags", uri):
+            _client(uri).log_batch(run_id, tags=[RunTag(k, v) for k, v in tags.items()])
+
+
+def metric_history(uri: str, run_id: str | None, metric: str) -> list[tuple[int, float]]:
+    """Step and value of each point; none where the store has or gives none."""
+    if run_id is not None:
+        with _or_warn(f"read the history of {metric}", uri):
+            points = _client(uri).get_metric_history(run_id, metric)
+            return sorted({(point.step, point.value) for point in points})
+    return []
 
 
 def log_dataset(

@@ -1,6 +1,7 @@
 """The `mae` command: words to a config, a stage's result to one line, errors to exit codes.
 
-Exit codes: 0 done, 2 config, 4 data, 5 infrastructure, 130 and 143 stopped, 1 anything else.
+Exit codes: 0 done, 2 config, 3 a gate refused, 4 data, 5 infrastructure, 130 and 143 stopped, 1
+anything else.
 """
 
 import argparse
@@ -14,32 +15,26 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from infra.processes import end_with_parent
 from infra.storage import NoShardsError, StorageError
 from mae_core.config import StrictConfig
 from mae_core.data.samples import DataError
-from pipelines.config import (
-    ConfigError,
-    PrepareConfig,
-    PretrainConfig,
-    StageResult,
-    describe,
-    load_config,
-)
-from pipelines.downstream_config import ClassifyConfig, DetectConfig, EmbedConfig, SegmentConfig
+from pipelines.chain_config import load_stage_file
+from pipelines.config import ConfigError, RefusedError, StageResult, describe, load_config
+from pipelines.failures import can_pass
+from pipelines.stage_kinds import KINDS
 
-STAGES: dict[str, tuple[type[StrictConfig], str]] = {
-    "prepare": (PrepareConfig, "Pack images into shards, or draw a small data set."),
-    "pretrain": (PretrainConfig, "Pretrain a masked autoencoder on shards."),
-    "classify": (
-        ClassifyConfig,
-        "Classify with a pretrained encoder, beside one from scratch.",
-    ),
-    "detect": (DetectConfig, "Train a detector on a pretrained encoder."),
-    "embed": (EmbedConfig, "Write an encoder's features, or search IMAGE: find what is like it."),
-    "segment": (SegmentConfig, "Train a segmenter on a pretrained encoder."),
+# Words that are no stage, and the module whose `command` takes what follows.
+COMMANDS = {
+    "run": ("chain", "Run a pipeline: the stages that changed, in parallel where they can."),
+    "plan": ("chain", "Say what `run` would do, and why."),
+    "schedule": ("schedule", "Run pipelines at times, or when there is new data."),
+    "doctor": ("doctor", "Check this machine, the store, MLflow and Ray."),
+    "config": ("config_command", "Show where each value of a config comes from; its JSON Schema."),
 }
 EXIT_CODES: list[tuple[tuple[type[Exception], ...], int, str]] = [
     ((ConfigError,), 2, "config error"),
+    ((RefusedError,), 3, "refused"),
     ((DataError, NoShardsError), 4, "data error"),
     ((StorageError,), 5, "infrastructure error"),
 ]
@@ -53,18 +48,39 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("RAY_DEDUP_LOGS", "0")
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    arguments = _parse(argv)
+    end_with_parent()
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words and words[0] in COMMANDS:
+        return _run_command(words)
+    arguments = _parse(words)
     started_s = time.monotonic()
     try:
         config = _config(arguments)
-        # By name: a wrong config is told before torch and Ray are loaded.
-        stage = importlib.import_module(f"pipelines.{arguments.stage}")
+        if arguments.stage == "stage":
+            stage = load_stage_file(Path(arguments.file))
+        else:
+            # By name: a wrong config is told before torch and Ray are loaded.
+            stage = importlib.import_module(f"pipelines.{arguments.stage}")
         result: StageResult = stage.run(config, fresh=arguments.fresh)
     except BaseException as error:
-        return _tell(error, debug=arguments.debug)
+        exit_code = _tell(error, debug=arguments.debug)
+        failed = {"status": "failed", "error": str(error), "can_pass": can_pass(error)}
+        print(json.dumps({"stage": arguments.stage, **failed}), flush=True)
+        return exit_code
     fields = {**result._asdict(), "seconds": round(time.monotonic() - started_s, 1)}
     print(json.dumps(fields), flush=True)
     return 0
+
+
+def _run_command(words: list[str]) -> int:
+    module, _ = COMMANDS[words[0]]
+    # Those of `chain` begin with which of the two is meant.
+    own_words = words if module == "chain" else words[1:]
+    try:
+        code: int = importlib.import_module(f"pipelines.{module}").command(own_words)
+    except BaseException as error:
+        return _tell(error, debug="--debug" in words)
+    return code
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -83,22 +99,22 @@ def _parser() -> argparse.ArgumentParser:
         prog="mae", description="Masked-autoencoder pretraining on WebDataset shards."
     )
     stages = parser.add_subparsers(dest="stage", required=True, metavar="STAGE")
-    for name, (config_type, summary) in STAGES.items():
+    for name, (_, summary) in COMMANDS.items():
+        stages.add_parser(name, help=summary)
+    own = stages.add_parser("stage", help="Run a stage of your own: a .py file.")
+    own.add_argument(
+        "file", metavar="FILE.py", help="with Config and run, see docs/guides/chain.md"
+    )
+    _add_stage_arguments(own)
+    for name, kind in KINDS.items():
         stage = stages.add_parser(
             name,
-            help=summary,
-            description=summary,
-            epilog=_fields_help(config_type),
+            help=kind.summary,
+            description=kind.summary,
+            epilog=_fields_help(kind.config_type),
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-        stage.add_argument(
-            "words",
-            nargs="*",
-            metavar="FILE.yaml | section.key=value",
-            help="files are merged left to right, then the values",
-        )
-        stage.add_argument("--fresh", action="store_true", help="delete what is there; start over")
-        stage.add_argument("--debug", action="store_true", help="show tracebacks")
+        _add_stage_arguments(stage)
         if name == "prepare":
             stage.add_argument(
                 "--synthetic",
@@ -106,6 +122,17 @@ def _parser() -> argparse.ArgumentParser:
                 help="draw scenes: mae prepare --synthetic shapes OUT",
             )
     return parser
+
+
+def _add_stage_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "words",
+        nargs="*",
+        metavar="FILE.yaml | section.key=value",
+        help="files are merged left to right, then the values",
+    )
+    parser.add_argument("--fresh", action="store_true", help="delete what is there; start over")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks")
 
 
 def _fields_help(config_type: type[StrictConfig]) -> str:
@@ -126,7 +153,9 @@ def _config(arguments: argparse.Namespace) -> StrictConfig:
         overrides.append(f"query={bare[1]}")
     elif bare:
         raise ConfigError(f"{bare[0]!r} is neither a .yaml file nor section.key=value")
-    return load_config(STAGES[arguments.stage][0], files, overrides)
+    if arguments.stage == "stage":
+        return load_config(load_stage_file(Path(arguments.file)).Config, files, overrides)
+    return load_config(KINDS[arguments.stage].config_type, files, overrides)
 
 
 def _is_file(word: str) -> bool:

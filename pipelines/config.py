@@ -18,10 +18,15 @@ from infra.config import StorageConfig, TrackingConfig
 from mae_core.config import LossConfig, MaskingConfig, ModelConfig, OptimConfig, StrictConfig
 
 ENVIRONMENT_PREFIX = "MAE__"
+NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"  # of what becomes a folder
 
 
 class ConfigError(ValueError):
     """The user's config can't run; says what, where, and what to try."""
+
+
+class RefusedError(RuntimeError):
+    """A gate refused; says what was found, as a table."""
 
 
 class StageResult(NamedTuple):
@@ -104,7 +109,7 @@ class DebugConfig(StrictConfig):
 
 
 class PretrainConfig(StrictConfig):
-    name: str = Field(default="pretrain", pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
+    name: str = Field(default="pretrain", pattern=NAME_PATTERN)
     """Starts the run's name; a hash of what determines the result ends it."""
     seed: int = Field(default=0, ge=0)
     """Fixes weights, order, crops, flips and masks."""
@@ -264,13 +269,13 @@ def load_config(
         keys = name.removeprefix(ENVIRONMENT_PREFIX).lower().split("__")
         # One environment serves every stage: what another stage reads is not this one's mistake.
         if name.startswith(ENVIRONMENT_PREFIX) and keys[0] in config_type.model_fields:
-            raw = _merge(raw, _nest(keys, _parse_value(text)))
+            raw = _merge(raw, _nest(keys, parse_value(text)))
             origins[".".join(keys)] = f"environment {name}"
     for override in overrides:
         key, separator, text = override.partition("=")
         if not separator or not key:
             raise ConfigError(f"{override!r} is neither a YAML file nor section.key=value")
-        raw = _merge(raw, _nest(key.split("."), _parse_value(text)))
+        raw = _merge(raw, _nest(key.split("."), parse_value(text)))
         origins[key] = "command line"
     try:
         return config_type.model_validate(raw)
@@ -308,7 +313,7 @@ def _lines(node: Any, prefix: str = "") -> Iterator[tuple[str, int]]:
             yield from _lines(value, f"{name}.")
 
 
-def _parse_value(text: str) -> Any:
+def parse_value(text: str) -> Any:
     try:
         return yaml.safe_load(text)
     except yaml.YAMLError:  # such as {000000..000099}.tar

@@ -8,10 +8,9 @@ from pydantic import Field, field_validator, model_validator
 
 from infra.config import StorageConfig, TrackingConfig
 from mae_core.config import StrictConfig
-from pipelines.config import CheckpointConfig, DebugConfig, ScalingConfig
+from pipelines.config import NAME_PATTERN, CheckpointConfig, DebugConfig, ScalingConfig
 
 Share = float  # in (0, 1]
-NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"
 
 
 class LabelledDataConfig(StrictConfig):

@@ -1,4 +1,4 @@
-"""What every driver does, whether it starts Ray or not: its paths, its origin, its end by a signal."""
+"""What every driver does, with Ray or without: its paths, its origin, its end by a signal."""
 
 import json
 import os

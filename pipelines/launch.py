@@ -149,3 +149,13 @@ def ray_run(run_uri: str, scaling: ScalingConfig) -> RunConfig:
             max_failures=scaling.max_failures, controller_failure_limit=0
         ),
     )
+
+
+def cluster_capacity() -> tuple[float, float]:
+    """CPUs and GPUs for training of the cluster that RAY_ADDRESS names."""
+    _join(os.environ["RAY_ADDRESS"])
+    try:
+        total: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+        return total.get("CPU", 0) - READ_CPUS, total.get("GPU", 0)
+    finally:
+        ray.shutdown()

@@ -1,0 +1,268 @@
+"""`mae plan` and `mae run`: a pipeline of stages, of which only what changed is run again."""
+
+import argparse
+import json
+import logging
+import os
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from functools import partial
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from infra import storage, tracking
+from infra.lease import lease
+from pipelines import driver, report
+from pipelines.chain_config import Chain, PromoteSpec, load_chain
+from pipelines.chain_plan import (
+    Forced,
+    Planned,
+    mermaid_graph,
+    plan_chain,
+    plan_table,
+    text_graph,
+)
+from pipelines.config import StageResult
+from pipelines.fingerprints import fingerprint
+from pipelines.pipeline_run import PipelineRun, pipeline_folder, pipeline_tracking
+from pipelines.promote import Verdict, promote
+from pipelines.stage_try import StageTry, resolved, reuse
+from pipelines.stages import (
+    ENDED_WELL,
+    Action,
+    Capacity,
+    Node,
+    Running,
+    StageRun,
+    State,
+    execute,
+)
+
+logger = logging.getLogger(__name__)
+
+REFUSED = 3  # exit code of a gate
+
+
+def command(words: Sequence[str]) -> int:
+    """`mae plan CHAIN` or `mae run CHAIN`; the first word is `plan` or `run`."""
+    arguments = _parse(words)
+    overrides = [*arguments.words, *arguments.set]
+    chain = load_chain(arguments.chain, overrides, arguments.sweep)
+    driver.check_paths([("storage.root", chain.config.storage.root)])
+    driver.check_tracking(chain.config.tracking.uri)
+    forced = Forced.of(chain, arguments.force, arguments.start, arguments.only)
+    if words[0] == "plan":
+        plans = plan_chain(chain, forced)
+        states = {plan.stage.name: plan.decision.action.value for plan in plans}
+        shown = mermaid_graph(chain, states) if arguments.mermaid else None
+        _say(shown or f"{text_graph(chain)}\n\n{plan_table(plans)}")
+        return 0
+    with lease(pipeline_folder(chain, "lease"), f"pipeline {chain.config.name}"):
+        return _run(chain, forced, overrides)
+
+
+def _say(text: str) -> None:
+    os.write(1, f"{text.rstrip()}\n".encode())
+
+
+def _parse(words: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog=f"mae {words[0]}", description=__doc__)
+    parser.add_argument("chain", type=Path, metavar="CHAIN.yaml", help="see configs/chain")
+    parser.add_argument(
+        "words", nargs="*", metavar="STAGE.key=value", help="over what the stages' files say"
+    )
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="STAGE.key=value", help="the same"
+    )
+    parser.add_argument(
+        "--sweep",
+        action="append",
+        default=[],
+        metavar="[STAGE.]key=a,b",
+        help="run what depends on the key once for each value",
+    )
+    parser.add_argument(
+        "--force", action="append", default=[], metavar="STAGE", help="run this stage again"
+    )
+    parser.add_argument(
+        "--from",
+        dest="start",
+        action="append",
+        default=[],
+        metavar="STAGE",
+        help="run this stage and all after it again",
+    )
+    parser.add_argument("--only", metavar="STAGE", help="run no other stage")
+    if words[0] == "plan":
+        parser.add_argument("--mermaid", action="store_true", help="the graph in Mermaid's words")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    return parser.parse_intermixed_args(words[1:])
+
+
+def _run(chain: Chain, forced: Forced, words: Sequence[str]) -> int:
+    started_s = time.monotonic()
+    plans = plan_chain(chain, forced)
+    logger.info("%s", plan_table(plans))
+    run = _open(chain, plans, tuple(words))
+    uri = chain.config.tracking.uri
+    with tempfile.TemporaryDirectory(prefix="mae-chain-") as workspace:
+        killed = partial(tracking.end_run, uri, run.run_id, "KILLED")
+        with driver.cancel_on_signals(killed):
+            try:
+                run.stages = execute(
+                    [plan.stage.node for plan in plans if _is_wanted(plan, forced)],
+                    partial(_start, run, Path(workspace)),
+                    capacity=_capacity(),
+                    notify=partial(_notify, run),
+                )
+                failed = [x for x in run.stages.values() if x.state not in ENDED_WELL]
+                if not failed and chain.config.promote is not None and forced.only is None:
+                    run.verdict = _promote(run, chain.config.promote)
+            except Exception:
+                tracking.end_run(uri, run.run_id, "FAILED")
+                raise
+            exit_code = _exit_code(run)
+            _close(run, "FINISHED" if exit_code in (0, REFUSED) else "FAILED")
+    seconds = round(time.monotonic() - started_s, 1)
+    _say(json.dumps(_summary(run, exit_code, seconds)))
+    return exit_code
+
+
+def _promote(run: PipelineRun, spec: PromoteSpec) -> Verdict:
+    """On the data that the stage of the metric was measured on."""
+    judged = next(p for p in run.plans if p.stage.name == spec.metric.partition("/")[0])
+    config = resolved(judged, run.results, pipeline_folder(run.chain))
+    data = config.get("data", "")
+    place = data.get("val") or data["train"] if isinstance(data, dict) else data
+    return promote(spec, pipeline_tracking(run.chain), run.results, fingerprint(place))
+
+
+def _is_wanted(plan: Planned, forced: Forced) -> bool:
+    """With `--only`, what is not there and not asked for is left alone."""
+    return forced.only is None or plan.done is not None or plan.stage.name == forced.only
+
+
+def _capacity() -> Capacity:
+    if os.environ.get("RAY_ADDRESS"):
+        # By name: only here does the pipeline's own process need Ray.
+        cpus, gpus = import_module("pipelines.launch").cluster_capacity()
+        return Capacity(cpus, gpus)
+    return Capacity(float(os.cpu_count() or 1), float("inf"))
+
+
+def _open(chain: Chain, plans: list[Planned], words: tuple[str, ...]) -> PipelineRun:
+    """Start the record, or go on with that of a run that was cut off with the same work to do."""
+    keys = {plan.stage.name: plan.folder.key for plan in plans}
+    earlier = _unfinished(chain, keys)
+    name = earlier["name"] if earlier else time.strftime("%Y-%m-%dT%H%M%SZ", time.gmtime())
+    run = PipelineRun(chain, plans, words, name)
+    if earlier:
+        run.started_at = earlier["started_at"]
+        logger.info("goes on with the run %s, which was cut off", name)
+    track = pipeline_tracking(chain)
+    params = {word.partition("=")[0]: word.partition("=")[2] for word in words}
+    run.run_id = tracking.start_run(
+        track,
+        run_name=f"{chain.config.name} {name}",
+        params=params,
+        tags=driver.run_tags("pipeline", seed="", output=run.uri),
+        run_id=earlier["run_id"] if earlier else None,
+    )
+    _write_state(run, keys, ended=None)
+    states = {plan.stage.name: plan.decision.action.value for plan in plans}
+    tracking.log_artifact_text(track.uri, run.run_id, mermaid_graph(chain, states), "graph.mmd")
+    tracking.log_artifact_text(track.uri, run.run_id, plan_table(plans), "plan.txt")
+    return run
+
+
+def _unfinished(chain: Chain, keys: Mapping[str, str]) -> dict[str, Any] | None:
+    names = storage.list_folders(pipeline_folder(chain))
+    if not names:
+        return None
+    try:
+        state = json.loads(storage.read_bytes(pipeline_folder(chain, names[-1], "run.json")))
+    except (FileNotFoundError, ValueError):
+        return None
+    same = isinstance(state, dict) and state.get("keys") == dict(keys)
+    return state if same and state.get("ended") is None else None
+
+
+def _write_state(run: PipelineRun, keys: Mapping[str, str], ended: str | None) -> None:
+    state = {
+        "name": run.name,
+        "run_id": run.run_id,
+        "started_at": run.started_at,
+        "ended": ended,
+        "keys": dict(keys),
+    }
+    storage.write_bytes(storage.join(run.uri, "run.json"), json.dumps(state).encode())
+
+
+def _start(
+    run: PipelineRun, workspace: Path, node: Node, results: Mapping[str, StageResult]
+) -> Running | StageResult:
+    planned = next(plan for plan in run.plans if plan.stage.name == node.name)
+    if planned.decision.action in (Action.REUSE, Action.REBUILD):
+        return reuse(planned, run.tracking)
+    return StageTry(planned, results, run.tracking, pipeline_folder(run.chain), workspace)
+
+
+def _notify(run: PipelineRun, stage: StageRun) -> None:
+    name, state = stage.node.name, stage.state
+    if state is State.RUNNING:
+        logger.info("%s: starts", name)
+    elif state in (State.DONE, State.REUSED) and stage.result is not None:
+        logger.info("%s: %s in %.0f s: %s", name, state.value, stage.seconds, stage.result.output)
+    elif state is State.WAITING and stage.failure is not None:
+        logger.warning("%s: failed, is tried again: %s", name, stage.failure.message)
+    elif stage.failure is not None:
+        logger.error("%s: %s: %s", name, state.value, stage.failure.message)
+    run.stages[name] = stage
+
+
+def _exit_code(run: PipelineRun) -> int:
+    for stage in run.stages.values():
+        if stage.state is State.FAILED and stage.failure is not None:
+            return stage.failure.exit_code or 1
+    refused = run.verdict is not None and run.verdict.is_refused
+    return REFUSED if refused else 0
+
+
+def _close(run: PipelineRun, status: tracking.Status) -> None:
+    """Metrics, description, report; then the run's end."""
+    uri = run.chain.config.tracking.uri
+    tracking.log_final_metrics(uri, run.run_id, run.headline, 0)
+    tracking.set_tags(uri, run.run_id, _tags(run))
+    page = report.render(run)
+    storage.write_bytes(storage.join(run.uri, "report.html"), page.encode())
+    tracking.log_artifact_text(uri, run.run_id, page, "report.html")
+    logger.info("report: %s", storage.join(run.uri, "report.html"))
+    keys = {plan.stage.name: plan.folder.key for plan in run.plans}
+    _write_state(run, keys, ended=status)
+    tracking.end_run(uri, run.run_id, status)
+
+
+def _tags(run: PipelineRun) -> dict[str, str]:
+    tags = {"mlflow.note.content": report.stage_table(run)}
+    for name, stage in run.stages.items():
+        if stage.state is State.REUSED and stage.result is not None and stage.result.run_id:
+            tags[f"reused.{name}"] = stage.result.run_id
+    return tags
+
+
+def _summary(run: PipelineRun, exit_code: int, seconds: float) -> dict[str, Any]:
+    status = {0: "done", REFUSED: "refused"}.get(exit_code, "failed")
+    stages = {name: stage.state.value for name, stage in run.stages.items()}
+    if status == "done" and set(stages.values()) == {"reused"}:
+        status = "reused"
+    return {
+        "stage": "pipeline",
+        "status": status,
+        "run_id": run.run_id,
+        "output": run.uri,
+        "metrics": run.headline,
+        "stages": stages,
+        "seconds": seconds,
+    }

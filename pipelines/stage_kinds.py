@@ -1,0 +1,100 @@
+"""The stages that a pipeline is made of: config, code, data, and what does not change a result.
+
+Imports no stage: `mae plan` needs neither torch nor Ray.
+"""
+
+from typing import NamedTuple
+
+from mae_core.config import StrictConfig
+from pipelines.config import PrepareConfig, PretrainConfig
+from pipelines.downstream_config import ClassifyConfig, DetectConfig, EmbedConfig, SegmentConfig
+from pipelines.validate_config import ValidateConfig
+
+
+class StageKind(NamedTuple):
+    """What the graph must know of a stage to name its result."""
+
+    config_type: type[StrictConfig]
+    summary: str
+    modules: tuple[str, ...]
+    """Whose code determines the result, besides what they import of `mae_core`."""
+    data_keys: tuple[str, ...]
+    """Fields that name data: what lies there counts, and not where it lies."""
+    unkeyed: tuple[str, ...] = ()
+    """Fields, or whole sections, that say how and where, not what."""
+    version: int = 1
+    """Raised by hand where the result changes and no code that counts does."""
+    headline: tuple[str, ...] = ()
+    """Ends of the names of the metrics that are worth a place in a table of stages."""
+
+
+WHERE = ("name", "scaling", "storage", "tracking", "debug", "reporting", "checkpoint")
+READING = ("pipelines.datasets", "pipelines.batches")
+TUNING = (
+    *READING,
+    "pipelines.downstream",
+    "pipelines.downstream_worker",
+    "pipelines.measuring",
+    "pipelines.task",
+)
+TUNING_UNKEYED = (*WHERE, "optim.micro_batch_size", "data.max_bad_ratio")
+TUNING_DATA = ("data.train", "data.val", "init_from")
+
+KINDS: dict[str, StageKind] = {
+    "prepare": StageKind(
+        PrepareConfig,
+        "Pack images into shards, or draw a small data set.",
+        ("pipelines.prepare", "pipelines.packing", "pipelines.existing_shards"),
+        ("source", "annotations"),
+        ("output", "workers", "max_bad_ratio"),
+        headline=("num_samples", "num_skipped"),
+    ),
+    "validate": StageKind(
+        ValidateConfig,
+        "Check shards before they are trained on: schema, decoding, duplicates, labels, drift.",
+        ("pipelines.validate",),
+        ("data",),
+        ("name", "storage", "workers", "reference"),
+        headline=("num_samples", "bad_ratio"),
+    ),
+    "pretrain": StageKind(
+        PretrainConfig,
+        "Pretrain a masked autoencoder on shards.",
+        (*READING, "pipelines.pretrain", "pipelines.train_worker", "pipelines.knn"),
+        ("data.train", "data.val", "init_from"),
+        (*WHERE, "optim.micro_batch_size", "optim.compile", "data.decode", "data.max_bad_ratio"),
+        headline=("knn/top1", "knn/top1_untrained"),
+    ),
+    "classify": StageKind(
+        ClassifyConfig,
+        "Classify with a pretrained encoder, beside one from scratch.",
+        (*TUNING, "pipelines.classify"),
+        TUNING_DATA,
+        TUNING_UNKEYED,
+        headline=("/top1", "/auroc"),
+    ),
+    "detect": StageKind(
+        DetectConfig,
+        "Train a detector on a pretrained encoder.",
+        (*TUNING, "pipelines.detect"),
+        TUNING_DATA,
+        TUNING_UNKEYED,
+        headline=("/ap", "/ap50"),
+    ),
+    "embed": StageKind(
+        EmbedConfig,
+        "Write an encoder's features, or search IMAGE: find what is like it.",
+        ("pipelines.embed",),
+        ("data", "init_from"),
+        (*WHERE, "batch_size", "max_bad_ratio", "query", "num_neighbours"),
+        headline=("num_rows",),
+    ),
+    "segment": StageKind(
+        SegmentConfig,
+        "Train a segmenter on a pretrained encoder.",
+        (*TUNING, "pipelines.segment"),
+        TUNING_DATA,
+        TUNING_UNKEYED,
+        headline=("/miou",),
+    ),
+}

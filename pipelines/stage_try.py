@@ -1,0 +1,157 @@
+"""A try of a stage in a pipeline: wait for its lease, run its process, commit what it made."""
+
+import json
+import logging
+import time
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from infra import tracking
+from infra.config import TrackingConfig
+from infra.lease import HeldError, lease
+from pipelines.chain_config import PIPELINE, SELF, Stage, substitute
+from pipelines.chain_plan import Planned, versions
+from pipelines.config import StageResult, flatten
+from pipelines.driver import run_tags
+from pipelines.stage_process import StageProcess
+from pipelines.stages import Action, Failure
+
+logger = logging.getLogger(__name__)
+
+LEASE_EVERY_S = 2.0
+
+
+class StageTry:
+    """See `pipelines.stages.Running`."""
+
+    def __init__(
+        self,
+        planned: Planned,
+        results: Mapping[str, StageResult],
+        track: TrackingConfig,
+        pipeline_uri: str,
+        workspace: Path,
+    ) -> None:
+        self._planned = planned
+        self._results = results
+        self._tracking = track
+        self._pipeline_uri = pipeline_uri
+        self._workspace = workspace
+        self._held = ExitStack()
+        self._process: StageProcess | None = None
+        self._looked_at_s = 0.0
+        self._started_at_s = time.monotonic()
+        self.is_waiting = False
+
+    def poll(self) -> StageResult | Failure | None:
+        if self._process is None:
+            return self._begin()
+        ended = self._process.poll()
+        if ended is None:
+            return None
+        try:
+            return ended if isinstance(ended, Failure) else self._commit(ended)
+        finally:
+            self._held.close()
+
+    def _begin(self) -> StageResult | None:
+        """Start, once no other run of a pipeline makes the same result."""
+        if time.monotonic() - self._looked_at_s < LEASE_EVERY_S:
+            return None
+        self._looked_at_s = time.monotonic()
+        planned, folder = self._planned, self._planned.folder
+        try:
+            self._held.enter_context(lease(folder.lease_uri, f"stage {planned.stage.name}"))
+        except HeldError as error:
+            if not self.is_waiting:
+                logger.info("%s: waits: %s", planned.stage.name, error)
+            self.is_waiting = True
+            return None
+        done = folder.read_done()
+        if done is not None and self.is_waiting and folder.problem(done) is None:
+            self._held.close()
+            return StageResult(
+                planned.stage.kind_name, "reused", done.run_id, folder.output(done), done.metrics
+            )
+        if planned.decision.fresh:
+            folder.clear()
+        folder.write_parts(planned.parts)
+        self._started_at_s = time.monotonic()
+        self._process = StageProcess(planned.stage.name, self._words())
+        return None
+
+    def _words(self) -> list[str]:
+        stage = self._planned.stage
+        config = resolved(self._planned, self._results, self._pipeline_uri)
+        if "tracking" in config:
+            config["tracking"] = self._tracking.model_dump(mode="json")
+        file = self._workspace / f"{stage.name.replace('/', '_')}.yaml"
+        file.write_text(json.dumps(config, indent=1))
+        if stage.file is not None:
+            return ["stage", str(stage.file), str(file)]
+        return [stage.kind_name, str(file)]
+
+    def _commit(self, result: StageResult) -> StageResult:
+        stage = self._planned.stage
+        run_id = result.run_id
+        if run_id is None:
+            run_id = record(stage, result, self._tracking)
+        metrics = {key: float(value) for key, value in result.metrics.items()}
+        result = result._replace(run_id=run_id, metrics=metrics)
+        assert self._process is not None
+        self._planned.folder.commit(
+            result,
+            seconds=round(time.monotonic() - self._started_at_s, 1),
+            peak_bytes=self._process.peak_bytes,
+            steps=self._planned.cost.steps,
+            made_with=versions(),
+        )
+        return result
+
+    def ask_to_stop(self) -> None:
+        if self._process is not None:
+            self._process.ask_to_stop()
+
+    def wait_until_stopped(self) -> None:
+        if self._process is not None:
+            self._process.wait_until_stopped()
+        self._held.close()
+
+
+def resolved(
+    planned: Planned, results: Mapping[str, StageResult], pipeline_uri: str
+) -> dict[str, Any]:
+    """The stage's config with outputs in the place of names."""
+    texts = {name: result.output for name, result in results.items()}
+    texts |= {SELF: planned.folder.uri, PIPELINE: pipeline_uri}
+    config: dict[str, Any] = substitute(planned.stage.config.model_dump(mode="json"), texts)
+    return config
+
+
+def record(stage: Stage, result: StageResult, track: TrackingConfig) -> str | None:
+    """A run in MLflow for a stage that keeps none of its own; returns its id."""
+    run_id = tracking.start_run(
+        track,
+        run_name=stage.name,
+        params=flatten(stage.config),
+        tags=run_tags(
+            stage.kind_name, seed=getattr(stage.config, "seed", ""), output=result.output
+        ),
+        run_id=None,
+    )
+    tracking.log_final_metrics(track.uri, run_id, result.metrics, 0)
+    tracking.end_run(track.uri, run_id, "FINISHED")
+    return run_id
+
+
+def reuse(planned: Planned, track: TrackingConfig) -> StageResult:
+    """The result that is there; its run is recorded anew where MLflow has lost it."""
+    done, folder, stage = planned.done, planned.folder, planned.stage
+    assert done is not None
+    result = StageResult(stage.kind_name, "reused", done.run_id, folder.output(done), done.metrics)
+    if planned.decision.action is Action.REBUILD:
+        result = result._replace(run_id=record(stage, result, track))
+        folder.write_done(done.model_copy(update={"run_id": result.run_id}))
+    return result

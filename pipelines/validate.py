@@ -1,0 +1,276 @@
+#!/usr/bin/env python
+"""Check shards before they are trained on: a gate, exit code 3 where it refuses.
+
+mae validate data=data/shapes/train labels=class num_classes=10
+"""
+
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":  # run as a file: import the package, not the files beside this one
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+    from pipelines.cli import main
+
+    sys.exit(main(["validate", *sys.argv[1:]]))
+
+import hashlib
+import json
+import logging
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+import numpy as np
+
+from infra import storage
+from mae_core.data.boxes import parse_boxes
+from mae_core.data.class_labels import read_labels
+from mae_core.data.decode import CorruptSampleError, decode_image
+from mae_core.data.label_maps import decode_indices
+from mae_core.data.manifest import ChannelStats, PixelSums, ShardInfo, sum_pixels
+from mae_core.data.samples import DataError, Sample
+from pipelines import driver
+from pipelines.config import RefusedError, StageResult
+from pipelines.datasets import BrokenSample, open_shards, read_samples
+from pipelines.validate_config import ValidateConfig
+
+logger = logging.getLogger(__name__)
+
+STAGE = "validate"
+ROWS_PER_READ = 256
+MAX_EXAMPLES = 3
+IGNORED = 255  # in a mask
+
+
+class Look(NamedTuple):
+    """What one sample told."""
+
+    where: str
+    digest: str  # of the image's bytes
+    pixels: PixelSums | None  # None: can't be decoded
+    decode_error: str
+    label_error: str
+    classes: tuple[int, ...]
+
+
+class Check(NamedTuple):
+    """A row of the table."""
+
+    name: str
+    found: float
+    limit: str
+    is_ok: bool
+    examples: tuple[str, ...] = ()
+
+
+class Profile(NamedTuple):
+    """What a set looks like, to tell drift by."""
+
+    mean: list[float]
+    std: list[float]
+    classes: dict[str, float]  # share by class
+
+
+def run(config: ValidateConfig, *, fresh: bool) -> StageResult:
+    """Check, and write the table; nothing is kept that `fresh` could delete.
+
+    Raises:
+        RefusedError: a check failed; its text is the table.
+        ConfigError, NoShardsError, DataError, StorageError: the shards can't be read.
+    """
+    del fresh
+    uris = [config.data] if isinstance(config.data, str) else config.data
+    driver.check_paths([*(("data", uri) for uri in uris), ("storage.root", config.storage.root)])
+    place = storage.join(storage.absolute(config.storage.root), STAGE)
+    shards, left_out = _open(config, place)
+    looks = list(_look_at(config, shards))
+    profile = _profile(config, looks)
+    checks = [
+        *_checks(config, shards, left_out, looks),
+        *_drift(config, profile),
+    ]
+    table = checks_table(config.name, checks)
+    output = storage.join(place, "validation.json")
+    fields = {"checks": [check._asdict() for check in checks], "profile": profile._asdict()}
+    storage.write_bytes(output, json.dumps(fields, indent=1).encode())
+    if not all(check.is_ok for check in checks):
+        raise RefusedError(table)
+    logger.info("%s", table)
+    if config.reference is not None:
+        storage.write_bytes(config.reference, json.dumps(profile._asdict()).encode())
+    metrics = {check.name.replace(" ", "_"): check.found for check in checks}
+    return StageResult(STAGE, "done", None, output, metrics)
+
+
+def _open(config: ValidateConfig, place: str) -> tuple[list[ShardInfo], Counter[str]]:
+    manifest = open_shards(
+        config.data, storage.join(place, "shards"), max_bad_ratio=config.max_bad_ratio
+    )
+    left_out = Counter(manifest.left_out)
+    left_out["damaged_shard"] += len(manifest.damaged)
+    return list(manifest.shards), +left_out
+
+
+def _look_at(config: ValidateConfig, shards: list[ShardInfo]) -> Iterator[Look]:
+    """About `max_images` samples: from the start of each shard, as many as its share."""
+    total = sum(shard.num_samples for shard in shards)
+    share = min(1.0, config.max_images / total)
+    pieces = [
+        (shard, start, min(start + ROWS_PER_READ, stop))
+        for shard in shards
+        for stop in [int(np.ceil(share * shard.num_samples))]
+        for start in range(0, stop, ROWS_PER_READ)
+    ]
+
+    def read(piece: tuple[ShardInfo, int, int]) -> list[Look]:
+        shard, start, stop = piece
+        return [_look(config, shard.path, row) for row in read_samples(shard, start, stop)]
+
+    with ThreadPoolExecutor(config.workers) as pool:
+        for looks in pool.map(read, pieces):
+            yield from looks
+
+
+def _look(config: ValidateConfig, shard: str, row: Sample | BrokenSample) -> Look:
+    where = f"{shard}: {row.key}"
+    if isinstance(row, BrokenSample):
+        return Look(where, where, None, row.error, "", ())
+    digest = hashlib.sha256(row.image).hexdigest()
+    pixels, decode_error = None, ""
+    try:
+        pixels = PixelSums.of(decode_image(row.image, config.in_chans))
+    except CorruptSampleError as error:
+        decode_error = str(error)
+    classes: tuple[int, ...] = ()
+    label_error = ""
+    try:
+        classes = _classes(config, row, where)
+    except DataError as error:
+        label_error = str(error).removeprefix(f"{where}: ").removeprefix(f"{where} ")
+    return Look(where, digest, pixels, decode_error, label_error, classes)
+
+
+def _classes(config: ValidateConfig, row: Sample, where: str) -> tuple[int, ...]:
+    """Numbers of the classes that a sample's label has.
+
+    Raises:
+        DataError: it is missing, can't be read, or out of range.
+    """
+    if config.labels == "none":
+        return ()
+    if config.labels == "class":
+        found = [int(label) for label in read_labels(row.parts.get("cls"), where, key=None)]
+        allowed = range(config.num_classes or 2**31)
+    elif config.labels == "boxes":
+        data = row.parts.get("json")
+        parse_boxes(data, where, _AnyCategory())
+        found = [int(item["category_id"]) for item in _box_items(data)]
+        allowed = range(1, (config.num_classes or 2**31 - 1) + 1)
+    else:
+        indices = decode_indices(row.parts.get("seg.png"), where)
+        found = [int(index) for index in np.unique(indices) if index != IGNORED]
+        allowed = range(config.num_classes or 2**31)
+    if outside := [number for number in found if number not in allowed]:
+        last = allowed[-1]
+        raise DataError(f"{where}: class {outside[0]} is not in {allowed[0]} to {last}")
+    return tuple(found)
+
+
+class _AnyCategory(Mapping[int, int]):
+    """Which categories there are is checked afterwards."""
+
+    def __getitem__(self, number: int) -> int:
+        return number
+
+    def __contains__(self, _number: object) -> bool:
+        return True
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(())
+
+    def __len__(self) -> int:
+        return 0
+
+
+def _box_items(data: bytes | None) -> list[dict[str, int]]:
+    raw = json.loads(data or b"{}")
+    items = raw.get("annotations", raw.get("objects", []))
+    return [item for item in items if "category_id" in item]
+
+
+def _profile(config: ValidateConfig, looks: list[Look]) -> Profile:
+    pixels = [look.pixels for look in looks if look.pixels is not None]
+    stats: ChannelStats | None = sum_pixels(pixels).channel_stats() if pixels else None
+    counts = Counter(number for look in looks for number in look.classes)
+    total = sum(counts.values())
+    return Profile(
+        list(stats.mean) if stats else [],
+        list(stats.std) if stats else [],
+        {str(number): count / total for number, count in sorted(counts.items())},
+    )
+
+
+def _checks(
+    config: ValidateConfig, shards: list[ShardInfo], left_out: Counter[str], looks: list[Look]
+) -> Iterator[Check]:
+    total = sum(shard.num_samples for shard in shards)
+    yield Check("num samples", total, f"at least {config.min_samples}", total >= config.min_samples)
+    reasons = tuple(f"{count} x {reason}" for reason, count in left_out.most_common(MAX_EXAMPLES))
+    lost = sum(left_out.values()) / max(total + sum(left_out.values()), 1)
+    yield _share("left out ratio", lost, config.max_bad_ratio, reasons)
+    bad = [f"{look.where}: {look.decode_error}" for look in looks if look.decode_error]
+    yield _share("bad ratio", len(bad) / len(looks), config.max_bad_ratio, bad)
+    wrong = [f"{look.where}: {look.label_error}" for look in looks if look.label_error]
+    if config.labels != "none":
+        yield _share("label error ratio", len(wrong) / len(looks), config.max_label_errors, wrong)
+    twins = list(_duplicates(looks))
+    yield _share("duplicate ratio", len(twins) / len(looks), config.max_duplicates, twins)
+
+
+def _share(name: str, found: float, limit: float, examples: object) -> Check:
+    assert isinstance(examples, list | tuple)
+    return Check(name, found, f"at most {limit:g}", found <= limit, tuple(examples[:MAX_EXAMPLES]))
+
+
+def _duplicates(looks: list[Look]) -> Iterator[str]:
+    first: dict[str, str] = {}
+    for look in looks:
+        known = first.setdefault(look.digest, look.where)
+        if known != look.where:
+            yield f"{look.where} is the image of {known}"
+
+
+def _drift(config: ValidateConfig, now: Profile) -> Iterator[Check]:
+    if config.reference is None:
+        return
+    try:
+        before = Profile(**json.loads(storage.read_bytes(config.reference)))
+    except FileNotFoundError:
+        return
+    except (ValueError, TypeError) as error:
+        raise DataError(f"reference={config.reference}: is no profile ({error})") from error
+    if len(before.mean) != len(now.mean):
+        counts = f"{len(before.mean)} -> {len(now.mean)}"
+        yield Check("drift channels", float("inf"), "as many", False, (counts,))
+        return
+    means = [abs(a - b) / s for a, b, s in zip(now.mean, before.mean, before.std, strict=True)]
+    spreads = [abs(a / b - 1) for a, b in zip(now.std, before.std, strict=True)]
+    numbers = {*now.classes, *before.classes}
+    classes = sum(abs(now.classes.get(n, 0) - before.classes.get(n, 0)) for n in numbers) / 2
+    shown = f"{np.round(before.mean, 3).tolist()} -> {np.round(now.mean, 3).tolist()}"
+    yield _share("drift mean", max(means, default=0.0), config.max_drift, [shown])
+    yield _share("drift spread", max(spreads, default=0.0), config.max_drift, [])
+    yield _share("drift classes", classes, config.max_drift, [])
+
+
+def checks_table(name: str, checks: list[Check]) -> str:
+    """For a terminal: a line a check, and examples of what failed."""
+    width = max(len(check.name) for check in checks)
+    lines = [f"{name}:"]
+    for check in checks:
+        verdict = "ok" if check.is_ok else "REFUSED"
+        lines.append(f"  {check.name:{width}}  {check.found:>10.5g}  {check.limit:16}  {verdict}")
+        if not check.is_ok:
+            lines += [f"    {example}" for example in check.examples]
+    return "\n".join(lines)
