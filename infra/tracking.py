@@ -193,13 +193,20 @@ def set_tags(uri: str, run_id: str | None, tags: Mapping[str, str]) -> None:
             _client(uri).log_batch(run_id, tags=[RunTag(k, v) for k, v in tags.items()])
 
 
-def metric_history(uri: str, run_id: str | None, metric: str) -> list[tuple[int, float]]:
-    """Step and value of each point; none where the store has or gives none."""
+Points = list[tuple[int, float]]  # step and value
+
+
+def histories(uri: str, run_id: str | None, ends: tuple[str, ...]) -> dict[str, Points]:
+    """All points of the metrics whose names end so; none where the store has or gives none."""
+    found: dict[str, Points] = {}
     if run_id is not None:
-        with _or_warn(f"read the history of {metric}", uri):
-            points = _client(uri).get_metric_history(run_id, metric)
-            return sorted({(point.step, point.value) for point in points})
-    return []
+        with _or_warn(f"read the metrics of run {run_id}", uri):
+            client = _client(uri)
+            for key in client.get_run(run_id).data.metrics:
+                if key.endswith(ends):
+                    points = client.get_metric_history(run_id, key)
+                    found[key] = sorted({(point.step, point.value) for point in points})
+    return found
 
 
 def log_dataset(

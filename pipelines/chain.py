@@ -238,10 +238,22 @@ def _close(run: PipelineRun, status: tracking.Status) -> None:
     page = report.render(run)
     storage.write_bytes(storage.join(run.uri, "report.html"), page.encode())
     tracking.log_artifact_text(uri, run.run_id, page, "report.html")
+    _write_model_card(run)
     logger.info("report: %s", storage.join(run.uri, "report.html"))
     keys = {plan.stage.name: plan.folder.key for plan in run.plans}
     _write_state(run, keys, ended=status)
     tracking.end_run(uri, run.run_id, status)
+
+
+def _write_model_card(run: PipelineRun) -> None:
+    """Beside the report, and with the model's run in MLflow."""
+    uri = run.chain.config.tracking.uri
+    for name, result in run.results.items():
+        card = report.model_card(run, name) if run.chain[name].kind_name == "pretrain" else None
+        if card is not None:
+            file_name = f"model_card_{name}.md"
+            storage.write_bytes(storage.join(run.uri, file_name), card.encode())
+            tracking.log_artifact_text(uri, result.run_id, card, "model_card.md")
 
 
 def _tags(run: PipelineRun) -> dict[str, str]:

@@ -254,7 +254,7 @@ def plan_table(plans: list[Planned]) -> str:
         why = "; ".join([plan.decision.why, *plan.notes])
         counts = ["" if x is None else f"{x:,}" for x in (cost.steps, cost.samples)]
         sizes = [_size(cost.num_bytes), _size(cost.peak_bytes)]
-        row = (plan.stage.name, plan.decision.action.value, why, *counts, _time(cost.seconds))
+        row = (plan.stage.name, plan.decision.action.value, why, *counts, shown_time(cost.seconds))
         rows.append((*row, *sizes))
     widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
     lines = [
@@ -267,7 +267,7 @@ def plan_table(plans: list[Planned]) -> str:
     return "\n".join(lines)
 
 
-def _time(seconds: float | None) -> str:
+def shown_time(seconds: float | None) -> str:
     if seconds is None:
         return ""
     minutes, rest = divmod(round(seconds), 60)

@@ -58,7 +58,7 @@ def check_tracking(uri: str) -> None:
 def run_tags(stage: str, *, seed: object, output: str) -> dict[str, str]:
     """What MLflow's run list can be searched by."""
     tags = {"stage": stage, "seed": str(seed), "output": output}
-    commit = _git_commit()
+    commit = git_commit()
     if commit:
         tags["mlflow.source.git.commit"] = commit
     job_id = ray_job_id()
@@ -67,7 +67,7 @@ def run_tags(stage: str, *, seed: object, output: str) -> dict[str, str]:
     return tags
 
 
-def _git_commit() -> str | None:
+def git_commit() -> str | None:
     """Of the sources that run. A job's copy has no .git: its submitter may set MAE_GIT_COMMIT."""
     given = os.environ.get("MAE_GIT_COMMIT")
     if given or shutil.which("git") is None:

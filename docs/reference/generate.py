@@ -3,21 +3,20 @@
 from pathlib import Path
 
 from mae_core.config import StrictConfig
-from pipelines.cli import STAGES
+from pipelines.chain_config import ChainConfig, PromoteSpec, StageSpec
 from pipelines.config import describe
+from pipelines.stage_kinds import KINDS
 
 FOLDER = Path(__file__).parent
 
 
 def page(stage: str, config_type: type[StrictConfig], summary: str) -> str:
-    lines = [
-        f"# `mae {stage}`",
-        "",
-        f"{summary} Written by `make docs` from the config's fields.",
-        "",
-        "| key | type | default | meaning |",
-        "|---|---|---|---|",
-    ]
+    head = f"# `mae {stage}`\n\n{summary} Written by `make docs` from the config's fields.\n\n"
+    return head + table(config_type)
+
+
+def table(config_type: type[StrictConfig]) -> str:
+    lines = ["| key | type | default | meaning |", "|---|---|---|---|"]
     for key, kind, default, meaning in describe(config_type):
         shown = default.replace(str(Path.cwd()), ".")
         cells = [f"`{key}`", f"`{kind}`", f"`{shown}`", meaning]
@@ -26,7 +25,23 @@ def page(stage: str, config_type: type[StrictConfig], summary: str) -> str:
 
 
 def pages() -> dict[Path, str]:
-    return {FOLDER / f"{stage}.md": page(stage, *STAGES[stage]) for stage in STAGES}
+    stages = {
+        FOLDER / f"{name}.md": page(name, kind.config_type, kind.summary)
+        for name, kind in KINDS.items()
+    }
+    return {**stages, FOLDER / "chain.md": chain_page()}
+
+
+def chain_page() -> str:
+    """A pipeline's file is a table of tables, which `describe` does not go into."""
+    head = "# `mae run`, `mae plan`\n\nA pipeline's file; see [the guide](../guides/chain.md). "
+    parts = [
+        head + "Written by `make docs` from the config's fields.\n",
+        "## The pipeline\n\n" + table(ChainConfig),
+        "## `stages.NAME`\n\n" + table(StageSpec),
+        "## `promote`\n\n" + table(PromoteSpec),
+    ]
+    return "\n".join(parts)
 
 
 if __name__ == "__main__":
