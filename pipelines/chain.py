@@ -3,6 +3,7 @@
 import argparse
 import json
 import logging
+import math
 import os
 import tempfile
 import time
@@ -15,7 +16,7 @@ from typing import Any
 from infra import storage, tracking
 from infra.lease import lease
 from pipelines import driver, report
-from pipelines.chain_config import Chain, PromoteSpec, load_chain
+from pipelines.chain_config import Chain, PromoteSpec, base_and_point, load_chain
 from pipelines.chain_plan import (
     Forced,
     Planned,
@@ -131,12 +132,21 @@ def _run(chain: Chain, forced: Forced, words: Sequence[str]) -> int:
 
 
 def _promote(run: PipelineRun, spec: PromoteSpec) -> Verdict:
-    """On the data that the stage of the metric was measured on."""
-    judged = next(p for p in run.plans if p.stage.name == spec.metric.partition("/")[0])
-    config = resolved(judged, run.results, pipeline_folder(run.chain))
-    data = config.get("data", "")
+    """Put up the pipeline's model, or the best of a sweep's."""
+    stage, _, metric = spec.metric.partition("/")
+    judged = [name for name in run.results if base_and_point(name)[0] == stage]
+    sign = 1 if spec.higher_is_better else -1
+    best = max(judged, key=lambda name: sign * run.results[name].metrics.get(metric, -math.inf))
+    made = [name for name in run.results if base_and_point(name)[0] == spec.stage]
+    candidate = next(
+        (name for name in made if base_and_point(name)[1] == base_and_point(best)[1]), made[0]
+    )
+    # The set that the stage of the metric measured on.
+    plan = next(plan for plan in run.plans if plan.stage.name == best)
+    data = resolved(plan, run.results, pipeline_folder(run.chain)).get("data", "")
     place = data.get("val") or data["train"] if isinstance(data, dict) else data
-    return promote(spec, pipeline_tracking(run.chain), run.results, fingerprint(place))
+    track = pipeline_tracking(run.chain)
+    return promote(spec, track, run.results[candidate], run.results[best], fingerprint(place))
 
 
 def _is_wanted(plan: Planned, forced: Forced) -> bool:

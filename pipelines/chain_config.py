@@ -106,7 +106,6 @@ class Stage:
     kind: StageKind
     config: StrictConfig
     file: Path | None = None  # of a stage from outside the package
-    sweep: tuple[str, ...] = ()  # `key=value` of the point of a sweep that it belongs to
 
     @property
     def references(self) -> tuple[str, ...]:
@@ -200,7 +199,9 @@ def _stage_values(config: ChainConfig, words: Iterable[str]) -> dict[str, dict[s
     return values
 
 
-def _build(file: Path, name: str, spec: StageSpec, values: Mapping[str, Any]) -> Stage:
+def _build(
+    file: Path, name: str, spec: StageSpec, values: Mapping[str, Any], run_name: str = ""
+) -> Stage:
     kind_name = spec.stage or name
     own_file = Path(kind_name) if kind_name.endswith(".py") else None
     if own_file is not None:
@@ -213,6 +214,8 @@ def _build(file: Path, name: str, spec: StageSpec, values: Mapping[str, Any]) ->
             f"{', '.join(KINDS)}, or give a .py file"
         )
     given = {**spec.set, **values}
+    if "name" in kind.config_type.model_fields:  # of its run in MLflow
+        given.setdefault("name", re.sub(r"[^A-Za-z0-9_.-]", "-", run_name or name))
     if "storage" in kind.config_type.model_fields:
         given["storage.root"] = f"{{{SELF}}}"
     words = [f"{key}={json.dumps(value)}" for key, value in given.items()]
@@ -264,6 +267,12 @@ class _Sweep(StrictConfig):
     values: tuple[str, ...]
 
 
+def base_and_point(name: str) -> tuple[str, str]:
+    """`pretrain@base_lr=1e-3` is the stage pretrain at a point of a sweep; else that is ""."""
+    base, _, point = name.partition("@")
+    return base, point
+
+
 def _parse_sweep(word: str) -> _Sweep:
     key, separator, text = word.partition("=")
     values = tuple(value.strip() for value in text.split(","))
@@ -292,10 +301,9 @@ def _swept(
             if name in changed:
                 own = {key: parse_value(value) for stage, key, value in chosen if stage == name}
                 spec = _renamed(stages[name].spec, names)
-                stage = _build(file, name, spec, _rename({**values.get(name, {}), **own}, names))
-                result[names[name]] = replace(
-                    stage, name=names[name], sweep=tuple(f"{k}={v}" for _, k, v in chosen)
-                )
+                over = _rename({**values.get(name, {}), **own}, names)
+                stage = _build(file, name, spec, over, names[name])
+                result[names[name]] = replace(stage, name=names[name])
     return result
 
 

@@ -4,7 +4,6 @@ Both must have been measured on the same data; the verdict is written either way
 """
 
 import logging
-from collections.abc import Mapping
 from typing import NamedTuple
 
 from infra import registry
@@ -71,28 +70,32 @@ def _number(text: str | None) -> float | None:
 
 
 def promote(
-    spec: PromoteSpec, track: TrackingConfig, results: Mapping[str, StageResult], data: str
+    spec: PromoteSpec,
+    track: TrackingConfig,
+    candidate: StageResult,
+    measured: StageResult,
+    data: str,
 ) -> Verdict:
     """Judge a pipeline's model, register it with the verdict, and move the alias if it is better.
 
     Args:
         spec: what to compare.
         track: where.
-        results: of the stages.
-        data: names the set that the metric was measured on.
+        candidate: of the stage that made the model.
+        measured: of the stage that has the metric.
+        data: names the set that it was measured on.
 
     Raises:
         ConfigError: there is no such metric.
         StorageError: MLflow can't be used.
     """
     stage, _, name = spec.metric.partition("/")
-    metrics = results[stage].metrics
+    metrics = measured.metrics
     if name not in metrics:
         raise ConfigError(
             f"promote.metric={spec.metric}: {stage} has no such metric; it has "
             f"{', '.join(sorted(metrics))}"
         )
-    candidate = results[spec.stage]
     if candidate.run_id is None:
         raise ConfigError(f"promote.stage={spec.stage}: has no run in MLflow to register")
     holder = registry.alias_holder(track.uri, spec.model, spec.alias)

@@ -75,9 +75,10 @@ def render(run: PipelineRun) -> str:
                 for x in failures
                 if x.failure is not None
             ],
-            headline=[(name, f"{value:.4g}") for name, value in run.headline.items()],
+            headline=[(name, _number(value)) for name, value in run.headline.items()],
             stages=[_stage_row(run, stage) for stage in run.stages.values()],
             graph=text_graph(run.chain),
+            root=storage.absolute(run.chain.config.storage.root),
             charts=list(_charts(run)),
             results=[_result(run, name, result) for name, result in run.results.items()],
             skipped=list(_skipped(run)),
@@ -110,14 +111,17 @@ def _status(run: PipelineRun) -> str:
 
 def _stage_row(run: PipelineRun, stage: StageRun) -> dict[str, Any]:
     name = stage.node.name
-    why = next(p.decision.why for p in run.plans if p.stage.name == name)
+    plan = next(plan for plan in run.plans if plan.stage.name == name)
+    is_reused = stage.state is State.REUSED
+    seconds = plan.done.seconds if is_reused and plan.done else stage.seconds
+    root = storage.absolute(run.chain.config.storage.root)
     return {
         "name": name,
         "state": stage.state.value,
-        "why": why,
-        "time": shown_time(stage.seconds) if stage.tries and stage.seconds else "",
-        "tries": stage.tries if stage.state is not State.REUSED else 0,
-        "output": stage.result.output if stage.result else "",
+        "why": plan.decision.why,
+        "time": f"{shown_time(seconds)}{' then' if is_reused else ''}" if seconds else "",
+        "tries": 0 if is_reused else stage.tries,
+        "output": stage.result.output.removeprefix(f"{root}/") if stage.result else "",
     }
 
 
@@ -131,7 +135,7 @@ def stage_table(run: PipelineRun) -> str:
         link = tracking.run_link(uri, result.run_id) if result and result.run_id else ""
         name = f"[{row['name']}]({link})" if link else row["name"]
         metrics = [
-            f"{key.removeprefix(row['name'] + '/')} {value:.4g}"
+            f"{key.removeprefix(row['name'] + '/')} {_number(value)}"
             for key, value in run.headline.items()
             if key.startswith(f"{row['name']}/")
         ]
@@ -206,7 +210,11 @@ def _metric_table(metrics: Mapping[str, float]) -> Table:
         names = [name for name in names if not name.endswith("_std")]
         rows = [[arm, *(_cell(metrics, f"{arm}/{name}") for name in names)] for arm in arms]
         return Table(["", *names], rows)
-    return Table(["metric", "value"], [[key, f"{value:.5g}"] for key, value in metrics.items()])
+    return Table(["metric", "value"], [[key, _number(value)] for key, value in metrics.items()])
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if value == round(value) else f"{value:.4g}"
 
 
 def _cell(metrics: Mapping[str, float], key: str) -> str:

@@ -47,7 +47,7 @@ KINDS: dict[str, StageKind] = {
         ("pipelines.prepare", "pipelines.packing", "pipelines.existing_shards"),
         ("source", "annotations"),
         ("output", "workers", "max_bad_ratio"),
-        headline=("num_samples", "num_skipped"),
+        headline=("num_samples",),
     ),
     "validate": StageKind(
         ValidateConfig,
@@ -55,7 +55,7 @@ KINDS: dict[str, StageKind] = {
         ("pipelines.validate",),
         ("data",),
         ("name", "storage", "workers", "reference"),
-        headline=("num_samples", "bad_ratio"),
+        headline=("bad_ratio",),
     ),
     "pretrain": StageKind(
         PretrainConfig,

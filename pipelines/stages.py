@@ -11,6 +11,7 @@ Nothing here knows MLflow, Ray or processes: `execute` is given what starts a st
 import hashlib
 import json
 import random
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -71,8 +72,14 @@ def differences(old: KeyParts, new: KeyParts) -> list[str]:
 def _changed(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
     for key in sorted({*old, *new}):
         before, after = old.get(key, _ABSENT), new.get(key, _ABSENT)
-        if before != after:
+        # Where only the key of a stage before differs, it is that stage which changed.
+        if _KEY.sub("{}", json.dumps(before, default=repr)) != _KEY.sub(
+            "{}", json.dumps(after, default=repr)
+        ):
             yield key, before, after
+
+
+_KEY = re.compile(rf"\{{[0-9a-f]{{{KEY_CHARS}}}\}}")
 
 
 class _Absent:
