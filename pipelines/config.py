@@ -9,7 +9,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Self, TypeVar, get_args
+from typing import Any, Literal, NamedTuple, Self, TypeVar, cast, get_args, get_origin
 
 import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
@@ -375,9 +375,17 @@ def _explain(
 
 
 def _section(config_type: type[StrictConfig], parts: list[str]) -> type[StrictConfig]:
+    """The model below these keys, through `dict[str, Model]` and `Model | None`."""
+    found: Any = config_type
     for part in parts:
-        config_type = config_type.model_fields[part].annotation  # type: ignore[assignment]
-    return config_type
+        if not hasattr(found, "model_fields"):  # `part` is a key of a dict
+            found = get_args(found)[1]
+            continue
+        found = found.model_fields[part].annotation
+        models = [x for x in get_args(found) if hasattr(x, "model_fields")]
+        if models and get_origin(found) is not dict:
+            found = models[0]
+    return cast(type[StrictConfig], found)
 
 
 def describe(

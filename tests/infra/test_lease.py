@@ -1,0 +1,127 @@
+"""One holder at a time, on a disk and on S3; what a dead one held is free again."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import boto3
+import pytest
+
+from infra import lease as leases
+from infra import storage
+from infra.lease import HeldError, lease
+from infra.services import object_store
+
+HOLD = """
+import sys, time
+from infra.lease import lease
+with lease(sys.argv[1], "the first"):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> object:
+    with object_store(tmp_path_factory.mktemp("s3")) as env:
+        with pytest.MonkeyPatch.context() as patch:
+            for key, value in env.items():
+                patch.setenv(key, value)
+            yield "s3://mae/leases"
+
+
+@pytest.fixture(params=["disk", pytest.param("s3", marks=pytest.mark.services)])
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    name = request.node.name.replace("[", "-").strip("]")
+    folder = str(tmp_path) if request.param == "disk" else request.getfixturevalue("store")
+    return f"{folder}/{name}/lease"
+
+
+def test_a_second_holder_is_refused_and_told_who_is_first(place: str) -> None:
+    with lease(place, "run 1"), pytest.raises(HeldError) as caught, lease(place, "run 2"):
+        pytest.fail("held twice")
+    text = str(caught.value)
+    assert "run 1" in text
+    assert socket.gethostname() in text
+    assert str(os.getpid()) in text
+    assert place in text
+
+
+def test_after_the_first_has_ended_the_second_may(place: str) -> None:
+    for number in range(3):
+        with lease(place, f"run {number}"):
+            pass
+
+
+def test_an_error_inside_gives_it_back(place: str) -> None:
+    with pytest.raises(RuntimeError), lease(place, "run 1"):
+        raise RuntimeError
+    with lease(place, "run 2"):
+        pass
+
+
+def test_a_killed_holder_is_not_waited_for(place: str) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLD, place],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(Path(leases.__file__).parents[1])},
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "held\n"
+    with pytest.raises(HeldError, match="the first"), lease(place, "mine"):
+        pytest.fail("held twice")
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    process.stdout.close()
+    with lease(place, "mine"):
+        pass
+
+
+@pytest.mark.services
+def test_what_a_holder_elsewhere_left_is_taken_over_when_it_is_stale(
+    store: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = f"{store}/stale/lease"
+    holder = {"purpose": "elsewhere", "host": "another-machine", "pid": 1, "token": "x"}
+    storage.write_bytes(place, json.dumps(holder).encode())
+    with pytest.raises(HeldError, match="elsewhere.*another-machine.*heard of"):
+        with lease(place, "mine"):
+            pytest.fail("held twice")
+    monkeypatch.setattr(leases, "STALE_S", 1.0)
+    time.sleep(2.1)
+    with lease(place, "mine"):
+        assert b"mine" in storage.read_bytes(place)
+
+
+@pytest.mark.services
+def test_a_heartbeat_keeps_it_fresh(store: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = f"{store}/beat/lease"
+    monkeypatch.setattr(leases, "HEARTBEAT_S", 0.3)
+    client = boto3.client("s3", endpoint_url=os.environ["AWS_ENDPOINT_URL"])
+
+    def written() -> object:
+        return client.head_object(Bucket="mae", Key="leases/beat/lease")["LastModified"]
+
+    with lease(place, "mine"):
+        first = written()
+        time.sleep(2.2)
+        assert written() != first
+
+
+@pytest.mark.services
+def test_one_that_was_taken_over_does_not_take_it_back(
+    store: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    place = f"{store}/stolen/lease"
+    monkeypatch.setattr(leases, "HEARTBEAT_S", 0.3)
+    with lease(place, "mine"):
+        storage.write_bytes(place, b"theirs")
+        time.sleep(1.0)
+    assert storage.read_bytes(place) == b"theirs"
+    assert "another took it over" in caplog.text
