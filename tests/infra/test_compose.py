@@ -69,6 +69,11 @@ def test_secrets_come_from_the_environment_and_must_be_set(service: dict[str, An
             assert re.fullmatch(r"\$\{\w+:\?[^}]+\}", value)
 
 
+@each_service
+def test_no_secret_is_among_the_arguments_that_all_users_see(service: dict[str, Any]) -> None:
+    assert not any("$" in argument for argument in service.get("command", []))
+
+
 def test_addresses_hold_no_password() -> None:
     assert not re.search(r"//[^/\s]*:[^/\s]*@", (ROOT / "infra/compose.yaml").read_text())
 
