@@ -144,7 +144,7 @@ def postgres(
     bins = os.pathsep.join(
         [os.environ["PATH"], *map(str, Path("/usr/lib/postgresql").glob("*/bin"))]
     )
-    server, initdb = (shutil.which(name, path=bins) for name in ("postgres", "initdbx"))
+    server, initdb = (shutil.which(name, path=bins) for name in ("postgres", "initdb"))
     if server is None or initdb is None:
         pytest.skip("PostgreSQL is not installed: no postgres and initdb on the PATH")
     user: list[str] = []
