@@ -19,6 +19,7 @@ from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from zoneinfo import ZoneInfo
 
+from infra import storage
 from infra.cluster import ClusterConfig, ClusterConfigError, load_cluster
 from infra.kuberay import dump, render_cron_job, render_ray_cron_job
 from infra.pods import Manifest
@@ -225,6 +226,8 @@ def _cron_job(schedule: Schedule, config: ClusterConfig, file: Path) -> Manifest
     cron = schedule.cron
     if cron is None:
         assert schedule.new_data is not None
+        if not storage.is_remote(schedule.new_data.path):
+            raise ConfigError(f"{schedule.name}: new_data.path: a pod sees s3://bucket/prefix only")
         cron = _every(schedule.new_data.poll_s)
     return render_cron_job(
         schedule.name,

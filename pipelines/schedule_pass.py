@@ -80,18 +80,20 @@ def _carry_out(root: str, schedule: Schedule, state: State, decision: Decision) 
 
 
 def serve(file: Path, root: str) -> int:
-    schedules = load_schedules(file)
+    """Pass over the schedules of a file, as it is by then, until SIGTERM or Ctrl-C."""
+    schedules, begin = load_schedules(file), now_utc()
     told: dict[str, str] = {}
-    wakes: dict[str, datetime] = {}
+    wakes: dict[str, datetime] = {}  # when each is looked at next
     with _until_signal() as stopped:
         logger.info("serving %d schedules of %s, state in %s", len(schedules), file, root)
         while not stopped.is_set():
             schedules = _reload(file, schedules, told)
             for schedule in schedules:
-                if not stopped.is_set() and now_utc() >= wakes.get(schedule.name, now_utc()):
+                if not stopped.is_set() and now_utc() >= wakes.setdefault(schedule.name, begin):
                     wakes[schedule.name] = _pass_and_wake(root, schedule, told)
-            first = min((wakes[x.name] for x in schedules if x.name in wakes), default=now_utc())
-            wait_s = (first - now_utc()).total_seconds() if schedules else PASS_S
+            wait_s = min(
+                ((wakes[x.name] - now_utc()).total_seconds() for x in schedules), default=PASS_S
+            )
             stopped.wait(min(max(wait_s, SHORTEST_WAIT_S), PASS_S))
     logger.info("stopped; runs go on")
     return 0
@@ -124,7 +126,7 @@ def _pass_and_wake(root: str, schedule: Schedule, told: dict[str, str]) -> datet
     """One pass; returns when the next is due. A fault is told, and tried again."""
     now = now_utc()
     try:
-        state, _ = run_pass(root, schedule, now)
+        run_pass(root, schedule, now)
     except (storage.StorageError, OSError) as error:
         _tell_once(told, schedule.name, str(error))
         return now + timedelta(seconds=PASS_S)
@@ -132,7 +134,7 @@ def _pass_and_wake(root: str, schedule: Schedule, told: dict[str, str]) -> datet
     if schedule.new_data is not None:
         return now + timedelta(seconds=schedule.new_data.poll_s)
     latest = now + timedelta(seconds=PASS_S)
-    return min(next_wake(schedule, state.handled_until, now) or latest, latest)
+    return min(next_wake(schedule, now) or latest, latest)
 
 
 def _tell_once(told: dict[str, str], about: str, text: str) -> None:

@@ -205,12 +205,14 @@ def jitter(schedule: Schedule, at: datetime) -> timedelta:
     return timedelta(seconds=int.from_bytes(digest[:8]) % (schedule.jitter_s + 1))
 
 
-def next_wake(schedule: Schedule, after: datetime, now: datetime) -> datetime | None:
-    """When the next tick after `after` fires."""
+def next_wake(schedule: Schedule, now: datetime) -> datetime | None:
+    """When the next tick fires."""
     if schedule.cron is None or not schedule.enabled:
         return None
-    ticks = next_ticks(schedule, max(after, now - timedelta(hours=1)), 1)
-    return ticks[0] + jitter(schedule, ticks[0]) if ticks else None
+    # One that passed may wait for its jitter still.
+    ticks = _ticks(schedule, now - timedelta(seconds=schedule.jitter_s))
+    times = (at + jitter(schedule, at) for at in ticks)
+    return next((fires_at for fires_at in times if fires_at > now), None)
 
 
 def tick_of(schedule: Schedule, at: datetime) -> Tick:
