@@ -262,7 +262,7 @@ def test_once_with_wait_stays_until_nothing_waits(
     write({"cron": "0 * * * *", "catch_up": "all"})
     command("once")
     settle()
-    clock(NOW + 3 * HOUR)
+    clock(NOW + 3.2 * HOUR)
     command("once", "--wait")
     settle()
     assert [x[-7:] for x in ran()] == ["120000Z", "130000Z", "140000Z", "150000Z"]
