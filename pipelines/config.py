@@ -259,8 +259,18 @@ def load_config(
     Raises:
         ConfigError: names file, line and key of each mistake, and the nearest valid name.
     """
+    return load_with_origins(config_type, files, overrides, environment)[0]
+
+
+def load_with_origins(
+    config_type: type[ConfigT],
+    files: Iterable[Path],
+    overrides: Iterable[str] = (),
+    environment: Mapping[str, str] = os.environ,
+) -> tuple[ConfigT, dict[str, str]]:
+    """As `load_config`, and where each value that is no default was written, by dotted key."""
     raw: dict[str, Any] = {}
-    origins: dict[str, str] = {}  # dotted key to where its value was written
+    origins: dict[str, str] = {}
     for file in files:
         values, lines = _read_yaml(file)
         raw = _merge(raw, values)
@@ -269,20 +279,30 @@ def load_config(
         keys = name.removeprefix(ENVIRONMENT_PREFIX).lower().split("__")
         # One environment serves every stage: what another stage reads is not this one's mistake.
         if name.startswith(ENVIRONMENT_PREFIX) and keys[0] in config_type.model_fields:
-            raw = _merge(raw, _nest(keys, parse_value(text)))
-            origins[".".join(keys)] = f"environment {name}"
+            value = parse_value(text)
+            raw = _merge(raw, _nest(keys, value))
+            origins |= dict.fromkeys(_keys(".".join(keys), value), f"environment {name}")
     for override in overrides:
         key, separator, text = override.partition("=")
         if not separator or not key:
             raise ConfigError(f"{override!r} is neither a YAML file nor section.key=value")
-        raw = _merge(raw, _nest(key.split("."), parse_value(text)))
-        origins[key] = "command line"
+        value = parse_value(text)
+        raw = _merge(raw, _nest(key.split("."), value))
+        origins |= dict.fromkeys(_keys(key, value), "command line")
     try:
-        return config_type.model_validate(raw)
+        return config_type.model_validate(raw), origins
     except ValidationError as error:
         raise ConfigError(
             "\n".join(_explain(config_type, dict(e), origins) for e in error.errors())
         ) from error
+
+
+def _keys(key: str, value: Any) -> Iterator[str]:
+    """The key, and those below it."""
+    yield key
+    if isinstance(value, dict):
+        for name, below in value.items():
+            yield from _keys(f"{key}.{name}", below)
 
 
 def _read_yaml(file: Path) -> tuple[dict[str, Any], dict[str, int]]:

@@ -97,6 +97,13 @@ class Schedule(StrictConfig):
         return on if self.enabled else f"off: {on}"
 
 
+class ScheduleFile(StrictConfig):
+    """What the file holds."""
+
+    schedules: tuple[Schedule, ...]
+    """Each with a name of its own."""
+
+
 def check_cron(cron: str) -> None:
     """Raises: ValueError: not five fields of cron."""
     if len(cron.split()) != 5:
