@@ -5,6 +5,7 @@ import json
 import logging
 import math
 import os
+import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -65,7 +66,8 @@ def command(words: Sequence[str]) -> int:
 
 
 def _say(text: str) -> None:
-    os.write(1, f"{text.rstrip()}\n".encode())
+    sys.stdout.write(f"{text.rstrip()}\n")
+    sys.stdout.flush()
 
 
 def _parse(words: Sequence[str]) -> argparse.Namespace:
@@ -166,7 +168,7 @@ def _open(chain: Chain, plans: list[Planned], words: tuple[str, ...]) -> Pipelin
     """Start the record, or go on with that of a run that was cut off with the same work to do."""
     keys = {plan.stage.name: plan.folder.key for plan in plans}
     earlier = _unfinished(chain, keys)
-    name = earlier["name"] if earlier else time.strftime("%Y-%m-%dT%H%M%SZ", time.gmtime())
+    name = earlier["name"] if earlier else _name_of_now()
     run = PipelineRun(chain, plans, words, name)
     if earlier:
         run.started_at = earlier["started_at"]
@@ -185,6 +187,12 @@ def _open(chain: Chain, plans: list[Planned], words: tuple[str, ...]) -> Pipelin
     tracking.log_artifact_text(track.uri, run.run_id, mermaid_graph(chain, states), "graph.mmd")
     tracking.log_artifact_text(track.uri, run.run_id, plan_table(plans), "plan.txt")
     return run
+
+
+def _name_of_now() -> str:
+    """Sorts by time; two runs in one second are two."""
+    now_s = time.time()
+    return time.strftime("%Y-%m-%dT%H%M%S", time.gmtime(now_s)) + f".{int(now_s % 1 * 1000):03d}Z"
 
 
 def _unfinished(chain: Chain, keys: Mapping[str, str]) -> dict[str, Any] | None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray._private.state import state
 from ray.train import FailureConfig, RunConfig
 from ray.train import ScalingConfig as RayScalingConfig
 
@@ -74,9 +75,7 @@ def running_ray(scaling: ScalingConfig) -> Iterator[None]:
             stack.callback(ray.shutdown)
         worker_logging.set_up()  # the driver's own loggers, now that Ray has made them
         if address:
-            total: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
-            cpus = total.get("CPU", 0) - READ_CPUS
-            check_resources(scaling, cpus, total.get("GPU", 0), f"the cluster {address}")
+            check_resources(scaling, *_cluster_capacity(), f"the cluster {address}")
         configure_ray_data()
         yield
 
@@ -155,7 +154,15 @@ def cluster_capacity() -> tuple[float, float]:
     """CPUs and GPUs for training of the cluster that RAY_ADDRESS names."""
     _join(os.environ["RAY_ADDRESS"])
     try:
-        total: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
-        return total.get("CPU", 0) - READ_CPUS, total.get("GPU", 0)
+        return _cluster_capacity()
     finally:
         ray.shutdown()
+
+
+def _cluster_capacity() -> tuple[float, float]:
+    """Of the nodes that are there, or of as many as the autoscaler may start."""
+    there: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    # Private, and what Ray Train itself asks; there is no public way (2.60).
+    limits = state.get_max_resources_from_cluster_config() or {}
+    cpus, gpus = (max(there.get(key, 0), limits.get(key, 0)) for key in ("CPU", "GPU"))
+    return cpus - READ_CPUS, gpus

@@ -107,6 +107,8 @@ class StageProcess:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
+        for reader in self._readers:
+            reader.join(timeout=5)
 
 
 def _resident_bytes(process: psutil.Process) -> int:
@@ -118,8 +120,9 @@ def _resident_bytes(process: psutil.Process) -> int:
 
 def _follow(stream: IO[str], take: Any) -> threading.Thread:
     def read() -> None:
-        for line in stream:
-            take(line.rstrip("\n"))
+        with stream:
+            for line in stream:
+                take(line.rstrip("\n"))
 
     thread = threading.Thread(target=read, daemon=True)
     thread.start()

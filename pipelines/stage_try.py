@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -87,7 +88,8 @@ class StageTry:
         config = resolved(self._planned, self._results, self._pipeline_uri)
         if "tracking" in config:
             config["tracking"] = self._tracking.model_dump(mode="json")
-        file = self._workspace / f"{stage.name.replace('/', '_')}.yaml"
+        # Without the signs in the name of a point of a sweep: `=` would make it no file.
+        file = self._workspace / f"{re.sub('[^A-Za-z0-9.]', '-', stage.name)}.yaml"
         file.write_text(json.dumps(config, indent=1))
         if stage.file is not None:
             return ["stage", str(stage.file), str(file)]

@@ -28,11 +28,11 @@ with lease(sys.argv[1], "the first"):
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> object:
-    with object_store(tmp_path_factory.mktemp("s3")) as env:
-        with pytest.MonkeyPatch.context() as patch:
-            for key, value in env.items():
-                patch.setenv(key, value)
-            yield "s3://mae/leases"
+    folder = tmp_path_factory.mktemp("s3")
+    with object_store(folder) as env, pytest.MonkeyPatch.context() as patch:
+        for key, value in env.items():
+            patch.setenv(key, value)
+        yield "s3://mae/leases"
 
 
 @pytest.fixture(params=["disk", pytest.param("s3", marks=pytest.mark.services)])
@@ -90,9 +90,9 @@ def test_what_a_holder_elsewhere_left_is_taken_over_when_it_is_stale(
     place = f"{store}/stale/lease"
     holder = {"purpose": "elsewhere", "host": "another-machine", "pid": 1, "token": "x"}
     storage.write_bytes(place, json.dumps(holder).encode())
-    with pytest.raises(HeldError, match="elsewhere.*another-machine.*heard of"):
-        with lease(place, "mine"):
-            pytest.fail("held twice")
+    says = r"elsewhere.*another-machine.*heard of"
+    with pytest.raises(HeldError, match=says), lease(place, "mine"):
+        pytest.fail("held twice")
     monkeypatch.setattr(leases, "STALE_S", 1.0)
     time.sleep(2.1)
     with lease(place, "mine"):

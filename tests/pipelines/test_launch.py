@@ -11,6 +11,7 @@ import pytest
 from infra.config import TrackingConfig
 from pipelines import driver, launch
 from pipelines.config import ConfigError, ScalingConfig
+from pipelines.datasets import READ_CPUS
 
 
 @pytest.mark.parametrize(
@@ -179,3 +180,13 @@ def test_a_run_is_tagged_with_commit_and_job(monkeypatch: pytest.MonkeyPatch, in
         "mlflow.source.git.commit": "abc123",
         "ray.job_id": "raysubmit_1",
     }
+
+
+@pytest.mark.ray
+def test_nodes_that_the_autoscaler_may_start_count(
+    local_ray: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert launch._cluster_capacity() == (8 - READ_CPUS, 0)
+    limits = {"CPU": 100.0, "GPU": 4.0}
+    monkeypatch.setattr(launch.state, "get_max_resources_from_cluster_config", lambda: limits)
+    assert launch._cluster_capacity() == (100 - READ_CPUS, 4)

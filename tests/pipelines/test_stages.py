@@ -4,6 +4,7 @@ import json
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -141,7 +142,7 @@ def test_stages_come_after_those_they_need() -> None:
 
 
 def test_a_circle_and_a_missing_stage_are_named() -> None:
-    with pytest.raises(ConfigError, match="circle: .*a.*b"):
+    with pytest.raises(ConfigError, match=r"circle: .*a.*b"):
         in_order([Node("a", ("b",)), Node("b", ("a",))])
     with pytest.raises(ConfigError, match=r"stages\.a: needs 'x'; the stages are a"):
         in_order([Node("a", ("x",))])
@@ -179,10 +180,8 @@ def test_pauses_between_tries_double_and_end_at_a_minute(monkeypatch: pytest.Mon
         started.append(clock())
         return Try(clock, PASSES if len(started) < 8 else result(node.name), seconds=0.0)
 
-    execute(
-        [Node("a", retries=10)], start, capacity=Capacity(1), clock=clock, sleep=clock.sleep
-    )
-    pauses = [round(b - a) for a, b in zip(started, started[1:], strict=False)]
+    execute([Node("a", retries=10)], start, capacity=Capacity(1), clock=clock, sleep=clock.sleep)
+    pauses = [round(b - a) for a, b in pairwise(started)]
     assert pauses == [2, 4, 8, 16, 32, 60, 60]
 
 
@@ -307,9 +306,7 @@ def test_over_reruns_every_stage_succeeds_once_and_in_order(
         return Try(clock, result(node.name))
 
     for _ in range(20):
-        runs = execute(
-            in_order(nodes), start, capacity=Capacity(2), clock=clock, sleep=clock.sleep
-        )
+        runs = execute(in_order(nodes), start, capacity=Capacity(2), clock=clock, sleep=clock.sleep)
         if all(x.state in ENDED_WELL for x in runs.values()):
             break
     else:
