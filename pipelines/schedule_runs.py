@@ -341,4 +341,6 @@ def _create_object(uri: str, data: bytes) -> bool:
 @lru_cache(maxsize=4)
 def _s3_client(endpoint: str | None) -> Any:
     region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or "us-east-1"
-    return boto3.client("s3", endpoint_url=endpoint or None, region_name=region)
+    # It would tell where it found the keys.
+    logging.getLogger("botocore.credentials").setLevel(logging.WARNING)
+    return boto3.Session().client("s3", endpoint_url=endpoint or None, region_name=region)
