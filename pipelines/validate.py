@@ -82,7 +82,7 @@ def run(config: ValidateConfig, *, fresh: bool) -> StageResult:
     del fresh
     uris = [config.data] if isinstance(config.data, str) else config.data
     driver.check_paths([*(("data", uri) for uri in uris), ("storage.root", config.storage.root)])
-    place = storage.join(storage.absolute(config.storage.root), STAGE)
+    place = storage.join(storage.absolute(config.storage.root), STAGE, config.run_name)
     shards, left_out = _open(config, place)
     looks = list(_look_at(config, shards))
     profile = _profile(config, looks)

@@ -1,5 +1,7 @@
 """What `mae validate` checks of shards, and what it lets pass."""
 
+import hashlib
+import json
 from typing import Literal
 
 from pydantic import Field
@@ -40,3 +42,9 @@ class ValidateConfig(StrictConfig):
     workers: int = Field(default=2, gt=0)
     """Threads that read and decode."""
     storage: StorageConfig = StorageConfig()
+
+    @property
+    def run_name(self) -> str:
+        """Name and a hash of which data is checked."""
+        text = json.dumps(self.data)
+        return f"{self.name}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
