@@ -45,22 +45,22 @@ def command(words: Sequence[str]) -> int:
     if arguments.action == "serve":
         return serve(arguments.file, arguments.root)
     schedules = load_schedules(arguments.file)
-    if getattr(arguments, "name", None):
-        schedules = [find_schedule(schedules, arguments.name)]
+    name = getattr(arguments, "name", None)
+    chosen = [find_schedule(schedules, name)] if name else schedules
     if arguments.action == "once":
-        for line in once(schedules, arguments.root, is_patient=arguments.wait):
+        for line in once(schedules, arguments.root, name, is_patient=arguments.wait):
             _say(line)
         return 0
     if arguments.action == "backfill":
-        return _backfill(schedules[0], arguments.root, arguments.start, arguments.end)
+        return _backfill(chosen[0], arguments.root, arguments.start, arguments.end)
     if arguments.action in ("pause", "resume"):
-        _pause(schedules[0], arguments.root, is_paused=arguments.action == "pause")
+        _pause(chosen[0], arguments.root, is_paused=arguments.action == "pause")
     elif arguments.action == "next":
-        _say(_table(_next_rows(schedules, arguments.root, arguments.count)))
+        _say(_table(_next_rows(chosen, arguments.root, arguments.count)))
     elif arguments.action == "list":
-        _say(_table(_list_rows(schedules, arguments.root)))
+        _say(_table(_list_rows(chosen, arguments.root)))
     else:
-        _render(schedules, arguments)
+        _render(chosen, arguments)
     return 0
 
 

@@ -4,7 +4,7 @@ import logging
 import signal
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -39,9 +39,15 @@ def now_utc() -> datetime:
 
 
 def run_pass(
-    root: str, schedule: Schedule, now: datetime, on_time: timedelta = timedelta()
+    root: str,
+    schedule: Schedule,
+    now: datetime,
+    on_time: timedelta = timedelta(),
+    others: Sequence[str] = (),
 ) -> tuple[State, list[str]]:
     """Do what is due; returns the new state, and a line for each thing done.
+
+    `others` are schedules of the same pipeline, of which one run at a time can be at work.
 
     Raises:
         StorageError: something did not work; what was done before it is kept.
@@ -58,7 +64,10 @@ def run_pass(
             if how != "running":
                 lines.append(f"{state.running}: {how}")
                 state = ended(state, how)
-        for decision in decide(schedule, state, pause, now):
+        decisions = decide(schedule, state, pause, now)
+        if decisions and any(_is_running(root, name) for name in others):
+            decisions = decide(schedule, state, pause, now, is_taken=True)
+        for decision in decisions:
             lines.append(_carry_out(root, schedule, state, decision))
             state = advance(state, decision)
     finally:
@@ -67,6 +76,21 @@ def run_pass(
         for line in lines:
             logger.info("%s", line)
     return state, lines
+
+
+def _is_running(root: str, name: str) -> bool:
+    state = read_state(root, name)
+    return (
+        state is not None
+        and state.running is not None
+        and status(root, name, state.running) == "running"
+    )
+
+
+def others_of(schedule: Schedule, schedules: Iterable[Schedule]) -> list[str]:
+    """Names of the other schedules of the same pipeline."""
+    same = (x for x in schedules if Path(x.chain).resolve() == Path(schedule.chain).resolve())
+    return [x.name for x in same if x.name != schedule.name]
 
 
 def _carry_out(root: str, schedule: Schedule, state: State, decision: Decision) -> str:
@@ -90,7 +114,8 @@ def serve(file: Path, root: str) -> int:
             schedules = _reload(file, schedules, told)
             for schedule in schedules:
                 if not stopped.is_set() and now_utc() >= wakes.setdefault(schedule.name, begin):
-                    wakes[schedule.name] = _pass_and_wake(root, schedule, told)
+                    others = others_of(schedule, schedules)
+                    wakes[schedule.name] = _pass_and_wake(root, schedule, others, told)
             wait_s = min(
                 ((wakes[x.name] - now_utc()).total_seconds() for x in schedules), default=PASS_S
             )
@@ -122,11 +147,13 @@ def _reload(file: Path, last: list[Schedule], told: dict[str, str]) -> list[Sche
     return schedules
 
 
-def _pass_and_wake(root: str, schedule: Schedule, told: dict[str, str]) -> datetime:
+def _pass_and_wake(
+    root: str, schedule: Schedule, others: Sequence[str], told: dict[str, str]
+) -> datetime:
     """One pass; returns when the next is due. A fault is told, and tried again."""
     now = now_utc()
     try:
-        run_pass(root, schedule, now)
+        run_pass(root, schedule, now, others=others)
     except (storage.StorageError, OSError) as error:
         _tell_once(told, schedule.name, str(error))
         return now + timedelta(seconds=PASS_S)
@@ -143,7 +170,9 @@ def _tell_once(told: dict[str, str], about: str, text: str) -> None:
         logger.error("%s", text)
 
 
-def once(schedules: Iterable[Schedule], root: str, *, is_patient: bool) -> Iterator[str]:
+def once(
+    schedules: Sequence[Schedule], root: str, name: str | None = None, *, is_patient: bool
+) -> Iterator[str]:
     """A pass over each; gives a line for each thing done.
 
     A first look counts what is just due: Kubernetes calls at the tick.
@@ -151,18 +180,20 @@ def once(schedules: Iterable[Schedule], root: str, *, is_patient: bool) -> Itera
     Args:
         schedules: a fault of one does not keep the others from their turn.
         root: of the storage.
+        name: of the only one to pass over.
         is_patient: go on until no tick waits for another, or for its jitter.
 
     Raises:
         StorageError: something did not work.
     """
-    waiting = list(schedules)
+    waiting = [schedule for schedule in schedules if name in (None, schedule.name)]
     while waiting:
         still, faults = [], []
         for schedule in waiting:
             now = now_utc()
             try:
-                state, lines = run_pass(root, schedule, now, on_time=LATE)
+                others = others_of(schedule, schedules)
+                state, lines = run_pass(root, schedule, now, LATE, others)
             except storage.StorageError as error:
                 faults.append(f"{schedule.name}: {error}")
                 continue

@@ -205,7 +205,10 @@ def _ray_errors(action: str) -> Iterator[None]:
 
 def _ray_client() -> Any:
     """By name: what runs locally needs no Ray."""
-    return importlib.import_module("ray.job_submission").JobSubmissionClient()
+    client = importlib.import_module("ray.job_submission").JobSubmissionClient
+    # It would tell of each file that it does not take along.
+    logging.getLogger("ray").setLevel(logging.ERROR)
+    return client()
 
 
 def _start_local(root: str, name: str, tick: Tick, words: list[str]) -> Submission | None:

@@ -32,8 +32,11 @@ class Tick(NamedTuple):
     at: datetime | None  # None: new data
 
 
+Kind = Literal["fire", "replace", "queue", "skip", "miss"]
+
+
 class Decision(NamedTuple):
-    kind: Literal["fire", "replace", "queue", "skip", "miss"]
+    kind: Kind
     tick: Tick
     why: str
 
@@ -89,12 +92,17 @@ def look(
     return _changed(state, fired=seen) if is_new else state
 
 
-def decide(schedule: Schedule, state: State, pause: Pause, now: datetime) -> list[Decision]:
-    """What to do now, in order; a run is started at most once, and after it all is busy."""
+def decide(
+    schedule: Schedule, state: State, pause: Pause, now: datetime, *, is_taken: bool = False
+) -> list[Decision]:
+    """What to do now, in order; at most one run is started.
+
+    `is_taken`: another schedule has the same pipeline at work, which is not ours to stop.
+    """
     if pause.is_paused or not schedule.enabled:
         return []
     if schedule.new_data is not None:
-        return _decide_data(schedule, state, now)
+        return _decide_data(schedule, state, now, is_taken=is_taken)
     due = due_ticks(schedule, state.handled_until, now)
     late = list(takewhile(lambda at: now - at - jitter(schedule, at) > LATE, due))
     on_time = due[len(late) :]
@@ -107,14 +115,15 @@ def decide(schedule: Schedule, state: State, pause: Pause, now: datetime) -> lis
         why = f"{len(missed)} ticks were missed, catch_up is {schedule.catch_up}"
         decisions.append(Decision("miss", tick_of(schedule, missed[-1]), why))
     waiting = list(state.queued)
-    is_busy = state.running is not None
+    is_busy = is_taken or state.running is not None
     if waiting and not is_busy:
         decisions.append(Decision("fire", tick_of(schedule, waiting.pop(0)), "it waited"))
         is_busy = True
     for at in wanted:
-        kind = _kind(
-            schedule, is_busy=is_busy or bool(waiting), is_late=at in made_up[schedule.catch_up]
-        )
+        kind: Kind = "fire"
+        if is_busy or waiting:
+            is_made_up = at in made_up[schedule.catch_up]
+            kind = _kind_of_busy(schedule, state, is_made_up=is_made_up)
         why = "it is time" if kind == "fire" else f"a run goes on, overlap is {schedule.overlap}"
         decisions.append(Decision(kind, tick_of(schedule, at), why))
         is_busy = True
@@ -125,24 +134,25 @@ def decide(schedule: Schedule, state: State, pause: Pause, now: datetime) -> lis
     return decisions
 
 
-def _kind(
-    schedule: Schedule, *, is_busy: bool, is_late: bool
-) -> Literal["fire", "replace", "queue", "skip"]:
-    if not is_busy:
-        return "fire"
+def _kind_of_busy(schedule: Schedule, state: State, *, is_made_up: bool) -> Kind:
     # Ticks that are made up for wait for one another.
-    return "queue" if is_late and schedule.catch_up == "all" else schedule.overlap
+    if is_made_up and schedule.catch_up == "all":
+        return "queue"
+    # Only a run of its own is a schedule's to stop.
+    return "queue" if schedule.overlap == "replace" and not state.running else schedule.overlap
 
 
-def _decide_data(schedule: Schedule, state: State, now: datetime) -> list[Decision]:
+def _decide_data(
+    schedule: Schedule, state: State, now: datetime, *, is_taken: bool
+) -> list[Decision]:
     assert schedule.new_data is not None
     settle = timedelta(seconds=schedule.new_data.settle_s)
     if state.seen in ("", state.fired) or now - state.seen_at < settle:
         return []
     tick = Tick(f"{schedule.name}-{state.seen[:ID_CHARS]}", None)
-    if state.running is None:
+    if state.running is None and not is_taken:
         return [Decision("fire", tick, "there is new data")]
-    if schedule.overlap == "replace":
+    if schedule.overlap == "replace" and state.running is not None:
         return [Decision("replace", tick, "there is new data, overlap is replace")]
     return []  # the data does not go away: what is there when the run ends fires then
 

@@ -18,7 +18,7 @@ from infra.storage import StorageError
 from pipelines import schedule, schedule_pass, schedule_runs
 from pipelines.config import ConfigError
 from pipelines.schedule_config import Schedule, load_schedules
-from pipelines.schedule_pass import once, run_pass
+from pipelines.schedule_pass import once, others_of, run_pass
 from pipelines.schedule_runs import read_pause, read_state
 
 ROOT = Path(__file__).parents[2]
@@ -198,6 +198,35 @@ def test_two_schedulers_run_each_tick_once(overlap: str) -> None:
     if overlap == "queue":
         assert sorted(ran()) == expected
     assert set(ran()) <= set(expected)
+
+
+def test_two_schedules_of_one_pipeline_wait_for_each_other(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    text = "import time; time.sleep(60)"
+    monkeypatch.setattr(schedule_runs, "_command", lambda _schedule, _tick: ["-c", text])
+    Path("second.yaml").write_text("name: second\n")
+    names = ("nightly", "same", "other")
+    chains = ("demo.yaml", "./demo.yaml", "second.yaml")
+    three = [
+        Schedule(name=name, chain=chain, cron="0 * * * *", overlap="queue")
+        for name, chain in zip(names, chains, strict=True)
+    ]
+    assert [others_of(one, three) for one in three] == [["same"], ["nightly"], []]
+    lines = []
+    for now in (NOW - HOUR, NOW):
+        for one in three:
+            lines += run_pass("runs", one, now, others=others_of(one, three))[1]
+    assert [line.split(",")[0] for line in lines] == [
+        "nightly-20270328T120000Z: fire",
+        "same-20270328T120000Z: queue",
+        "other-20270328T120000Z: fire",
+    ]
+    schedule_runs.stop("runs", "other", "other-20270328T120000Z")
+    schedule_runs.stop("runs", "nightly", "nightly-20270328T120000Z")
+    _, lines = run_pass("runs", three[1], NOW, others=["nightly"])
+    assert lines[0].startswith("same-20270328T120000Z: fire, it waited")
+    schedule_runs.stop("runs", "same", "same-20270328T120000Z")
 
 
 def command(*words: str) -> int:

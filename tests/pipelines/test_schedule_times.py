@@ -403,3 +403,26 @@ def test_a_fingerprint_does_not_see_the_order() -> None:
     files = {"a.tar": FileFacts(10, 5), "b.tar": FileFacts(20, 5)}
     assert fingerprint(dict(reversed(files.items()))) == fingerprint(files)
     assert fingerprint({}) == ""
+
+
+@pytest.mark.parametrize(
+    ("overlap", "kind"), [("skip", "skip"), ("queue", "queue"), ("replace", "queue")]
+)
+def test_a_run_of_another_schedule_of_the_pipeline_is_waited_for_and_never_stopped(
+    overlap: str, kind: str
+) -> None:
+    state = look(make(overlap=overlap), None, NEVER, YEAR + HOUR / 2)
+    (decision,) = decide(make(overlap=overlap), state, NEVER, YEAR + HOUR, is_taken=True)
+    assert (decision.kind, decision.tick.id) == (kind, "nightly-20270101T010000Z")
+    queued = state.model_copy(update={"queued": (YEAR,)})
+    assert decide(make(), queued, NEVER, YEAR + HOUR / 2, is_taken=True) == []
+    assert len(decide(make(), queued, NEVER, YEAR + HOUR / 2)) == 1
+
+
+@pytest.mark.parametrize("overlap", ["skip", "replace"])
+def test_new_data_waits_for_another_schedule_of_the_pipeline(overlap: str) -> None:
+    data = make_data(overlap=overlap)
+    state = look(data, None, NEVER, YEAR, seen="a" * 64)
+    state = look(data, state, NEVER, YEAR + HOUR, seen="b" * 64)
+    assert decide(data, state, NEVER, YEAR + 2 * HOUR, is_taken=True) == []
+    assert [x.kind for x in decide(data, state, NEVER, YEAR + 2 * HOUR)] == ["fire"]
