@@ -21,6 +21,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from infra import storage, tracking
+from pipelines.chain_config import substitute
 from pipelines.chain_plan import shown_time, text_graph, versions
 from pipelines.config import StageResult
 from pipelines.driver import git_commit
@@ -299,7 +300,8 @@ def model_card(run: PipelineRun, name: str) -> str | None:
         return None
     manifest = json.loads(text)
     model = manifest["model"]
-    config = run.chain[name].config.model_dump(mode="json")
+    outputs = {stage: result.output for stage, result in run.results.items()}
+    config = substitute(run.chain[name].config.model_dump(mode="json"), outputs)
     shown = {
         "architecture": model["encoder"],
         "image, patch": f"{'x'.join(map(str, _pair(model['img_size'])))}, {model['patch_size']}",
@@ -323,6 +325,7 @@ def model_card(run: PipelineRun, name: str) -> str | None:
             data=[*data.items(), ("digest", manifest.get("data_digest", ""))],
             left_out=int(result.metrics.get("data/left_out", 0)),
             checkpoint=result.output,
+            is_remote=storage.is_remote(result.output),
             size="x".join(map(str, _pair(model["img_size"]))),
             channels=model["in_chans"],
         )

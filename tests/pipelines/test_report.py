@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from mae_core.config import StrictConfig
 from pipelines import report
 from pipelines.chain_config import Chain, ChainConfig, Stage, StageSpec
 from pipelines.chain_plan import Forced, plan_chain
-from pipelines.config import StageResult
+from pipelines.config import PretrainConfig, StageResult
 from pipelines.pipeline_run import PipelineRun
 from pipelines.promote import Verdict
 from pipelines.stage_kinds import StageKind
@@ -154,3 +155,25 @@ def test_without_mlflow_there_is_a_page_without_curves(run: PipelineRun) -> None
 
 def test_a_stage_that_made_no_checkpoint_has_no_card(run: PipelineRun) -> None:
     assert report.model_card(run, "good") is None
+
+
+def test_the_model_card_says_where_data_and_model_lie(run: PipelineRun, tmp_path: Path) -> None:
+    config = PretrainConfig.model_validate({"data": {"train": "{good}/train"}})
+    stage = Stage("p", StageSpec(), "pretrain", KIND, config)
+    run.chain = Chain(run.chain.config, (*run.chain.stages, stage))
+    run.plans = [*run.plans, run.plans[0]]
+    run.plans[-1] = replace(run.plans[0], stage=stage)
+    checkpoint = tmp_path / "step-1"
+    checkpoint.mkdir()
+    model = {"encoder": "vit_micro", "img_size": [64, 96], "patch_size": 16, "in_chans": 4}
+    fields = {"model": model, "step": 1, "data_digest": "d1"}
+    (checkpoint / "manifest.json").write_text(json.dumps(fields))
+    result = StageResult("pretrain", "done", "r2", str(checkpoint), {"data/left_out": 3.0})
+    run.stages["p"] = StageRun(stage.node, State.DONE, result)
+    card = report.model_card(run, "p")
+    assert card is not None
+    assert f"`train`: {run.results['good'].output}/train" in card
+    assert f'folder = Path("{checkpoint}")\nencoder, manifest = load_encoder(folder)' in card
+    assert "64x96 pixels in 4 channels" in card
+    assert "left out in training: 3." in card
+    assert "| good/finetune/top1 | 0.5 |" in card
