@@ -62,6 +62,10 @@ down: $(STAMP)  ## Stop what `make up` started, and nothing else
 mlflow-ui: $(STAMP)  ## Open the local MLflow store on http://127.0.0.1:5000
 	$(BIN)/mlflow ui --backend-store-uri sqlite:///$(CURDIR)/runs/mlflow.db
 
+.PHONY: render
+render: $(STAMP)  ## Kubernetes manifests of configs/cluster/kuberay.yaml
+	@$(PYTHON) -m infra.kuberay render configs/cluster/kuberay.yaml
+
 .PHONY: bench-data
 bench-data: $(STAMP)  ## How fast images come, and where the rest goes; DATA="a.tar b.tar" for yours
 	$(PYTHON) benchmarks/data.py $(DATA)
