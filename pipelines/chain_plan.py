@@ -8,7 +8,16 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any, NamedTuple
 
 from infra import tracking
-from pipelines.chain_config import OWN_PLACES, REFERENCE, Chain, Stage, after, dotted, substitute
+from pipelines.chain_config import (
+    OWN_PLACES,
+    REFERENCE,
+    Chain,
+    Stage,
+    after,
+    base_and_point,
+    dotted,
+    substitute,
+)
 from pipelines.config import ConfigError
 from pipelines.fingerprints import fingerprint, num_samples
 from pipelines.stage_code import code_digests
@@ -55,14 +64,24 @@ class Forced(NamedTuple):
     ) -> "Forced":
         """`force` runs these stages again, `start` also those after them, `only` no other.
 
+        The name of a stage that a sweep copied means all of its points, but for `only`.
+
         Raises:
             ConfigError: there is no such stage.
         """
         names = [stage.name for stage in chain.stages]
-        for name in [*force, *start, *([only] if only else [])]:
-            if name not in names:
+
+        def points(name: str) -> list[str]:
+            found = [other for other in names if name in (other, base_and_point(other)[0])]
+            if not found:
                 raise ConfigError(f"there is no stage {name!r}; the stages are {', '.join(names)}")
-        return cls(frozenset(force) | after(start, chain), only)
+            return found
+
+        if only is not None and points(only) != [only]:
+            raise ConfigError(f"--only {only}: choose one of {', '.join(points(only))}")
+        again = [other for name in force for other in points(name)]
+        first = [other for name in start for other in points(name)]
+        return cls(frozenset(again) | after(first, chain), only)
 
 
 def plan_chain(chain: Chain, forced: Forced) -> list[Planned]:

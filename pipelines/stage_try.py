@@ -12,10 +12,12 @@ from typing import Any
 from infra import tracking
 from infra.config import TrackingConfig
 from infra.lease import HeldError, lease
+from infra.storage import StorageError
 from pipelines.chain_config import PIPELINE, SELF, Stage, substitute
 from pipelines.chain_plan import Planned, versions
 from pipelines.config import StageResult, flatten
 from pipelines.driver import run_tags
+from pipelines.failures import can_pass
 from pipelines.stage_process import StageProcess
 from pipelines.stages import Action, Failure
 
@@ -47,15 +49,15 @@ class StageTry:
         self.is_waiting = False
 
     def poll(self) -> StageResult | Failure | None:
-        if self._process is None:
-            return self._begin()
-        ended = self._process.poll()
-        if ended is None:
-            return None
         try:
-            return ended if isinstance(ended, Failure) else self._commit(ended)
-        finally:
+            ended = self._begin() if self._process is None else self._process.poll()
+            if isinstance(ended, StageResult) and self._process is not None:
+                ended = self._commit(ended)
+        except StorageError as error:  # of the lease, or of the commit: the stages beside go on
+            ended = Failure(str(error), 5, can_pass(error))
+        if ended is not None:
             self._held.close()
+        return ended
 
     def _begin(self) -> StageResult | None:
         """Start, once no other run of a pipeline makes the same result."""
@@ -72,7 +74,6 @@ class StageTry:
             return None
         done = folder.read_done()
         if done is not None and self.is_waiting and folder.problem(done) is None:
-            self._held.close()
             return StageResult(
                 planned.stage.kind_name, "reused", done.run_id, folder.output(done), done.metrics
             )

@@ -3,6 +3,7 @@
 import json
 import warnings
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -387,6 +388,18 @@ def test_force_from_and_only(finished: Chain, make_chain: Callable[..., Chain]) 
         plan_chain(changed, Forced.of(changed, [], [], "second"))
     with pytest.raises(ConfigError, match="no stage 'third'; the stages are first, second"):
         Forced.of(finished, ["third"], [], None)
+
+
+def test_the_name_of_a_swept_stage_means_all_its_points(make_chain: Callable[..., Chain]) -> None:
+    chain = make_chain()
+    first, second = chain.stages
+    points = [replace(second, name=f"second@number={n}") for n in (1, 2)]
+    swept = Chain(chain.config, (first, *points))
+    assert Forced.of(swept, ["second"], [], None).stages == {p.name for p in points}
+    assert Forced.of(swept, [], ["second@number=1"], None).stages == {"second@number=1"}
+    assert Forced.of(swept, [], [], "second@number=2").only == "second@number=2"
+    with pytest.raises(ConfigError, match="choose one of second@number=1, second@number=2"):
+        Forced.of(swept, [], [], "second")
 
 
 def test_another_torch_is_noted_and_no_reason_to_run(
