@@ -11,6 +11,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import kubernetes_validate
 import pytest
 import yaml
 
@@ -353,6 +354,8 @@ def test_render_writes_what_kubernetes_runs(capsys: pytest.CaptureFixture[str]) 
     cluster = str(ROOT / "configs/cluster/kuberay.yaml")
     assert command("render", "--cluster", cluster) == 0
     nightly, watch = yaml.safe_load_all(capsys.readouterr().out)
+    for manifest in (nightly, watch):
+        kubernetes_validate.validate(manifest, "1.37", strict=True)
     assert (nightly["kind"], nightly["metadata"]["name"]) == ("CronJob", "nightly")
     spec = nightly["spec"]
     assert (spec["schedule"], spec["timeZone"]) == ("30 2 * * *", "Europe/Berlin")

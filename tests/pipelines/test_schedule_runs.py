@@ -102,8 +102,12 @@ def test_a_run_is_a_process_with_a_log_and_an_exit_code(
     assert status(root_of(tmp_path), "nightly", TICK.id) == how
 
 
-def test_of_many_that_try_at_once_one_starts_it(script: RunScript, tmp_path: Path) -> None:
+def test_of_many_that_try_at_once_one_starts_it(
+    script: RunScript, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     script("print('ran', flush=True)")
+    # All look before the first has written.
+    monkeypatch.setattr(storage, "exists", lambda _uri: False)
     with ThreadPoolExecutor(8) as pool:
         tries = [pool.submit(submit, root_of(tmp_path), NIGHTLY, TICK) for _ in range(16)]
     assert [one.result() for one in tries].count(None) == 15

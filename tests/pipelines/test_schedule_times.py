@@ -426,3 +426,13 @@ def test_new_data_waits_for_another_schedule_of_the_pipeline(overlap: str) -> No
     state = look(data, state, NEVER, YEAR + HOUR, seen="b" * 64)
     assert decide(data, state, NEVER, YEAR + 2 * HOUR, is_taken=True) == []
     assert [x.kind for x in decide(data, state, NEVER, YEAR + 2 * HOUR)] == ["fire"]
+
+
+def test_a_replaced_run_takes_those_that_waited_for_it_along() -> None:
+    scheduler = FakeScheduler(make(overlap="replace", catch_up="all"), run_time=40 * MINUTE)
+    scheduler.at(YEAR + 9 * HOUR)
+    scheduler.every(MINUTE, YEAR + 12.5 * HOUR, YEAR + 15 * HOUR)
+    assert [(kind, tick[9:11]) for kind, tick in scheduler.done] == [
+        *[("fire", "10"), ("queue", "11"), ("queue", "12")],
+        *[("replace", "13"), ("fire", "14"), ("fire", "15")],
+    ]
