@@ -174,10 +174,12 @@ def _open(chain: Chain, plans: list[Planned], words: tuple[str, ...]) -> Pipelin
         run.started_at = earlier["started_at"]
         logger.info("goes on with the run %s, which was cut off", name)
     track = pipeline_tracking(chain)
-    params = {word.partition("=")[0]: word.partition("=")[2] for word in words}
+    # What runs are compared by: the few values that differ from the file.
+    given = dict(word.split("=", 1) for word in words)
+    params = {k: v for k, v in given.items() if k.split(".")[0] not in ("storage", "tracking")}
     run.run_id = tracking.start_run(
         track,
-        run_name=f"{chain.config.name} {name}",
+        run_name=f"{name[:10]} {name[11:13]}:{name[13:15]} {chain.config.name}",
         params=params,
         tags=driver.run_tags("pipeline", seed="", output=run.uri),
         run_id=earlier["run_id"] if earlier else None,

@@ -57,7 +57,7 @@ def check_tracking(uri: str) -> None:
 
 def run_tags(stage: str, *, seed: object, output: str) -> dict[str, str]:
     """What MLflow's run list can be searched by."""
-    tags = {"stage": stage, "seed": str(seed), "output": output}
+    tags = {"stage": stage, "output": output, **({"seed": str(seed)} if seed != "" else {})}
     commit = git_commit()
     if commit:
         tags["mlflow.source.git.commit"] = commit

@@ -47,7 +47,6 @@ KINDS: dict[str, StageKind] = {
         ("pipelines.prepare", "pipelines.packing", "pipelines.existing_shards"),
         ("source", "annotations"),
         ("output", "workers", "max_bad_ratio"),
-        headline=("num_samples",),
     ),
     "validate": StageKind(
         ValidateConfig,
@@ -55,7 +54,6 @@ KINDS: dict[str, StageKind] = {
         ("pipelines.validate",),
         ("data",),
         ("name", "storage", "workers", "reference"),
-        headline=("bad_ratio",),
     ),
     "pretrain": StageKind(
         PretrainConfig,

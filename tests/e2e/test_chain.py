@@ -221,12 +221,12 @@ def wait_until_half(chain: Path) -> None:
 
 
 def mlflow_runs(chain: Path) -> dict[str, str]:
-    """Status by name, the pipeline's own as `sums`."""
+    """Status by name, the pipeline's own as `sums`, which is how its name ends."""
     client = MlflowClient(f"sqlite:///{chain.parent}/mlflow.db")
     experiment = client.get_experiment_by_name("sums")
     assert experiment is not None
     runs = client.search_runs([experiment.experiment_id])
-    return {run.info.run_name.split()[0]: run.info.status for run in runs}
+    return {run.info.run_name.split()[-1]: run.info.status for run in runs}
 
 
 def stage_processes(chain: Path) -> list[psutil.Process]:
