@@ -176,7 +176,10 @@ def _backfill(schedule: Schedule, root: str, start: date, end: date) -> int:
     before = min(after_end.astimezone(UTC), now_utc())
     instant = timedelta(microseconds=1)
     has_failed = False
-    for at in list(ticks_between(schedule, first - instant, before - instant)):
+    ticks = list(ticks_between(schedule, first - instant, before - instant))
+    if not ticks:
+        _say(f"{schedule.name} has no ticks from {start} to {end} that have passed")
+    for at in ticks:
         state = read_state(root, schedule.name)
         if state is not None and state.running is not None:
             _wait_for(root, schedule.name, state.running)

@@ -57,7 +57,7 @@ def run_pass(
     if schedule.new_data is not None:
         seen = fingerprint(storage.list_tree(schedule.new_data.path))
     state = look(schedule, before, pause, now, seen=seen, on_time=on_time)
-    lines = []
+    lines: list[str] = []
     try:
         if state.running is not None:
             how = status(root, schedule.name, state.running)
@@ -70,12 +70,18 @@ def run_pass(
         for decision in decisions:
             lines.append(_carry_out(root, schedule, state, decision))
             state = advance(state, decision)
+    except BaseException:
+        _log(lines)
+        raise
     finally:
         if state != before:
             write_state(root, schedule.name, state)
-        for line in lines:
-            logger.info("%s", line)
     return state, lines
+
+
+def _log(lines: Iterable[str]) -> None:
+    for line in lines:
+        logger.info("%s", line)
 
 
 def _is_running(root: str, name: str) -> bool:
@@ -153,7 +159,7 @@ def _pass_and_wake(
     """One pass; returns when the next is due. A fault is told, and tried again."""
     now = now_utc()
     try:
-        run_pass(root, schedule, now, others=others)
+        _log(run_pass(root, schedule, now, others=others)[1])
     except (storage.StorageError, OSError) as error:
         _tell_once(told, schedule.name, str(error))
         return now + timedelta(seconds=PASS_S)

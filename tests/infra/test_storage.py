@@ -84,6 +84,19 @@ def test_listings_are_sorted_and_hold_direct_members_only(root: str) -> None:
     assert storage.list_folders(root) == ["y", "z"]
 
 
+def test_a_tree_has_the_sizes_of_all_files_below(root: str) -> None:
+    storage.write_bytes(f"{root}/tree/a.txt", b"12")
+    storage.write_bytes(f"{root}/tree/deep/er/b.txt", b"123")
+    found = storage.list_tree(f"{root}/tree")
+    assert {name: x.num_bytes for name, x in found.items()} == {"a.txt": 2, "deep/er/b.txt": 3}
+    assert all(x.changed_at_ns > 0 for x in found.values())
+    assert set(storage.list_tree(f"{root}/tree", deep=False)) == {"a.txt"}
+    assert {n: x.num_bytes for n, x in storage.list_tree(f"{root}/tree/a.txt").items()} == {
+        "a.txt": 2
+    }
+    assert storage.list_tree(f"{root}/nowhere") == {}
+
+
 def test_a_missing_folder_lists_nothing(root: str) -> None:
     assert storage.list_files(root) == []
     assert storage.list_folders(root) == []

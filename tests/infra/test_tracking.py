@@ -99,6 +99,37 @@ def test_an_ended_run_has_its_status(uri: str, run_id: str) -> None:
     assert MlflowClient(uri).get_run(run_id).info.status == "KILLED"
 
 
+def test_the_status_of_a_run_is_told_from_a_missing_one(uri: str, run_id: str) -> None:
+    assert tracking.run_status(uri, run_id) == "RUNNING"
+    tracking.end_run(uri, run_id, "FINISHED")
+    assert tracking.run_status(uri, run_id) == "FINISHED"
+    assert tracking.run_status(uri, "0" * 32) == "MISSING"
+    assert tracking.run_status(uri, None) == "MISSING"
+    MlflowClient(uri).delete_run(run_id)
+    assert tracking.run_status(uri, run_id) == "MISSING"
+    assert tracking.run_status("http://127.0.0.1:9", run_id) == "UNKNOWN"
+
+
+def test_histories_are_of_the_metrics_whose_names_end_so(uri: str, run_id: str) -> None:
+    for step in (3, 1, 2):
+        metrics = {"a/train/loss": float(step), "train/loss": 0.5, "loss": 9.0}
+        tracking.log_final_metrics(uri, run_id, metrics, step)
+    assert tracking.histories(uri, run_id, ("train/loss",)) == {
+        "a/train/loss": [(1, 1.0), (2, 2.0), (3, 3.0)],
+        "train/loss": [(1, 0.5), (2, 0.5), (3, 0.5)],
+    }
+    assert tracking.histories(uri, None, ("loss",)) == {}
+
+
+def test_a_stages_run_is_shown_below_its_pipelines(uri: str, run_id: str) -> None:
+    track = TrackingConfig(uri=uri, experiment="e", parent_run_id=run_id)
+    child = tracking.start_run(track, run_name="c", params={}, tags={}, run_id=None)
+    assert child is not None
+    tags = MlflowClient(uri).get_run(child).data.tags
+    assert tags["mlflow.parentRunId"] == run_id
+    assert tracking.run_link(uri, child).endswith(f"/runs/{child}")
+
+
 def test_a_data_set_is_an_input_of_the_run(uri: str, run_id: str) -> None:
     tracking.log_dataset(
         uri, run_id, name="cifar", digest="a" * 64, source="s3://data/cifar", context="train"

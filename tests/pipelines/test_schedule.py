@@ -345,6 +345,9 @@ def test_a_backfill_ends_at_now_and_tells_what_failed(
     assert command("backfill", "nightly", "--from", "2027-03-28", "--to", "2028-01-01") == 1
     assert capsys.readouterr().out.startswith("nightly-20270328T120000Z: failed; ")
     assert len(list(Path("runs/schedules/nightly/ticks").iterdir())) == 1
+    assert command("backfill", "nightly", "--from", "2028-01-01", "--to", "2028-01-02") == 0
+    told = "nightly has no ticks from 2028-01-01 to 2028-01-02 that have passed\n"
+    assert capsys.readouterr().out == told
 
 
 def test_render_writes_what_kubernetes_runs(capsys: pytest.CaptureFixture[str]) -> None:
