@@ -83,7 +83,7 @@ def _info_is_heard() -> Iterator[None]:
 
 
 @pytest.fixture
-def chain(tmp_path: Path) -> Path:
+def chain(tmp_path: Path, store_uri: str) -> Path:
     """a -> b -> d, a -> c -> d."""
     stage = tmp_path / "add.py"
     stage.write_text(STAGE)
@@ -94,7 +94,7 @@ def chain(tmp_path: Path) -> Path:
 
     file = tmp_path / "chain.yaml"
     stages = {"a": spec(1), "b": spec(10, "a"), "c": spec(100, "a"), "d": spec(1000, "b", "c")}
-    track = {"uri": f"sqlite:///{tmp_path}/mlflow.db"}
+    track = {"uri": store_uri}
     root = {"root": str(tmp_path / "runs")}
     file.write_text(
         yaml.safe_dump({"name": "sums", "stages": stages, "tracking": track, "storage": root})

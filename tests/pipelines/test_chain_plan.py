@@ -190,13 +190,13 @@ KIND = StageKind(Own, "", (), ())
 
 
 @pytest.fixture
-def make_chain(tmp_path: Path) -> Callable[..., Chain]:
+def make_chain(tmp_path: Path, store_uri: str) -> Callable[..., Chain]:
     def make(number: int = 1, second: int = 1) -> Chain:
         config = ChainConfig(
             name="c",
             stages={"first": StageSpec(), "second": StageSpec()},
             storage=StorageConfig(root=str(tmp_path / "runs")),
-            tracking=TrackingConfig(uri=f"sqlite:///{tmp_path}/mlflow.db", experiment="c"),
+            tracking=TrackingConfig(uri=store_uri, experiment="c"),
         )
         stages = (
             Stage("first", StageSpec(), "first", KIND, Own(number=number)),

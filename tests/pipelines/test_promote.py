@@ -1,7 +1,5 @@
 """The gate: what takes the alias, what is refused, what is not to be compared."""
 
-from pathlib import Path
-
 import pytest
 from mlflow import MlflowClient
 
@@ -62,8 +60,8 @@ def test_what_was_measured_otherwise_is_not_compared(version: Version) -> None:
 
 
 @pytest.fixture
-def track(tmp_path: Path) -> TrackingConfig:
-    return TrackingConfig(uri=f"sqlite:///{tmp_path}/mlflow.db", experiment="e")
+def track(store_uri: str) -> TrackingConfig:
+    return TrackingConfig(uri=store_uri, experiment="e")
 
 
 def made(track: TrackingConfig, value: float) -> tuple[StageResult, StageResult]:

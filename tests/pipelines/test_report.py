@@ -45,14 +45,14 @@ class Tags(HTMLParser):
 
 
 @pytest.fixture
-def run(tmp_path: Path) -> PipelineRun:
+def run(tmp_path: Path, store_uri: str) -> PipelineRun:
     """One stage done, with two pictures and two broken samples; one failed; one blocked."""
     names = ("good", "bad", "after")
     config = ChainConfig(
         name="c",
         stages={name: StageSpec() for name in names},
         storage=StorageConfig(root=str(tmp_path / "runs")),
-        tracking=TrackingConfig(uri=f"sqlite:///{tmp_path}/mlflow.db", experiment="c"),
+        tracking=TrackingConfig(uri=store_uri, experiment="c"),
     )
     stages = tuple(Stage(name, StageSpec(), name, KIND, Own()) for name in names)
     chain = Chain(config, stages)
