@@ -64,8 +64,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         result: StageResult = stage.run(config, fresh=arguments.fresh)
     except BaseException as error:
         exit_code = _tell(error, debug=arguments.debug)
-        failed = {"status": "failed", "error": str(error), "can_pass": can_pass(error)}
-        print(json.dumps({"stage": arguments.stage, **failed}), flush=True)
+        if not sys.stdout.isatty():  # a person has been told
+            failed = {"status": "failed", "error": str(error), "can_pass": can_pass(error)}
+            print(json.dumps({"stage": arguments.stage, **failed}), flush=True)
         return exit_code
     fields = {**result._asdict(), "seconds": round(time.monotonic() - started_s, 1)}
     print(json.dumps(fields), flush=True)

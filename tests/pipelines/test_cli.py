@@ -50,9 +50,36 @@ def mae(capsys: pytest.CaptureFixture[str]) -> Callable[..., Told]:
             code = int(error.code or 0)
         out, err = capsys.readouterr()
         assert "Traceback" not in err
-        return Told(code, out, err)
+        return Told(code, without_failure(code, out), err)
 
     return run
+
+
+def without_failure(code: int, out: str) -> str:
+    """What a failed command wrote beside the object that says so to programs."""
+    *lines, last = out.splitlines() or [""]
+    if code == 0 or not last.startswith("{"):
+        return out
+    failed = json.loads(last)
+    assert failed["status"] == "failed"
+    assert failed["can_pass"] in (True, False)
+    return "\n".join(lines)
+
+
+def test_a_failure_is_one_line_of_json_for_a_program_and_none_for_a_person(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert cli.main(["pretrain", "optim.epohcs=1"]) == 2
+    assert json.loads(capsys.readouterr().out) == {
+        "stage": "pretrain",
+        "status": "failed",
+        "error": "data.train: is needed; give it in a file or as data.train=...\n"
+        "command line optim.epohcs: no such key; did you mean optim.epochs?",
+        "can_pass": False,
+    }
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    assert cli.main(["pretrain", "optim.epohcs=1"]) == 2
+    assert capsys.readouterr().out == ""
 
 
 def words(folder: Path, train: Path | str, *more: str) -> list[str]:
