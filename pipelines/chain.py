@@ -110,6 +110,7 @@ def _run(chain: Chain, forced: Forced, words: Sequence[str]) -> int:
     logger.info("%s", plan_table(plans))
     run = _open(chain, plans, tuple(words))
     uri = chain.config.tracking.uri
+    capacity = _capacity()  # before our handlers of signals: joining Ray sets its own
     with tempfile.TemporaryDirectory(prefix="mae-chain-") as workspace:
         killed = partial(tracking.end_run, uri, run.run_id, "KILLED")
         with driver.cancel_on_signals(killed):
@@ -117,7 +118,7 @@ def _run(chain: Chain, forced: Forced, words: Sequence[str]) -> int:
                 run.stages = execute(
                     [plan.stage.node for plan in plans if _is_wanted(plan, forced)],
                     partial(_start, run, Path(workspace)),
-                    capacity=_capacity(),
+                    capacity=capacity,
                     notify=partial(_notify, run),
                 )
                 failed = [x for x in run.stages.values() if x.state not in ENDED_WELL]

@@ -39,7 +39,8 @@ class StageSpec(StrictConfig):
     set: dict[str, Any] = Field(default_factory=dict)
     """Values by dotted key, over the files. `{pretrain}` is the output of the stage pretrain."""
     needs: tuple[str, ...] = ()
-    """Stages to wait for, besides those whose output a value names."""
+    """Stages to wait for, besides those whose output a value names: gates. They are no part of what
+    names the result, so that another threshold does not train anew."""
     cpus: float | None = Field(default=None, gt=0)
     """CPUs to keep free for it; else what its own `scaling` or `workers` asks for."""
     gpus: float | None = Field(default=None, ge=0)

@@ -136,7 +136,8 @@ def key_parts(stage: Stage, keys: Mapping[str, str]) -> KeyParts:
         code=code_digests([*stage.kind.modules, *files]),
         config=substitute(kept, texts),
         inputs=inputs,
-        needs={name: keys[name] for name in stage.needs},
+        # A stage that is only waited for, such as a gate, is no part of the result.
+        needs={name: keys[name] for name in stage.references},
     )
 
 

@@ -131,6 +131,15 @@ def test_resources_of_the_file_do_not_matter() -> None:
     assert len({key_parts(stage, {"x": "0" * 16}).key for stage in stages}) == 1
 
 
+def test_a_gate_is_waited_for_and_no_part_of_the_result() -> None:
+    config = ValidateConfig.model_validate({"data": "{x}"})
+    stage = Stage("v", StageSpec(needs=("gate",)), "validate", KINDS["validate"], config)
+    assert stage.node.needs == ("gate", "x")
+    keys = [key_parts(stage, {"x": "0" * 16, "gate": gate * 16}).key for gate in "12"]
+    assert keys[0] == keys[1]
+    assert key_parts(stage, {"x": "1" * 16, "gate": "1" * 16}).key != keys[0]
+
+
 def test_code_counts(monkeypatch: pytest.MonkeyPatch, found_data: None) -> None:
     before = key_of("embed", CONFIGS["embed"])
     monkeypatch.setattr(chain_plan, "code_digests", lambda modules: dict.fromkeys(modules, "new"))
