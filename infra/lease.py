@@ -30,6 +30,7 @@ logger = logging.getLogger(__name__)
 
 HEARTBEAT_S = 15.0
 STALE_S = 60.0
+logging.getLogger("botocore.credentials").setLevel(logging.WARNING)  # says that it found some
 REFUSED = ("PreconditionFailed", "412", "ConditionalRequestConflict", "409")
 
 
@@ -160,9 +161,11 @@ def _store_errors(uri: str) -> Iterator[None]:
 
 
 def _client() -> Any:
-    return _client_of(os.environ.get("AWS_ENDPOINT_URL"))
+    names = ("AWS_ENDPOINT_URL", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
+    return _client_of(*(os.environ.get(name) for name in names))
 
 
 @lru_cache(maxsize=4)
-def _client_of(endpoint: str | None) -> Any:
-    return boto3.client("s3", endpoint_url=endpoint)
+def _client_of(endpoint: str | None, *_keys: str | None) -> Any:
+    # A session of its own: the default one keeps the first keys that it saw.
+    return boto3.Session().client("s3", endpoint_url=endpoint)
