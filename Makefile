@@ -43,7 +43,7 @@ check: $(STAMP)  ## Format, lint, types and layers; writes nothing
 
 .PHONY: test
 test: $(STAMP)  ## All tests: core, Ray, services (no GPU needed)
-	$(PYTHON) -m pytest -m "not compile"
+	$(PYTHON) -m pytest -m "not compile" --numprocesses 2 --dist loadfile
 	SHAPE_CHECKS=0 $(PYTHON) -m pytest -m compile
 
 .PHONY: test-fast

@@ -45,6 +45,7 @@ from pipelines.stages import (
 logger = logging.getLogger(__name__)
 
 REFUSED = 3  # exit code of a gate
+LOOKED_BACK = 20  # runs of a pipeline among which those that were cut off are looked for
 
 
 def command(words: Sequence[str]) -> int:
@@ -199,15 +200,26 @@ def _name_of_now() -> str:
 
 
 def _unfinished(chain: Chain, keys: Mapping[str, str]) -> dict[str, Any] | None:
-    names = storage.list_folders(pipeline_folder(chain))
-    if not names:
-        return None
-    try:
-        state = json.loads(storage.read_bytes(pipeline_folder(chain, names[-1], "run.json")))
-    except (FileNotFoundError, ValueError):
-        return None
-    same = isinstance(state, dict) and state.get("keys") == dict(keys)
-    return state if same and state.get("ended") is None else None
+    """The state of the last run, if it was cut off with the same to do.
+
+    Of others that were cut off nothing runs any more, for we hold the lease: they end as killed.
+    """
+    names = storage.list_folders(pipeline_folder(chain))[-LOOKED_BACK:]
+    found = None
+    for name in names:
+        place = pipeline_folder(chain, name, "run.json")
+        try:
+            state = json.loads(storage.read_bytes(place))
+        except (FileNotFoundError, ValueError):
+            continue
+        if state["ended"] is not None:
+            continue
+        if name == names[-1] and state["keys"] == dict(keys):
+            found = state
+        else:
+            tracking.end_run(chain.config.tracking.uri, state["run_id"], "KILLED")
+            storage.write_bytes(place, json.dumps({**state, "ended": "KILLED"}).encode())
+    return found
 
 
 def _write_state(run: PipelineRun, keys: Mapping[str, str], ended: str | None) -> None:

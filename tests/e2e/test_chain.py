@@ -257,6 +257,26 @@ def test_a_killed_pipeline_goes_on_where_it_was(chain: Path) -> None:
     assert set(mlflow_runs(chain).values()) == {"FINISHED"}
 
 
+def test_what_a_killed_pipeline_left_running_is_swept(chain: Path) -> None:
+    behave(chain, "a", "slow")
+    process = start(chain)
+    wait_until_half(chain)
+    process.kill()
+    process.communicate()
+    assert mlflow_runs(chain)["sums"] == "RUNNING"
+    (chain.parent / "a.behave").unlink()
+    assert run(chain, "d.number=2000")["status"] == "done", "something else than what was cut off"
+    client = MlflowClient(f"sqlite:///{chain.parent}/mlflow.db")
+    experiment = client.get_experiment_by_name("sums")
+    assert experiment is not None
+    parents = [
+        found.info.status
+        for found in client.search_runs([experiment.experiment_id], order_by=["start_time ASC"])
+        if found.info.run_name.endswith(" sums")
+    ]
+    assert parents == ["KILLED", "FINISHED"]
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_stopped_pipeline_is_marked_killed_and_leaves_no_stage(
     chain: Path, number: signal.Signals, code: int
