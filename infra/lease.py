@@ -22,6 +22,7 @@ from typing import IO, Any
 
 import boto3
 import psutil
+from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 
 from infra import storage
@@ -38,8 +39,21 @@ class HeldError(storage.StorageError):
     """Another process works there; says which."""
 
 
+class Lease:
+    """One that is held, or was lost to another."""
+
+    def __init__(self, uri: str) -> None:
+        self.uri = uri
+        self.is_lost = False
+
+    def check(self) -> None:
+        """Raises: HeldError: another took it over."""
+        if self.is_lost:
+            raise HeldError(f"{self.uri}: another took it over while we did not keep it fresh")
+
+
 @contextmanager
-def lease(uri: str, purpose: str) -> Iterator[None]:
+def lease(uri: str, purpose: str) -> Iterator[Lease]:
     """Hold the file at `uri` while inside.
 
     Raises:
@@ -49,21 +63,25 @@ def lease(uri: str, purpose: str) -> Iterator[None]:
     holder = {"purpose": purpose, "host": socket.gethostname(), "pid": os.getpid()}
     text = json.dumps({**holder, "token": secrets.token_hex(8)})
     hold = _hold_object if storage.is_remote(uri) else _hold_file
-    with hold(uri, text):
-        yield
+    with hold(uri, text) as held:
+        yield held
 
 
 @contextmanager
-def _hold_file(uri: str, text: str) -> Iterator[None]:
+def _hold_file(uri: str, text: str) -> Iterator[Lease]:
     path = Path(storage.absolute(uri))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+") as file:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        opened = path.open("a+")
+    except OSError as error:
+        raise storage.StorageError(f"cannot take {uri}: {error}") from error
+    with opened as file:
         _lock(file, uri)
         file.seek(0)
         file.truncate()
         file.write(text)
         file.flush()
-        yield
+        yield Lease(uri)
 
 
 def _lock(file: IO[str], uri: str) -> None:
@@ -84,21 +102,22 @@ def _held_by(uri: str, text: str) -> str:
 
 
 @contextmanager
-def _hold_object(uri: str, text: str) -> Iterator[None]:
+def _hold_object(uri: str, text: str) -> Iterator[Lease]:
     bucket, _, key = storage.absolute(uri).removeprefix(storage.S3_SCHEME).partition("/")
     tag = _take(uri, bucket, key, text)
+    held = Lease(uri)
     stopped = threading.Event()
     beating = threading.Thread(
-        target=_beat, args=(uri, bucket, key, text, tag, stopped), daemon=True
+        target=_beat, args=(held, bucket, key, text, tag, stopped), daemon=True
     )
     beating.start()
     try:
-        yield
+        yield held
     finally:
         stopped.set()
         beating.join(timeout=HEARTBEAT_S)
         with suppress(ClientError, BotoCoreError):
-            if _client().get_object(Bucket=bucket, Key=key)["Body"].read().decode() == text:
+            if _read(bucket, key) == text:
                 _client().delete_object(Bucket=bucket, Key=key)
 
 
@@ -115,6 +134,8 @@ def _take(uri: str, bucket: str, key: str, text: str) -> str:
             raise
         now = parsedate_to_datetime(found["ResponseMetadata"]["HTTPHeaders"]["date"])
         holder = found["Body"].read().decode()
+        if holder == text:  # our own write, whose answer was lost
+            return str(found["ETag"])
         age_s = (now - found["LastModified"]).total_seconds()
         if age_s >= STALE_S or _is_dead_here(holder):
             logger.warning("%s: not heard of for %.0f s; taken over", _held_by(uri, holder), age_s)
@@ -131,14 +152,23 @@ def _is_dead_here(text: str) -> bool:
     return False
 
 
-def _beat(uri: str, bucket: str, key: str, text: str, tag: str, stopped: threading.Event) -> None:
+def _beat(
+    held: Lease, bucket: str, key: str, text: str, tag: str, stopped: threading.Event
+) -> None:
     while not stopped.wait(HEARTBEAT_S):
         try:
-            if _put(bucket, key, text, IfMatch=tag) is None:
-                logger.error("%s: another took it over; both may be at work", uri)
+            written = _put(bucket, key, text, IfMatch=tag)
+            if written is None and _read(bucket, key) != text:
+                logger.error("%s: another took it over", held.uri)
+                held.is_lost = True
                 return
+            tag = written or tag
         except (ClientError, BotoCoreError) as error:
-            logger.warning("%s: could not be kept fresh: %s", uri, error)
+            logger.warning("%s: could not be kept fresh: %s", held.uri, error)
+
+
+def _read(bucket: str, key: str) -> str:
+    return str(_client().get_object(Bucket=bucket, Key=key)["Body"].read().decode())
 
 
 def _put(bucket: str, key: str, text: str, **condition: str) -> str | None:
@@ -168,4 +198,6 @@ def _client() -> Any:
 @lru_cache(maxsize=4)
 def _client_of(endpoint: str | None, *_keys: str | None) -> Any:
     # A session of its own: the default one keeps the first keys that it saw.
-    return boto3.Session().client("s3", endpoint_url=endpoint)
+    # A request that hangs must not outlast the time in which others take the lease for stale.
+    patience = Config(connect_timeout=3, read_timeout=10, retries={"total_max_attempts": 2})
+    return boto3.Session().client("s3", endpoint_url=endpoint, config=patience)

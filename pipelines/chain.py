@@ -5,10 +5,12 @@ import json
 import logging
 import math
 import os
+import re
 import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -21,18 +23,18 @@ from pipelines.chain_config import Chain, PromoteSpec, base_and_point, load_chai
 from pipelines.chain_plan import (
     Forced,
     Planned,
+    measure_digest,
     mermaid_graph,
     plan_chain,
     plan_table,
     text_graph,
 )
-from pipelines.config import StageResult
+from pipelines.config import ConfigError, StageResult
 from pipelines.fingerprints import fingerprint
 from pipelines.pipeline_run import PipelineRun, pipeline_folder, pipeline_tracking
 from pipelines.promote import Verdict, promote
 from pipelines.stage_try import StageTry, resolved, reuse
 from pipelines.stages import (
-    ENDED_WELL,
     Action,
     Capacity,
     Node,
@@ -117,22 +119,32 @@ def _run(chain: Chain, forced: Forced, words: Sequence[str]) -> int:
         with driver.cancel_on_signals(killed):
             try:
                 run.stages = execute(
-                    [plan.stage.node for plan in plans if _is_wanted(plan, forced)],
+                    _wanted_nodes(plans, forced),
                     partial(_start, run, Path(workspace)),
                     capacity=capacity,
                     notify=partial(_notify, run),
                 )
-                failed = [x for x in run.stages.values() if x.state not in ENDED_WELL]
-                if not failed and chain.config.promote is not None and forced.only is None:
-                    run.verdict = _promote(run, chain.config.promote)
             except Exception:
                 tracking.end_run(uri, run.run_id, "FAILED")
                 raise
             exit_code = _exit_code(run)
+            if exit_code == 0 and chain.config.promote is not None and forced.only is None:
+                exit_code = _judge(run, chain.config.promote)
             _close(run, "FINISHED" if exit_code in (0, REFUSED) else "FAILED")
     seconds = round(time.monotonic() - started_s, 1)
     _say(json.dumps(_summary(run, exit_code, seconds)))
     return exit_code
+
+
+def _judge(run: PipelineRun, spec: PromoteSpec) -> int:
+    """The gate at the end; its trouble costs neither the stages nor the report."""
+    try:
+        run.verdict = _promote(run, spec)
+    except (ConfigError, storage.StorageError) as error:
+        logger.error("promote: %s", error)
+        run.trouble = f"promote: {error}"
+        return 2 if isinstance(error, ConfigError) else 5
+    return REFUSED if run.verdict.is_refused else 0
 
 
 def _promote(run: PipelineRun, spec: PromoteSpec) -> Verdict:
@@ -147,15 +159,27 @@ def _promote(run: PipelineRun, spec: PromoteSpec) -> Verdict:
     )
     # The set that the stage of the metric measured on.
     plan = next(plan for plan in run.plans if plan.stage.name == best)
-    data = resolved(plan, run.results, pipeline_folder(run.chain)).get("data", "")
+    data = resolved(plan, run.results, pipeline_folder(run.chain)).get("data")
     place = data.get("val") or data["train"] if isinstance(data, dict) else data
+    if not place:
+        raise ConfigError(f"promote.metric={spec.metric}: {stage} is measured on no data")
+    # How it was measured counts as well: a longer probe is no better model.
     track = pipeline_tracking(run.chain)
-    return promote(spec, track, run.results[candidate], run.results[best], fingerprint(place))
+    how = f"{fingerprint(place)}-{measure_digest(plan.parts)}"
+    return promote(spec, track, run.results[candidate], run.results[best], how)
 
 
-def _is_wanted(plan: Planned, forced: Forced) -> bool:
-    """With `--only`, what is not there and not asked for is left alone."""
-    return forced.only is None or plan.done is not None or plan.stage.name == forced.only
+def _wanted_nodes(plans: list[Planned], forced: Forced) -> list[Node]:
+    """With `--only`, what is not there and not asked for is left alone, and not waited for."""
+    nodes = [plan.stage.node for plan in plans]
+    if forced.only is None:
+        return nodes
+    wanted = {p.stage.name for p in plans if p.done is not None or p.stage.name == forced.only}
+    return [
+        replace(node, needs=tuple(need for need in node.needs if need in wanted))
+        for node in nodes
+        if node.name in wanted
+    ]
 
 
 def _capacity() -> Capacity:
@@ -163,7 +187,8 @@ def _capacity() -> Capacity:
         # By name: only here does the pipeline's own process need Ray.
         cpus, gpus = import_module("pipelines.launch").cluster_capacity()
         return Capacity(cpus, gpus)
-    return Capacity(float(os.cpu_count() or 1), float("inf"))
+    # Each stage has a Ray of its own that takes the first GPUs: one that uses any runs alone.
+    return Capacity(float(os.cpu_count() or 1), 0.0)
 
 
 def _open(chain: Chain, plans: list[Planned], words: tuple[str, ...]) -> PipelineRun:
@@ -239,7 +264,9 @@ def _start(
     planned = next(plan for plan in run.plans if plan.stage.name == node.name)
     if planned.decision.action in (Action.REUSE, Action.REBUILD):
         return reuse(planned, run.tracking)
-    return StageTry(planned, results, run.tracking, pipeline_folder(run.chain), workspace)
+    place = pipeline_folder(run.chain)
+    is_first = node.name not in run.stages or run.stages[node.name].tries <= 1
+    return StageTry(planned, results, run.tracking, place, workspace, is_first=is_first)
 
 
 def _notify(run: PipelineRun, stage: StageRun) -> None:
@@ -259,8 +286,7 @@ def _exit_code(run: PipelineRun) -> int:
     for stage in run.stages.values():
         if stage.state is State.FAILED and stage.failure is not None:
             return stage.failure.exit_code or 1
-    refused = run.verdict is not None and run.verdict.is_refused
-    return REFUSED if refused else 0
+    return 0
 
 
 def _close(run: PipelineRun, status: tracking.Status) -> None:
@@ -268,11 +294,14 @@ def _close(run: PipelineRun, status: tracking.Status) -> None:
     uri = run.chain.config.tracking.uri
     tracking.log_final_metrics(uri, run.run_id, run.headline, 0)
     tracking.set_tags(uri, run.run_id, _tags(run))
-    page = report.render(run)
-    storage.write_bytes(storage.join(run.uri, "report.html"), page.encode())
-    tracking.log_artifact_text(uri, run.run_id, page, "report.html")
-    _write_model_card(run)
-    logger.info("report: %s", storage.join(run.uri, "report.html"))
+    try:
+        page = report.render(run)
+        storage.write_bytes(storage.join(run.uri, "report.html"), page.encode())
+        tracking.log_artifact_text(uri, run.run_id, page, "report.html")
+        _write_model_card(run)
+        logger.info("report: %s", storage.join(run.uri, "report.html"))
+    except Exception as error:  # of a picture, a table, the store: the results are there
+        logger.warning("the report could not be written: %s: %s", type(error).__name__, error)
     keys = {plan.stage.name: plan.folder.key for plan in run.plans}
     _write_state(run, keys, ended=status)
     tracking.end_run(uri, run.run_id, status)
@@ -293,7 +322,7 @@ def _tags(run: PipelineRun) -> dict[str, str]:
     tags = {"mlflow.note.content": report.stage_table(run)}
     for name, stage in run.stages.items():
         if stage.state is State.REUSED and stage.result is not None and stage.result.run_id:
-            tags[f"reused.{name}"] = stage.result.run_id
+            tags[f"reused.{re.sub('[^A-Za-z0-9_. -]', '_', name)}"] = stage.result.run_id
     return tags
 
 

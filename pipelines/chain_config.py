@@ -9,6 +9,7 @@ import importlib.util
 import itertools
 import json
 import re
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -215,7 +216,7 @@ def _build(
             f"{', '.join(KINDS)}, or give a .py file"
         )
     given = {**spec.set, **values}
-    if "name" in kind.config_type.model_fields:  # of its run in MLflow
+    if own_file is None and "name" in kind.config_type.model_fields:  # of its run in MLflow
         given.setdefault("name", re.sub(r"[^A-Za-z0-9_.-]", "-", run_name or name))
     if "storage" in kind.config_type.model_fields:
         given["storage.root"] = f"{{{SELF}}}"
@@ -243,22 +244,33 @@ def _own_kind(chain_file: Path, name: str, file: Path) -> StageKind:
         raise ConfigError(f"{where}: needs a class Config(StrictConfig) from mae_core.config")
     if not callable(getattr(module, "run", None)):
         raise ConfigError(f"{where}: needs a function run(config, *, fresh) -> StageResult")
+    for name_, keys in (("DATA_KEYS", _keys(module)), ("UNKEYED", _keys(module, "UNKEYED"))):
+        unknown = [key for key in keys if key.partition(".")[0] not in config_type.model_fields]
+        if unknown:
+            raise ConfigError(f"{where}: {name_}: Config has no field {unknown[0]!r}")
     return StageKind(
         config_type,
         (module.__doc__ or "").strip().partition("\n")[0],
         (),
-        tuple(getattr(module, "DATA_KEYS", ())),
-        ("storage", "tracking", *getattr(module, "UNKEYED", ())),
+        _keys(module),
+        ("storage", "tracking", *_keys(module, "UNKEYED")),
         getattr(module, "VERSION", 1),
     )
 
 
+def _keys(module: Any, name: str = "DATA_KEYS") -> tuple[str, ...]:
+    """A tuple of keys; one key may stand alone."""
+    keys = getattr(module, name, ())
+    return (keys,) if isinstance(keys, str) else tuple(keys)
+
+
 def load_stage_file(file: Path) -> Any:
     """The module in a file."""
-    spec = importlib.util.spec_from_file_location(file.stem, file)
+    spec = importlib.util.spec_from_file_location(f"mae_stage_{file.stem}", file)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where pydantic looks names up
     spec.loader.exec_module(module)
     return module
 
@@ -302,9 +314,15 @@ def _swept(
             if name in changed:
                 own = {key: parse_value(value) for stage, key, value in chosen if stage == name}
                 spec = _renamed(stages[name].spec, names)
-                over = _rename({**values.get(name, {}), **own}, names)
+                over = {**values.get(name, {}), **own}
                 stage = _build(file, name, spec, over, names[name])
-                result[names[name]] = replace(stage, name=names[name])
+                # Only now: a reference may stand in one of its files, too.
+                config = _rename(stage.config.model_dump(mode="json"), names)
+                result[names[name]] = replace(
+                    stage,
+                    name=names[name],
+                    config=type(stage.config).model_validate(config),
+                )
     return result
 
 
@@ -342,12 +360,7 @@ def after(names: Iterable[str], chain: Chain) -> set[str]:
 
 
 def _renamed(spec: StageSpec, names: Mapping[str, str]) -> StageSpec:
-    return spec.model_copy(
-        update={
-            "needs": tuple(names.get(need, need) for need in spec.needs),
-            "set": _rename(spec.set, names),
-        }
-    )
+    return spec.model_copy(update={"needs": tuple(names.get(need, need) for need in spec.needs)})
 
 
 def _rename(value: Any, names: Mapping[str, str]) -> Any:

@@ -1,8 +1,12 @@
 """What a pipeline would do: for each stage run or reuse, why, and what it will cost."""
 
+import hashlib
+import json
 import platform
+import re
+import time
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, NamedTuple
@@ -10,6 +14,7 @@ from typing import Any, NamedTuple
 from infra import tracking
 from pipelines.chain_config import (
     OWN_PLACES,
+    PIPELINE,
     REFERENCE,
     Chain,
     Stage,
@@ -22,9 +27,10 @@ from pipelines.config import ConfigError
 from pipelines.fingerprints import fingerprint, num_samples
 from pipelines.stage_code import code_digests
 from pipelines.stage_folder import Done, StageFolder, earlier_folders
-from pipelines.stages import Action, Decision, KeyParts, differences
+from pipelines.stages import KEY_CHARS, Action, Decision, KeyParts, differences
 
 MAX_REASONS = 3
+_KEY_IN = re.compile(rf"\{{[0-9a-f]{{{KEY_CHARS}}}\}}")
 
 
 class Cost(NamedTuple):
@@ -46,6 +52,7 @@ class Planned:
     done: Done | None  # what is there
     notes: tuple[str, ...]
     cost: Cost
+    looked_at: float = field(default_factory=time.time)  # seconds since 1970
 
     @property
     def output(self) -> str | None:
@@ -93,13 +100,14 @@ def plan_chain(chain: Chain, forced: Forced) -> list[Planned]:
     """
     plans: dict[str, Planned] = {}
     for stage in chain.stages:
-        parts = key_parts(stage, {name: plan.folder.key for name, plan in plans.items()})
+        keys = {name: plan.folder.key for name, plan in plans.items()}
+        parts = key_parts(stage, keys, chain.config.name)
         folder = StageFolder(chain.config.storage.root, stage.kind_name, parts.key)
         done = folder.read_done()
         decision = decide(chain.config.tracking.uri, stage, parts, folder, forced)
-        outputs = {name: plan.output for name, plan in plans.items() if plan.output is not None}
-        cost = _cost(stage, folder, outputs)
         kept = decision.action in (Action.REUSE, Action.REBUILD)
+        outputs = {name: plan.output for name, plan in plans.items() if plan.output is not None}
+        cost = Cost() if kept else _cost(stage, folder, outputs)
         notes = _notes(done) if done and kept else ()
         plans[stage.name] = Planned(
             stage, parts, folder, decision, done if kept else None, notes, cost
@@ -110,7 +118,7 @@ def plan_chain(chain: Chain, forced: Forced) -> list[Planned]:
 
 
 def _check_only(only: str, plans: Mapping[str, Planned]) -> None:
-    for need in plans[only].stage.needs:
+    for need in plans[only].stage.references:
         if plans[need].done is None:
             raise ConfigError(
                 f"--only {only}: needs {need}, which is not there ({plans[need].decision.why}); "
@@ -118,17 +126,26 @@ def _check_only(only: str, plans: Mapping[str, Planned]) -> None:
             )
 
 
-def key_parts(stage: Stage, keys: Mapping[str, str]) -> KeyParts:
-    """What the stage's key is made of; `keys` are those of the stages before."""
+def key_parts(stage: Stage, keys: Mapping[str, str], pipeline: str = "") -> KeyParts:
+    """What the stage's key is made of; `keys` are those of the stages before.
+
+    `pipeline` is its name: what lies in its folder is another thing in another's.
+    """
     values = dict(dotted(stage.config.model_dump(mode="json")))
-    kept = {key: value for key, value in values.items() if not _is_under(key, stage.kind.unkeyed)}
     inputs = {}
-    for key in list(kept):
-        if _is_under(key, stage.kind.data_keys) and not _references(kept[key]):
-            value = kept.pop(key)
-            if value is not None:
-                inputs[key] = _fingerprint(stage, key, value)
-    texts = {name: f"{{{key}}}" for name, key in keys.items()}
+    for key in [key for key in values if _is_under(key, stage.kind.data_keys)]:
+        value = values.pop(key)
+        entries = [value] if isinstance(value, str) else value or []
+        made = [entry for entry in entries if _references(entry)]
+        found = [entry for entry in entries if not _references(entry)]
+        if made:
+            values[key] = made
+        if found:
+            inputs[key] = _fingerprint(stage, key, found)
+    if values.get("existing") is not None:  # `mae prepare index`: its output is what it reads
+        inputs["output"] = _fingerprint(stage, "output", values["output"], by_time=True)
+    kept = {key: value for key, value in values.items() if not _is_under(key, stage.kind.unkeyed)}
+    texts = {name: f"{{{key}}}" for name, key in keys.items()} | {PIPELINE: pipeline}
     files = [stage.file] if stage.file is not None else []
     return KeyParts(
         kind=stage.kind_name,
@@ -141,9 +158,15 @@ def key_parts(stage: Stage, keys: Mapping[str, str]) -> KeyParts:
     )
 
 
-def _fingerprint(stage: Stage, key: str, value: Any) -> str:
+def measure_digest(parts: KeyParts) -> str:
+    """How a stage measures, whatever it measures: its config without what comes from others."""
+    own = {key: value for key, value in parts.config.items() if not _KEY_IN.search(str(value))}
+    return hashlib.sha256(json.dumps([parts.version, own], sort_keys=True).encode()).hexdigest()[:8]
+
+
+def _fingerprint(stage: Stage, key: str, value: Any, *, by_time: bool = False) -> str:
     try:
-        return fingerprint(value)
+        return fingerprint(value, by_time=by_time)
     except ConfigError as error:
         raise ConfigError(f"stages.{stage.name}: {key}: {error}") from error
 
@@ -178,7 +201,10 @@ def decide(
     if status == "MISSING":
         return Decision(Action.REBUILD, "result is there, its run is not in MLflow: recorded anew")
     if status not in ("FINISHED", "UNKNOWN"):
-        return Decision(Action.RUN, f"its run {done.run_id} is {status} in MLflow", fresh=True)
+        # The result was committed: MLflow missed the end, which must not cost the result.
+        return Decision(
+            Action.REBUILD, f"result is there, its run is {status} in MLflow: put right"
+        )
     return Decision(Action.REUSE, "nothing changed")
 
 

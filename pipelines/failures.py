@@ -37,7 +37,8 @@ def can_pass(error: BaseException) -> bool:
     for link in _chain(error):
         if isinstance(link, storage.StorageError):
             return not any(text in str(link) for text in LASTING_TEXTS)
-        if type(link).__name__ in PASSING_TYPES:
+        # CUDA has an OutOfMemoryError, too, which the same step meets again.
+        if type(link).__module__.startswith("ray.") and type(link).__name__ in PASSING_TYPES:
             return True
     return False
 

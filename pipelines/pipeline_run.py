@@ -22,6 +22,7 @@ class PipelineRun:
     started_at: float = field(default_factory=time.time)
     stages: dict[str, StageRun] = field(default_factory=dict)
     verdict: Verdict | None = None
+    trouble: str = ""  # of the gate at the end
 
     @property
     def uri(self) -> str:

@@ -106,6 +106,9 @@ def promote(
         DATA_TAG: data,
         VERDICT_TAG: "refused" if verdict.is_refused else "promoted",
     }
+    if holder is not None and holder.run_id == candidate.run_id:
+        logger.info("promote: %s", verdict.text)
+        return verdict._replace(version=holder.number)  # as it was measured when it got the alias
     made = registry.register(track.uri, spec.model, candidate.run_id, candidate.output, tags)
     if not verdict.is_refused:
         registry.set_alias(track.uri, spec.model, spec.alias, made.number)

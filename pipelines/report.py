@@ -29,6 +29,7 @@ from pipelines.pipeline_run import PipelineRun
 from pipelines.stages import ENDED_WELL, StageRun, State
 
 TEMPLATES = Path(__file__).parent / "templates"
+MAX_PICTURES = 60  # of a stage
 MAX_PICTURE_PX = 1400
 JPEG_QUALITY = 85
 MAX_EXAMPLE_CHARS = 120
@@ -76,6 +77,7 @@ def render(run: PipelineRun) -> str:
                 for x in failures
                 if x.failure is not None
             ],
+            trouble=run.trouble,
             headline=[(name, _number(value)) for name, value in run.headline.items()],
             stages=[_stage_row(run, stage) for stage in run.stages.values()],
             graph=text_graph(run.chain),
@@ -104,6 +106,8 @@ def _status(run: PipelineRun) -> str:
     if State.CANCELLED in states:
         return "cancelled"
     if not states <= set(ENDED_WELL):
+        return "failed"
+    if run.trouble:
         return "failed"
     if run.verdict is not None and run.verdict.is_refused:
         return "refused"
@@ -229,8 +233,9 @@ def _cell(metrics: Mapping[str, float], key: str) -> str:
 def _pictures(run: PipelineRun, name: str) -> Iterator[tuple[str, Picture]]:
     """Those that the stage left in its folder, as they are in MLflow, too."""
     folder = next(plan.folder for plan in run.plans if plan.stage.name == name)
-    for path in sorted(storage.list_tree(folder.uri)):
-        if path.endswith(".png") and "/checkpoints/" not in path:
+    paths = [p for p in sorted(storage.list_tree(folder.uri)) if p.endswith(".png")]
+    for path in paths[:MAX_PICTURES]:
+        if "/checkpoints/" not in path:
             data = storage.read_bytes(storage.join(folder.uri, path))
             parts = path.removesuffix(".png").split("/")
             caption = " ".join(part for part in parts[2:] if part != "arms").replace("_", " ")

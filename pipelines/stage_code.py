@@ -53,10 +53,24 @@ def source_digest(tree: ast.Module) -> str:
 
 
 class _WithoutDocstrings(ast.NodeTransformer):
-    def visit_Expr(self, node: ast.Expr) -> ast.AST:  # ast's name
-        """A text that nothing is done with says something to people only."""
-        is_text = isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
-        return ast.copy_location(ast.Pass(), node) if is_text else node
+    """A text that nothing is done with says something to people only."""
+
+    def generic_visit(self, node: ast.AST) -> ast.AST:
+        super().generic_visit(node)
+        body = getattr(node, "body", None)
+        if isinstance(body, list):
+            kept = [part for part in body if not _is_text(part)]
+            is_empty = not kept and not isinstance(node, ast.Module)
+            node.body = [ast.Pass()] if is_empty else kept  # type: ignore[attr-defined]
+        return node
+
+
+def _is_text(node: ast.AST) -> bool:
+    return (
+        isinstance(node, ast.Expr)
+        and isinstance(node.value, ast.Constant)
+        and isinstance(node.value.value, str)
+    )
 
 
 def _computing_imports(tree: ast.Module) -> Iterator[str]:

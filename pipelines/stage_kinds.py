@@ -51,9 +51,9 @@ KINDS: dict[str, StageKind] = {
     "validate": StageKind(
         ValidateConfig,
         "Check shards before they are trained on: schema, decoding, duplicates, labels, drift.",
-        ("pipelines.validate",),
+        ("pipelines.datasets", "pipelines.validate"),
         ("data",),
-        ("name", "storage", "workers", "reference"),
+        ("name", "storage", "workers"),
     ),
     "pretrain": StageKind(
         PretrainConfig,
@@ -82,7 +82,7 @@ KINDS: dict[str, StageKind] = {
     "embed": StageKind(
         EmbedConfig,
         "Write an encoder's features, or search IMAGE: find what is like it.",
-        ("pipelines.embed",),
+        (*READING, "pipelines.measuring", "pipelines.embed"),
         ("data", "init_from"),
         (*WHERE, "batch_size", "max_bad_ratio", "query", "num_neighbours"),
         headline=("num_rows",),

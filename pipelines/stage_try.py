@@ -2,7 +2,7 @@
 
 import json
 import logging
-import re
+import math
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -11,7 +11,7 @@ from typing import Any
 
 from infra import tracking
 from infra.config import TrackingConfig
-from infra.lease import HeldError, lease
+from infra.lease import HeldError, Lease, lease
 from infra.storage import StorageError
 from pipelines.chain_config import PIPELINE, SELF, Stage, substitute
 from pipelines.chain_plan import Planned, versions
@@ -36,12 +36,17 @@ class StageTry:
         track: TrackingConfig,
         pipeline_uri: str,
         workspace: Path,
+        *,
+        is_first: bool = True,
     ) -> None:
         self._planned = planned
         self._results = results
         self._tracking = track
         self._pipeline_uri = pipeline_uri
         self._workspace = workspace
+        # Another try goes on with what the first has made.
+        self._is_fresh = planned.decision.fresh and is_first
+        self._lease: Lease | None = None
         self._held = ExitStack()
         self._process: StageProcess | None = None
         self._looked_at_s = 0.0
@@ -53,8 +58,9 @@ class StageTry:
             ended = self._begin() if self._process is None else self._process.poll()
             if isinstance(ended, StageResult) and self._process is not None:
                 ended = self._commit(ended)
-        except StorageError as error:  # of the lease, or of the commit: the stages beside go on
-            ended = Failure(str(error), 5, can_pass(error))
+        except Exception as error:  # of the lease, or of the commit: the stages beside go on
+            code = 5 if isinstance(error, StorageError) else 1
+            ended = Failure(f"{type(error).__name__}: {error}", code, can_pass(error))
         if ended is not None:
             self._held.close()
         return ended
@@ -66,18 +72,21 @@ class StageTry:
         self._looked_at_s = time.monotonic()
         planned, folder = self._planned, self._planned.folder
         try:
-            self._held.enter_context(lease(folder.lease_uri, f"stage {planned.stage.name}"))
+            purpose = f"stage {planned.stage.name}"
+            self._lease = self._held.enter_context(lease(folder.lease_uri, purpose))
         except HeldError as error:
             if not self.is_waiting:
                 logger.info("%s: waits: %s", planned.stage.name, error)
             self.is_waiting = True
             return None
         done = folder.read_done()
-        if done is not None and self.is_waiting and folder.problem(done) is None:
+        is_new = done is not None and done.finished_at > planned.looked_at
+        if done is not None and (is_new or not self._is_fresh) and folder.problem(done) is None:
+            # Another run of a pipeline has made it since.
             return StageResult(
                 planned.stage.kind_name, "reused", done.run_id, folder.output(done), done.metrics
             )
-        if planned.decision.fresh:
+        if self._is_fresh:
             folder.clear()
         folder.write_parts(planned.parts)
         self._started_at_s = time.monotonic()
@@ -89,19 +98,23 @@ class StageTry:
         config = resolved(self._planned, self._results, self._pipeline_uri)
         if "tracking" in config:
             config["tracking"] = self._tracking.model_dump(mode="json")
-        # Without the signs in the name of a point of a sweep: `=` would make it no file.
-        file = self._workspace / f"{re.sub('[^A-Za-z0-9.]', '-', stage.name)}.yaml"
+        file = self._workspace / f"{self._planned.folder.key}.yaml"
         file.write_text(json.dumps(config, indent=1))
-        if stage.file is not None:
-            return ["stage", str(stage.file), str(file)]
-        return [stage.kind_name, str(file)]
+        own = ["stage", str(stage.file)] if stage.file is not None else [stage.kind_name]
+        # Also for what it makes outside of its folder.
+        return [*own, str(file), *(["--fresh"] if self._is_fresh else [])]
 
     def _commit(self, result: StageResult) -> StageResult:
         stage = self._planned.stage
+        assert self._lease is not None
+        self._lease.check()
         run_id = result.run_id
         if run_id is None:
             run_id = record(stage, result, self._tracking)
         metrics = {key: float(value) for key, value in result.metrics.items()}
+        if odd := [key for key, value in metrics.items() if not math.isfinite(value)]:
+            logger.warning("%s: left out, for they are not finite: %s", stage.name, ", ".join(odd))
+            metrics = {key: value for key, value in metrics.items() if key not in odd}
         result = result._replace(run_id=run_id, metrics=metrics)
         assert self._process is not None
         self._planned.folder.commit(
@@ -155,6 +168,9 @@ def reuse(planned: Planned, track: TrackingConfig) -> StageResult:
     assert done is not None
     result = StageResult(stage.kind_name, "reused", done.run_id, folder.output(done), done.metrics)
     if planned.decision.action is Action.REBUILD:
-        result = result._replace(run_id=record(stage, result, track))
-        folder.write_done(done.model_copy(update={"run_id": result.run_id}))
+        if tracking.run_status(track.uri, done.run_id) == "MISSING":
+            result = result._replace(run_id=record(stage, result, track))
+            folder.write_done(done.model_copy(update={"run_id": result.run_id}))
+        else:
+            tracking.end_run(track.uri, done.run_id, "FINISHED")
     return result

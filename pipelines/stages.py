@@ -280,7 +280,12 @@ def _advance(
     results = {r.node.name: r.result for r in before if r.result is not None}
     run.tries += 1
     run._started_at_s = clock()
-    started = start(run.node, results)
+    try:
+        started = start(run.node, results)
+    except Exception as error:  # the stages beside it go on
+        run.state = State.FAILED
+        run.failure = Failure(f"{type(error).__name__}: {error}", 1, can_pass=False)
+        return True
     if isinstance(started, StageResult):
         _finish(run, started)
     else:

@@ -24,6 +24,7 @@ from mlflow import MlflowClient
 from pipelines import cli
 
 ROOT = Path(__file__).parents[2]
+NAMES = {1: "a", 10: "b", 100: "c", 1000: "d"}
 
 # Appends a line to LOG at each start; `behave` is read anew at each, so that a test can change it.
 STAGE = '''
@@ -68,6 +69,10 @@ def run(config: Config, *, fresh: bool) -> StageResult:
     if how == "slow" and not (out / "half").exists():
         (out / "half").write_text("half")
         time.sleep(60)
+    if how == "nan":
+        return StageResult("add", "done", None, str(out), {"total": float("nan"), "fine": 1.0})
+    if how == "odd":
+        return StageResult("add", "done", None, str(out), {"total": "many"})
     total = config.number + sum(int(Path(b, "n").read_text()) for b in config.before)
     (out / "n").write_text(str(total))
     return StageResult("add", "done", None, str(out), {"total": total})
@@ -89,7 +94,12 @@ def chain(tmp_path: Path, store_uri: str) -> Path:
     stage.write_text(STAGE)
 
     def spec(number: int, *before: str) -> dict[str, Any]:
-        values = {"number": number, "before": [f"{{{b}}}" for b in before], "log": str(tmp_path)}
+        values = {
+            "name": NAMES[number],
+            "number": number,
+            "before": [f"{{{b}}}" for b in before],
+            "log": str(tmp_path),
+        }
         return {"stage": str(stage), "set": values}
 
     file = tmp_path / "chain.yaml"
@@ -207,6 +217,44 @@ def test_what_may_pass_is_tried_again(chain: Path, how: str) -> None:
     behave(chain, "a", how)
     assert run(chain)["stages"]["a"] == "done"
     assert log(chain)[:2] == ["a", "a"]
+
+
+def test_a_metric_that_is_no_number_costs_its_stage_alone(chain: Path) -> None:
+    behave(chain, "b", "odd")
+    failed = run(chain, exit_code=1)
+    assert failed["stages"] == {"a": "done", "b": "failed", "c": "done", "d": "blocked"}
+    behave(chain, "c", "nan")
+    assert run(chain, "c.number=200", exit_code=1)["stages"]["c"] == "done"
+
+
+def test_only_a_stage_runs_though_one_it_waits_for_is_not_there(chain: Path) -> None:
+    fields = yaml.safe_load(chain.read_text())
+    gate = {"stage": fields["stages"]["a"]["stage"], "set": {"name": "gate", "number": 5}}
+    gate["set"]["log"] = str(chain.parent)
+    fields["stages"] = {"gate": gate, **fields["stages"]}
+    fields["stages"]["a"]["needs"] = ["gate"]
+    chain.write_text(yaml.safe_dump(fields))
+    assert run(chain, "--only", "a")["stages"] == {"a": "done"}
+    assert log(chain) == ["a"]
+
+
+def test_a_forced_stage_that_is_tried_again_goes_on(chain: Path) -> None:
+    run(chain)
+    log(chain)
+    behave(chain, "a", "store")  # fails once, and may pass
+    place = next(Path(f).parent for f, n in outputs(chain).items() if n == 1)
+    (place / "old").write_text("x")
+    assert run(chain, "--force", "a")["stages"]["a"] == "done"
+    assert log(chain) == ["a", "a"]
+    assert not (place / "old").exists()
+
+
+def test_trouble_with_promotion_costs_no_stage_and_no_report(chain: Path) -> None:
+    words = ["promote={model: m, stage: a, metric: d/nothing}"]
+    found = run(chain, *words, exit_code=2)
+    assert set(found["stages"].values()) == {"done"}
+    assert "d is measured on no data" in Path(found["output"], "report.html").read_text()
+    assert mlflow_runs(chain)["sums"] == "FAILED"
 
 
 def wait_for(condition: Any, what: str) -> None:

@@ -70,7 +70,7 @@ TUNING = {
 }
 HITS: dict[str, set[str]] = {
     "prepare": {"output", "workers", "max_bad_ratio"},
-    "validate": {"name", "storage.root", "workers", "reference"},
+    "validate": {"name", "storage.root", "workers"},
     "pretrain": {
         *EVERYWHERE,
         *TRAINING,
@@ -109,7 +109,7 @@ def key_of(name: str, config: StrictConfig) -> str:
 
 @pytest.fixture
 def found_data(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chain_plan, "fingerprint", str)
+    monkeypatch.setattr(chain_plan, "fingerprint", lambda value, by_time: str(value))
 
 
 @pytest.mark.usefixtures("found_data")
@@ -162,6 +162,75 @@ def test_data_counts_and_not_where_it_lies(tmp_path: Path) -> None:
     assert key_parts(stages[1], {"m": "0" * 16}).key != keys[0]
 
 
+def shard_set(folder: Path, **fields: Any) -> Path:
+    folder.mkdir()
+    (folder / "s.tar").write_bytes(b"x" * 10)
+    shard = {"path": "s.tar", "index": "i", "num_samples": 1, "num_bytes": 10, "sha256": "ff"}
+    manifest = {"version": 1, "shards": [shard], **fields}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    return folder
+
+
+def test_data_beside_the_output_of_a_stage_counts(tmp_path: Path) -> None:
+    folder = shard_set(tmp_path / "a")
+    config = ValidateConfig.model_validate({"data": ["{x}/train", str(folder)]})
+    stage = Stage("v", StageSpec(), "validate", KINDS["validate"], config)
+    before = key_parts(stage, {"x": "0" * 16})
+    assert before.inputs
+    (folder / "s.tar").write_bytes(b"x" * 11)
+    assert key_parts(stage, {"x": "0" * 16}).key != before.key
+    assert key_parts(stage, {"x": "1" * 16}).inputs == key_parts(stage, {"x": "0" * 16}).inputs
+
+
+def test_what_a_manifest_says_of_all_counts(tmp_path: Path) -> None:
+    sets = [
+        shard_set(tmp_path / "a"),
+        shard_set(tmp_path / "b", classes=["x"]),
+        shard_set(tmp_path / "c", channel_stats={"mean": [0.5], "std": [0.1], "num_images": 1}),
+    ]
+    assert len({fingerprint(str(folder)) for folder in sets}) == 3
+
+
+def test_shards_that_are_indexed_in_place_are_what_is_read(tmp_path: Path) -> None:
+    keys = set()
+    for name in ("a", "b"):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "s.tar").write_bytes(b"x" * (10 + ord(name)))
+        config = PrepareConfig.model_validate({"existing": "index", "output": str(folder)})
+        keys.add(key_of("prepare", config))
+    assert len(keys) == 2
+
+
+def test_a_folder_of_images_with_a_manifest_of_somebody_elses_is_one_of_images(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "manifest.json").write_text('{"name": "my app"}')
+    (tmp_path / "a.jpg").write_bytes(b"1")
+    before = fingerprint(str(tmp_path))
+    (tmp_path / "a.jpg").write_bytes(b"12")
+    assert fingerprint(str(tmp_path)) != before
+
+
+def test_the_images_of_a_list_count(tmp_path: Path) -> None:
+    (tmp_path / "a.jpg").write_bytes(b"1")
+    (tmp_path / "list.txt").write_text("a.jpg\t3\n")
+    before = fingerprint(str(tmp_path / "list.txt"))
+    (tmp_path / "a.jpg").write_bytes(b"12")
+    assert fingerprint(str(tmp_path / "list.txt")) != before
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [("t-{0..2}.tar", "t-1.tar"), ("https://x/y", "only local paths"), ("no.tar", "no.tar")],
+)
+def test_what_is_wrong_with_a_place_is_told(tmp_path: Path, spec: str, message: str) -> None:
+    (tmp_path / "t-0.tar").write_bytes(b"1")
+    place = spec if "://" in spec else str(tmp_path / spec)
+    with pytest.raises(ConfigError, match=message):
+        fingerprint(place)
+
+
 @pytest.mark.parametrize("kind", ["tar", "folder", "file", "checkpoint", "list"])
 def test_a_fingerprint_follows_the_data(tmp_path: Path, kind: str) -> None:
     place = tmp_path / "x"
@@ -174,11 +243,11 @@ def test_a_fingerprint_follows_the_data(tmp_path: Path, kind: str) -> None:
         "list": place / "a.tar",
     }[kind]
     file.parent.mkdir(exist_ok=True)
-    file.write_bytes(b'{"step": 1}')
+    file.write_bytes(b'{"step": 1, "model": {}, "files": {}}')
     spec = {"file": str(file), "list": [str(place), str(file)]}.get(kind, str(place))
     before = fingerprint(spec)
     assert fingerprint(spec) == before
-    file.write_bytes(b'{"step": 12}')
+    file.write_bytes(b'{"step": 12, "model": {}, "files": {}}')
     assert fingerprint(spec) != before
 
 
@@ -343,13 +412,20 @@ def test_a_damaged_marker_is_none(finished: Chain) -> None:
     assert decisions(finished)["second"][0] is Action.RESUME
 
 
-def test_a_run_that_did_not_finish_is_no_hit(finished: Chain) -> None:
+@pytest.mark.parametrize("status", ["FAILED", "KILLED", "RUNNING"])
+def test_a_committed_result_outlives_what_mlflow_missed(finished: Chain, status: Any) -> None:
+    """A server that was down when a run ended must not cost hours of training."""
     plan = plan_chain(finished, Forced())[0]
     assert plan.done is not None
-    tracking.end_run(finished.config.tracking.uri, plan.done.run_id, "FAILED")
-    action, why = decisions(finished)["first"]
-    assert action is RUN
-    assert why == f"its run {plan.done.run_id} is FAILED in MLflow"
+    uri = finished.config.tracking.uri
+    tracking._client(uri).update_run(plan.done.run_id, status=status)
+    again = plan_chain(finished, Forced())[0]
+    assert again.decision.action is Action.REBUILD
+    assert again.decision.why == f"result is there, its run is {status} in MLflow: put right"
+    result = reuse(again, finished.config.tracking)
+    assert result.run_id == plan.done.run_id
+    assert tracking.run_status(uri, plan.done.run_id) == "FINISHED"
+    assert plan_chain(finished, Forced())[0].decision.action is REUSE
 
 
 def with_tracking(chain: Chain, uri: str) -> Chain:

@@ -52,6 +52,13 @@ def test_what_it_was_asked_may_not(error: Exception) -> None:
     assert not can_pass(error)
 
 
+def test_memory_of_a_gpu_is_not_rays() -> None:
+    class OutOfMemoryError(RuntimeError):  # as torch's is named
+        pass
+
+    assert not can_pass(OutOfMemoryError("CUDA out of memory"))
+
+
 def test_errors_in_a_circle_end() -> None:
     first, second = RuntimeError("a"), RuntimeError("b")
     first.__cause__, second.__cause__ = second, first

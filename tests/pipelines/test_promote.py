@@ -91,6 +91,16 @@ def test_the_same_model_again_makes_no_other_version(track: TrackingConfig) -> N
     assert not second.is_refused
 
 
+def test_a_holder_keeps_what_it_was_measured_at(track: TrackingConfig) -> None:
+    """A short probe of the same model must not make it easier to beat."""
+    model, measured = made(track, 0.9)
+    promote(SPEC, track, model, measured, "d1")
+    promote(SPEC, track, model, measured._replace(metrics={"top1": 0.1}), "d2")
+    found = registry.alias_holder(track.uri, "m", "champion")
+    assert found is not None
+    assert (found.tags["eval.value"], found.tags["eval.data"]) == ("0.9", "d1")
+
+
 def test_a_metric_that_is_not_there_is_named(track: TrackingConfig) -> None:
     spec = SPEC.model_copy(update={"metric": "classify/top5"})
     with pytest.raises(ConfigError, match="no such metric; it has top1"):

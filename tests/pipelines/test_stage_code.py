@@ -51,6 +51,12 @@ def test_what_is_computed_counts(other: str) -> None:
     assert digest(other) != digest(SOURCE)
 
 
+def test_a_docstring_that_was_added_does_not_count() -> None:
+    bare = "def f():\n    return 1\n\nclass A:\n    x = 1\n"
+    told = "'A.'\ndef f():\n    'B.'\n    return 1\n\nclass A:\n    'C.'\n    x = 1\n"
+    assert digest(told) == digest(bare)
+
+
 def test_a_docstring_alone_still_is_a_body() -> None:
     assert digest("class A:\n    '''Text.'''\n") == digest("class A:\n    pass\n")
 
