@@ -14,6 +14,7 @@ import pytest
 from infra.services import object_store
 from pipelines import cli, driver, launch, prepare, pretrain
 from pipelines.config import PrepareConfig, PretrainConfig, StageResult, describe
+from pipelines.stage_kinds import KINDS
 
 ROOT = Path(__file__).parents[2]
 
@@ -276,12 +277,11 @@ def test_debug_shows_the_traceback(
     assert "Traceback" in caplog.text
 
 
-@pytest.mark.parametrize("stage", ["pretrain", "prepare"])
+@pytest.mark.parametrize("stage", sorted(KINDS))
 def test_help_lists_every_field(mae: Callable[..., Told], stage: str) -> None:
     told = mae(stage, "--help")
     assert told.code == 0
-    config_type = {"pretrain": PretrainConfig, "prepare": PrepareConfig}[stage]
-    for key, kind, default, _ in describe(config_type):
+    for key, kind, default, _ in describe(KINDS[stage].config_type):
         assert f"  {key}  {kind}  [{default}]\n" in told.out
 
 
@@ -353,7 +353,7 @@ def test_a_stage_s_file_runs_from_any_folder_and_helps_at_once(tmp_path: Path) -
     assert spent < 2
 
 
-@pytest.mark.parametrize("stage", ["pretrain", "prepare"])
+@pytest.mark.parametrize("stage", sorted(KINDS))
 def test_a_stage_s_file_can_be_executed(stage: str) -> None:
     file = ROOT / f"pipelines/{stage}.py"
     assert os.access(file, os.X_OK)
