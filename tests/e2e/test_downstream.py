@@ -6,6 +6,7 @@ One encoder is pretrained for a few steps; what it knows does not matter here.
 import hashlib
 import io
 import json
+import os
 import tarfile
 import threading
 from collections import Counter
@@ -13,7 +14,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -32,6 +32,7 @@ from pipelines.downstream_config import (
     EmbedConfig,
     SegmentConfig,
 )
+from tests.e2e.victims import train_workers
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -228,9 +229,8 @@ def test_a_killed_worker_costs_nothing_but_time(
 
     def kill_one() -> None:
         downstream.place.wait_for_step(20, attempt=2)  # of 24; checkpoints at 17 and 22
-        for child in psutil.Process().children(recursive=True):
-            if "RayTrainWorker" in " ".join(child.cmdline()):
-                child.kill()
+        for worker in train_workers(os.getpid()):
+            worker.kill()
 
     thread = threading.Thread(target=kill_one)
     thread.start()
