@@ -5,7 +5,7 @@ import json
 import platform
 import re
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
@@ -285,9 +285,6 @@ def _num_steps(config: Any, samples: int | None) -> int | None:
 def _steps_of(samples: int, optim: Any) -> int:
     steps = int(optim.epochs * samples / optim.global_batch_size + 1e-9)
     return min(steps, optim.max_steps or steps)
-
-
-Format = Callable[[Any], str]
 
 
 def plan_table(plans: list[Planned]) -> str:
