@@ -16,23 +16,18 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from email.utils import parsedate_to_datetime
-from functools import lru_cache
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
-import boto3
 import psutil
-from botocore.config import Config
-from botocore.exceptions import BotoCoreError, ClientError
 
 from infra import storage
+from infra.conditional import get, put_if
 
 logger = logging.getLogger(__name__)
 
 HEARTBEAT_S = 15.0
 STALE_S = 60.0
-logging.getLogger("botocore.credentials").setLevel(logging.WARNING)  # says that it found some
-REFUSED = ("PreconditionFailed", "412", "ConditionalRequestConflict", "409")
 
 
 class HeldError(storage.StorageError):
@@ -103,44 +98,37 @@ def _held_by(uri: str, text: str) -> str:
 
 @contextmanager
 def _hold_object(uri: str, text: str) -> Iterator[Lease]:
-    bucket, _, key = storage.absolute(uri).removeprefix(storage.S3_SCHEME).partition("/")
-    tag = _take(uri, bucket, key, text)
+    tag = _take(uri, text)
     held = Lease(uri)
     stopped = threading.Event()
-    beating = threading.Thread(
-        target=_beat, args=(held, bucket, key, text, tag, stopped), daemon=True
-    )
+    beating = threading.Thread(target=_beat, args=(held, text, tag, stopped), daemon=True)
     beating.start()
     try:
         yield held
     finally:
         stopped.set()
         beating.join(timeout=HEARTBEAT_S)
-        with suppress(ClientError, BotoCoreError):
-            if _read(bucket, key) == text:
-                _client().delete_object(Bucket=bucket, Key=key)
+        with suppress(storage.StorageError):
+            if _is_ours(uri, text):
+                storage.delete_file(uri)
 
 
-def _take(uri: str, bucket: str, key: str, text: str) -> str:
+def _take(uri: str, text: str) -> str:
     """Write the object, if none is there or the one there is stale; returns its ETag."""
-    with _store_errors(uri):
-        if (tag := _put(bucket, key, text, IfNoneMatch="*")) is not None:
+    if (tag := put_if(uri, text.encode(), IfNoneMatch="*")) is not None:
+        return tag
+    found = get(uri)
+    if found is None:  # given back since
+        return _take(uri, text)
+    holder = found["Body"].decode()
+    if holder == text:  # our own write, whose answer was lost
+        return str(found["ETag"])
+    now = parsedate_to_datetime(found["ResponseMetadata"]["HTTPHeaders"]["date"])
+    age_s = (now - found["LastModified"]).total_seconds()
+    if age_s >= STALE_S or _is_dead_here(holder):
+        logger.warning("%s: not heard of for %.0f s; taken over", _held_by(uri, holder), age_s)
+        if (tag := put_if(uri, text.encode(), IfMatch=found["ETag"])) is not None:
             return tag
-        try:
-            found = _client().get_object(Bucket=bucket, Key=key)
-        except ClientError as error:
-            if error.response["Error"]["Code"] in ("NoSuchKey", "404"):  # given back since
-                return _take(uri, bucket, key, text)
-            raise
-        now = parsedate_to_datetime(found["ResponseMetadata"]["HTTPHeaders"]["date"])
-        holder = found["Body"].read().decode()
-        if holder == text:  # our own write, whose answer was lost
-            return str(found["ETag"])
-        age_s = (now - found["LastModified"]).total_seconds()
-        if age_s >= STALE_S or _is_dead_here(holder):
-            logger.warning("%s: not heard of for %.0f s; taken over", _held_by(uri, holder), age_s)
-            if (tag := _put(bucket, key, text, IfMatch=found["ETag"])) is not None:
-                return tag
     raise HeldError(f"{_held_by(uri, holder)}, heard of {max(age_s, 0):.0f} s ago")
 
 
@@ -152,52 +140,19 @@ def _is_dead_here(text: str) -> bool:
     return False
 
 
-def _beat(
-    held: Lease, bucket: str, key: str, text: str, tag: str, stopped: threading.Event
-) -> None:
+def _beat(held: Lease, text: str, tag: str, stopped: threading.Event) -> None:
     while not stopped.wait(HEARTBEAT_S):
         try:
-            written = _put(bucket, key, text, IfMatch=tag)
-            if written is None and _read(bucket, key) != text:
+            written = put_if(held.uri, text.encode(), IfMatch=tag)
+            if written is None and not _is_ours(held.uri, text):
                 logger.error("%s: another took it over", held.uri)
                 held.is_lost = True
                 return
             tag = written or tag
-        except (ClientError, BotoCoreError) as error:
+        except storage.StorageError as error:
             logger.warning("%s: could not be kept fresh: %s", held.uri, error)
 
 
-def _read(bucket: str, key: str) -> str:
-    return str(_client().get_object(Bucket=bucket, Key=key)["Body"].read().decode())
-
-
-def _put(bucket: str, key: str, text: str, **condition: str) -> str | None:
-    """ETag of what was written; None where the condition does not hold."""
-    try:
-        written = _client().put_object(Bucket=bucket, Key=key, Body=text.encode(), **condition)
-    except ClientError as error:
-        if error.response["Error"]["Code"] in REFUSED:
-            return None
-        raise
-    return str(written["ETag"])
-
-
-@contextmanager
-def _store_errors(uri: str) -> Iterator[None]:
-    try:
-        yield
-    except (ClientError, BotoCoreError) as error:
-        raise storage.StorageError(f"cannot take {uri}: {error}") from error
-
-
-def _client() -> Any:
-    names = ("AWS_ENDPOINT_URL", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
-    return _client_of(*(os.environ.get(name) for name in names))
-
-
-@lru_cache(maxsize=4)
-def _client_of(endpoint: str | None, *_keys: str | None) -> Any:
-    # A session of its own: the default one keeps the first keys that it saw.
-    # A request that hangs must not outlast the time in which others take the lease for stale.
-    patience = Config(connect_timeout=3, read_timeout=10, retries={"total_max_attempts": 2})
-    return boto3.Session().client("s3", endpoint_url=endpoint, config=patience)
+def _is_ours(uri: str, text: str) -> bool:
+    found = get(uri)
+    return found is not None and found["Body"].decode() == text

@@ -111,9 +111,9 @@ def _run(chain: Chain, forced: Forced, words: Sequence[str]) -> int:
     started_s = time.monotonic()
     plans = plan_chain(chain, forced)
     logger.info("%s", plan_table(plans))
+    capacity = _capacity()  # before our handlers of signals: joining Ray sets its own
     run = _open(chain, plans, tuple(words))
     uri = chain.config.tracking.uri
-    capacity = _capacity()  # before our handlers of signals: joining Ray sets its own
     with tempfile.TemporaryDirectory(prefix="mae-chain-") as workspace:
         killed = partial(tracking.end_run, uri, run.run_id, "KILLED")
         with driver.cancel_on_signals(killed):
@@ -264,9 +264,7 @@ def _start(
     planned = next(plan for plan in run.plans if plan.stage.name == node.name)
     if planned.decision.action in (Action.REUSE, Action.REBUILD):
         return reuse(planned, run.tracking)
-    place = pipeline_folder(run.chain)
-    is_first = node.name not in run.stages or run.stages[node.name].tries <= 1
-    return StageTry(planned, results, run.tracking, place, workspace, is_first=is_first)
+    return StageTry(planned, results, run.tracking, pipeline_folder(run.chain), workspace)
 
 
 def _notify(run: PipelineRun, stage: StageRun) -> None:
@@ -302,9 +300,9 @@ def _close(run: PipelineRun, status: tracking.Status) -> None:
         logger.info("report: %s", storage.join(run.uri, "report.html"))
     except Exception as error:  # of a picture, a table, the store: the results are there
         logger.warning("the report could not be written: %s: %s", type(error).__name__, error)
+    tracking.end_run(uri, run.run_id, status)
     keys = {plan.stage.name: plan.folder.key for plan in run.plans}
     _write_state(run, keys, ended=status)
-    tracking.end_run(uri, run.run_id, status)
 
 
 def _write_model_card(run: PipelineRun) -> None:

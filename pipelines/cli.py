@@ -68,7 +68,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             failed = {"status": "failed", "error": str(error), "can_pass": can_pass(error)}
             print(json.dumps({"stage": arguments.stage, **failed}), flush=True)
         return exit_code
-    result = result._replace(metrics={key: float(x) for key, x in result.metrics.items()})
+    # A count stays one; numpy's numbers are none that JSON knows.
+    metrics = {k: x if isinstance(x, int) else float(x) for k, x in result.metrics.items()}
+    result = result._replace(metrics=metrics)
     fields = {**result._asdict(), "seconds": round(time.monotonic() - started_s, 1)}
     print(json.dumps(fields), flush=True)
     return 0

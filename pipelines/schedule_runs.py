@@ -17,25 +17,22 @@ import os
 import secrets
 import shlex
 import socket
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 from zoneinfo import ZoneInfo
 
-import boto3
-from botocore.exceptions import BotoCoreError, ClientError
 from pydantic import Field, ValidationError
 
 from infra import storage
+from infra.conditional import put_if
 from infra.processes import PARENT_VARIABLE, find_process, start_process, stop_process
 from mae_core.config import StrictConfig
-from pipelines.driver import ROOT
+from pipelines.driver import git_commit
 from pipelines.schedule_config import Schedule
 from pipelines.schedule_times import Pause, State, Tick
 
@@ -153,7 +150,7 @@ def _command(schedule: Schedule, tick: Tick) -> list[str]:
 
 def _submit_to_ray(root: str, name: str, tick: Tick, words: list[str]) -> Submission | None:
     given = {key: value for key, value in os.environ.items() if key.startswith("MAE__")}
-    commit = os.environ.get("MAE_GIT_COMMIT") or _git_commit()
+    commit = git_commit()
     # No keys: whoever sees the job sees its environment, and the cluster has its own.
     variables = {**given, TICK_VARIABLE: tick.id, **({"MAE_GIT_COMMIT": commit} if commit else {})}
     runtime_env = {"working_dir": str(Path.cwd()), "excludes": EXCLUDES, "env_vars": variables}
@@ -178,19 +175,6 @@ def _submit_to_ray(root: str, name: str, tick: Tick, words: list[str]) -> Submis
             is_ours = False
     _create(_tick_file(root, name, tick.id), new)
     return new if is_ours else None
-
-
-def _git_commit() -> str | None:
-    try:
-        asked = subprocess.run(
-            ["git", "-C", str(ROOT), "rev-parse", "HEAD"],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-    except OSError:
-        return None
-    return asked.stdout.strip() or None
 
 
 @contextmanager
@@ -327,23 +311,5 @@ def _create(uri: str, config: StrictConfig) -> bool:
 
 
 def _create_object(uri: str, data: bytes) -> bool:
-    bucket, _, key = storage.absolute(uri).removeprefix(storage.S3_SCHEME).partition("/")
-    try:
-        client = _s3_client(os.environ.get("AWS_ENDPOINT_URL"))
-        client.put_object(Bucket=bucket, Key=key, Body=data, IfNoneMatch="*")
-    except ClientError as error:
-        if error.response["Error"]["Code"] in ("PreconditionFailed", "412"):
-            # It is ours if boto3 sent it again after the answer was lost.
-            return storage.read_bytes(uri) == data
-        raise storage.StorageError(f"cannot write {uri}: {error}") from error
-    except BotoCoreError as error:
-        raise storage.StorageError(f"cannot write {uri}: {error}") from error
-    return True
-
-
-@lru_cache(maxsize=4)
-def _s3_client(endpoint: str | None) -> Any:
-    region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or "us-east-1"
-    # It would tell where it found the keys.
-    logging.getLogger("botocore.credentials").setLevel(logging.WARNING)
-    return boto3.Session().client("s3", endpoint_url=endpoint or None, region_name=region)
+    # Refused, it is ours all the same if it was sent again after the answer was lost.
+    return put_if(uri, data, IfNoneMatch="*") is not None or storage.read_bytes(uri) == data

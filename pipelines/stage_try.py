@@ -36,16 +36,12 @@ class StageTry:
         track: TrackingConfig,
         pipeline_uri: str,
         workspace: Path,
-        *,
-        is_first: bool = True,
     ) -> None:
         self._planned = planned
         self._results = results
         self._tracking = track
         self._pipeline_uri = pipeline_uri
-        self._workspace = workspace
-        # Another try goes on with what the first has made.
-        self._is_fresh = planned.decision.fresh and is_first
+        self._config_file = workspace / f"{planned.folder.key}.yaml"
         self._lease: Lease | None = None
         self._held = ExitStack()
         self._process: StageProcess | None = None
@@ -79,30 +75,33 @@ class StageTry:
                 logger.info("%s: waits: %s", planned.stage.name, error)
             self.is_waiting = True
             return None
+        # An earlier try has begun, and has made what this one goes on with.
+        is_begun = self._config_file.exists()
+        is_fresh = planned.decision.fresh and not is_begun
         done = folder.read_done()
-        is_new = done is not None and done.finished_at > planned.looked_at
-        if done is not None and (is_new or not self._is_fresh) and folder.problem(done) is None:
+        is_whole = done is not None and folder.problem(done) is None
+        if done is not None and is_whole and (not is_fresh or done.finished_at > planned.looked_at):
             # Another run of a pipeline has made it since.
             return StageResult(
                 planned.stage.kind_name, "reused", done.run_id, folder.output(done), done.metrics
             )
-        if self._is_fresh:
+        is_fresh = is_fresh or (done is not None and not is_whole)
+        if is_fresh:
             folder.clear()
         folder.write_parts(planned.parts)
         self._started_at_s = time.monotonic()
-        self._process = StageProcess(planned.stage.name, self._words())
+        self._process = StageProcess(planned.stage.name, self._words(is_fresh))
         return None
 
-    def _words(self) -> list[str]:
+    def _words(self, is_fresh: bool) -> list[str]:
         stage = self._planned.stage
         config = resolved(self._planned, self._results, self._pipeline_uri)
         if "tracking" in config:
             config["tracking"] = self._tracking.model_dump(mode="json")
-        file = self._workspace / f"{self._planned.folder.key}.yaml"
-        file.write_text(json.dumps(config, indent=1))
+        self._config_file.write_text(json.dumps(config, indent=1))
         own = ["stage", str(stage.file)] if stage.file is not None else [stage.kind_name]
         # Also for what it makes outside of its folder.
-        return [*own, str(file), *(["--fresh"] if self._is_fresh else [])]
+        return [*own, str(self._config_file), *(["--fresh"] if is_fresh else [])]
 
     def _commit(self, result: StageResult) -> StageResult:
         stage = self._planned.stage

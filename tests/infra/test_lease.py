@@ -120,8 +120,11 @@ def test_one_that_was_taken_over_does_not_take_it_back(
 ) -> None:
     place = f"{store}/stolen/lease"
     monkeypatch.setattr(leases, "HEARTBEAT_S", 0.3)
-    with lease(place, "mine"):
+    with lease(place, "mine") as held:
+        held.check()
         storage.write_bytes(place, b"theirs")
         time.sleep(1.0)
+        with pytest.raises(HeldError, match="another took it over"):
+            held.check()
     assert storage.read_bytes(place) == b"theirs"
     assert "another took it over" in caplog.text

@@ -26,11 +26,11 @@ from pipelines.chain_plan import (
 )
 from pipelines.config import ConfigError, PrepareConfig, PretrainConfig, StageResult
 from pipelines.downstream_config import ClassifyConfig, DetectConfig, EmbedConfig, SegmentConfig
-from pipelines.fingerprints import fingerprint
 from pipelines.stage_kinds import KINDS, StageKind
 from pipelines.stage_try import reuse
 from pipelines.stages import Action
 from pipelines.validate_config import ValidateConfig
+from tests.pipelines.shard_sets import shard_set
 
 CONFIGS: dict[str, StrictConfig] = {
     "prepare": PrepareConfig.model_validate({"source": "/a", "output": "/b"}),
@@ -162,15 +162,6 @@ def test_data_counts_and_not_where_it_lies(tmp_path: Path) -> None:
     assert key_parts(stages[1], {"m": "0" * 16}).key != keys[0]
 
 
-def shard_set(folder: Path, **fields: Any) -> Path:
-    folder.mkdir()
-    (folder / "s.tar").write_bytes(b"x" * 10)
-    shard = {"path": "s.tar", "index": "i", "num_samples": 1, "num_bytes": 10, "sha256": "ff"}
-    manifest = {"version": 1, "shards": [shard], **fields}
-    (folder / "manifest.json").write_text(json.dumps(manifest))
-    return folder
-
-
 def test_data_beside_the_output_of_a_stage_counts(tmp_path: Path) -> None:
     folder = shard_set(tmp_path / "a")
     config = ValidateConfig.model_validate({"data": ["{x}/train", str(folder)]})
@@ -182,15 +173,6 @@ def test_data_beside_the_output_of_a_stage_counts(tmp_path: Path) -> None:
     assert key_parts(stage, {"x": "1" * 16}).inputs == key_parts(stage, {"x": "0" * 16}).inputs
 
 
-def test_what_a_manifest_says_of_all_counts(tmp_path: Path) -> None:
-    sets = [
-        shard_set(tmp_path / "a"),
-        shard_set(tmp_path / "b", classes=["x"]),
-        shard_set(tmp_path / "c", channel_stats={"mean": [0.5], "std": [0.1], "num_images": 1}),
-    ]
-    assert len({fingerprint(str(folder)) for folder in sets}) == 3
-
-
 def test_shards_that_are_indexed_in_place_are_what_is_read(tmp_path: Path) -> None:
     keys = set()
     for name in ("a", "b"):
@@ -200,60 +182,6 @@ def test_shards_that_are_indexed_in_place_are_what_is_read(tmp_path: Path) -> No
         config = PrepareConfig.model_validate({"existing": "index", "output": str(folder)})
         keys.add(key_of("prepare", config))
     assert len(keys) == 2
-
-
-def test_a_folder_of_images_with_a_manifest_of_somebody_elses_is_one_of_images(
-    tmp_path: Path,
-) -> None:
-    (tmp_path / "manifest.json").write_text('{"name": "my app"}')
-    (tmp_path / "a.jpg").write_bytes(b"1")
-    before = fingerprint(str(tmp_path))
-    (tmp_path / "a.jpg").write_bytes(b"12")
-    assert fingerprint(str(tmp_path)) != before
-
-
-def test_the_images_of_a_list_count(tmp_path: Path) -> None:
-    (tmp_path / "a.jpg").write_bytes(b"1")
-    (tmp_path / "list.txt").write_text("a.jpg\t3\n")
-    before = fingerprint(str(tmp_path / "list.txt"))
-    (tmp_path / "a.jpg").write_bytes(b"12")
-    assert fingerprint(str(tmp_path / "list.txt")) != before
-
-
-@pytest.mark.parametrize(
-    ("spec", "message"),
-    [("t-{0..2}.tar", "t-1.tar"), ("https://x/y", "only local paths"), ("no.tar", "no.tar")],
-)
-def test_what_is_wrong_with_a_place_is_told(tmp_path: Path, spec: str, message: str) -> None:
-    (tmp_path / "t-0.tar").write_bytes(b"1")
-    place = spec if "://" in spec else str(tmp_path / spec)
-    with pytest.raises(ConfigError, match=message):
-        fingerprint(place)
-
-
-@pytest.mark.parametrize("kind", ["tar", "folder", "file", "checkpoint", "list"])
-def test_a_fingerprint_follows_the_data(tmp_path: Path, kind: str) -> None:
-    place = tmp_path / "x"
-    place.mkdir()
-    file = {
-        "tar": place / "a.tar",
-        "folder": place / "deep/a.jpg",
-        "file": place / "list.txt",
-        "checkpoint": place / "manifest.json",
-        "list": place / "a.tar",
-    }[kind]
-    file.parent.mkdir(exist_ok=True)
-    file.write_bytes(b'{"step": 1, "model": {}, "files": {}}')
-    spec = {"file": str(file), "list": [str(place), str(file)]}.get(kind, str(place))
-    before = fingerprint(spec)
-    assert fingerprint(spec) == before
-    file.write_bytes(b'{"step": 12, "model": {}, "files": {}}')
-    assert fingerprint(spec) != before
-
-
-def test_a_place_with_nothing_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="nowhere: there is nothing"):
-        fingerprint(str(tmp_path / "nowhere"))
 
 
 # A chain of two stages, `first` and `second`, whose results are written by hand.

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from mae_core.data.decode import encode_jpeg
 from pipelines.config import RefusedError, StageResult
 from pipelines.validate import run
 from pipelines.validate_config import ValidateConfig
@@ -149,8 +150,6 @@ def test_drift_is_measured_from_the_last_that_passed(
 def test_dark_images_drift_from_noise(
     tmp_path: Path, check: Callable[..., StageResult], shards: Callable[..., str]
 ) -> None:
-    from mae_core.data.decode import encode_jpeg  # noqa: PLC0415
-
     reference = str(tmp_path / "last_good.json")
     check(shards("first"), reference=reference)
     dark = {f"_{i:03d}__png": encode_jpeg(np.full((20, 24, 3), i, np.uint8), 90) for i in range(8)}

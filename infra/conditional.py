@@ -1,0 +1,70 @@
+"""Write an object on S3 only if none is there, or only if it is still the one that was read.
+
+pyarrow cannot ask for that. AWS and SeaweedFS keep to it.
+"""
+
+import logging
+import os
+from functools import lru_cache
+from typing import Any
+
+import boto3
+from botocore.config import Config
+from botocore.exceptions import BotoCoreError, ClientError
+
+from infra import storage
+
+logging.getLogger("botocore.credentials").setLevel(logging.WARNING)  # says that it found some
+
+REFUSED = ("PreconditionFailed", "412", "ConditionalRequestConflict", "409")
+ABSENT = ("NoSuchKey", "404")
+
+
+def put_if(uri: str, data: bytes, **condition: str) -> str | None:
+    """ETag of what was written; None where the condition, IfNoneMatch or IfMatch, does not hold.
+
+    Raises:
+        StorageError: the store cannot be used.
+    """
+    try:
+        written = s3_client().put_object(**_place(uri), Body=data, **condition)
+    except (ClientError, BotoCoreError) as error:
+        if isinstance(error, ClientError) and error.response["Error"]["Code"] in REFUSED:
+            return None
+        raise storage.StorageError(f"cannot write {uri}: {error}") from error
+    return str(written["ETag"])
+
+
+def get(uri: str) -> dict[str, Any] | None:
+    """S3's answer: Body, ETag, LastModified, headers; None if there is no such object.
+
+    Raises:
+        StorageError: the store cannot be used.
+    """
+    try:
+        found = s3_client().get_object(**_place(uri))
+        return {**found, "Body": found["Body"].read()}
+    except (ClientError, BotoCoreError) as error:
+        if isinstance(error, ClientError) and error.response["Error"]["Code"] in ABSENT:
+            return None
+        raise storage.StorageError(f"cannot read {uri}: {error}") from error
+
+
+def _place(uri: str) -> dict[str, str]:
+    bucket, _, key = storage.absolute(uri).removeprefix(storage.S3_SCHEME).partition("/")
+    return {"Bucket": bucket, "Key": key}
+
+
+def s3_client() -> Any:
+    names = ("AWS_ENDPOINT_URL", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
+    region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or "us-east-1"
+    return _client_of(region, *(os.environ.get(name) or None for name in names))
+
+
+@lru_cache(maxsize=4)
+def _client_of(region: str, endpoint: str | None, *_keys: str | None) -> Any:
+    # A session of its own: the default one keeps the first keys that it saw. And no request may
+    # outlast the time in which others take a lease for stale.
+    patience = Config(connect_timeout=3, read_timeout=10, retries={"total_max_attempts": 2})
+    session = boto3.Session()
+    return session.client("s3", endpoint_url=endpoint, region_name=region, config=patience)
