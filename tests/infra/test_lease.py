@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import boto3
@@ -24,6 +25,13 @@ with lease(sys.argv[1], "the first"):
     print("held", flush=True)
     time.sleep(60)
 """
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    deadline_s = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline_s
+        time.sleep(0.1)
 
 
 @pytest.fixture(scope="module")
@@ -110,8 +118,7 @@ def test_a_heartbeat_keeps_it_fresh(store: str, monkeypatch: pytest.MonkeyPatch)
 
     with lease(place, "mine"):
         first = written()
-        time.sleep(2.2)
-        assert written() != first
+        wait_for(lambda: written() != first)
 
 
 @pytest.mark.services
@@ -123,7 +130,7 @@ def test_one_that_was_taken_over_does_not_take_it_back(
     with lease(place, "mine") as held:
         held.check()
         storage.write_bytes(place, b"theirs")
-        time.sleep(1.0)
+        wait_for(lambda: held.is_lost)
         with pytest.raises(HeldError, match="another took it over"):
             held.check()
     assert storage.read_bytes(place) == b"theirs"
