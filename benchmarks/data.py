@@ -39,7 +39,7 @@ from mae_core.data.randomness import sample_generator
 from mae_core.data.transforms import Pixels, random_crop
 from mae_core.data.views import ViewSpec, training_view
 from pipelines import launch, prepare
-from pipelines.batches import BatchDecoder, ahead
+from pipelines.batches import BatchDecoder
 from pipelines.config import PrepareConfig, ScalingConfig
 from pipelines.datasets import (
     SequencePlan,
@@ -156,7 +156,7 @@ def bare_loop(manifest: Manifest, num_images: int) -> Iterator[int]:
     """The same windows and the same decode, in this process, without Ray."""
     plan = make_plan(manifest, num_images)
     blocks = (block for w in range(plan.order.num_windows) for block in read_window(plan, w))
-    for batch in ahead(blocks, decoder(), 2):
+    for batch in decoder().batches(blocks, 2):
         yield len(batch.pixels)
 
 
@@ -167,7 +167,7 @@ def ray_blocks(manifest: Manifest, num_images: int) -> Iterator[pa.Table]:
 
 
 def through_ray(manifest: Manifest, num_images: int) -> Iterator[int]:
-    for batch in ahead(ray_blocks(manifest, num_images), decoder(), 2):
+    for batch in decoder().batches(ray_blocks(manifest, num_images), 2):
         yield len(batch.pixels)
 
 
@@ -372,11 +372,11 @@ def main(specs: list[str]) -> None:
         bench_decode(images)
         bench_threads(images)
         bench_scale()
-        num_images = 6144
+        num_images = 12288  # far more than what is read ahead before the clock runs
         with launch.running_ray(ScalingConfig()):
             bench_stream(manifest, num_images)
-            bench_order(manifest, 2 * num_images)
-            bench_memory(manifest, 2 * num_images)
+            bench_order(manifest, num_images)
+            bench_memory(manifest, num_images)
 
 
 if __name__ == "__main__":

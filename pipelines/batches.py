@@ -3,7 +3,7 @@
 import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple, TypeVar, cast
 
 import numpy as np
@@ -55,6 +55,13 @@ class DecodedBatch(NamedTuple):
         return int(self.rows["position"][0].as_py())
 
 
+class _Decoding(NamedTuple):
+    """A block whose samples the threads are at."""
+
+    rows: pa.Table
+    samples: list[Future[tuple[list[Pixels] | BadSample, list[npt.NDArray[np.float32]]]]]
+
+
 class BatchDecoder:
     """Decodes blocks with a pool of threads: the decoders let go of the GIL."""
 
@@ -73,30 +80,47 @@ class BatchDecoder:
         self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="decode")
 
     def __call__(self, table: pa.Table) -> DecodedBatch:
-        rows = table.drop_columns(["image"])
-        columns = [
-            table[name].to_pylist() for name in ("epoch", "shard", "key", "decoded", "error")
-        ]
-        images = table["image"].to_pylist()
-        decoded = list(self._pool.map(self._views, images, *columns))
+        return self._finish(self._start(table))
+
+    def batches(self, tables: Iterable[pa.Table], depth: int) -> Iterator[DecodedBatch]:
+        """Decoded ahead of the reader, up to `depth` and the one that is being put together.
+
+        The threads begin a block before the one before it is a batch, so that they never wait.
+        """
+        return ahead(ahead(tables, self._start, depth), self._finish, 1)
+
+    def _start(self, table: pa.Table) -> _Decoding:
+        names = ("image", "epoch", "shard", "key", "decoded", "error")
+        samples = zip(*(table[name].to_pylist() for name in names), strict=True)
+        return _Decoding(
+            table.drop_columns(["image"]),
+            [self._pool.submit(self._sample, *sample) for sample in samples],
+        )
+
+    def _finish(self, decoding: _Decoding) -> DecodedBatch:
+        decoded = [sample.result() for sample in decoding.samples]
         num_views, spec = self._num_views, self._spec
         hole = [np.zeros((*spec.size, spec.in_chans), np.uint8)] * num_views
-        bad = [views for views in decoded if isinstance(views, BadSample)]
-        whole = np.asarray([not isinstance(views, BadSample) for views in decoded], np.float32)
-        weights = whole.repeat(num_views)
+        bad = [views for views, _ in decoded if isinstance(views, BadSample)]
+        whole = np.asarray([not isinstance(views, BadSample) for views, _ in decoded], np.float32)
         pixels = stack_pixels(
-            [v for views in decoded for v in (hole if isinstance(views, BadSample) else views)]
+            [v for views, _ in decoded for v in (hole if isinstance(views, BadSample) else views)]
         )
-        noise = np.stack(
-            [
-                self._noise(epoch, key, view)
-                for epoch, key in zip(columns[0], columns[2], strict=True)
-                for view in range(num_views)
-            ]
-        )
+        noise = np.stack([noise for _, noises in decoded for noise in noises])
         return DecodedBatch(
-            torch.from_numpy(pixels), torch.from_numpy(noise), torch.from_numpy(weights), bad, rows
+            torch.from_numpy(pixels),
+            torch.from_numpy(noise),
+            torch.from_numpy(whole.repeat(num_views)),
+            bad,
+            decoding.rows,
         )
+
+    def _sample(
+        self, image: bytes, epoch: int, shard: str, key: str, decoded: bool, error: str | None
+    ) -> tuple[list[Pixels] | BadSample, list[npt.NDArray[np.float32]]]:
+        """Its views, or why there are none; and the masking noise of each."""
+        views = self._views(image, epoch, shard, key, decoded, error)
+        return views, [self._noise(epoch, key, view) for view in range(self._num_views)]
 
     def _views(
         self, image: bytes, epoch: int, shard: str, key: str, decoded: bool, error: str | None

@@ -40,7 +40,6 @@ from mae_core.train_step import MicroBatch, pretrain_step
 from pipelines.batches import (
     BatchDecoder,
     DecodedBatch,
-    ahead,
     autocast_dtype,
     check_place,
     decode_block,
@@ -289,7 +288,7 @@ class _Worker:
         )
         shard = ray.train.get_dataset_shard("train")
         rows = shard.iter_batches(batch_size=1, batch_format="pyarrow", prefetch_batches=2)
-        batches = ahead(micro_batches(rows), decoder, BATCHES_AHEAD)
+        batches = decoder.batches(micro_batches(rows), BATCHES_AHEAD)
         size = self.task.size
         seen = first_step * size.images_per_step
         passes = 0

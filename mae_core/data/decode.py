@@ -6,9 +6,10 @@ tifffile, everything else by Pillow. 8 bits stay uint8, 16 bits stay uint16, unt
 
 import io
 import logging
+import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -38,6 +39,12 @@ _TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _ORIENTATION_TAG = 0x0112
 _BITS_PER_SAMPLE_TAG = 258
 _SAMPLES_PER_PIXEL_TAG = 277
+# Of a JPEG's segment: 0xFF, marker, length, and if it starts a frame bits, height, width, channels.
+_SEGMENT = struct.Struct(">BBHBHHB")
+_START_OF_FRAME = (0xC0, 0xC1, 0xC2)  # baseline, extended, progressive
+_START_OF_SCAN = 0xDA
+_APP1 = 0xE1
+_SAY_ORIENTATION = (b"Exif\0", b"tiff:Orientation")
 _DEFLATED = pydicom.uid.DeflatedExplicitVRLittleEndian.encode()
 _LUMA = np.asarray([0.299, 0.587, 0.114])  # ITU-R 601
 
@@ -57,26 +64,43 @@ class CorruptSampleError(ValueError):
         self.kind = kind
 
 
-def plain_jpeg_size(data: bytes) -> tuple[int, int] | None:
-    """Height and width of a grey or colour JPEG that needs no turning; None for anything else."""
-    size = _jpeg_size(data)
-    return size if size is not None and _jpeg_orientation(data) == 1 else None
+class JpegHeader(NamedTuple):
+    """What a JPEG says of itself before its pixels."""
+
+    height: int  # as stored
+    width: int
+    orientation: int  # TIFF 6.0, tag 274; 1: as stored
 
 
-def _jpeg_size(data: bytes) -> tuple[int, int] | None:
-    """As stored, of what libjpeg-turbo can turn into grey or RGB."""
+def jpeg_header(data: bytes) -> JpegHeader | None:
+    """The header of a grey or colour JPEG that libjpeg-turbo reads; None for anything else.
+
+    Of the segments up to the first scan, which are few; a search of the file costs more (0.1 ms).
+    """
     if data[:2] != b"\xff\xd8":
         return None
-    try:
-        height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data, strict=False)
-    except Exception:  # ValueError, and KeyError for a number of channels it has no name for
+    size, may_turn, at = None, False, 2
+    while at + _SEGMENT.size <= len(data):
+        mark, marker, length, precision, height, width, channels = _SEGMENT.unpack_from(data, at)
+        if mark != 0xFF or length < 2:
+            return None
+        end = at + 2 + length
+        if marker == _START_OF_SCAN:
+            break
+        if marker in _START_OF_FRAME:
+            size = height, width
+            if precision != 8 or channels not in (1, 3) or not 0 < height * width <= MAX_PIXELS:
+                return None
+        elif marker == _APP1:
+            may_turn = may_turn or any(data.find(name, at, end) >= 0 for name in _SAY_ORIENTATION)
+        at = end
+    if size is None:
         return None
-    usable = colorspace in {"YCbCr", "RGB", "Gray"} and 0 < height * width <= MAX_PIXELS
-    return (height, width) if usable else None
+    return JpegHeader(*size, _jpeg_orientation(data) if may_turn else 1)
 
 
 def decode_image(
-    data: bytes, in_chans: int, *, shrink: int = 1, jpeg_size: tuple[int, int] | None = None
+    data: bytes, in_chans: int, *, shrink: int = 1, header: JpegHeader | None = None
 ) -> Pixels:
     """Return (H, W, in_chans) uint8 or uint16, upright as EXIF says.
 
@@ -87,19 +111,16 @@ def decode_image(
         data: the file.
         in_chans: channels that the model takes.
         shrink: 2, 4 or 8 lets a plain JPEG come out smaller by that, rounded up, which is faster.
-        jpeg_size: what `plain_jpeg_size` says of it, where it was asked already.
+        header: what `jpeg_header` says of it, where it was asked already.
 
     Raises:
         CorruptSampleError: the bytes are no whole image, or one of other channels.
     """
-    size = (jpeg_size or _jpeg_size(data)) if in_chans in (1, 3) else None
-    if size is not None:
-        orientation = 1 if jpeg_size else _jpeg_orientation(data)
-        if orientation != 1:
-            shrink = 1
-        pixels = _decode_jpeg(data, in_chans, size, shrink)
+    header = (header or jpeg_header(data)) if in_chans in (1, 3) else None
+    if header is not None:
+        pixels = _decode_jpeg(data, in_chans, header, shrink if header.orientation == 1 else 1)
         if pixels is not None:
-            return np.ascontiguousarray(_upright(pixels, orientation))
+            return np.ascontiguousarray(_upright(pixels, header.orientation))
     if not data:
         raise CorruptSampleError("holds no bytes", "empty")
     if data.startswith(b"version https://git-lfs"):
@@ -109,7 +130,7 @@ def decode_image(
     return _to_channels(pixels, in_chans)
 
 
-def _decode_jpeg(data: bytes, in_chans: int, size: tuple[int, int], shrink: int) -> Pixels | None:
+def _decode_jpeg(data: bytes, in_chans: int, header: JpegHeader, shrink: int) -> Pixels | None:
     """None where Pillow may know better.
 
     libjpeg goes on with grey after data that ends early or makes no sense, and Pillow does not
@@ -121,8 +142,8 @@ def _decode_jpeg(data: bytes, in_chans: int, size: tuple[int, int], shrink: int)
             "RGB" if in_chans == 3 else "GRAY",
             fastdct=True,
             fastupsample=True,
-            min_height=-(-size[0] // shrink) if shrink > 1 else 0,
-            min_width=-(-size[1] // shrink) if shrink > 1 else 0,
+            min_height=-(-header.height // shrink) if shrink > 1 else 0,
+            min_width=-(-header.width // shrink) if shrink > 1 else 0,
         )
     except Exception as error:
         text = str(error)
@@ -148,8 +169,6 @@ def encode_jpeg(pixels: Pixels, quality: int) -> bytes:
 
 def _jpeg_orientation(data: bytes) -> int:
     """How a JPEG is to be turned, as EXIF or XMP say; 1 for not at all."""
-    if data.find(b"Exif\0", 0, 1 << 16) < 0 and data.find(b"tiff:Orientation", 0, 1 << 17) < 0:
-        return 1
     try:
         with Image.open(io.BytesIO(data), formats=("JPEG",)) as image:
             return _orientation(image)

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from mae_core.data.decode import CorruptSampleError, Pixels, decode_image, plain_jpeg_size
+from mae_core.data.decode import CorruptSampleError, Pixels, decode_image, jpeg_header
 from mae_core.data.randomness import named_generator, sample_generator
 from mae_core.data.transforms import cut_view, largest_shrink, random_crop
 
@@ -37,16 +37,18 @@ def training_views(
         CorruptSampleError: the bytes are no image.
     """
     generators = [view_generator(spec.seed, epoch, key, view) for view in range(num_views)]
-    size = jpeg_size = plain_jpeg_size(image)
+    header = jpeg_header(image)
     pixels = None
-    if size is None:
-        pixels = decode_image(image, spec.in_chans)
+    if header is not None and header.orientation == 1:
+        size = header.height, header.width
+    else:
+        pixels = decode_image(image, spec.in_chans, header=header)
         size = pixels.shape[0], pixels.shape[1]
     crops = [random_crop(generator, *size, scale=spec.crop_scale) for generator in generators]
     scale = 1.0
     if pixels is None:
         shrink = largest_shrink(crops, spec.size)
-        pixels = decode_image(image, spec.in_chans, shrink=shrink, jpeg_size=jpeg_size)
+        pixels = decode_image(image, spec.in_chans, shrink=shrink, header=header)
         if pixels.shape[:2] == tuple(-(-side // shrink) for side in size):
             scale = 1 / shrink  # the sides are rounded up; a pixel stands for shrink x shrink
         elif pixels.shape[:2] != size:

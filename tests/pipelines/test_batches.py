@@ -229,3 +229,36 @@ def test_a_broken_image_stays_encoded_for_the_worker(tmp_path: Path) -> None:
     block = decode_block(make_block({"x": b"no image"}), SPEC)
     assert block["image"].to_pylist() == [b"no image"]
     assert block["decoded"].to_pylist() == [False]
+
+
+def test_batches_come_in_order_and_as_each_alone(images: dict[str, bytes]) -> None:
+    blocks = [make_block(images, epoch=e, first=6 * e) for e in range(5)]
+    decoder = BatchDecoder(SPEC, MaskingConfig(), (4, 4), 2)
+    batches = list(decoder.batches(iter(blocks), 2))
+    assert [batch.first_position for batch in batches] == [0, 6, 12, 18, 24]
+    for batch, block in zip(batches, blocks, strict=True):
+        alone = decode(block)
+        assert torch.equal(batch.pixels, alone.pixels)
+        assert torch.equal(batch.noise, alone.noise)
+
+
+def test_batches_are_decoded_ahead_but_no_further(images: dict[str, bytes]) -> None:
+    taken = 0
+
+    def blocks() -> Iterator[pa.Table]:
+        nonlocal taken
+        while True:
+            taken += 1
+            yield make_block(images)
+
+    batches = BatchDecoder(SPEC, MaskingConfig(), (4, 4), 1).batches(blocks(), 2)
+    next(batches)
+    deadline = time.monotonic() + 10
+    while taken < 4 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(0.1)
+    assert taken in (4, 5)  # one with the reader, one put together, two decoding and one to come
+    batches.close()  # type: ignore[attr-defined]
+    while any(t.name.startswith("ahead") for t in threading.enumerate()):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
+import ray.data
 from PIL import Image
 
 from infra import storage
@@ -26,6 +27,7 @@ from pipelines.config import ConfigError, PrepareConfig
 from pipelines.datasets import (
     BrokenSample,
     ChangedDataError,
+    RestingScheduler,
     SequencePlan,
     configure_ray_data,
     measure_channel_stats,
@@ -425,6 +427,24 @@ def test_the_cluster_decodes_to_the_same_pixels(foreign: Path) -> None:
     expected = [decode_block(block, SPEC) for block in read_window(plan, 0)]
     assert pa.concat_tables(tables).equals(pa.concat_tables(expected))
     assert all(pa.concat_tables(tables)["decoded"].to_pylist())
+
+
+def test_the_scheduler_rests_longer_as_the_run_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, rests = 100.0, list[float]()
+    monkeypatch.setattr(datasets.time, "monotonic", lambda: now)
+    monkeypatch.setattr(datasets.time, "sleep", rests.append)
+    scheduler = RestingScheduler()
+    scheduler.before_execution_starts(None)
+    for now in (100.0, 101.0, 104.0, 900.0):  # noqa: B007  # read by the lambda above
+        scheduler.on_execution_step(None)
+    assert rests == pytest.approx([0.0, 0.01, 0.04, 0.05])
+
+
+def test_ray_data_is_configured_once_however_often_it_is_asked() -> None:
+    for _ in range(2):
+        configure_ray_data()
+    classes = ray.data.DataContext.get_current().custom_execution_callback_classes
+    assert classes.count(RestingScheduler) == 1
 
 
 @pytest.mark.ray

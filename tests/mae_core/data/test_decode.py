@@ -5,6 +5,7 @@ import json
 import logging
 import warnings
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import pydicom
 import pytest
+import simplejpeg
 import tifffile
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -21,7 +23,7 @@ from mae_core.data.decode import (
     CorruptSampleError,
     decode_image,
     encode_jpeg,
-    plain_jpeg_size,
+    jpeg_header,
 )
 from mae_core.data.samples import iter_samples
 
@@ -253,7 +255,7 @@ def psnr(a: npt.NDArray[Any], b: npt.NDArray[Any]) -> float:
 def test_jpeg_is_the_picture_that_pillow_shows(options: dict[str, Any]) -> None:
     pixels = np.asarray(Image.fromarray(make_pixels(8, 10)).resize((200, 160)))
     data = encode(pixels, "JPEG", **options)
-    assert plain_jpeg_size(data) == (160, 200)
+    assert jpeg_header(data) == (160, 200, 1)
     with Image.open(io.BytesIO(data)) as image:
         assert psnr(decode_image(data, 3), np.asarray(image)) > 35
         grey = np.asarray(image.convert("L"))[..., None]
@@ -286,19 +288,51 @@ def test_half_a_jpeg_that_ends_well_is_no_picture(orientation: int, tail: bytes)
 def test_xmp_turns_a_jpeg_too() -> None:
     xmp = b'<x:xmpmeta><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
     data = encode(make_pixels(24, 40), "JPEG", xmp=xmp)
-    assert plain_jpeg_size(data) is None
+    assert jpeg_header(data) == (24, 40, 6)
     assert decode_image(data, 3).shape == (40, 24, 3)
 
 
-def test_turned_grey_and_cmyk_jpegs_are_no_plain_ones() -> None:
+@settings(max_examples=200, deadline=None)
+@given(st.data())
+def test_a_damaged_header_is_read_as_libjpeg_reads_it_or_not_at_all(data: st.DataObject) -> None:
+    whole = encode(make_pixels(24, 40), "JPEG", exif=Image.Exif(), comment=b"by hand")
+    at = data.draw(st.integers(0, 700))
+    harm = data.draw(st.binary(min_size=1, max_size=3))
+    damaged = whole[:at] + harm + whole[at + data.draw(st.integers(0, 3)) :]
+    header = jpeg_header(damaged)
+    with suppress(ValueError, KeyError):  # libjpeg sees no picture
+        height, width, *_ = simplejpeg.decode_jpeg_header(damaged, strict=False)
+        assert header is None or header[:2] == (height, width)
+
+
+def test_half_a_header_is_none() -> None:
+    whole = encode(make_pixels(24, 40), "JPEG", comment=b"by hand")
+    known = [jpeg_header(whole[:cut]) for cut in range(len(whole))]
+    assert known == sorted(known, key=bool)  # from some byte on
+    assert set(known) == {None, (24, 40, 1)}
+
+
+def test_an_orientation_after_the_frame_counts() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = encode(make_pixels(24, 40), "JPEG", exif=exif)
+    app1 = data.index(b"\xff\xe1")
+    end = app1 + 2 + int.from_bytes(data[app1 + 2 : app1 + 4], "big")
+    scan = data.index(b"\xff\xda")
+    moved = data[:app1] + data[end:scan] + data[app1:end] + data[scan:]
+    assert jpeg_header(moved) == (24, 40, 6)
+    assert decode_image(moved, 3).shape == (40, 24, 3)
+
+
+def test_a_turned_jpeg_comes_whole_and_cmyk_is_for_pillow() -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
     data = encode(make_pixels(), "JPEG", exif=exif)
-    assert plain_jpeg_size(data) is None
+    assert jpeg_header(data) == (20, 30, 6)
     assert decode_image(data, 3, shrink=2).shape == (30, 20, 3)
     buffer = io.BytesIO()
     Image.fromarray(make_pixels()).convert("CMYK").save(buffer, "JPEG")
-    assert plain_jpeg_size(buffer.getvalue()) is None
+    assert jpeg_header(buffer.getvalue()) is None
     assert decode_image(buffer.getvalue(), 3).shape == (20, 30, 3)
 
 
