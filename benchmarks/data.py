@@ -224,10 +224,10 @@ def bench_stream(manifest: Manifest, num_images: int) -> None:
     }
     if any(storage.is_remote(shard.path) for shard in manifest.shards):
         del ways["torch DataLoader + webdataset + classic transforms"]  # it has no S3 client
-    rates = {
-        name: [steady_rate(way(manifest, num_images)) for _ in range(ROUNDS)]
-        for name, way in ways.items()
-    }
+    rates: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(ROUNDS):  # in turn: the machine is not the same from minute to minute
+        for name, way in ways.items():
+            rates[name].append(steady_rate(way(manifest, num_images)))
     base = float(np.median(next(iter(rates.values()))))
     rows = [f"{name} | {spread(r)} | {np.median(r) / base:.2f}" for name, r in rates.items()]
     table(

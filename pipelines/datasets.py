@@ -74,7 +74,7 @@ BLOCK_BYTES = 32 * 2**20
 _INDEX_THREADS = 8
 _READS = 3  # of a range whose checksums are wrong: it may have been the way here
 _WINDOWS_PER_GROUP = 200
-LONGEST_REST_S = 0.05
+LONGEST_REST_S = 0.02
 _MAX_GAP_BYTES = 64 * 2**10  # read and thrown away rather than asked for apart
 
 Rows = range | npt.NDArray[np.int64]  # of a shard, rising

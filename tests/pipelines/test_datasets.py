@@ -435,9 +435,9 @@ def test_the_scheduler_rests_longer_as_the_run_goes_on(monkeypatch: pytest.Monke
     monkeypatch.setattr(datasets.time, "sleep", rests.append)
     scheduler = RestingScheduler()
     scheduler.before_execution_starts(None)
-    for now in (100.0, 101.0, 104.0, 900.0):  # noqa: B007  # read by the lambda above
+    for now in (100.0, 101.0, 102.0, 900.0):  # noqa: B007  # read by the lambda above
         scheduler.on_execution_step(None)
-    assert rests == pytest.approx([0.0, 0.01, 0.04, 0.05])
+    assert rests == pytest.approx([0.0, 0.01, 0.02, 0.02])
 
 
 def test_ray_data_is_configured_once_however_often_it_is_asked() -> None:
