@@ -70,7 +70,7 @@ SCHEMA = pa.schema(
 )
 READ_CPUS = 1  # of a read task; Ray's default, which lets it run read and slicing as one task
 STATS_IMAGES = 2048
-BLOCK_BYTES = 32 * 2**20
+BLOCK_BYTES = 16 * 2**20
 _INDEX_THREADS = 8
 _READS = 3  # of a range whose checksums are wrong: it may have been the way here
 _WINDOWS_PER_GROUP = 200

@@ -407,7 +407,7 @@ def test_global_batches_are_the_same_for_any_number_of_workers(foreign: Path) ->
 
 def test_a_block_has_some_megabytes_but_a_window_has_blocks(foreign: Path) -> None:
     plan = replace(make_plan(open_foreign(foreign), micro=64, window=4096), num_workers=2)
-    assert passes_per_block(plan, 128 * 1024) == 4  # 32 MiB / (64 x 128 KiB)
+    assert passes_per_block(plan, 128 * 1024) == 2  # 16 MiB / (64 x 128 KiB)
     assert passes_per_block(plan, 10) == 32  # a whole window
     assert passes_per_block(plan, 10**9) == 1
 
