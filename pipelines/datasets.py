@@ -74,7 +74,7 @@ BLOCK_BYTES = 16 * 2**20
 _INDEX_THREADS = 8
 _READS = 3  # of a range whose checksums are wrong: it may have been the way here
 _WINDOWS_PER_GROUP = 200
-LONGEST_REST_S = 0.02
+_LONGEST_REST_S = 0.02
 _MAX_GAP_BYTES = 64 * 2**10  # read and thrown away rather than asked for apart
 
 Rows = range | npt.NDArray[np.int64]  # of a shard, rising
@@ -476,15 +476,15 @@ def passes_per_block(plan: SequencePlan, bytes_per_image: float) -> int:
 class RestingScheduler(ExecutionCallback):
     """Lets Ray Data's scheduler rest between its steps: short at the start of a run, then longer.
 
-    While the reader is slower than the tasks, which is the rule, Ray 2.60 asks again and again for
-    what may be done: 0.4 of two cores that decode.
+    Where the reader is slower than the tasks and their output may not be taken yet, Ray 2.60 asks
+    without a pause what may be done: most of a core (ADR 6).
     """
 
     def before_execution_starts(self, executor: object) -> None:
         self._started = time.monotonic()
 
     def on_execution_step(self, executor: object) -> None:
-        time.sleep(min((time.monotonic() - self._started) / 100, LONGEST_REST_S))
+        time.sleep(min((time.monotonic() - self._started) / 100, _LONGEST_REST_S))
 
 
 def configure_ray_data() -> None:
