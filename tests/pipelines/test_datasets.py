@@ -430,14 +430,34 @@ def test_the_cluster_decodes_to_the_same_pixels(foreign: Path) -> None:
 
 
 def test_the_scheduler_rests_longer_as_the_run_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    now, rests = 100.0, list[float]()
-    monkeypatch.setattr(datasets.time, "monotonic", lambda: now)
+    clock, rests = iter([100.0, 100.0, 101.0, 102.0, 900.0]), list[float]()
+    monkeypatch.setattr(datasets.time, "monotonic", lambda: next(clock))
     monkeypatch.setattr(datasets.time, "sleep", rests.append)
     scheduler = RestingScheduler()
     scheduler.before_execution_starts(None)
-    for now in (100.0, 101.0, 102.0, 900.0):  # noqa: B007  # read by the lambda above
+    for _ in range(4):
         scheduler.on_execution_step(None)
     assert rests == pytest.approx([0.0, 0.01, 0.02, 0.02])
+
+
+class CountedRests(RestingScheduler):
+    count = 0
+
+    def on_execution_step(self, executor: object) -> None:
+        super().on_execution_step(executor)
+        type(self).count += 1
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("local_ray")
+def test_ray_lets_the_scheduler_rest(foreign: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    configure_ray_data()
+    context = ray.data.DataContext.get_current()
+    assert RestingScheduler in context.custom_execution_callback_classes
+    monkeypatch.setattr(context, "custom_execution_callback_classes", [CountedRests])
+    rows = sequence_dataset(make_plan(open_foreign(foreign), micro=4, num_samples=16))
+    assert sum(1 for _ in rows.iter_batches(batch_size=1, batch_format="pyarrow")) > 0
+    assert CountedRests.count > 0
 
 
 def test_ray_data_is_configured_once_however_often_it_is_asked() -> None:
