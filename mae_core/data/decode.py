@@ -82,7 +82,7 @@ def jpeg_header(data: bytes) -> JpegHeader | None:
     size, may_turn, at = None, False, 2
     while at + _SEGMENT.size <= len(data):
         mark, marker, length, precision, height, width, channels = _SEGMENT.unpack_from(data, at)
-        if mark != 0xFF or length < 2:
+        if mark != 0xFF:  # also after a length below 2, whose own bytes come next
             return None
         end = at + 2 + length
         if marker == _START_OF_SCAN:

@@ -312,6 +312,20 @@ def test_half_a_header_is_none() -> None:
     assert set(known) == {None, (24, 40, 1)}
 
 
+def test_a_segment_of_no_length_is_no_header() -> None:
+    whole = encode(make_pixels(24, 40), "JPEG")
+    assert jpeg_header(whole[:2] + b"\xff\xfe\0\0" + whole[2:]) is None
+
+
+def test_an_orientation_counts_whatever_comes_after_it() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    xmp = b"<x:xmpmeta>of a camera</x:xmpmeta>"
+    data = encode(make_pixels(24, 40), "JPEG", exif=exif, xmp=xmp)
+    assert data.index(b"Exif\0") < data.index(xmp)
+    assert jpeg_header(data) == (24, 40, 6)
+
+
 def test_an_orientation_after_the_frame_counts() -> None:
     exif = Image.Exif()
     exif[0x0112] = 6

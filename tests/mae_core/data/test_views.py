@@ -52,3 +52,17 @@ def test_views_of_one_decoding_are_crops_of_their_own() -> None:
 def test_what_is_no_image_has_no_views() -> None:
     with pytest.raises(CorruptSampleError):
         training_views(b"nothing", 0, "a", SPEC, 2)
+
+
+@pytest.mark.parametrize("orientation", [3, 6])
+def test_a_view_of_a_turned_photograph_is_one_of_it_upright(orientation: int) -> None:
+    with Image.open(io.BytesIO(photograph(90, 160))) as image:
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        turned = io.BytesIO()
+        image.save(turned, "JPEG", quality=95, exif=exif)
+    upright = io.BytesIO()
+    Image.fromarray(decode_image(turned.getvalue(), 3)).save(upright, "PNG")
+    for key in "abcd":
+        view = training_view(turned.getvalue(), 0, key, SPEC)
+        np.testing.assert_array_equal(view, training_view(upright.getvalue(), 0, key, SPEC))
