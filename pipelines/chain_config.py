@@ -19,7 +19,8 @@ from pydantic import Field, field_validator, model_validator
 
 from infra.config import StorageConfig, TrackingConfig
 from mae_core.config import StrictConfig
-from pipelines.config import NAME_PATTERN, ConfigError, load_config, parse_value
+from pipelines.config import NAME_PATTERN, ConfigError
+from pipelines.config_loading import load_config, parse_value
 from pipelines.stage_kinds import KINDS, StageKind
 from pipelines.stages import Node, in_order
 

@@ -20,7 +20,9 @@ from infra.storage import NoShardsError, StorageError
 from mae_core.config import StrictConfig
 from mae_core.data.samples import DataError
 from pipelines.chain_config import load_stage_file
-from pipelines.config import ConfigError, RefusedError, StageResult, describe, load_config
+from pipelines.config import ConfigError, RefusedError, StageResult
+from pipelines.config_fields import describe
+from pipelines.config_loading import load_config
 from pipelines.failures import can_pass
 from pipelines.stage_kinds import KINDS
 

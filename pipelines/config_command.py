@@ -21,7 +21,9 @@ from pydantic.json_schema import models_json_schema
 from infra.cluster import ClusterConfig
 from mae_core.config import StrictConfig
 from pipelines.chain_config import ChainConfig, load_stage_file
-from pipelines.config import ConfigError, flatten, load_with_origins
+from pipelines.config import ConfigError
+from pipelines.config_fields import flatten
+from pipelines.config_loading import load_with_origins
 from pipelines.schedule_config import ScheduleFile
 from pipelines.stage_kinds import KINDS
 

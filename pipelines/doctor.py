@@ -26,7 +26,7 @@ from pydantic import Field
 from infra import storage
 from infra.config import StorageConfig, TrackingConfig
 from mae_core.config import StrictConfig
-from pipelines.config import load_config
+from pipelines.config_loading import load_config
 from pipelines.driver import ROOT
 from pipelines.service_checks import (
     Finding,

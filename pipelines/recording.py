@@ -13,7 +13,7 @@ from infra.config import TrackingConfig
 from mae_core.config import StrictConfig
 from mae_core.data.samples import DataError
 from pipelines import driver
-from pipelines.config import flatten
+from pipelines.config_fields import flatten
 from pipelines.reporting import count_kinds
 from pipelines.run_folder import RunFolder, RunRecord
 

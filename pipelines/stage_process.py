@@ -16,7 +16,8 @@ from typing import IO, Any
 import psutil
 
 from infra import processes
-from pipelines.config import ENVIRONMENT_PREFIX, StageResult
+from pipelines.config import StageResult
+from pipelines.config_loading import ENVIRONMENT_PREFIX
 from pipelines.stages import Failure
 
 logger = logging.getLogger(__name__)

@@ -15,7 +15,8 @@ from infra.lease import HeldError, Lease, lease
 from infra.storage import StorageError
 from pipelines.chain_config import PIPELINE, SELF, Stage, substitute
 from pipelines.chain_plan import Planned, versions
-from pipelines.config import StageResult, flatten
+from pipelines.config import StageResult
+from pipelines.config_fields import flatten
 from pipelines.driver import run_tags
 from pipelines.failures import can_pass
 from pipelines.stage_process import StageProcess

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from mae_core.config import StrictConfig
 from pipelines.chain_config import ChainConfig, PromoteSpec, StageSpec
-from pipelines.config import describe
+from pipelines.config_fields import describe
 from pipelines.stage_kinds import KINDS
 
 FOLDER = Path(__file__).parent

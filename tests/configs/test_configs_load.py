@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.config import PrepareConfig, PretrainConfig, load_config
+from pipelines.config import PrepareConfig, PretrainConfig
+from pipelines.config_loading import load_config
 from pipelines.downstream_config import (
     ClassifyConfig,
     DetectConfig,

@@ -15,7 +15,8 @@ import pytest
 from mlflow import MlflowClient
 
 from pipelines import prepare, pretrain
-from pipelines.config import PrepareConfig, PretrainConfig, StageResult, load_config
+from pipelines.config import PrepareConfig, PretrainConfig, StageResult
+from pipelines.config_loading import load_config
 
 ROOT = Path(__file__).parents[2]
 # 96 samples in global batches of 16: 6 steps an epoch, 30 in all.

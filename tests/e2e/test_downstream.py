@@ -23,7 +23,8 @@ from PIL import Image
 from mae_core.checkpoint import load_encoder, verify_checkpoint
 from mae_core.data.samples import DataError
 from pipelines import classify, detect, embed, segment
-from pipelines.config import ConfigError, StageResult, load_config
+from pipelines.config import ConfigError, StageResult
+from pipelines.config_loading import load_config
 from pipelines.datasets import open_shards, read_rows
 from pipelines.downstream_config import (
     ClassifyConfig,

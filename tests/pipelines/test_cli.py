@@ -13,7 +13,8 @@ import pytest
 
 from infra.services import object_store
 from pipelines import cli, driver, launch, prepare, pretrain
-from pipelines.config import PrepareConfig, PretrainConfig, StageResult, describe
+from pipelines.config import PrepareConfig, PretrainConfig, StageResult
+from pipelines.config_fields import describe
 from pipelines.stage_kinds import KINDS
 
 ROOT = Path(__file__).parents[2]

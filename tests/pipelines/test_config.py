@@ -7,14 +7,9 @@ from typing import Any
 
 import pytest
 
-from pipelines.config import (
-    ConfigError,
-    PrepareConfig,
-    PretrainConfig,
-    describe,
-    flatten,
-    load_config,
-)
+from pipelines.config import ConfigError, PrepareConfig, PretrainConfig
+from pipelines.config_fields import describe, flatten
+from pipelines.config_loading import load_config
 
 NEEDED = ("data.train=/data", "optim.global_batch_size=64")
 
@@ -253,7 +248,7 @@ def test_a_config_survives_the_way_to_a_worker() -> None:
 
 def test_a_config_loads_without_torch_and_ray() -> None:
     code = (
-        "import sys, pipelines.config\n"
+        "import sys, pipelines.config_loading\n"
         "print([m for m in ('torch', 'ray', 'mlflow', 'numpy') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

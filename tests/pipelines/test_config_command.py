@@ -9,8 +9,9 @@ import jsonschema
 import pytest
 import yaml
 
-from pipelines.config import ConfigError, PretrainConfig, load_with_origins
+from pipelines.config import ConfigError, PretrainConfig
 from pipelines.config_command import command
+from pipelines.config_loading import load_with_origins
 
 ROOT = Path(__file__).parents[2]
 KINDS_OF_FILES = ("chain", "classify", "detect", "prepare", "pretrain", "segment")

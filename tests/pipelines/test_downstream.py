@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from mae_core.data.manifest import Manifest, ShardInfo
-from pipelines.config import ConfigError, load_config
+from pipelines.config import ConfigError
+from pipelines.config_loading import load_config
 from pipelines.downstream import _kept_arm, _plan_arms, arms_table, mean_metrics
 from pipelines.downstream_config import ClassifyConfig, DetectConfig, SegmentConfig
 from pipelines.task import Arm, arm_of_step
