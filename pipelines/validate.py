@@ -17,7 +17,7 @@ import hashlib
 import json
 import logging
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -26,8 +26,8 @@ import numpy as np
 from infra import storage
 from mae_core.data.boxes import parse_boxes
 from mae_core.data.class_labels import read_labels
-from mae_core.data.decode import CorruptSampleError, decode_image
-from mae_core.data.label_maps import decode_indices
+from mae_core.data.decode import CorruptSampleError, Pixels, decode_image
+from mae_core.data.label_maps import check_same_size, decode_indices
 from mae_core.data.manifest import ChannelStats, PixelSums, ShardInfo, sum_pixels
 from mae_core.data.samples import DataError, Sample
 from pipelines import driver
@@ -138,21 +138,27 @@ def _look(config: ValidateConfig, shard: str, row: Sample | BrokenSample) -> Loo
         return Look(where, where, None, row.error, "", ())
     digest = hashlib.sha256(row.image).hexdigest()
     pixels, decode_error = None, ""
+    decoded: Pixels | None = None
     try:
-        pixels = PixelSums.of(decode_image(row.image, config.in_chans))
+        decoded = decode_image(row.image, config.in_chans)
+        pixels = PixelSums.of(decoded)
     except CorruptSampleError as error:
         decode_error = str(error)
     classes: tuple[int, ...] = ()
     label_error = ""
     try:
-        classes = _classes(config, row, where)
+        classes = _classes(config, row, where, decoded)
     except DataError as error:
         label_error = str(error).removeprefix(f"{where}: ").removeprefix(f"{where} ")
     return Look(where, digest, pixels, decode_error, label_error, classes)
 
 
-def _classes(config: ValidateConfig, row: Sample, where: str) -> tuple[int, ...]:
-    """Numbers of the classes that a sample's label has.
+def _classes(
+    config: ValidateConfig, row: Sample, where: str, pixels: Pixels | None
+) -> tuple[int, ...]:
+    """Return the numbers of the classes that a sample's label has.
+
+    `pixels` are the image's, or None where it can't be decoded.
 
     Raises:
         DataError: it is missing, can't be read, or out of range.
@@ -164,33 +170,19 @@ def _classes(config: ValidateConfig, row: Sample, where: str) -> tuple[int, ...]
         allowed = range(config.num_classes or 2**31)
     elif config.labels == "boxes":
         data = row.parts.get("json")
-        parse_boxes(data, where, _AnyCategory())
+        parse_boxes(data, where, None, picture=None if pixels is None else pixels.shape)
         found = [int(item["category_id"]) for item in _box_items(data)]
-        allowed = range(1, (config.num_classes or 2**31 - 1) + 1)
+        allowed = range(1, config.num_classes + 1) if config.num_classes else range(2**31)
     else:
         indices = decode_indices(row.parts.get("seg.png"), where)
+        if pixels is not None:
+            check_same_size(pixels, indices, where)
         found = [int(index) for index in np.unique(indices) if index != IGNORED]
         allowed = range(config.num_classes or 2**31)
     if outside := [number for number in found if number not in allowed]:
         last = allowed[-1]
         raise DataError(f"{where}: class {outside[0]} is not in {allowed[0]} to {last}")
     return tuple(found)
-
-
-class _AnyCategory(Mapping[int, int]):
-    """Which categories there are is checked afterwards."""
-
-    def __getitem__(self, number: int) -> int:
-        return number
-
-    def __contains__(self, _number: object) -> bool:
-        return True
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(())
-
-    def __len__(self) -> int:
-        return 0
 
 
 def _box_items(data: bytes | None) -> list[dict[str, int]]:

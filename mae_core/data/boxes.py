@@ -23,6 +23,7 @@ _SMALLEST_PX = 1.0  # side of a box in a view
 _BARE_LIST = "boxes_xywh"
 _LISTS = ("annotations", "objects", _BARE_LIST)
 _BARE_CATEGORY = 0
+_LARGEST_CATEGORY = 2**31 - 1
 
 
 class Boxes(NamedTuple):
@@ -37,7 +38,13 @@ class Boxes(NamedTuple):
         return Boxes(self.xyxy[which], self.labels[which], self.is_crowd[which])
 
 
-def parse_boxes(data: bytes | None, where: str, categories: Mapping[int, int]) -> Boxes:
+def parse_boxes(
+    data: bytes | None,
+    where: str,
+    categories: Mapping[int, int] | None,
+    *,
+    picture: tuple[int, ...] | None = None,
+) -> Boxes:
     """Read the boxes of one image; a list without boxes is fine.
 
     Args:
@@ -46,13 +53,17 @@ def parse_boxes(data: bytes | None, where: str, categories: Mapping[int, int]) -
             [[x, y, w, h]]}`, whose boxes are all of label 0. With `"width"` and `"height"`, boxes
             are checked against the picture, and clipped where they stick out by a pixel or less.
         where: shard and key, named in errors.
-        categories: `category_id` to label.
+        categories: `category_id` to label; None takes any number as its own label.
+        picture: Height and width of the decoded image, as `pixels.shape` begins. The JSON must
+            have the same `"width"` and `"height"`, if it has any, and the boxes must lie inside.
 
     Raises:
         DataError: says what is wrong, and with which box.
     """
     raw = _parse_object(data, where)
     size = _picture_size(raw, where)
+    if picture is not None:
+        size = _checked_size(size, (float(picture[1]), float(picture[0])), where)
     known = categories if _list_name(raw, where) != _BARE_LIST else {_BARE_CATEGORY: 0}
     xyxy, labels, crowd = [], [], []
     for number, item in enumerate(_box_list(raw, where), start=1):
@@ -128,6 +139,21 @@ def _picture_size(raw: dict[str, Any], where: str) -> tuple[float, float] | None
     return float(width), float(height)
 
 
+def _checked_size(
+    said: tuple[float, float] | None, real: tuple[float, float], where: str
+) -> tuple[float, float]:
+    """Return the real width and height, unless the JSON says another size."""
+    if said is None or said == real:
+        return real
+    advice = "scale the boxes, or take the pictures that they were drawn on"
+    if said == real[::-1]:
+        advice = "an EXIF orientation may turn it; the boxes must be drawn on the upright picture"
+    raise DataError(
+        f"{where}: its boxes are for another picture size (the .json says "
+        f"{said[0]:g}x{said[1]:g}, the picture is {real[0]:g}x{real[1]:g}; {advice})"
+    )
+
+
 def _corners(bbox: object, size: tuple[float, float] | None) -> tuple[float, ...]:
     """[x, y, w, h] to x0, y0, x1, y1, clipped to the picture."""
     if not (isinstance(bbox, list) and len(bbox) == 4 and all(_is_number(v) for v in bbox)):
@@ -147,8 +173,12 @@ def _corners(bbox: object, size: tuple[float, float] | None) -> tuple[float, ...
     return left, top, right, bottom
 
 
-def _label(item: dict[str, Any], categories: Mapping[int, int]) -> int:
+def _label(item: dict[str, Any], categories: Mapping[int, int] | None) -> int:
     category = item.get("category_id")
+    if categories is None:
+        if not isinstance(category, int) or not 0 <= category <= _LARGEST_CATEGORY:
+            raise ValueError(f"category_id {category!r} is not a number from 0 on")
+        return category
     label = categories.get(category) if isinstance(category, int) else None
     if label is None:
         known = ", ".join(map(str, sorted(categories))) or "none"

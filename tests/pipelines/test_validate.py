@@ -1,5 +1,6 @@
 """The gate before training: each check passes what is right and refuses what is not."""
 
+import io
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from mae_core.data.decode import encode_jpeg
 from pipelines.config import RefusedError, StageResult
@@ -110,6 +112,7 @@ def test_an_image_of_training_in_validation_is_a_duplicate(
         ([{"bbox": [1, 1, 5, 5], "category_id": 2}], None),
         ([{"bbox": [1, 1, 5, 5], "category_id": 4}], "class 4 is not in 1 to 3"),
         ([{"bbox": [1, 1, -5, 5], "category_id": 1}], "000"),
+        ([{"bbox": [200, 200, 50, 50], "category_id": 1}], "lies outside of the picture"),
     ],
 )
 def test_boxes_are_read_as_detection_reads_them(
@@ -126,6 +129,20 @@ def test_boxes_are_read_as_detection_reads_them(
     else:
         with pytest.raises(RefusedError, match=message):
             check(data, labels="boxes", num_classes=3)
+
+
+def test_a_label_of_another_picture_size_is_refused(
+    check: Callable[..., StageResult], shards: Callable[..., str]
+) -> None:
+    boxes = json.dumps({"annotations": [], "width": 480, "height": 400}).encode()
+    data = shards(count=1, _000__json=boxes)
+    with pytest.raises(RefusedError, match=r"000: .*the \.json says 480x400, the picture is"):
+        check(data, labels="boxes")
+    mask = io.BytesIO()
+    Image.new("L", (480, 400)).save(mask, "PNG")
+    data = shards("masked", count=1, _000__seg__png=mask.getvalue())
+    with pytest.raises(RefusedError, match=r"000: the image is .*, its label map 400x480"):
+        check(data, labels="mask")
 
 
 def test_drift_is_measured_from_the_last_that_passed(

@@ -47,6 +47,47 @@ def bright_box(view: Pixels) -> tuple[float, float, float, float]:
     return columns[0], rows[0], columns[-1] + 1, rows[-1] + 1
 
 
+PICTURE = (40, 48, 3)  # the shape of decoded pixels, 48 wide and 40 high
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (
+            make_json({"bbox": [200, 200, 150, 150], "category_id": 1}, width=480, height=400),
+            r"another picture size \(the \.json says 480x400, the picture is 48x40",
+        ),
+        (make_json(width=480, height=400), "says 480x400, the picture is 48x40"),
+        (make_json(width=40, height=48), "the picture is 48x40; an EXIF orientation may turn it"),
+        (
+            make_json({"bbox": [200, 200, 150, 150], "category_id": 1}),
+            "lies outside of the picture, which is 48 x 40",
+        ),
+        (b'{"boxes_xywh": [[40, 30, 9.5, 2]]}', "lies outside of the picture, which is 48 x 40"),
+    ],
+)
+def test_boxes_of_another_picture_size_are_refused(data: bytes, message: str) -> None:
+    with pytest.raises(DataError, match=message) as error:
+        parse_boxes(data, WHERE, {1: 0}, picture=PICTURE)
+    assert str(error.value).startswith(WHERE)
+
+
+def test_boxes_of_the_picture_are_clipped_to_it() -> None:
+    data = make_json({"bbox": [40, 30, 8.5, 10.5], "category_id": 1}, width=48, height=40)
+    expected = [[40, 30, 48, 40]]
+    assert parse_boxes(data, WHERE, {1: 0}, picture=PICTURE).xyxy.tolist() == expected
+    bare = make_json({"bbox": [40, 30, 8.5, 10.5], "category_id": 1})
+    assert parse_boxes(bare, WHERE, {1: 0}, picture=PICTURE).xyxy.tolist() == expected
+
+
+def test_any_category_is_its_own_label_where_none_is_known() -> None:
+    data = make_json({"bbox": [1, 1, 2, 2], "category_id": 17})
+    assert parse_boxes(data, WHERE, None).labels.tolist() == [17]
+    for wrong in ("17", -1, None, 2**40):
+        with pytest.raises(DataError, match="is not a number from 0 on"):
+            parse_boxes(make_json({"bbox": [1, 1, 2, 2], "category_id": wrong}), WHERE, None)
+
+
 def test_coco_annotations_become_corners_labels_and_crowds() -> None:
     data = make_json(
         {"bbox": [10, 20, 30, 40], "category_id": 7},
