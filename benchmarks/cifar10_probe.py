@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from infra import storage
+from infra.shard_spec import expand_shards
 from mae_core.checkpoint import CheckpointManifest, load_encoder
 from mae_core.data.decode import decode_image
 from mae_core.data.samples import iter_samples
@@ -66,7 +67,7 @@ def load(spec: str, limit: int) -> tuple[np.ndarray, Tensor]:
 
 
 def read(spec: str) -> Iterator:
-    for shard in storage.expand_shards(spec):
+    for shard in expand_shards(spec):
         with storage.open_stream(shard) as stream:
             yield from iter_samples(stream, shard)
 

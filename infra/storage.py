@@ -16,23 +16,19 @@ import errno
 import io
 import os
 import secrets
-import shutil
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from fnmatch import fnmatchcase
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import pyarrow as pa
-from braceexpand import braceexpand
 from pyarrow import fs as pafs
 
 from infra.patience import ObjectStream, fill_patiently, patiently
 
 S3_SCHEME = "s3://"
-SHARD_SUFFIX = ".tar"
 
 # A request is sent up to 8 times, with 3.2 s of back-off; a server that hangs costs
 # 8 * READ_TIMEOUT_S. Not AwsStandardS3RetryStrategy: pyarrow does not give its quota back, so that
@@ -251,10 +247,11 @@ def open_random(uri: str) -> BinaryIO:
 
 def write_bytes(uri: str, data: bytes) -> None:
     """Write a whole file: a reader sees the old one or the new one, never a part."""
-    _write_chunks(uri, [data])
+    write_chunks(uri, [data])
 
 
-def _write_chunks(uri: str, chunks: Iterable[bytes]) -> None:
+def write_chunks(uri: str, chunks: Iterable[bytes]) -> None:
+    """Do what `write_bytes` does with a file that comes in pieces."""
     filesystem, path = open_filesystem(uri)
     with storage_errors("write", uri):
         if is_remote(uri):
@@ -364,130 +361,6 @@ def delete_folder(uri: str) -> None:
         return
 
 
-def upload_folder(
-    local: Path, uri: str, *, last: str, before_last: Callable[[], None] = lambda: None
-) -> None:
-    """Copy a folder, the file named `last` after all others: its presence says "complete".
-
-    A `last` that is already at `uri` is removed first, so that it never vouches for a mixture.
-    `before_last` is called before it is written; if that raises, it is not.
-    """
-    files = sorted(file for file in local.rglob("*") if file.is_file())
-    marker = local / last
-    if marker not in files:
-        raise FileNotFoundError(errno.ENOENT, f"{local} has no {last!r} to write last")
-    if exists(join(uri, last)):
-        filesystem, path = open_filesystem(join(uri, last))
-        with storage_errors("delete", join(uri, last)):
-            filesystem.delete_file(path)
-    for file in [*(file for file in files if file != marker), marker]:
-        if file == marker:
-            before_last()
-        _write_chunks(join(uri, file.relative_to(local).as_posix()), _read_chunks(file))
-
-
-def _read_chunks(path: Path) -> Iterator[bytes]:
-    with path.open("rb") as file:
-        while chunk := file.read(COPY_BYTES):
-            yield chunk
-
-
-def download_folder(uri: str, local: Path) -> None:
-    """Copy a folder with all its subfolders to a local one.
-
-    Raises:
-        FileNotFoundError: the folder is not there.
-        StorageError: also when a file came out shorter than it was listed.
-    """
-    filesystem, path = open_filesystem(uri)
-    with storage_errors("download", uri):
-        for info in filesystem.get_file_info(pafs.FileSelector(path, recursive=True)):
-            if info.type != pafs.FileType.File:
-                continue
-            name = Path(info.path).relative_to(path).as_posix()
-            target = local / name
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with open_stream(join(uri, name)) as source, target.open("wb") as file:
-                shutil.copyfileobj(source, file, COPY_BYTES)
-            if target.stat().st_size != info.size:
-                raise StorageError(
-                    f"cannot download {join(uri, name)}:"
-                    f" got {target.stat().st_size} of {info.size} bytes. Try again"
-                )
-
-
-def expand_shards(spec: str | Sequence[str]) -> list[str]:
-    """Absolute URIs of the shards that `spec` names, all of which are there.
-
-    An entry is a folder or s3:// prefix (its *.tar, not those of its subfolders), one .tar, a
-    brace pattern such as train-{000000..000099}.tar, a pattern with * or ? in its last part, or
-    a list of these. Entries keep their order; inside one, names are sorted.
-
-    Raises:
-        NoShardsError: an entry matches nothing, or a named shard is not there.
-        ValueError: a shard is named twice.
-    """
-    entries = [spec] if isinstance(spec, str) else list(spec)
-    shards = [shard for entry in entries for shard in _expand_entry(entry)]
-    if not shards:
-        raise NoShardsError("the list of shards is empty")
-    seen: set[str] = set()
-    twice = [shard for shard in shards if shard in seen or seen.add(shard)]  # type: ignore[func-returns-value]
-    if twice:
-        raise ValueError(f"{len(twice)} shards are named twice, the first is {twice[0]}")
-    return shards
-
-
-def _expand_entry(entry: str) -> list[str]:
-    if "{" in entry:
-        return _named_shards(entry, [absolute(uri) for uri in braceexpand(entry)])
-    place = absolute(entry)
-    folder, name = _parent(place), place.rsplit("/", 1)[1]
-    if "*" in name or "?" in name:
-        names = [file for file in list_files(folder) if fnmatchcase(file, name)]
-        shards = [join(folder, file) for file in names]
-    elif name.endswith(SHARD_SUFFIX):
-        return _named_shards(entry, [place])
-    else:
-        folder, names = place, list_files(place)
-        shards = [join(place, file) for file in names if _is_shard(file)]
-    if not shards:
-        raise NoShardsError(f"no *{SHARD_SUFFIX} file matches {place}: {_what_is_near(folder)}")
-    return shards
-
-
-def _is_shard(name: str) -> bool:
-    return name.endswith(SHARD_SUFFIX) and not name.startswith(".")
-
-
-def _named_shards(entry: str, shards: list[str]) -> list[str]:
-    # One listing a folder, not one request a shard.
-    folders = {_parent(shard) for shard in shards}
-    present = {join(folder, name) for folder in folders for name in list_files(folder)}
-    missing = [shard for shard in shards if shard not in present]
-    if missing:
-        raise NoShardsError(
-            f"{len(missing)} of {len(shards)} shards that {entry!r} names do not exist,"
-            f" the first is {missing[0]}: {_what_is_near(_parent(missing[0]))}"
-        )
-    return shards
-
-
-def _parent(place: str) -> str:
-    return place.rsplit("/", 1)[0] or "/"
-
-
-def _what_is_near(folder: str) -> str:
-    """What a person would look at next: the nearest folder that is there, and what it holds."""
-    nearest = folder
-    while nearest.count("/") > (2 if is_remote(nearest) else 0) and not exists(nearest):
-        nearest = _parent(nearest)
-    names = [f"{name}/" for name in list_folders(nearest)] + list_files(nearest)
-    shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-    missing = "" if nearest == folder else f"there is no {folder}; "
-    return f"{missing}{nearest} holds {shown or 'nothing'}"
-
-
 def copy_files(source: str, target: str) -> int:
     """Copy the files directly in a folder to another place; returns how many."""
     names = list_files(source)
@@ -496,7 +369,7 @@ def copy_files(source: str, target: str) -> int:
     for name in names:
         with storage_errors("read", join(source, name)), open_stream(join(source, name)) as stream:
             chunks = iter(partial(stream.read, COPY_BYTES), b"")
-            _write_chunks(join(target, name), chunks)
+            write_chunks(join(target, name), chunks)
     return len(names)
 
 

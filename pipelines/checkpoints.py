@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from infra import storage
+from infra import storage, transfers
 from mae_core.checkpoint import (
     MANIFEST_FILE,
     CheckpointManifest,
@@ -45,7 +45,7 @@ def commit_checkpoint(
     """
     uri = storage.join(checkpoints_uri(run_uri), f"step-{step:08d}")
     check()
-    storage.upload_folder(local, uri, last=MANIFEST_FILE, before_last=check)
+    transfers.upload_folder(local, uri, last=MANIFEST_FILE, before_last=check)
     older = [s for s in list_steps(run_uri) if s <= step]
     for old in older[:-keep]:
         storage.delete_folder(storage.join(checkpoints_uri(run_uri), f"step-{old:08d}"))
@@ -78,7 +78,7 @@ def fetch_checkpoint(uri: str, folder: Path) -> FoundCheckpoint:
     """Raises: CorruptCheckpointError: it is not whole."""
     folder.mkdir(parents=True)
     try:
-        storage.download_folder(uri, folder)
+        transfers.download_folder(uri, folder)
     except FileNotFoundError as error:  # some stores still list a folder whose files are gone
         raise CorruptCheckpointError(f"{uri}: there is nothing in it") from error
     return FoundCheckpoint(uri, folder, verify_checkpoint(folder))

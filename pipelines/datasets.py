@@ -27,6 +27,7 @@ import ray.data
 from ray.data._internal.execution.execution_callback import ExecutionCallback
 
 from infra import storage
+from infra.shard_spec import expand_shards
 from mae_core.data.decode import CorruptSampleError, decode_image
 from mae_core.data.manifest import (
     MANIFEST_NAME,
@@ -110,7 +111,7 @@ def open_shards(
             an image.
     """
     try:
-        shards = storage.expand_shards(spec)
+        shards = expand_shards(spec)
     except ValueError as error:
         raise ConfigError(str(error)) from error
     manifest = _prepared_manifest(shards) or _indexed_manifest(shards, cache_uri)

@@ -23,7 +23,7 @@ import torch.distributed
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from infra import storage, tracking
+from infra import tracking, transfers
 from mae_core.checkpoint import (
     CheckpointManifest,
     CheckpointRecord,
@@ -468,7 +468,7 @@ class _Worker:
                     record = self._record(arm, arm.last_step)
                     save_checkpoint(Path(local), record, model=model, optimizer=None)
                     uri = folder.model_uri(arm.label)
-                    storage.upload_folder(
+                    transfers.upload_folder(
                         Path(local), uri, last="manifest.json", before_last=folder.check_start
                     )
             _write_evaluation(folder, arm, evaluation)

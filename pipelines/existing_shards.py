@@ -9,6 +9,7 @@ from concurrent.futures import as_completed
 from typing import NamedTuple
 
 from infra import storage
+from infra.shard_spec import expand_shards
 from mae_core.data.decode import CorruptSampleError, decode_image
 from mae_core.data.manifest import (
     MANIFEST_NAME,
@@ -43,7 +44,7 @@ def run(config: PrepareConfig, *, fresh: bool) -> StageResult:
     folder = storage.absolute(config.output)
     if folder.endswith(".tar"):
         raise ConfigError(f"output={config.output}: give the folder that the tars lie in")
-    names = [shard.rpartition("/")[2] for shard in storage.expand_shards(folder)]
+    names = [shard.rpartition("/")[2] for shard in expand_shards(folder)]
     manifest_uri = storage.join(folder, MANIFEST_NAME)
     old = None
     if storage.exists(manifest_uri):

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from infra import storage
+from infra.shard_spec import expand_shards
 from mae_core.data.manifest import Manifest, parse_manifest
 from mae_core.data.samples import DataError
 from pipelines.config import ConfigError
@@ -39,7 +40,7 @@ def fingerprint(spec: str | Sequence[str], *, by_time: bool = False) -> str:
 
 def _facts(entry: str, by_time: bool) -> Iterator[str]:
     try:
-        shards = storage.expand_shards(entry)
+        shards = expand_shards(entry)
     except storage.NoShardsError as error:
         if "{" in entry or "*" in entry or entry.endswith(".tar"):
             raise ConfigError(str(error)) from error
@@ -135,7 +136,7 @@ def num_samples(spec: str | Sequence[str]) -> int | None:
     total = 0
     for entry in [spec] if isinstance(spec, str) else spec:
         try:
-            shards = storage.expand_shards(entry)
+            shards = expand_shards(entry)
         except (storage.NoShardsError, storage.StorageError, ValueError):
             return None
         for folder in dict.fromkeys(shard.rpartition("/")[0] for shard in shards):

@@ -1,8 +1,11 @@
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from infra.services import object_store
+
+S3 = pytest.param("s3", marks=pytest.mark.services)
 
 
 @pytest.fixture(scope="session")
@@ -17,3 +20,12 @@ def s3(object_store_env: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Non
     """This process reaches the S3 server."""
     for name, value in object_store_env.items():
         monkeypatch.setenv(name, value)
+
+
+@pytest.fixture(params=["local", S3])
+def root(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """A folder that does not exist yet, on a disk and in a bucket."""
+    if request.param == "local":
+        return str(tmp_path / "root")
+    request.getfixturevalue("s3")
+    return f"s3://mae/{tmp_path.name}"

@@ -11,18 +11,8 @@ from pathlib import Path
 import pytest
 
 from infra import storage
+from infra.shard_spec import expand_shards
 from infra.storage import NoShardsError, StorageError
-
-S3 = pytest.param("s3", marks=pytest.mark.services)
-
-
-@pytest.fixture(params=["local", S3])
-def root(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """A folder that does not exist yet, on a disk and in a bucket."""
-    if request.param == "local":
-        return str(tmp_path / "root")
-    request.getfixturevalue("s3")
-    return f"s3://mae/{tmp_path.name}"
 
 
 def make_shards(root: str, *names: str) -> None:
@@ -143,7 +133,7 @@ def test_a_write_whose_source_breaks_off_leaves_no_part(root: str) -> None:
 
     storage.write_bytes(storage.join(root, "neighbour"), b"")
     with pytest.raises(StorageError, match="the source is gone"):
-        storage._write_chunks(storage.join(root, "file"), break_off())
+        storage.write_chunks(storage.join(root, "file"), break_off())
     assert storage.list_files(root) == ["neighbour"]
 
 
@@ -159,73 +149,6 @@ def test_a_new_file_is_on_the_disk_before_it_has_its_name(
     assert seen == [False, True]
 
 
-def test_a_folder_comes_back_as_it_was_sent(root: str, tmp_path: Path) -> None:
-    source = tmp_path / "source"
-    (source / "sub").mkdir(parents=True)
-    (source / "sub" / "weights").write_bytes(bytes(range(256)))
-    (source / "empty").write_bytes(b"")
-    (source / "DONE").write_bytes(b"{}")
-    storage.upload_folder(source, root, last="DONE")
-    storage.download_folder(root, tmp_path / "back")
-    back = {
-        str(file.relative_to(tmp_path / "back")): file.read_bytes()
-        for file in (tmp_path / "back").rglob("*")
-        if file.is_file()
-    }
-    assert back == {"sub/weights": bytes(range(256)), "empty": b"", "DONE": b"{}"}
-
-
-def test_the_marker_is_uploaded_last(
-    root: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    source = make_checkpoint(tmp_path)
-    written: list[str] = []
-    write_chunks = storage._write_chunks
-
-    def record(uri: str, chunks: Iterator[bytes]) -> None:
-        written.append(uri.rsplit("/", 1)[1])
-        write_chunks(uri, chunks)
-
-    monkeypatch.setattr(storage, "_write_chunks", record)
-    storage.upload_folder(source, root, last="DONE")
-    assert written == ["a", "z", "DONE"]
-
-
-def make_checkpoint(tmp_path: Path) -> Path:
-    source = tmp_path / "checkpoint"
-    source.mkdir()
-    for name in ("a", "DONE", "z"):
-        (source / name).write_text(name)
-    return source
-
-
-def test_an_upload_that_breaks_off_leaves_no_marker_of_an_earlier_one(
-    root: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    source = make_checkpoint(tmp_path)
-    storage.upload_folder(source, root, last="DONE")
-
-    def break_off(uri: str, chunks: Iterator[bytes]) -> None:
-        raise StorageError(uri)
-
-    monkeypatch.setattr(storage, "_write_chunks", break_off)
-    with pytest.raises(StorageError):
-        storage.upload_folder(source, root, last="DONE")
-    assert not storage.exists(storage.join(root, "DONE"))
-
-
-def test_a_folder_without_its_marker_is_not_uploaded(tmp_path: Path) -> None:
-    source = make_checkpoint(tmp_path)
-    with pytest.raises(FileNotFoundError, match="MANIFEST"):
-        storage.upload_folder(source, str(tmp_path / "target"), last="MANIFEST")
-    assert not (tmp_path / "target").exists()
-
-
-def test_downloading_a_missing_folder_is_a_file_not_found_error(root: str, tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=tmp_path.name):
-        storage.download_folder(root, tmp_path / "back")
-
-
 def test_files_are_copied_from_the_command_line(
     root: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -239,83 +162,6 @@ def test_files_are_copied_from_the_command_line(
     assert f"copied 2 files to {root}\nerror: no files in {root}/none\n" == captured.err
 
 
-def test_a_folder_gives_its_own_shards_in_order(root: str) -> None:
-    make_shards(root, "b.tar", "a.tar", "manifest.json", "c.tar.tmp", ".d.tar", "sub/e.tar")
-    assert storage.expand_shards(root) == [f"{root}/a.tar", f"{root}/b.tar"]
-    assert storage.expand_shards(root + "/") == [f"{root}/a.tar", f"{root}/b.tar"]
-
-
-def test_a_brace_pattern_names_each_shard(root: str) -> None:
-    make_shards(root, *(f"train-{i:06}.tar" for i in range(12)))
-    shards = storage.expand_shards(f"{root}/train-{{000009..000011}}.tar")
-    assert shards == [f"{root}/train-{i}.tar" for i in ("000009", "000010", "000011")]
-
-
-def test_a_star_matches_in_the_last_part(root: str) -> None:
-    make_shards(root, "train-0.tar", "train-1.tar", "val-0.tar")
-    assert storage.expand_shards(f"{root}/train-*.tar") == [
-        f"{root}/train-0.tar",
-        f"{root}/train-1.tar",
-    ]
-
-
-def test_a_list_keeps_the_order_of_its_entries(root: str) -> None:
-    make_shards(root, "z/0.tar", "a/0.tar", "a/1.tar")
-    shards = storage.expand_shards([f"{root}/z", f"{root}/a/1.tar"])
-    assert shards == [f"{root}/z/0.tar", f"{root}/a/1.tar"]
-
-
-def test_a_shard_named_twice_is_refused(root: str) -> None:
-    make_shards(root, "0.tar", "1.tar")
-    with pytest.raises(ValueError, match=r"1 shards are named twice, the first is .*/1\.tar"):
-        storage.expand_shards([root, f"{root}/1.tar"])
-
-
-def test_a_missing_shard_is_named(root: str) -> None:
-    make_shards(root, "0.tar", "1.tar")
-    with pytest.raises(NoShardsError, match=r"2 of 4 shards .* the first is .*/2\.tar: .* 0\.tar"):
-        storage.expand_shards(f"{root}/{{0..3}}.tar")
-    with pytest.raises(NoShardsError, match=r"1 of 1 shards .*/9\.tar"):
-        storage.expand_shards(f"{root}/9.tar")
-
-
-def test_a_folder_without_shards_says_what_it_holds(root: str) -> None:
-    make_shards(root, "train/0.tar", "notes.txt")
-    with pytest.raises(NoShardsError, match=r"holds train/, notes\.txt"):
-        storage.expand_shards(root)
-
-
-def test_a_missing_folder_is_named_with_the_nearest_one(root: str) -> None:
-    make_shards(root, "train/0.tar")
-    with pytest.raises(NoShardsError, match=f"there is no {root}/val/big; {root} holds train/"):
-        storage.expand_shards(f"{root}/val/big")
-
-
-def test_an_empty_list_is_refused() -> None:
-    with pytest.raises(NoShardsError, match="empty"):
-        storage.expand_shards([])
-
-
-def test_a_file_that_is_no_shard_is_refused(tmp_path: Path) -> None:
-    storage.write_bytes(str(tmp_path / "train.txt"), b"")
-    with pytest.raises(NoShardsError, match=r"train\.txt"):
-        storage.expand_shards(str(tmp_path / "train.txt"))
-
-
-def test_relative_paths_become_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    make_shards(str(tmp_path), "train/0.tar")
-    monkeypatch.chdir(tmp_path)
-    assert storage.expand_shards("./train/../train") == [f"{tmp_path}/train/0.tar"]
-
-
-def test_a_linked_shard_keeps_its_name(tmp_path: Path) -> None:
-    make_shards(str(tmp_path), "blobs/c0ffee")
-    (tmp_path / "train-0.tar").symlink_to(tmp_path / "blobs" / "c0ffee")
-    shard = f"{tmp_path}/train-0.tar"
-    assert storage.expand_shards(str(tmp_path)) == [shard]
-    assert storage.expand_shards(shard) == [shard]
-
-
 @pytest.mark.parametrize("uri", ["gs://bucket/x", "s3://", "s3:///"])
 def test_other_schemes_and_no_bucket_are_refused(uri: str) -> None:
     with pytest.raises(ValueError, match="s3://"):
@@ -323,7 +169,7 @@ def test_other_schemes_and_no_bucket_are_refused(uri: str) -> None:
 
 
 USES: list[Callable[[str], object]] = [
-    storage.expand_shards,
+    expand_shards,
     storage.read_bytes,
     storage.open_stream,
     storage.file_size,
@@ -362,7 +208,7 @@ def test_a_missing_bucket_is_told_from_an_empty_one_by_every_function() -> None:
         with pytest.raises(StorageError, match=r"s3://no-such/train.*there is no bucket 'no-such'"):
             use("s3://no-such/train")
     with pytest.raises(NoShardsError, match="there is no s3://data/no-such"):
-        storage.expand_shards("s3://data/no-such")
+        expand_shards("s3://data/no-such")
 
 
 @pytest.mark.timeout(20)
@@ -371,7 +217,7 @@ def test_an_unreachable_endpoint_is_an_error_within_seconds(
 ) -> None:
     set_endpoint(monkeypatch, port=9)
     with pytest.raises(StorageError, match=r"127\.0\.0\.1:9 cannot be reached.*AWS_ENDPOINT_URL"):
-        storage.expand_shards("s3://data/train")
+        expand_shards("s3://data/train")
 
 
 def test_a_server_that_fails_twice_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:

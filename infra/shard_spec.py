@@ -1,0 +1,88 @@
+"""Find the shards that a specification names: a folder, a tar, a pattern, or a list of these."""
+
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+
+from braceexpand import braceexpand
+
+from infra import storage
+
+SHARD_SUFFIX = ".tar"
+
+
+def expand_shards(spec: str | Sequence[str]) -> list[str]:
+    """Absolute URIs of the shards that `spec` names, all of which are there.
+
+    An entry is a folder or s3:// prefix (its *.tar, not those of its subfolders), one .tar, a
+    brace pattern such as train-{000000..000099}.tar, a pattern with * or ? in its last part, or
+    a list of these. Entries keep their order; inside one, names are sorted.
+
+    Raises:
+        NoShardsError: an entry matches nothing, or a named shard is not there.
+        ValueError: a shard is named twice.
+    """
+    entries = [spec] if isinstance(spec, str) else list(spec)
+    shards = [shard for entry in entries for shard in _expand_entry(entry)]
+    if not shards:
+        raise storage.NoShardsError("the list of shards is empty")
+    seen: set[str] = set()
+    twice = [shard for shard in shards if shard in seen or seen.add(shard)]  # type: ignore[func-returns-value]
+    if twice:
+        raise ValueError(f"{len(twice)} shards are named twice, the first is {twice[0]}")
+    return shards
+
+
+def _expand_entry(entry: str) -> list[str]:
+    if "{" in entry:
+        return _named_shards(entry, [storage.absolute(uri) for uri in braceexpand(entry)])
+    place = storage.absolute(entry)
+    folder, name = _parent(place), place.rsplit("/", 1)[1]
+    if "*" in name or "?" in name:
+        names = [file for file in storage.list_files(folder) if fnmatchcase(file, name)]
+        shards = [storage.join(folder, file) for file in names]
+    elif name.endswith(SHARD_SUFFIX):
+        return _named_shards(entry, [place])
+    else:
+        folder, names = place, storage.list_files(place)
+        shards = [storage.join(place, file) for file in names if _is_shard(file)]
+    if not shards:
+        raise storage.NoShardsError(
+            f"no *{SHARD_SUFFIX} file matches {place}: {_what_is_near(folder)}"
+        )
+    return shards
+
+
+def _is_shard(name: str) -> bool:
+    return name.endswith(SHARD_SUFFIX) and not name.startswith(".")
+
+
+def _named_shards(entry: str, shards: list[str]) -> list[str]:
+    # One listing a folder, not one request a shard.
+    folders = {_parent(shard) for shard in shards}
+    present = {
+        storage.join(folder, name) for folder in folders for name in storage.list_files(folder)
+    }
+    missing = [shard for shard in shards if shard not in present]
+    if missing:
+        raise storage.NoShardsError(
+            f"{len(missing)} of {len(shards)} shards that {entry!r} names do not exist,"
+            f" the first is {missing[0]}: {_what_is_near(_parent(missing[0]))}"
+        )
+    return shards
+
+
+def _parent(place: str) -> str:
+    return place.rsplit("/", 1)[0] or "/"
+
+
+def _what_is_near(folder: str) -> str:
+    """What a person would look at next: the nearest folder that is there, and what it holds."""
+    nearest = folder
+    while nearest.count("/") > (2 if storage.is_remote(nearest) else 0) and not storage.exists(
+        nearest
+    ):
+        nearest = _parent(nearest)
+    names = [f"{name}/" for name in storage.list_folders(nearest)] + storage.list_files(nearest)
+    shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+    missing = "" if nearest == folder else f"there is no {folder}; "
+    return f"{missing}{nearest} holds {shown or 'nothing'}"
