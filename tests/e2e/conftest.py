@@ -120,13 +120,30 @@ class Place:
             assert time.monotonic() < deadline_s, f"no step {step} within {timeout_s} s"
             time.sleep(0.01)
 
-    def losses(self, run_id: str | None) -> dict[int, float]:
+    def losses(self, run_id: str | None, metric: str = "train/loss") -> dict[int, float]:
         """Loss of each step as MLflow has it; each step is there once."""
         assert run_id is not None
-        history = MlflowClient(self.tracking_uri).get_metric_history(run_id, "train/loss")
+        history = MlflowClient(self.tracking_uri).get_metric_history(run_id, metric)
         steps = [point.step for point in history]
         assert len(set(steps)) == len(steps), "a step has two values"
         return {point.step: point.value for point in history}
+
+
+GOLDEN_FILE = Path(__file__).parent / "golden_curves.json"
+
+
+def assert_golden(name: str, curve: dict[int, float]) -> None:
+    """Compare a curve's first 20 steps with those that are committed, to six digits.
+
+    Where a change means to move numbers, MAE_WRITE_GOLDEN=1 writes the new curves: commit them
+    with the reason.
+    """
+    golden = json.loads(GOLDEN_FILE.read_text()) if GOLDEN_FILE.exists() else {}
+    first_20 = [value for _, value in sorted(curve.items())[:20]]
+    if os.environ.get("MAE_WRITE_GOLDEN") == "1":
+        golden[name] = first_20
+        GOLDEN_FILE.write_text(json.dumps(golden, indent=1, sort_keys=True) + "\n")
+    assert first_20 == pytest.approx(golden[name], rel=1e-6)
 
 
 def sha256(file: Path) -> str:

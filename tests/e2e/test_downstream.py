@@ -33,6 +33,7 @@ from pipelines.downstream_config import (
     EmbedConfig,
     SegmentConfig,
 )
+from tests.e2e.conftest import assert_golden
 from tests.e2e.victims import train_workers
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
@@ -225,6 +226,10 @@ def test_a_killed_worker_costs_nothing_but_time(
     arms = ("classify.arms=[finetune,scratch]", "classify.seeds=[0]")
     undisturbed = downstream.run(ClassifyConfig, *arms)
     losses = downstream.losses(undisturbed.run_id, "scratch-1-seed0/train/loss")
+    assert_golden("classify/scratch/loss", losses)
+    for metric in ("loss", "learning_rate"):
+        curve = downstream.losses(undisturbed.run_id, f"finetune-1-seed0/train/{metric}")
+        assert_golden(f"classify/finetune/{metric}", curve)
     weights = weights_sha256(undisturbed.output)
     lines = len(downstream.place.trace())
 

@@ -18,6 +18,7 @@ from mae_core.data.samples import DataError
 from mae_core.train_step import NonFiniteLossError
 from pipelines import pretrain
 from pipelines.config import ConfigError
+from tests.e2e.conftest import assert_golden
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -64,6 +65,12 @@ def test_a_finished_run_is_in_mlflow_with_all_that_belongs_to_it(
     for batch in (1, 5):
         features = encoder(torch.zeros(batch, 3, 16, 16))
         assert features.shape == (batch, 17, 192)  # a class token and 4 x 4 patches
+
+
+def test_the_numbers_of_a_run_stay_what_they_are(undisturbed: Any) -> None:
+    place, run_id = undisturbed.place, undisturbed.result.run_id
+    assert_golden("pretrain/loss", undisturbed.losses)
+    assert_golden("pretrain/learning_rate", place.losses(run_id, "train/learning_rate"))
 
 
 @pytest.mark.usefixtures("no_model_export", "local_ray")
