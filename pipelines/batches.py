@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mae_core.config import MaskingConfig
-from mae_core.data.decode import CorruptSampleError, Pixels
+from mae_core.data.pixels import CorruptSampleError, Pixels
 from mae_core.data.transforms import stack_pixels
 from mae_core.data.views import ViewSpec, mask_generator, training_views
 from mae_core.masking import draw_noise

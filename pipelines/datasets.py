@@ -28,7 +28,7 @@ from ray.data._internal.execution.execution_callback import ExecutionCallback
 
 from infra import storage
 from infra.shard_spec import expand_shards
-from mae_core.data.decode import CorruptSampleError, decode_image
+from mae_core.data.decode import decode_image
 from mae_core.data.manifest import (
     MANIFEST_NAME,
     ChannelStats,
@@ -41,6 +41,7 @@ from mae_core.data.manifest import (
     parse_manifest,
 )
 from mae_core.data.order import ChainedOrder, RunOrder
+from mae_core.data.pixels import CorruptSampleError
 from mae_core.data.samples import (
     IMAGE_EXTENSIONS,
     DataError,

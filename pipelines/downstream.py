@@ -15,9 +15,10 @@ from torch import nn
 
 from infra import storage, tracking
 from mae_core.checkpoint import WEIGHTS_FILE, CheckpointManifest
-from mae_core.data.decode import CorruptSampleError, decode_image
+from mae_core.data.decode import decode_image
 from mae_core.data.label_subset import stratified_subset
 from mae_core.data.manifest import Manifest, ShardInfo
+from mae_core.data.pixels import CorruptSampleError
 from mae_core.data.samples import DataError
 from mae_core.model.classifier import layer_scales
 from mae_core.optim import fine_tuning_groups

@@ -33,9 +33,9 @@ from mae_core.checkpoint import (
     save_checkpoint,
 )
 from mae_core.config import ModelConfig
-from mae_core.data.decode import CorruptSampleError
 from mae_core.data.manifest import ShardInfo
 from mae_core.data.order import ChainedOrder, RunOrder
+from mae_core.data.pixels import CorruptSampleError
 from mae_core.data.randomness import named_generator
 from mae_core.data.samples import DataError
 from mae_core.model.encoder import build_encoder

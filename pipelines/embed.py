@@ -33,8 +33,9 @@ import torch
 
 from infra import storage, tracking
 from mae_core.checkpoint import WEIGHTS_FILE, CheckpointManifest, load_encoder
-from mae_core.data.decode import CorruptSampleError, Pixels, decode_image
+from mae_core.data.decode import decode_image
 from mae_core.data.manifest import Manifest, ShardInfo
+from mae_core.data.pixels import CorruptSampleError, Pixels
 from mae_core.data.samples import DataError, Sample
 from mae_core.data.transforms import center_crop
 from mae_core.evaluation.classification import encode_features

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from infra import storage
 from infra.shard_spec import expand_shards
-from mae_core.data.decode import CorruptSampleError, decode_image
+from mae_core.data.decode import decode_image
 from mae_core.data.manifest import (
     MANIFEST_NAME,
     Manifest,
@@ -19,6 +19,7 @@ from mae_core.data.manifest import (
     parse_manifest,
     sum_pixels,
 )
+from mae_core.data.pixels import CorruptSampleError
 from mae_core.data.samples import DataError, index_shard, iter_samples
 from pipelines.config import ConfigError, PrepareConfig, StageResult
 from pipelines.packing import write_index

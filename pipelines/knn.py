@@ -13,8 +13,9 @@ import torch.distributed
 from torch import Tensor
 
 from mae_core.config import ModelConfig
-from mae_core.data.decode import CorruptSampleError, Pixels, decode_image
+from mae_core.data.decode import decode_image
 from mae_core.data.manifest import ShardInfo
+from mae_core.data.pixels import CorruptSampleError, Pixels
 from mae_core.data.samples import DataError, Sample
 from mae_core.data.transforms import center_crop, stack_pixels
 from mae_core.data.views import normalize

@@ -13,8 +13,8 @@ import torch.distributed
 from torch import Tensor, nn
 
 from mae_core.checkpoint import CheckpointManifest
-from mae_core.data.decode import CorruptSampleError, Pixels
 from mae_core.data.manifest import ShardInfo
+from mae_core.data.pixels import CorruptSampleError, Pixels
 from mae_core.data.samples import DataError, Sample
 from mae_core.data.transforms import stack_pixels
 from mae_core.data.views import normalize

@@ -13,9 +13,10 @@ from pydantic import ValidationError
 
 from infra import storage
 from mae_core.config import StrictConfig
-from mae_core.data.decode import CorruptSampleError, decode_image, encode_jpeg
+from mae_core.data.decode import decode_image, encode_jpeg
 from mae_core.data.image_files import ImageFile
 from mae_core.data.manifest import PixelSums, SampleIndex, ShardInfo, index_to_bytes
+from mae_core.data.pixels import CorruptSampleError
 from mae_core.data.samples import DataError, ShardIndex, index_shard, sample_checksums
 from mae_core.data.synthetic import draw_scene, encode_scene
 from mae_core.data.transforms import shrink_to_short_side

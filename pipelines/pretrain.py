@@ -28,7 +28,8 @@ import ray.train
 from ray.train.torch import TorchTrainer
 
 from infra import storage, tracking
-from mae_core.data.decode import CorruptSampleError, Pixels, decode_image
+from mae_core.data.decode import decode_image
+from mae_core.data.pixels import CorruptSampleError, Pixels
 from mae_core.data.manifest import IMAGENET_STATS, ChannelStats, Manifest, ShardInfo
 from mae_core.data.randomness import named_generator
 from mae_core.data.samples import DataError

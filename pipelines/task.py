@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from mae_core.config import ModelConfig
-from mae_core.data.decode import Pixels
+from mae_core.data.pixels import Pixels
 from mae_core.train_step import BatchLoss
 
 

@@ -29,9 +29,9 @@ from mae_core.checkpoint import (
     load_weights,
     save_checkpoint,
 )
-from mae_core.data.decode import Pixels
 from mae_core.data.manifest import ShardInfo
 from mae_core.data.order import RunOrder
+from mae_core.data.pixels import Pixels
 from mae_core.data.views import normalize
 from mae_core.evaluation.reconstruction import reconstruct, reconstruction_picture
 from mae_core.model.mae import MaskedAutoencoder, build_mae

@@ -26,9 +26,10 @@ import numpy as np
 from infra import storage
 from mae_core.data.boxes import parse_boxes
 from mae_core.data.class_labels import read_labels
-from mae_core.data.decode import CorruptSampleError, Pixels, decode_image
+from mae_core.data.decode import decode_image
 from mae_core.data.label_maps import check_same_size, decode_indices
 from mae_core.data.manifest import ChannelStats, PixelSums, ShardInfo, sum_pixels
+from mae_core.data.pixels import CorruptSampleError, Pixels
 from mae_core.data.samples import DataError, Sample
 from pipelines import driver
 from pipelines.config import RefusedError, StageResult

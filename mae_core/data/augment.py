@@ -13,7 +13,7 @@ import torch
 from PIL import Image, ImageEnhance, ImageOps
 from torch import Tensor
 
-from mae_core.data.decode import Pixels
+from mae_core.data.pixels import Pixels
 
 Fill = int | tuple[int, ...]
 Floats = TypeVar("Floats", Tensor, npt.NDArray[np.float32])

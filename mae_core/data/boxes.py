@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from mae_core.data.decode import Pixels
+from mae_core.data.pixels import Pixels
 from mae_core.data.samples import DataError
 from mae_core.data.transforms import Crop, resize_crop
 

@@ -20,7 +20,7 @@ from PIL import Image, UnidentifiedImageError
 from pydicom.pixels.processing import apply_color_lut, apply_modality_lut
 from pydicom.pixels.utils import pixel_array
 
-Pixels = npt.NDArray[np.unsignedinteger[Any]]  # (H, W, C), uint8 or uint16
+from mae_core.data.pixels import CorruptSampleError, Pixels
 
 MAX_TIFF_BYTES = 2**30
 MAX_PIXELS = 178_956_970  # Pillow's own limit: what claims more is taken for an attack
@@ -50,18 +50,6 @@ _LUMA = np.asarray([0.299, 0.587, 0.114])  # ITU-R 601
 
 logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # what is wrong with a file is raised
 logging.getLogger("pydicom").setLevel(logging.CRITICAL)
-
-
-class CorruptSampleError(ValueError):
-    """A sample's image can't be used; names the reason, not the sample.
-
-    `kind` is what such samples are counted by: empty, lfs_pointer, not_an_image, truncated, bomb,
-    channels, unsupported, corrupt.
-    """
-
-    def __init__(self, message: str, kind: str = "corrupt") -> None:
-        super().__init__(message)
-        self.kind = kind
 
 
 class JpegHeader(NamedTuple):

@@ -14,7 +14,7 @@ import numpy.typing as npt
 from PIL import Image, UnidentifiedImageError
 from scipy import ndimage  # type: ignore[import-untyped]
 
-from mae_core.data.decode import Pixels
+from mae_core.data.pixels import Pixels
 from mae_core.data.samples import DataError
 from mae_core.data.transforms import Crop, resize_crop
 

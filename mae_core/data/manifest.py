@@ -18,7 +18,7 @@ import numpy.typing as npt
 from pydantic import Field, ValidationError
 
 from mae_core.config import StrictConfig
-from mae_core.data.decode import Pixels
+from mae_core.data.pixels import Pixels
 from mae_core.data.samples import DataError
 
 MANIFEST_NAME = "manifest.json"

@@ -20,7 +20,8 @@ from cykooz_resizer import (
     Resizer,
 )
 
-from mae_core.data.decode import SHRINKS, Pixels
+from mae_core.data.decode import SHRINKS
+from mae_core.data.pixels import Pixels
 
 _BICUBIC = ResizeAlg.convolution(FilterType.catmull_rom)
 _PIXEL_TYPES = {

@@ -10,7 +10,8 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from mae_core.data.decode import CorruptSampleError, Pixels, decode_image, jpeg_header
+from mae_core.data.decode import decode_image, jpeg_header
+from mae_core.data.pixels import CorruptSampleError, Pixels
 from mae_core.data.randomness import named_generator, sample_generator
 from mae_core.data.transforms import cut_view, largest_shrink, random_crop
 

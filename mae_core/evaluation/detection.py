@@ -19,8 +19,8 @@ from faster_coco_eval.core.faster_eval_api import COCOeval_faster
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 
-from mae_core.data import decode
 from mae_core.data.boxes import Boxes
+from mae_core.data.pixels import Pixels as DecodedPixels
 from mae_core.model.detector import Detections
 
 Pixels = npt.NDArray[np.uint8]
@@ -177,7 +177,7 @@ def _mean(values: Floats) -> float:
 
 
 def detection_picture(
-    pictures: Sequence[decode.Pixels],
+    pictures: Sequence[DecodedPixels],
     truths: Sequence[Boxes],
     detections: Sequence[Detections],
     names: Sequence[str],
@@ -224,7 +224,7 @@ def _colour(label: int) -> tuple[int, int, int]:
     return _COLOURS[label % len(_COLOURS)]
 
 
-def _tile(pixels: decode.Pixels, truth: Boxes, found: Detections) -> Image.Image:
+def _tile(pixels: DecodedPixels, truth: Boxes, found: Detections) -> Image.Image:
     height, width = pixels.shape[:2]
     low, high = _TILE_HEIGHT_PX
     by = min(min(max(height, low), high) / height, _TILE_WIDTH_PX / width)
@@ -270,7 +270,7 @@ def _write_score(
     draw.text((left + width / 2, top + height / 2), text, fill=ink, font=font, anchor="mm")
 
 
-def _shown(pixels: decode.Pixels) -> Pixels:
+def _shown(pixels: DecodedPixels) -> Pixels:
     """(H, W, 3), 8 bits."""
     channels = pixels[..., :3] if pixels.shape[2] >= 3 else pixels[..., :1].repeat(3, axis=2)
     white, full = float(np.percentile(channels, _WHITE_PERCENTILE)), np.iinfo(channels.dtype).max

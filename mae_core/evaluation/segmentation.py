@@ -16,8 +16,8 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torchmetrics.functional.classification import multiclass_confusion_matrix
 
-from mae_core.data.decode import Pixels
 from mae_core.data.label_maps import IGNORE, InstanceMap, LabelMap, classes_to_instances
+from mae_core.data.pixels import Pixels
 
 Picture = npt.NDArray[np.uint8]  # (H, W, 3), RGB
 Colour = tuple[int, int, int]

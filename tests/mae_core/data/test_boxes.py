@@ -17,7 +17,7 @@ from mae_core.data.boxes import (
     fitted_view,
     parse_boxes,
 )
-from mae_core.data.decode import Pixels
+from mae_core.data.pixels import Pixels
 from mae_core.data.samples import DataError
 from mae_core.data.synthetic import draw_scene, encode_scene
 

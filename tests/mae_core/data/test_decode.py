@@ -19,12 +19,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from mae_core.data.decode import (
-    CorruptSampleError,
-    decode_image,
-    encode_jpeg,
-    jpeg_header,
-)
+from mae_core.data.decode import decode_image, encode_jpeg, jpeg_header
+from mae_core.data.pixels import CorruptSampleError
 from mae_core.data.samples import iter_samples
 
 # Files of bad_inputs that Pillow opens and we refuse, and the other way round.

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from PIL import Image
 from scipy import ndimage
 
-from mae_core.data.decode import Pixels
 from mae_core.data.label_maps import (
     IGNORE,
     LabelMap,
@@ -23,6 +22,7 @@ from mae_core.data.label_maps import (
     instances_to_classes,
     segmentation_view,
 )
+from mae_core.data.pixels import Pixels
 from mae_core.data.samples import DataError
 
 WHERE = "s3://bucket/train-000001.tar: cat7"

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from torchvision.transforms import RandomResizedCrop
 
-from mae_core.data.decode import Pixels
+from mae_core.data.pixels import Pixels
 from mae_core.data.randomness import sample_generator
 from mae_core.data.transforms import (
     Crop,

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mae_core.data.decode import CorruptSampleError, Pixels, decode_image
+from mae_core.data.decode import decode_image
+from mae_core.data.pixels import CorruptSampleError, Pixels
 from mae_core.data.randomness import sample_generator
 from mae_core.data.transforms import largest_shrink, random_crop, resize_crop
 from mae_core.data.views import ViewSpec, training_view, training_views
