@@ -14,6 +14,7 @@ Errors:
 import argparse
 import errno
 import io
+import logging
 import os
 import secrets
 import sys
@@ -27,6 +28,8 @@ import pyarrow as pa
 from pyarrow import fs as pafs
 
 from infra.patience import ObjectStream, fill_patiently, patiently
+
+logger = logging.getLogger(__name__)
 
 S3_SCHEME = "s3://"
 
@@ -43,8 +46,23 @@ STREAM_BUFFER_BYTES = 8 * 2**20
 COPY_BYTES = 8 * 2**20
 
 
+# What a disk says when the same write would fail again, and what to do about it.
+DISK_ERRORS = {
+    errno.ENOSPC: "the disk is full ({}). Make room, or choose another {}",
+    errno.EDQUOT: "the disk quota is used up ({}). Make room, or choose another {}",
+    errno.EROFS: "the disk is read-only ({}). Mount it for writing, or choose another {}",
+    errno.EACCES: "access is denied ({}). Change the rights, or choose another {}",
+    errno.EPERM: "access is denied ({}). Change the rights, or choose another {}",
+}
+
+
 class StorageError(RuntimeError):
     """The store cannot be used; says what failed, where, and what to try."""
+
+    def __init__(self, message: str, *, is_lasting: bool = False) -> None:
+        super().__init__(message)
+        self.is_lasting = is_lasting
+        """Whether the same request would fail again."""
 
 
 class NoShardsError(RuntimeError):
@@ -69,6 +87,15 @@ def absolute(uri: str) -> str:
         parts = [part for part in uri.removeprefix(S3_SCHEME).split("/") if part]
         if not parts:
             raise ValueError(f"{uri!r} names no bucket; write s3://bucket/folder")
+        if "@" in parts[0]:
+            raise ValueError(
+                f"s3://***@{parts[0].rpartition('@')[2]}/...: an address holds no keys; give them"
+                " by AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+            )
+        if ".." in parts or "." in parts or "\0" in uri:
+            raise ValueError(
+                f"{uri!r}: '.', '..' and NUL have no meaning in s3://; write it without"
+            )
         return S3_SCHEME + "/".join(parts)
     if "://" in uri:
         raise ValueError(f"{uri!r}: only local paths and s3:// are supported")
@@ -116,11 +143,16 @@ def _s3_filesystem(
 
 
 @contextmanager
-def storage_errors(action: str, uri: str) -> Iterator[None]:
-    """Turn what pyarrow raises inside into a StorageError that names `uri`.
+def storage_errors(action: str, uri: str, local: Path | None = None) -> Iterator[None]:
+    """Turn what pyarrow and the system raise inside into a StorageError that names `uri`.
 
     For code that reads from `open_stream` or `open_random`, too: their reads fail later than
     the call that opened them.
+
+    Args:
+        action: a verb, for the message.
+        uri: of the file.
+        local: the file on this machine that is written meanwhile, if there is one.
 
     Raises:
         FileNotFoundError: as it came, unless it is the bucket that is not there.
@@ -133,7 +165,27 @@ def storage_errors(action: str, uri: str) -> Iterator[None]:
         message = f"cannot {action} {absolute(uri)}: it does not exist"
         raise FileNotFoundError(errno.ENOENT, message) from error
     except (OSError, pa.ArrowException) as error:
-        raise StorageError(f"cannot {action} {absolute(uri)}: {_explain(uri, error)}") from error
+        place = absolute(uri)
+        if (known := disk_error(f"{action} {place}", error, local)) is not None:
+            raise known from error
+        raise StorageError(f"cannot {action} {place}: {_explain(uri, error)}") from error
+
+
+def disk_error(action: str, error: BaseException, local: Path | None = None) -> StorageError | None:
+    """The StorageError for a disk that is full, read-only or closed to us; None for another error.
+
+    Args:
+        action: what was tried and where, such as "write runs/run.json".
+        error: of the system.
+        local: the file in a temporary folder that was written, if it was that.
+    """
+    number = error.errno if isinstance(error, OSError) else None
+    if number not in DISK_ERRORS:
+        return None
+    where = "" if local is None else f" to {local}"
+    setting = "storage.root" if local is None else "temporary folder (TMPDIR)"
+    reason = DISK_ERRORS[number].format(error, setting)
+    return StorageError(f"cannot {action}{where}: {reason}", is_lasting=True)
 
 
 def _check_bucket(uri: str) -> None:
@@ -150,8 +202,6 @@ def _check_bucket(uri: str) -> None:
 def _explain(uri: str, error: BaseException) -> str:
     text = str(error)
     if not is_remote(uri):
-        if getattr(error, "errno", None) == errno.ENOSPC:
-            return f"the disk is full ({text}). Make room, or choose another storage.root"
         return text
     if "ACCESS_DENIED during HeadObject" in text:
         # A HEAD has no body to say why; a listing has one.
@@ -312,7 +362,17 @@ def _list_names(uri: str, kind: pafs.FileType) -> list[str]:
             infos = filesystem.get_file_info(pafs.FileSelector(path))
     except FileNotFoundError:
         return []
-    return sorted(info.base_name for info in infos if info.type == kind)
+    return sorted(
+        name for info in infos if info.type == kind and _is_name(name := info.base_name, uri)
+    )
+
+
+def _is_name(name: str, uri: str) -> bool:
+    """Whether a listed name is one that a file can have: a store may list any key."""
+    if name and "\0" not in name and not {".", "..", ""} & set(name.split("/")):
+        return True
+    logger.warning("%s lists %r, which is no file name; it is left out", uri, name)
+    return False
 
 
 class FileFacts(NamedTuple):
@@ -333,9 +393,10 @@ def list_tree(uri: str, *, deep: bool = True) -> dict[str, FileFacts]:
         infos = [info] if info.type == pafs.FileType.File else []
         path = path.rpartition("/")[0]
     return {
-        info.path.removeprefix(path).lstrip("/"): FileFacts(int(info.size), int(info.mtime_ns or 0))
+        name: FileFacts(int(info.size), int(info.mtime_ns or 0))
         for info in infos
         if info.type == pafs.FileType.File
+        and _is_name(name := info.path.removeprefix(path).removeprefix("/"), uri)
     }
 
 

@@ -2,12 +2,15 @@
 
 import errno
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
-from pyarrow import fs as pafs
-
 from infra import storage
+from infra.file_names import path_below
+
+
+class WrongSizeError(ValueError):
+    """A file is not as long as its manifest says."""
 
 
 def upload_folder(
@@ -40,25 +43,33 @@ def _read_chunks(path: Path) -> Iterator[bytes]:
             yield chunk
 
 
-def download_folder(uri: str, local: Path) -> None:
-    """Copy a folder with all its subfolders to a local one.
+def download_files(uri: str, sizes: Mapping[str, int], local: Path) -> None:
+    """Copy the named files of a folder, and no others, to a local one.
+
+    Args:
+        uri: of the folder.
+        sizes: bytes of each file, by its path in the folder. They come from a manifest: a file of
+            another size is refused before it is fetched.
+        local: folder that no file may leave.
 
     Raises:
-        FileNotFoundError: the folder is not there.
-        StorageError: also when a file came out shorter than it was listed.
+        FileNotFoundError: a file is not there.
+        UnsafeNameError: a name leads out of the folder.
+        WrongSizeError: a file has another size.
+        StorageError: also when a file came out shorter than it is.
     """
-    filesystem, path = storage.open_filesystem(uri)
-    with storage.storage_errors("download", uri):
-        for info in filesystem.get_file_info(pafs.FileSelector(path, recursive=True)):
-            if info.type != pafs.FileType.File:
-                continue
-            name = Path(info.path).relative_to(path).as_posix()
-            target = local / name
+    targets = {name: path_below(local, name, uri) for name in sizes}
+    for name, target in targets.items():
+        place = storage.join(uri, name)
+        if (found := storage.file_size(place)) != sizes[name]:
+            raise WrongSizeError(f"{place}: has {found} bytes, not {sizes[name]}")
+        with storage.storage_errors("download", place, target):
             target.parent.mkdir(parents=True, exist_ok=True)
-            with storage.open_stream(storage.join(uri, name)) as source, target.open("wb") as file:
+            # "x": a file or a link that is there already is not written through.
+            with storage.open_stream(place) as source, target.open("xb") as file:
                 shutil.copyfileobj(source, file, storage.COPY_BYTES)
-            if target.stat().st_size != info.size:
+            if target.stat().st_size != found:
                 raise storage.StorageError(
-                    f"cannot download {storage.join(uri, name)}:"
-                    f" got {target.stat().st_size} of {info.size} bytes. Try again"
+                    f"cannot download {place}: got {target.stat().st_size} of {found} bytes."
+                    " Try again"
                 )

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from infra import storage, transfers
+from infra.file_names import UnsafeNameError
 from mae_core.checkpoint import (
     MANIFEST_FILE,
     CheckpointManifest,
@@ -75,12 +76,19 @@ def find_checkpoint(run_uri: str, workspace: Path) -> FoundCheckpoint | None:
 
 
 def fetch_checkpoint(uri: str, folder: Path) -> FoundCheckpoint:
-    """Raises: CorruptCheckpointError: it is not whole."""
+    """Copy the files that the checkpoint's manifest lists, and no others; compare them with it.
+
+    Raises:
+        CorruptCheckpointError: it is not whole.
+    """
     folder.mkdir(parents=True)
     try:
-        transfers.download_folder(uri, folder)
-    except FileNotFoundError as error:  # some stores still list a folder whose files are gone
-        raise CorruptCheckpointError(f"{uri}: there is nothing in it") from error
+        data = storage.read_bytes(storage.join(uri, MANIFEST_FILE))
+        (folder / MANIFEST_FILE).write_bytes(data)
+        sizes = {name: file.bytes for name, file in read_manifest(folder).files.items()}
+        transfers.download_files(uri, sizes, folder)
+    except (FileNotFoundError, UnsafeNameError, transfers.WrongSizeError) as error:
+        raise CorruptCheckpointError(f"{uri}: {error}") from error
     return FoundCheckpoint(uri, folder, verify_checkpoint(folder))
 
 

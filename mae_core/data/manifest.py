@@ -15,7 +15,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, field_validator
 
 from mae_core.config import StrictConfig
 from mae_core.data.pixels import Pixels
@@ -49,6 +49,14 @@ class ShardInfo(StrictConfig):
     num_bytes: int = Field(ge=0)
     sha256: str | None = None
     """Of the whole tar; None where it was indexed without reading the images."""
+
+    @field_validator("path", "index")
+    @classmethod
+    def _stays_in_the_folder(cls, name: str) -> str:
+        """Refuse a name that leads out of the folder: a manifest comes from whoever packed it."""
+        if not name or "\0" in name or ".." in name.split("/"):
+            raise ValueError(f"{name!r} is no name of a file in the folder")
+        return name
 
 
 class Manifest(StrictConfig):
@@ -182,11 +190,12 @@ def index_from_bytes(data: bytes, uri: str) -> SampleIndex:
     """Raises: DataError: the bytes are no index; names `uri`."""
     try:
         rows = np.load(io.BytesIO(data), allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
+    except (ValueError, EOFError, OSError, MemoryError) as error:
         raise DataError(f"{uri}: not a sample index ({error}); index the shards again") from error
     pair = rows.ndim == 2 and len(rows) == 2
     offsets = rows[0] if pair else rows
-    if offsets.ndim != 1 or rows.dtype != np.int64 or (np.diff(offsets) <= 0).any():
+    is_list = offsets.ndim == 1 and len(offsets) > 0 and rows.dtype == np.int64
+    if not is_list or offsets[0] < 0 or (np.diff(offsets) <= 0).any():
         raise DataError(f"{uri}: not a rising list of offsets; index the shards again")
     checksums = rows[1, :-1] if pair else None
     if checksums is not None and _checksum(offsets, checksums) != rows[1, -1]:

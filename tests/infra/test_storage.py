@@ -168,6 +168,32 @@ def test_other_schemes_and_no_bucket_are_refused(uri: str) -> None:
         storage.open_filesystem(uri)
 
 
+@pytest.mark.parametrize(
+    ("uri", "message"),
+    [
+        ("s3://bucket/a/../../b", "no meaning"),
+        ("s3://bucket/./b", "no meaning"),
+        ("s3://bucket/a\0b", "no meaning"),
+        ("s3://AKIAKEY:hidden@bucket/b", "AWS_SECRET_ACCESS_KEY"),
+    ],
+)
+def test_an_address_that_climbs_or_holds_a_key_is_refused(uri: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message) as caught:
+        storage.absolute(uri)
+    assert "hidden" not in str(caught.value)
+
+
+def test_names_that_no_file_has_are_left_out_of_listings(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    keys = ["run/a", "run/../evil", "run/sub/../../evil", "run/sub/b"]
+    with listing_server(keys) as port:
+        set_endpoint(monkeypatch, port)
+        assert set(storage.list_tree("s3://data/run")) == {"a", "sub/b"}
+        assert ".." not in storage.list_folders("s3://data/run")
+    assert "s3://data/run lists '../evil', which is no file name" in caplog.text
+
+
 USES: list[Callable[[str], object]] = [
     expand_shards,
     storage.read_bytes,
@@ -230,6 +256,42 @@ def set_endpoint(monkeypatch: pytest.MonkeyPatch, port: int) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+
+
+@contextmanager
+def listing_server(keys: list[str]) -> Iterator[int]:
+    """An S3 whose one bucket lists these keys, whatever is asked for."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            contents = "".join(
+                f"<Contents><Key>{key}</Key><Size>1</Size>"
+                "<LastModified>2026-01-01T00:00:00.000Z</LastModified></Contents>"
+                for key in keys
+            )
+            body = (
+                f"<ListBucketResult><IsTruncated>false</IsTruncated>{contents}</ListBucketResult>"
+            )
+            self.send_response(200)
+            self.send_header("Content-Type", "application/xml")
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body.encode())
+
+        def do_HEAD(self) -> None:
+            self.send_response(404)
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield server.server_port
+    finally:
+        server.shutdown()
+        server.server_close()
 
 
 @contextmanager

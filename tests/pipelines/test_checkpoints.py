@@ -173,3 +173,16 @@ def test_a_fetched_checkpoint_must_be_whole(saved: dict[int, Path], tmp_path: Pa
     cut(saved[5] / "model.safetensors")
     with pytest.raises(CorruptCheckpointError, match=r"model\.safetensors"):
         fetch_checkpoint(str(saved[5]), tmp_path / "b")
+
+
+def test_only_what_the_manifest_lists_is_copied(saved: dict[int, Path], tmp_path: Path) -> None:
+    (saved[5] / "extra").write_text("not ours")
+    (saved[5] / "sub").mkdir()
+    (saved[5] / "sub" / "extra").write_text("not ours")
+    assert sorted(
+        file.name for file in fetch_checkpoint(str(saved[5]), tmp_path / "a").folder.iterdir()
+    ) == [
+        "manifest.json",
+        "model.safetensors",
+        "training_state.safetensors",
+    ]

@@ -1,6 +1,8 @@
 """The manifest: what is written is read again, and what is no manifest is an error in words."""
 
 import hashlib
+import io
+import json
 
 import numpy as np
 import numpy.typing as npt
@@ -181,3 +183,28 @@ def test_a_flipped_bit_of_an_index_with_checksums_is_seen() -> None:
         with pytest.raises(DataError, match=r"^x\.npy: "):
             index_from_bytes(bytes(data), "x.npy")
         data[place] ^= 1
+
+
+@pytest.mark.parametrize("key", ["path", "index"])
+@pytest.mark.parametrize("name", ["../../etc/passwd", "a/../b", "", "a\0b"])
+def test_a_name_that_leads_out_of_the_folder_is_refused(key: str, name: str) -> None:
+    names = {"path": "0.tar", "index": "0.tar.index.npy", key: name}
+    text = json.dumps({"shards": [{**names, "num_samples": 1, "num_bytes": 512}]}).encode()
+    with pytest.raises(
+        DataError, match=f"set/manifest.json: .*shards.0.{key}: .*no name of a file"
+    ):
+        parse_manifest(text, "set/manifest.json")
+
+
+def test_an_index_that_begins_before_the_shard_is_refused() -> None:
+    data = index_to_bytes(SampleIndex(np.array([-512, 0, 512]), None))
+    with pytest.raises(DataError, match="not a rising list of offsets"):
+        index_from_bytes(data, "x.npy")
+
+
+@pytest.mark.parametrize("shape", [(0,), (2, 0), (1, 3), (2, 2, 2)])
+def test_an_index_of_another_shape_is_refused(shape: tuple[int, ...]) -> None:
+    buffer = io.BytesIO()
+    np.save(buffer, np.zeros(shape, dtype=np.int64))
+    with pytest.raises(DataError, match="not a rising list of offsets"):
+        index_from_bytes(buffer.getvalue(), "x.npy")
