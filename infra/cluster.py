@@ -7,10 +7,11 @@ docs/guides/kubernetes.md says how to make them.
 from pathlib import Path
 from typing import Annotated, Self
 
-import yaml
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from infra.config import _StrictConfig
+from infra.typed_text import typed
+from infra.yaml_files import YamlFileError, read_yaml
 
 # Operator and pods must agree on it; a test compares it with requirements.lock.
 RAY_VERSION = "2.60.0"
@@ -131,9 +132,11 @@ def load_cluster(file: Path) -> ClusterConfig:
         ClusterConfigError: no such file, not YAML, or a wrong or misspelt key.
     """
     try:
-        return ClusterConfig.model_validate(yaml.safe_load(file.read_text()))
-    except (OSError, yaml.YAMLError) as error:
-        raise ClusterConfigError(f"{file}: {error}") from error
+        return ClusterConfig.model_validate(typed(ClusterConfig, read_yaml(file).values))
+    except FileNotFoundError:
+        raise ClusterConfigError(f"{file}: no such file") from None
+    except YamlFileError as error:
+        raise ClusterConfigError(str(error)) from error
     except ValidationError as error:
         lines = [
             f"{file} {'.'.join(map(str, mistake['loc']))}: {mistake['msg']}"

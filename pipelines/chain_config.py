@@ -13,14 +13,16 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, Self
+from types import MappingProxyType
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
 from infra.config import StorageConfig, TrackingConfig
+from infra.typed_text import Word, Written
 from mae_core.config import StrictConfig
 from pipelines.config import NAME_PATTERN, ConfigError
-from pipelines.config_loading import load_config, parse_value
+from pipelines.config_loading import Given, load_with_origins
 from pipelines.stage_kinds import KINDS, StageKind
 from pipelines.stages import Node, in_order
 
@@ -38,7 +40,7 @@ class StageSpec(StrictConfig):
     name says."""
     files: tuple[str, ...] = ()
     """Config files, merged left to right, relative to the working folder."""
-    set: dict[str, Any] = Field(default_factory=dict)
+    set: dict[str, Annotated[Any, Written]] = Field(default_factory=dict)
     """Values by dotted key, over the files. `{pretrain}` is the output of the stage pretrain."""
     needs: tuple[str, ...] = ()
     """Stages to wait for, besides those whose output a value names: gates. They are no part of what
@@ -167,12 +169,10 @@ def load_chain(file: Path, words: Iterable[str] = (), sweeps: Sequence[str] = ()
     of_stages: list[str] = []
     for word in words:
         (own if _is_of_chain(word) else of_stages).append(word)
-    config = load_config(ChainConfig, [file], own)
-    values = _stage_values(config, of_stages)
-    stages = {
-        name: _build(file, name, spec, values.get(name, {})) for name, spec in config.stages.items()
-    }
-    stages = _swept(file, stages, values, [_parse_sweep(word) for word in sweeps])
+    config, origins = load_with_origins(ChainConfig, [file], own)
+    source = _Source(file, origins, _stage_values(config, of_stages))
+    stages = {name: _build(source, name, spec) for name, spec in config.stages.items()}
+    stages = _swept(source, stages, [_parse_sweep(word) for word in sweeps])
     for stage in stages.values():
         for name in stage.references:
             if name not in stages:
@@ -188,8 +188,17 @@ def _is_of_chain(word: str) -> bool:
     return word.partition("=")[0].split(".")[0] in ChainConfig.model_fields
 
 
-def _stage_values(config: ChainConfig, words: Iterable[str]) -> dict[str, dict[str, Any]]:
-    values: dict[str, dict[str, Any]] = {}
+@dataclass(frozen=True)
+class _Source:
+    """Where a pipeline was read from."""
+
+    file: Path
+    origins: Mapping[str, str]  # of the file's values, by dotted key
+    words: Mapping[str, Mapping[str, Word]]  # over the file's values: of each stage, by dotted key
+
+
+def _stage_values(config: ChainConfig, words: Iterable[str]) -> dict[str, dict[str, Word]]:
+    values: dict[str, dict[str, Word]] = {}
     for word in words:
         key, separator, text = word.partition("=")
         stage, _, inner = key.partition(".")
@@ -198,13 +207,18 @@ def _stage_values(config: ChainConfig, words: Iterable[str]) -> dict[str, dict[s
                 f"{word!r}: write STAGE.section.key=value; the stages are "
                 f"{', '.join(config.stages)}"
             )
-        values.setdefault(stage, {})[inner] = parse_value(text)
+        values.setdefault(stage, {})[inner] = Word(text)
     return values
 
 
 def _build(
-    file: Path, name: str, spec: StageSpec, values: Mapping[str, Any], run_name: str = ""
+    source: _Source,
+    name: str,
+    spec: StageSpec,
+    swept: Mapping[str, Word] = MappingProxyType({}),
+    run_name: str = "",
 ) -> Stage:
+    file = source.file
     kind_name = spec.stage or name
     own_file = Path(kind_name) if kind_name.endswith(".py") else None
     if own_file is not None:
@@ -216,19 +230,38 @@ def _build(
             f"{file}: stages.{name}.stage: there is no stage {kind_name!r}; there are "
             f"{', '.join(KINDS)}, or give a .py file"
         )
-    given = {**spec.set, **values}
+    given: list[Given] = []
     if own_file is None and "name" in kind.config_type.model_fields:  # of its run in MLflow
-        given.setdefault("name", re.sub(r"[^A-Za-z0-9_.-]", "-", run_name or name))
+        own_name = re.sub(r"[^A-Za-z0-9_.-]", "-", run_name or name)
+        given.append(Given("name", own_name, str(file)))
+    given += _of_set(source, name, spec)
+    for values in (source.words.get(name, {}), swept):
+        given += [Given(key, text, "command line") for key, text in values.items()]
     if "storage" in kind.config_type.model_fields:
-        given["storage.root"] = f"{{{SELF}}}"
-    words = [f"{key}={json.dumps(value)}" for key, value in given.items()]
+        given.append(Given("storage.root", f"{{{SELF}}}", str(file)))
     try:
-        config = load_config(kind.config_type, [Path(name) for name in spec.files], words)
+        config, _ = load_with_origins(kind.config_type, [Path(x) for x in spec.files], given)
     except ConfigError as error:
         raise ConfigError(
             "\n".join(f"stages.{name}: {x}" for x in str(error).splitlines())
         ) from error
     return Stage(name, spec, own_file.stem if own_file else kind_name, kind, config, own_file)
+
+
+def _of_set(source: _Source, name: str, spec: StageSpec) -> Iterator[Given]:
+    """The values of `set`, each once, whether by its dotted key or within its section."""
+    seen: dict[str, str] = {}
+    for key, value in spec.set.items():
+        place = f"stages.{name}.set.{key}"
+        origin = source.origins.get(place, str(source.file))
+        for inner, _ in dotted({key: value}):
+            # A point of a sweep has its own name, and the same `set`.
+            if inner in seen:
+                raise ConfigError(
+                    f"{origin} stages.{name}.set: {inner} is in {seen[inner]} already"
+                )
+            seen[inner] = origin
+        yield Given(key, value, origin)
 
 
 def _own_kind(chain_file: Path, name: str, file: Path) -> StageKind:
@@ -295,12 +328,7 @@ def _parse_sweep(word: str) -> _Sweep:
     return _Sweep(key=key, values=values)
 
 
-def _swept(
-    file: Path,
-    stages: dict[str, Stage],
-    values: Mapping[str, Mapping[str, Any]],
-    sweeps: Sequence[_Sweep],
-) -> dict[str, Stage]:
+def _swept(source: _Source, stages: dict[str, Stage], sweeps: Sequence[_Sweep]) -> dict[str, Stage]:
     """Each stage that a sweep changes, and each after it, once a point of the grid."""
     if not sweeps:
         return stages
@@ -313,10 +341,9 @@ def _swept(
         names = {name: f"{name}@{label}" for name in changed}
         for name in stages:
             if name in changed:
-                own = {key: parse_value(value) for stage, key, value in chosen if stage == name}
+                own = {key: Word(value) for stage, key, value in chosen if stage == name}
                 spec = _renamed(stages[name].spec, names)
-                over = {**values.get(name, {}), **own}
-                stage = _build(file, name, spec, over, names[name])
+                stage = _build(source, name, spec, own, names[name])
                 # Only now: a reference may stand in one of its files, too.
                 config = _rename(stage.config.model_dump(mode="json"), names)
                 result[names[name]] = replace(

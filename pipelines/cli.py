@@ -22,7 +22,7 @@ from mae_core.data.samples import DataError
 from pipelines.chain_config import load_stage_file
 from pipelines.config import ConfigError, RefusedError, StageResult
 from pipelines.config_fields import describe
-from pipelines.config_loading import load_config
+from pipelines.config_loading import Given, load_config
 from pipelines.failures import can_pass
 from pipelines.stage_kinds import KINDS
 
@@ -150,33 +150,51 @@ def _fields_help(config_type: type[StrictConfig]) -> str:
 
 
 def _config(arguments: argparse.Namespace) -> StrictConfig:
-    files = [Path(word) for word in arguments.words if _is_file(word)]
-    overrides = [word for word in arguments.words if "=" in word]
-    bare = [word for word in arguments.words if not _is_file(word) and "=" not in word]
+    config_type = (
+        load_stage_file(Path(arguments.file)).Config
+        if arguments.stage == "stage"
+        else KINDS[arguments.stage].config_type
+    )
+    values = {word for word in arguments.words if _is_value(word, config_type)}
+    files = [Path(word) for word in arguments.words if word not in values and _is_file(word)]
+    overrides: list[str | Given] = [word for word in arguments.words if word in values]
+    bare = [word for word in arguments.words if word not in values and not _is_file(word)]
     if arguments.stage == "prepare":
         overrides += _prepare_words(bare, arguments.synthetic)
     elif arguments.stage == "embed" and len(bare) == 2 and bare[0] == "search":
-        overrides.append(f"query={bare[1]}")
+        overrides.append(_bare("query", bare[1]))
     elif bare:
         raise ConfigError(f"{bare[0]!r} is neither a .yaml file nor section.key=value")
-    if arguments.stage == "stage":
-        return load_config(load_stage_file(Path(arguments.file)).Config, files, overrides)
-    return load_config(KINDS[arguments.stage].config_type, files, overrides)
+    return load_config(config_type, files, overrides)
+
+
+def _is_value(word: str, config_type: type[StrictConfig]) -> bool:
+    """Whether it is `key=value`, and not the path of something that has such a name."""
+    key, separator, _ = word.partition("=")
+    is_known = key.partition(".")[0] in config_type.model_fields
+    return bool(separator) and (is_known or not Path(word).exists())
 
 
 def _is_file(word: str) -> bool:
-    return "=" not in word and word.endswith((".yaml", ".yml"))
+    return word.endswith((".yaml", ".yml")) and not Path(word).is_dir()
 
 
-def _prepare_words(bare: list[str], synthetic: str | None) -> list[str]:
+def _prepare_words(bare: list[str], synthetic: str | None) -> list[Given]:
     """`mae prepare SOURCE OUT`, `--synthetic shapes OUT`, `index TARS` and such as key=value."""
     if bare and bare[0] in ("index", "stats") and not synthetic:
-        return [f"existing={bare[0]}", *_prepare_words(bare[1:], "")]
+        return [_bare("existing", bare[0]), *_prepare_words(bare[1:], "")]
     keys = ["source", "output"] if synthetic is None else ["output"]
     if len(bare) > len(keys):
         raise ConfigError(f"too many words: {' '.join(bare)}; expected {' '.join(keys).upper()}")
-    given = [f"{key}={word}" for key, word in zip(keys, bare, strict=False)]
-    return [*given, *([f"synthetic={synthetic}"] if synthetic else [])]
+    given = [_bare(key, word) for key, word in zip(keys, bare, strict=False)]
+    return [*given, *([_bare("synthetic", synthetic)] if synthetic else [])]
+
+
+def _bare(key: str, word: str) -> Given:
+    """A word without `key=` is taken as it was typed."""
+    if not word:
+        raise ConfigError(f"{key}: is empty")
+    return Given(key, word, "command line")
 
 
 def _tell(error: BaseException, *, debug: bool) -> int:

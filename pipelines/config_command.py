@@ -8,7 +8,6 @@ STAGE is a stage of `mae --help`, or the .py file of one of your own; `schema` t
 """
 
 import argparse
-import difflib
 import json
 import sys
 from collections.abc import Sequence
@@ -22,7 +21,7 @@ from infra.cluster import ClusterConfig
 from mae_core.config import StrictConfig
 from pipelines.chain_config import ChainConfig, load_stage_file
 from pipelines.config import ConfigError
-from pipelines.config_fields import flatten
+from pipelines.config_fields import did_you_mean, flatten
 from pipelines.config_loading import load_with_origins
 from pipelines.schedule_config import ScheduleFile
 from pipelines.stage_kinds import KINDS
@@ -104,8 +103,8 @@ def _stage_type(stage: str) -> type[StrictConfig]:
 
 
 def _unknown(stage: str, names: list[str]) -> str:
-    near = difflib.get_close_matches(stage, names, n=1, cutoff=0.0)
-    return f"there is no stage {stage!r}; did you mean {near[0]}? There are: {', '.join(names)}"
+    near = did_you_mean(stage, names)
+    return f"there is no stage {stage!r}{near or ';'} There are: {', '.join(names)}"
 
 
 def _schema(stage: str | None) -> dict[str, Any]:

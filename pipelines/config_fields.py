@@ -3,11 +3,23 @@
 Imports no torch, Ray or MLflow.
 """
 
+import difflib
 import json
-from collections.abc import Iterator
-from typing import Any, Literal, cast, get_args, get_origin
+import types
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Annotated, Any, Literal, Union, cast, get_args, get_origin
 
 from mae_core.config import StrictConfig
+
+NEAR = 0.6  # least likeness of two names of which one may be meant for the other
+_WORDS: dict[Any, str] = {
+    str: "text",
+    int: "whole number",
+    float: "number",
+    bool: "true or false",
+    types.NoneType: "null",
+    Any: "any value",
+}
 
 
 def section(config_type: type[StrictConfig], parts: list[str]) -> type[StrictConfig]:
@@ -22,6 +34,27 @@ def section(config_type: type[StrictConfig], parts: list[str]) -> type[StrictCon
         if models and get_origin(found) is not dict:
             found = models[0]
     return cast(type[StrictConfig], found)
+
+
+def annotation_of(config_type: type[StrictConfig], keys: Sequence[str]) -> Any:
+    """The type of the field below these keys; Any where there is none."""
+    found: Any = config_type
+    for key in keys:
+        options = [found, *get_args(found)]
+        models = [x for x in options if hasattr(x, "model_fields")]
+        sections = [x for x in options if get_origin(x) is dict]
+        if get_origin(found) is not dict and models:
+            field = models[0].model_fields.get(key)
+            found = Any if field is None else field.annotation
+        else:
+            found = get_args(sections[0])[1] if sections else Any
+    return found
+
+
+def did_you_mean(name: str, names: Iterable[str], cutoff: float = NEAR) -> str:
+    """The end of a message that names the most similar name; empty where none is near."""
+    near = difflib.get_close_matches(name, sorted(names), n=1, cutoff=cutoff)
+    return f"; did you mean {near[0]}?" if near else ""
 
 
 def describe(
@@ -39,7 +72,7 @@ def describe(
             default = json.dumps(field.get_default(call_default_factory=True), default=str)
         yield (
             f"{prefix}{name}",
-            _type_name(annotation),
+            type_in_words(annotation),
             default,
             " ".join((field.description or "").split()),
         )
@@ -58,9 +91,31 @@ def _flat_items(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str,
             yield f"{prefix}{key}", value if isinstance(value, str) else json.dumps(value)
 
 
-def _type_name(annotation: Any) -> str:
-    if isinstance(annotation, type) and not get_args(annotation):
-        return annotation.__name__
-    if getattr(annotation, "__origin__", None) is Literal:
-        return " | ".join(map(str, get_args(annotation)))
-    return str(annotation).replace("NoneType", "None").replace("typing.", "")
+def type_in_words(annotation: Any) -> str:
+    """The type of a field for a reader who does not know Python: `text or null`."""
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return type_in_words(arguments[0])
+    if origin in (Union, types.UnionType):
+        return _listed([word for x in arguments for word in _choices(x)])
+    if origin is Literal:
+        return _listed(_choices(annotation))
+    if origin is dict:
+        return f"section: {type_in_words(arguments[0])} to {type_in_words(arguments[1])}"
+    if origin is not None and arguments:
+        count = "" if origin is not tuple or Ellipsis in arguments else f"{len(arguments)} "
+        of_items = type_in_words(arguments[0])
+        return f"list of {count}{of_items}{'s' if arguments[0] in _WORDS else ''}"
+    if hasattr(annotation, "model_fields"):
+        return "section"
+    return _WORDS.get(annotation, getattr(annotation, "__name__", str(annotation)))
+
+
+def _choices(annotation: Any) -> list[str]:
+    if get_origin(annotation) is Literal:
+        return [json.dumps(x) if isinstance(x, bool) else str(x) for x in get_args(annotation)]
+    return [type_in_words(annotation)]
+
+
+def _listed(words: Sequence[str]) -> str:
+    return " or ".join(filter(None, [", ".join(words[:-1]), words[-1]]))

@@ -7,23 +7,36 @@ import difflib
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
-import yaml
 from pydantic import ValidationError
 
+from infra.typed_text import NULLS, Word, read_word, typed
+from infra.yaml_files import Plain, YamlFile, YamlFileError, read_yaml
 from mae_core.config import StrictConfig
 from pipelines.config import ConfigError
-from pipelines.config_fields import describe, section
+from pipelines.config_fields import NEAR, annotation_of, describe, did_you_mean, section
 
 ENVIRONMENT_PREFIX = "MAE__"
+MAX_SHOWN = 120  # characters of a value in a message
 ConfigT = TypeVar("ConfigT", bound=StrictConfig)
+
+
+class Given(NamedTuple):
+    """A value that does not stand in a config file."""
+
+    key: str
+    """Dotted."""
+    value: Any
+    """A `Word` is read as its field asks; other text is taken as it is."""
+    origin: str
+    """Where it was written, for messages."""
 
 
 def load_config(
     config_type: type[ConfigT],
     files: Iterable[Path],
-    overrides: Iterable[str] = (),
+    overrides: Iterable[str | Given] = (),
     environment: Mapping[str, str] = os.environ,
 ) -> ConfigT:
     """Merge YAML files left to right, then MAE__SECTION__KEY, then `section.key=value`.
@@ -37,36 +50,56 @@ def load_config(
 def load_with_origins(
     config_type: type[ConfigT],
     files: Iterable[Path],
-    overrides: Iterable[str] = (),
+    overrides: Iterable[str | Given] = (),
     environment: Mapping[str, str] = os.environ,
 ) -> tuple[ConfigT, dict[str, str]]:
     """As `load_config`, and where each value that is no default was written, by dotted key."""
     raw: dict[str, Any] = {}
     origins: dict[str, str] = {}
     for file in files:
-        values, lines = _read_yaml(file)
+        values, lines = read_config_file(file)
         raw = _merge(raw, values)
         origins |= {key: f"{file}:{line}" for key, line in lines.items()}
-    for name, text in sorted(environment.items()):
-        keys = name.removeprefix(ENVIRONMENT_PREFIX).lower().split("__")
-        # One environment serves every stage: what another stage reads is not this one's mistake.
-        if name.startswith(ENVIRONMENT_PREFIX) and keys[0] in config_type.model_fields:
-            value = parse_value(text)
-            raw = _merge(raw, _nest(keys, value))
-            origins |= dict.fromkeys(_keys(".".join(keys), value), f"environment {name}")
-    for override in overrides:
-        key, separator, text = override.partition("=")
-        if not separator or not key:
-            raise ConfigError(f"{override!r} is neither a YAML file nor section.key=value")
-        value = parse_value(text)
+    given = [*_of_environment(config_type, environment), *map(_of_word, overrides)]
+    for key, value, origin in given:
+        if isinstance(value, Word):
+            value = _read(config_type, key, value, origin)
         raw = _merge(raw, _nest(key.split("."), value))
-        origins |= dict.fromkeys(_keys(key, value), "command line")
+        origins |= dict.fromkeys(_keys(key, value), origin)
     try:
-        return config_type.model_validate(raw), origins
+        return config_type.model_validate(typed(config_type, raw)), origins
+    except YamlFileError as error:
+        raise ConfigError(str(error)) from error
     except ValidationError as error:
         raise ConfigError(
             "\n".join(_explain(config_type, dict(e), origins) for e in error.errors())
         ) from error
+
+
+def _of_environment(
+    config_type: type[StrictConfig], environment: Mapping[str, str]
+) -> Iterator[Given]:
+    for name, text in sorted(environment.items()):
+        keys = name.removeprefix(ENVIRONMENT_PREFIX).lower().split("__")
+        # One environment serves every stage: what another stage reads is not this one's mistake.
+        if name.startswith(ENVIRONMENT_PREFIX) and keys[0] in config_type.model_fields:
+            yield Given(".".join(keys), Word(text), f"environment {name}")
+
+
+def _of_word(word: str | Given) -> Given:
+    if isinstance(word, Given):
+        return word
+    key, separator, text = word.partition("=")
+    if not separator or not key:
+        raise ConfigError(f"{word!r} is neither a YAML file nor section.key=value")
+    return Given(key, Word(text), "command line")
+
+
+def _read(config_type: type[StrictConfig], key: str, text: Word, origin: str) -> Any:
+    try:
+        return read_word(annotation_of(config_type, key.split(".")), text)
+    except YamlFileError as error:
+        raise ConfigError(f"{origin} {key}: {error}") from error
 
 
 def _keys(key: str, value: Any) -> Iterator[str]:
@@ -77,39 +110,28 @@ def _keys(key: str, value: Any) -> Iterator[str]:
             yield from _keys(f"{key}.{name}", below)
 
 
-def _read_yaml(file: Path) -> tuple[dict[str, Any], dict[str, int]]:
-    """The file's values, and the line of each dotted key."""
+def read_config_file(file: Path) -> YamlFile:
+    """Read the sections of a YAML file, not yet typed, and the line of each dotted key.
+
+    Raises:
+        ConfigError: there is no such file, or it is no config; names the line.
+    """
     try:
-        text = file.read_text()
-        values, node = yaml.safe_load(text), yaml.compose(text, Loader=yaml.SafeLoader)
+        values, lines = read_yaml(file)
     except FileNotFoundError:
-        nearest = difflib.get_close_matches(
-            str(file), map(str, file.parent.glob("*.yaml")), n=1, cutoff=0.0
-        )
-        hint = f"; did you mean {nearest[0]}?" if nearest else ""
-        raise ConfigError(f"{file}: no such file{hint}") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"{file}: {' '.join(str(error).split())}") from error
-    if values is None:
-        return {}, {}
+        raise ConfigError(f"{file}: no such file{near_file(file)}") from None
+    except YamlFileError as error:
+        raise ConfigError(str(error)) from error
+    if isinstance(values, Plain) and values in NULLS:
+        return YamlFile({}, {})
     if not isinstance(values, dict):
         raise ConfigError(f"{file}: holds no `section: ...` at its top level")
-    return values, dict(_lines(node))
+    return YamlFile(values, lines)
 
 
-def _lines(node: Any, prefix: str = "") -> Iterator[tuple[str, int]]:
-    for key, value in node.value:
-        name = f"{prefix}{key.value}"
-        yield name, key.start_mark.line + 1
-        if isinstance(value, yaml.MappingNode):
-            yield from _lines(value, f"{name}.")
-
-
-def parse_value(text: str) -> Any:
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError:  # such as {000000..000099}.tar
-        return text
+def near_file(file: Path) -> str:
+    near = did_you_mean(file.name, (x.name for x in file.parent.glob("*.yaml")))
+    return near.replace("mean ", f"mean {file.parent}/") if file.parent != Path() else near
 
 
 def _nest(keys: list[str], value: Any) -> Any:
@@ -146,7 +168,7 @@ def _explain(
     if error["type"] == "extra_forbidden":
         names = list(section(config_type, parts[:-1]).model_fields)
         everywhere = {field.rsplit(".", 1)[-1]: field for field, *_ in describe(config_type)}
-        near = difflib.get_close_matches(parts[-1], names, n=1, cutoff=0.4)
+        near = difflib.get_close_matches(parts[-1], names, n=1, cutoff=NEAR)
         in_section = [".".join([*parts[:-1], *near])] if near else []
         elsewhere = [
             everywhere[name] for name in difflib.get_close_matches(parts[-1], everywhere, n=1)
@@ -161,6 +183,16 @@ def _explain(
         name = next((n for n in needed if n == key or n.startswith(f"{key}.")), key)
         return f"{name}: is needed; give it in a file or as {name}=..."
     message = str(error["msg"]).removeprefix("Value error, ")
-    given = error.get("input")
-    shown = f", not {given!r}" if isinstance(given, str | int | float | bool) else ""
-    return f"{place}: {message}{shown}"
+    return f"{place}: {message}{shown(error.get('input'))}"
+
+
+def shown(given: object) -> str:
+    """The end of a message that shows the value, where a line can."""
+    if given is None:
+        return "; it is empty"
+    if isinstance(given, dict) and len(given) == 1 and None in given.values():
+        return f"; put quotes around {{{next(iter(given))}}}, which YAML takes for a section"
+    if not isinstance(given, str | int | float | bool):
+        return ""
+    text = repr(given)
+    return f", not {text}" if len(text) <= MAX_SHOWN else f", not {text[:MAX_SHOWN]}..."

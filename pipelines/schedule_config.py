@@ -3,20 +3,22 @@
 Imports no torch, Ray or MLflow.
 """
 
-import difflib
 from collections import Counter
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal, Self
 from zoneinfo import available_timezones
 
-import yaml
 from cronsim import CronSim, CronSimError
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from infra import storage
+from infra.typed_text import typed
+from infra.yaml_files import YamlFileError
 from mae_core.config import StrictConfig
 from pipelines.config import ConfigError
+from pipelines.config_fields import did_you_mean
+from pipelines.config_loading import near_file, read_config_file, shown
 
 NAME_PATTERN = r"^[a-z]([-a-z0-9]*[a-z0-9])?$"  # Kubernetes' and Ray's names begin with it
 CRON_HINT = "minute hour day month weekday, such as '30 2 * * *' or '*/15 8-18 * * MON-FRI'"
@@ -75,8 +77,7 @@ class Schedule(StrictConfig):
     def _is_time_zone(cls, name: str) -> str:
         names = available_timezones()
         if name not in names:
-            near = difflib.get_close_matches(name, sorted(names), n=1, cutoff=0.0)
-            raise ValueError(f"no such time zone{_did_you_mean(near)}")
+            raise ValueError(f"no such time zone{did_you_mean(name, names)}")
         return name
 
     @model_validator(mode="after")
@@ -127,14 +128,16 @@ def load_schedules(file: Path) -> list[Schedule]:
         name = entry.get("name", "?") if isinstance(entry, dict) else "?"
         place = f"{file}:{line} schedule {name}"
         try:
-            schedule = Schedule.model_validate(entry)
+            schedule = Schedule.model_validate(typed(Schedule, entry))
+        except YamlFileError as error:
+            mistakes.append(str(error))
+            continue
         except ValidationError as error:
             mistakes += [f"{place}: {_explain(dict(e))}" for e in error.errors()]
             continue
         if not Path(schedule.chain).is_file():
-            there = map(str, Path(schedule.chain).parent.glob("*.yaml"))
-            near = difflib.get_close_matches(schedule.chain, there, n=1, cutoff=0.0)
-            mistakes.append(f"{place}: chain: no such file {schedule.chain}{_did_you_mean(near)}")
+            near = near_file(Path(schedule.chain))
+            mistakes.append(f"{place}: chain: no such file {schedule.chain}{near}")
         schedules.append(schedule)
     twice = [name for name, count in Counter(x.name for x in schedules).items() if count > 1]
     mistakes += [f"{file}: two schedules are called {name}; rename one" for name in twice]
@@ -148,27 +151,24 @@ def find_schedule(schedules: list[Schedule], name: str) -> Schedule:
     for schedule in schedules:
         if schedule.name == name:
             return schedule
-    near = difflib.get_close_matches(name, [x.name for x in schedules], n=1, cutoff=0.0)
-    raise ConfigError(f"there is no schedule {name!r}{_did_you_mean(near)}")
+    names = [schedule.name for schedule in schedules]
+    there = f"there are {', '.join(names)}" if names else "the file has none"
+    raise ConfigError(f"there is no schedule {name!r}{did_you_mean(name, names) or f'; {there}'}")
 
 
 def _read_entries(file: Path) -> tuple[list[Any], list[int]]:
     """The entries below `schedules:`, and the line of each."""
-    try:
-        text = file.read_text()
-        values, node = yaml.safe_load(text), yaml.compose(text, Loader=yaml.SafeLoader)
-    except FileNotFoundError:
+    if not file.exists():
         raise ConfigError(
             f"{file}: no such file; write one as configs/schedules.yaml, or give --file FILE"
-        ) from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"{file}: {' '.join(str(error).split())}") from error
-    if not isinstance(values, dict) or list(values) != ["schedules"]:
+        )
+    values, lines = read_config_file(file)
+    if list(values) != ["schedules"]:
         raise ConfigError(f"{file}: has not one key, `schedules:`, with a list below it")
-    if not isinstance(values["schedules"], list):
+    entries = values["schedules"]
+    if not isinstance(entries, list):
         raise ConfigError(f"{file} schedules: is no list; begin each with `- name: ...`")
-    nodes = node.value[0][1].value if node is not None else []
-    return values["schedules"], [entry.start_mark.line + 1 for entry in nodes]
+    return entries, [lines[f"schedules.{number}"] for number in range(len(entries))]
 
 
 def _explain(error: dict[str, Any]) -> str:
@@ -177,15 +177,10 @@ def _explain(error: dict[str, Any]) -> str:
     if error["type"] == "extra_forbidden":
         owner = NewDataConfig if key.startswith("new_data.") else Schedule
         last = str(error["loc"][-1])
-        near = difflib.get_close_matches(last, owner.model_fields, n=1, cutoff=0.0)
-        return f"{place}no such key{_did_you_mean(near)}"
+        near = did_you_mean(last, owner.model_fields)
+        there = ", ".join(owner.model_fields)
+        return f"{place}no such key{near or f'; there are: {there}'}"
     if error["type"] == "missing":
         return f"{place}is needed"
     message = str(error["msg"]).removeprefix("Value error, ")
-    given = error.get("input")
-    shown = f", not {given!r}" if isinstance(given, str | int | float | bool) else ""
-    return f"{place}{message}{shown}"
-
-
-def _did_you_mean(near: list[str]) -> str:
-    return f"; did you mean {near[0]}?" if near else ""
+    return f"{place}{message}{shown(error.get('input'))}"

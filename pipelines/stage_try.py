@@ -99,7 +99,7 @@ class StageTry:
         config = resolved(self._planned, self._results, self._pipeline_uri)
         if "tracking" in config:
             config["tracking"] = self._tracking.model_dump(mode="json")
-        self._config_file.write_text(json.dumps(config, indent=1))
+        self._config_file.write_text(json.dumps(config, indent=1, ensure_ascii=False))
         own = ["stage", str(stage.file)] if stage.file is not None else [stage.kind_name]
         # Also for what it makes outside of its folder.
         return [*own, str(self._config_file), *(["--fresh"] if is_fresh else [])]

@@ -209,3 +209,57 @@ def test_only_names_of_stages_are_replaced() -> None:
         "k": ["/x/t-{000000..000009}.tar", "{a,b}.tar", 3],
         "s": "/y/v {other}",
     }
+
+
+def test_text_in_a_file_words_and_sweeps_reaches_text_fields_as_it_was_typed(
+    tmp_path: Path,
+) -> None:
+    file = small(tmp_path)
+    text = file.read_text().replace("synthetic: shapes", "synthetic: shapes\n      split: 007")
+    file.write_text(text.replace("'007'", "007"))
+    words = ["classify.classify.label_key=on", "pretrain.data.val=set #2"]
+    chain = load_chain(file, words, ["pretrain.init_from=0x10,1_000"])
+    assert chain["prepare"].config.model_dump()["split"] == "007"
+    assert [s.config.model_dump()["init_from"] for s in chain.stages if "pretrain@" in s.name] == [
+        "0x10",
+        "1_000",
+    ]
+    pretrain = chain["pretrain@init_from=1_000"].config.model_dump()
+    assert pretrain["data"]["val"] == "set #2"
+    classify = chain["classify@init_from=1_000"].config.model_dump()
+    assert classify["classify"]["label_key"] == "on"
+
+
+def test_a_path_beyond_ascii_comes_through(tmp_path: Path) -> None:
+    chain = load_chain(small(tmp_path), ["pretrain.data.train=/\U0001f600/ü"])
+    assert chain["pretrain"].config.model_dump()["data"]["train"] == "/\U0001f600/ü"
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("name: c\nstages:\n  a: {stage: prepare}\n  a: {}\n", "chain.yaml:4 a: is in line 3"),
+        (
+            "name: c\nstages:\n  pretrain:\n    set:\n      optim.epochs: 1\n"
+            "      optim: {epochs: 2}\n",
+            "chain.yaml:6 stages.pretrain.set: optim.epochs is in ",
+        ),
+        (
+            "name: c\nstages:\n  pretrain:\n    set: {data.train: x}\n    needs: [a]\n"
+            "    set: {seed: 1}\n",
+            "chain.yaml:6 set: is in line 4 already",
+        ),
+        (
+            "name: c\nstages:\n  pretrain:\n    set:\n      data.train: x\n      sed: 1\n",
+            "chain.yaml:6 sed: no such key; did you mean seed?",
+        ),
+    ],
+)
+def test_what_a_pipelines_file_says_twice_or_wrongly_is_told_by_its_line(
+    tmp_path: Path, text: str, told: str
+) -> None:
+    file = tmp_path / "chain.yaml"
+    file.write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        load_chain(file)
+    assert told in str(caught.value)

@@ -346,7 +346,7 @@ def test_a_stage_s_file_runs_from_any_folder_and_helps_at_once(tmp_path: Path) -
     started = os.times()
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
     ended = os.times()
-    assert "optim.global_batch_size  int  [4096]" in done.stdout
+    assert "optim.global_batch_size  whole number  [4096]" in done.stdout
     # CPU time, for the machine may be busy: torch and Ray alone would take 5 s of it.
     spent = (ended.children_user + ended.children_system) - (
         started.children_user + started.children_system

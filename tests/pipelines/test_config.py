@@ -131,7 +131,7 @@ def test_a_file_that_is_not_there_is_told_with_the_nearest(tmp_path: Path) -> No
 @pytest.mark.parametrize("text", ["a: [", "- 1\n- 2\n", "just words", "\0"])
 def test_a_file_that_is_no_config_is_told_by_name(tmp_path: Path, text: str) -> None:
     file = write(tmp_path, text)
-    assert mistake(files=(file,)).startswith(f"{file}: ")
+    assert mistake(files=(file,)).startswith(f"{file}:")
 
 
 def test_an_empty_file_changes_nothing(tmp_path: Path) -> None:

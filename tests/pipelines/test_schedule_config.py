@@ -93,7 +93,7 @@ def test_all_mistakes_are_told_at_once() -> None:
         ("", "has not one key, `schedules:`"),
         ("schedule: []\n", "has not one key, `schedules:`"),
         ("schedules: {nightly: 1}\n", "is no list; begin each with `- name: ...`"),
-        ("schedules: [\n", "s.yaml: while parsing"),
+        ("schedules: [\n", "s.yaml:2 while parsing"),
     ],
 )
 def test_a_file_of_another_form_is_told(text: str, message: str) -> None:
@@ -111,3 +111,34 @@ def test_an_unknown_name_is_told_with_the_nearest() -> None:
     assert find_schedule(schedules, "nightly") is schedules[0]
     with pytest.raises(ConfigError, match=r"no schedule 'nigthly'; did you mean nightly\?"):
         find_schedule(schedules, "nigthly")
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        (
+            one('cron: "0 6 * * *"', "overlap: skip", "overlap: queue"),
+            "s.yaml:7 overlap: is in line 6 already",
+        ),
+        ("schedules: []\nschedules: []\n", "s.yaml:2 schedules: is in line 1 already"),
+        ("schedules: &s [*s]\n", "s.yaml:1 has an alias of itself within"),
+        (one("cron: 0 6 * * * #daily"), "s.yaml:5 '0 6 * * *' is followed by '#daily'"),
+    ],
+)
+def test_a_file_is_read_strictly(text: str, told: str) -> None:
+    assert told in mistakes(text)
+
+
+def test_names_and_words_are_text_whatever_yaml_takes_them_for() -> None:
+    Path("s.yaml").write_text(
+        one("cron: 0 6 * * *", "words: [a=1, 2024, on]").replace("nightly", "on")
+    )
+    (schedule,) = load_schedules(Path("s.yaml"))
+    assert (schedule.name, schedule.words) == ("on", ("a=1", "2024", "on"))
+
+
+def test_no_name_is_proposed_that_is_not_near() -> None:
+    Path("s.yaml").write_text(one('cron: "0 6 * * *"'))
+    with pytest.raises(ConfigError) as caught:
+        find_schedule(load_schedules(Path("s.yaml")), "training")
+    assert str(caught.value) == "there is no schedule 'training'; there are nightly"
