@@ -337,13 +337,13 @@ class _Worker:
 
     def _show(self, writer: tracking.MetricWriter, step: int) -> None:
         """The reconstruction picture, to MLflow and into the run's folder."""
-        picture = self._picture()
+        picture = self._picture(step)
         writer.picture(picture, "reconstruction", step)
         buffer = io.BytesIO()
         Image.fromarray(picture).save(buffer, "PNG")
         self.task.folder.write_picture(buffer.getvalue())
 
-    def _picture(self) -> npt.NDArray[np.uint8]:
+    def _picture(self, step: int) -> npt.NDArray[np.uint8]:
         task = self.task
         images = torch.from_numpy(normalize(task.pictures.pixels, task.mean, task.std))
         noise = torch.from_numpy(task.pictures.noise.copy())  # Ray hands out read-only arrays
@@ -356,6 +356,7 @@ class _Worker:
             norm_pix=self.config.loss.norm_pix,
             channel_mean=task.mean,
             channel_std=task.std,
+            title=f"step {step}, loss {result.loss:.3f} on these training images",
         )
 
     def _checkpoint(self, step: int) -> None:

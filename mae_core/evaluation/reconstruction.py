@@ -23,7 +23,7 @@ from mae_core.patching import patchify, unpatchify
 
 Pixels = npt.NDArray[np.uint8]
 
-_TITLES = ("original", "masked", "reconstruction", "with visible")
+_COLUMNS = ("original", "masked", "reconstruction")
 _TILE_PX = 128  # smaller images are enlarged to about this
 _GUTTER_PX = 4
 _GREY = 128
@@ -33,6 +33,7 @@ _WHITE_STDS = 3.0
 
 
 class Reconstruction(NamedTuple):
+    loss: float  # mean over the removed patches of these images
     pred: Float[Tensor, "B L P"]  # normalised by patch if the model's loss is
     mask: Bool[Tensor, "B L"]  # True = removed
 
@@ -48,7 +49,7 @@ def reconstruct(
             output = mae(images, noise)
     finally:
         mae.train(was_training)
-    return Reconstruction(output.pred.float(), output.mask)
+    return Reconstruction(float(output.loss), output.pred.float(), output.mask)
 
 
 def denormalize_patches(
@@ -69,9 +70,13 @@ def reconstruction_picture(
     norm_pix: bool,
     channel_mean: Sequence[float],
     channel_std: Sequence[float],
+    title: str = "",
     max_images: int = 8,
 ) -> Pixels:
-    """Draw a row for each image: original, masked, reconstruction, and that with what was visible.
+    """Draw a row for each image: original, masked, and reconstruction.
+
+    The reconstruction shows the prediction in the removed patches and the image itself in the
+    visible ones: the loss asks nothing of a prediction for a visible patch, so it is noise.
 
     Three channels are shown as RGB, of more the first three, of fewer the first one in grey. A set
     whose mean + 3 standard deviations is below half of full scale is brightened as a whole.
@@ -85,6 +90,7 @@ def reconstruction_picture(
         norm_pix: Whether `pred` is normalised by patch (`LossConfig.norm_pix`).
         channel_mean: Of the normalisation, in units of 0..1 pixels.
         channel_std: Of the normalisation, in units of 0..1 pixels.
+        title: Written above all; none leaves no room for it.
         max_images: Rows at most; the first images are taken.
 
     Returns:
@@ -104,11 +110,10 @@ def reconstruction_picture(
         for patches in (
             target,
             torch.where(removed, grey, target),
-            pred,
             torch.where(removed, pred, target),
         )
     ]
-    return _sheet(np.stack(columns, axis=1))
+    return _sheet(np.stack(columns, axis=1), title)
 
 
 def _check_shapes(images: Tensor, pred: Tensor, mask: Tensor, patch_size: int) -> None:
@@ -146,23 +151,30 @@ def _pixels(images: Tensor, channel_mean: Sequence[float], channel_std: Sequence
     return grey_levels.to(torch.uint8).permute(0, 2, 3, 1).numpy()
 
 
-def _sheet(tiles: Pixels) -> Pixels:
-    """Lay out (rows, columns, H, W, 3) tiles under their titles."""
+def _sheet(tiles: Pixels, title: str) -> Pixels:
+    """Lay out (rows, columns, H, W, 3) tiles under the title and the names of the columns."""
     factor = max(1, _TILE_PX // max(tiles.shape[2:4]))
     tiles = tiles.repeat(factor, axis=2).repeat(factor, axis=3)
     rows, columns, height, width = tiles.shape[:4]
     font_px = max(13, width // 18)
     font = ImageFont.load_default(size=font_px)
-    # A narrow image leaves room for its title.
-    column_px = max(width, *(int(font.getlength(title)) + 1 for title in _TITLES)) + _GUTTER_PX
-    header_px, row_px = font_px + 12, height + _GUTTER_PX
+    # A narrow image leaves room for the name of its column.
+    column_px = max(width, *(int(font.getlength(name)) + 1 for name in _COLUMNS)) + _GUTTER_PX
+    line_px = font_px + 12
+    names_top = line_px if title else 0
+    header_px, row_px = names_top + line_px, height + _GUTTER_PX
+    title_px = int(font.getlength(title)) + 2 * _GUTTER_PX
     sheet = Image.new(
-        "RGB", (columns * column_px + _GUTTER_PX, header_px + rows * row_px), (_WHITE,) * 3
+        "RGB",
+        (max(columns * column_px + _GUTTER_PX, title_px), header_px + rows * row_px),
+        (_WHITE,) * 3,
     )
     draw = ImageDraw.Draw(sheet)
-    for column, title in enumerate(_TITLES):
+    draw.text((_GUTTER_PX, line_px / 2), title, fill="black", font=font, anchor="lm")
+    for column, name in enumerate(_COLUMNS):
         left = _GUTTER_PX + column * column_px + (column_px - _GUTTER_PX - width) // 2
-        draw.text((left + width / 2, header_px / 2), title, fill="black", font=font, anchor="mm")
+        place = (left + width / 2, names_top + line_px / 2)
+        draw.text(place, name, fill="black", font=font, anchor="mm")
         for row in range(rows):
             tile = Image.fromarray(tiles[row, column])
             sheet.paste(tile, (left, header_px + row * row_px))

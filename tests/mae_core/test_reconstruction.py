@@ -42,7 +42,7 @@ def normalized(pixels: Pixels) -> Tensor:
 
 
 def draw(
-    images: Tensor, pred: Tensor, mask: Tensor, *, norm_pix: bool = False, max_images: int = 8
+    images: Tensor, pred: Tensor, mask: Tensor, *, norm_pix: bool = False, title: str = ""
 ) -> Pixels:
     channels = images.shape[1]
     return reconstruction_picture(
@@ -53,7 +53,7 @@ def draw(
         norm_pix=norm_pix,
         channel_mean=(MEAN * 2)[:channels],
         channel_std=(STD * 2)[:channels],
-        max_images=max_images,
+        title=title,
     )
 
 
@@ -82,7 +82,7 @@ def test_a_perfect_prediction_shows_the_original(norm_pix: bool) -> None:
     pred = normalize_patches(target) if norm_pix else target
     picture = draw(images, pred, half_removed(images), norm_pix=norm_pix)
     for row in range(2):
-        for column in (0, 2, 3):  # original, reconstruction, with visible
+        for column in (0, 2):  # original, reconstruction
             assert largest_difference(tile(picture, row, column), pixels[row]) <= 1
 
 
@@ -115,31 +115,35 @@ def test_the_masked_column_shows_exactly_the_visible_patches() -> None:
     assert largest_difference(masked[~removed], pixels[1][~removed]) == 0
 
 
-def test_the_last_column_takes_removed_patches_from_the_prediction() -> None:
+def test_the_reconstruction_takes_only_removed_patches_from_the_prediction() -> None:
     pixels = make_images()
     images = normalized(pixels)
     mask = half_removed(images)
-    picture = draw(images, torch.full((2, 16, 192), -100.0), mask)
-    pasted = tile(picture, 0, 3)
-    assert (pasted[:8, :8] == 0).all()  # patch 0: removed; the prediction is far below black
-    assert largest_difference(pasted[:8, 8:16], pixels[0][:8, 8:16]) == 0  # patch 1: visible
-    assert (tile(picture, 0, 2) == 0).all()
+    for level, shown in ((-100.0, 0), (100.0, 255)):  # far below black, far above white
+        picture = draw(images, torch.full((2, 16, 192), level), mask)
+        pasted = tile(picture, 0, 2)
+        assert (pasted[:8, :8] == shown).all()  # patch 0: removed
+        assert largest_difference(pasted[:8, 8:16], pixels[0][:8, 8:16]) == 0  # patch 1: visible
 
 
-def test_colours_beyond_the_range_are_clipped() -> None:
-    images = normalized(make_images())
-    picture = draw(images, torch.full((2, 16, 192), 100.0), half_removed(images))
-    assert (tile(picture, 0, 2) == 255).all()
+def test_a_title_is_written_above_the_columns_and_makes_room_for_itself() -> None:
+    images = normalized(make_images(1))
+    pred, mask = patchify(images, 8), half_removed(images)
+    plain, titled = draw(images, pred, mask), draw(images, pred, mask, title="step 7, " * 20)
+    assert titled.shape[0] == plain.shape[0] + HEADER
+    assert titled.shape[1] > 800
+    assert titled[:HEADER].min() == 0
+    assert np.array_equal(titled[HEADER:, : plain.shape[1]], plain)
 
 
 @pytest.mark.parametrize(
     ("size", "num_images", "expected"),
     [
-        ((32, 32), 2, (25 + 2 * 132, 4 + 4 * 132, 3)),  # enlarged 4 times
-        ((96, 96), 1, (25 + 100, 4 + 4 * 100, 3)),
-        ((224, 224), 1, (25 + 228, 4 + 4 * 228, 3)),
-        ((32, 64), 1, (25 + 68, 4 + 4 * 132, 3)),  # enlarged twice
-        ((32, 32), 9, (25 + 8 * 132, 4 + 4 * 132, 3)),  # eight rows at most
+        ((32, 32), 2, (25 + 2 * 132, 4 + 3 * 132, 3)),  # enlarged 4 times
+        ((96, 96), 1, (25 + 100, 4 + 3 * 100, 3)),
+        ((224, 224), 1, (25 + 228, 4 + 3 * 228, 3)),
+        ((32, 64), 1, (25 + 68, 4 + 3 * 132, 3)),  # enlarged twice
+        ((32, 32), 9, (25 + 8 * 132, 4 + 3 * 132, 3)),  # eight rows at most
     ],
 )
 def test_the_picture_has_a_row_for_each_image(
@@ -158,7 +162,7 @@ def test_titles_and_gutters_are_on_white() -> None:
     picture = draw(images, patchify(images, 8), half_removed(images))
     assert (picture[:, :4] == 255).all()
     assert (picture[HEADER + TILE : HEADER + TILE + GUTTER] == 255).all()
-    for column in range(4):
+    for column in range(3):
         title = picture[:HEADER, 4 + column * 132 : 4 + column * 132 + 128]
         assert title.min() == 0
 
@@ -167,7 +171,7 @@ def test_a_tall_narrow_image_leaves_room_for_its_titles() -> None:
     images = normalized(make_images(1, size=(256, 8)))
     picture = draw(images, patchify(images, 8), half_removed(images))
     assert picture.shape[0] == 25 + 260
-    assert picture.shape[1] > 4 * 80  # "reconstruction" is about 90 wide
+    assert picture.shape[1] > 3 * 80  # "reconstruction" is about 90 wide
     assert (picture[:, :4] == 255).all()
 
 
@@ -217,11 +221,12 @@ def test_reconstruct_is_what_the_model_says_and_leaves_its_mode() -> None:
     torch.manual_seed(0)
     mae = build_mae(model, MaskingConfig(), LossConfig()).train()
     images, noise = torch.randn(2, 3, 16, 32), torch.rand(2, 8)
-    pred, mask = reconstruct(mae, images, noise)
+    loss, pred, mask = reconstruct(mae, images, noise)
     expected = mae(images, noise)
     assert mae.training
     assert not pred.requires_grad
     assert torch.equal(pred, expected.pred)
+    assert loss == expected.loss.item()
     assert mask.tolist() == expected.mask.tolist()
     assert mask.sum().item() == 12
 
