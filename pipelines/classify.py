@@ -15,6 +15,7 @@ if __name__ == "__main__":  # run as a file: import the package, not the files b
 
     sys.exit(main(["classify", *sys.argv[1:]]))
 
+import math
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, Literal, NamedTuple, cast
 
@@ -340,10 +341,14 @@ class ClassifyTask:
 def _per_class_table(scores: ClassificationScores) -> str:
     lines = ["| class | precision | recall | F1 | images |", "|---|---|---|---|---|"]
     for name, row in scores.per_class.items():
-        lines.append(
-            f"| {name} | {row.precision:.3f} | {row.recall:.3f} | {row.f1:.3f} | {row.support} |"
-        )
+        cells = " | ".join(_cell(score) for score in (row.precision, row.recall, row.f1))
+        lines.append(f"| {name} | {cells} | {row.support} |")
     return "\n".join(lines) + "\n"
+
+
+def _cell(score: float) -> str:
+    """Write a score, or a dash where there was nothing to score."""
+    return "-" if math.isnan(score) else f"{score:.3f}"
 
 
 def _summarize(

@@ -35,6 +35,7 @@ from mae_core.data.randomness import sample_generator
 from mae_core.data.samples import DataError
 from mae_core.evaluation.detection import (
     DetectionScores,
+    best_f1_score,
     detection_picture,
     evaluate_detections,
     precision_recall_picture,
@@ -230,20 +231,14 @@ class DetectTask:
             "detections": detection_picture(
                 [read(p.place).pixels for p in shown],
                 [p.truth._replace(xyxy=p.truth.xyxy * np.float32(p.factor)) for p in shown],
-                [_surest(p) for p in shown],
+                [p.found._replace(boxes=p.found.boxes * p.factor) for p in shown],
                 self.names,
-                f"{title}; of each image as many found boxes as true ones",
+                title,
+                min_score=best_f1_score([p.found for p in predictions], truths),
             ),
             "precision_recall": precision_recall_picture(scores, title),
         }
         return Evaluation(metrics | named, pictures, {"per_class.md": _per_class_table(scores)})
-
-
-def _surest(prediction: Prediction) -> Detections:
-    """As many as there are true boxes, in the view's pixels: all of them would hide the image."""
-    found = prediction.found
-    best = found.scores.argsort(descending=True)[: max(1, len(prediction.truth.labels))]
-    return Detections(found.boxes[best] * prediction.factor, found.scores[best], found.labels[best])
 
 
 def _no_boxes() -> Boxes:

@@ -19,7 +19,7 @@ if __name__ == "__main__":  # run as a file: import the package, not the files b
 import io
 import logging
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -295,10 +295,12 @@ def _search(config: EmbedConfig, job: EmbedJob, data: Manifest, folder: RunFolde
     assert config.query is not None
     reader = FeatureReader(job)
     try:
-        query = decode_image(storage.read_bytes(config.query), reader.manifest.model.in_chans)
+        query_bytes = storage.read_bytes(config.query)
+        query = decode_image(query_bytes, reader.manifest.model.in_chans)
     except (FileNotFoundError, CorruptSampleError) as error:
         raise ConfigError(f"{config.query}: {error}") from error
     (feature,) = reader.features([center_crop(query, job.img_size)])
+    wanted = config.num_neighbours + 1  # the query may be one of them
     best: list[tuple[float, dict[str, Any]]] = []
     for name in storage.list_files(folder.features_uri):
         content = storage.read_bytes(storage.join(folder.features_uri, name))
@@ -308,19 +310,31 @@ def _search(config: EmbedConfig, job: EmbedJob, data: Manifest, folder: RunFolde
         width = table.schema.field("feature").type.list_size
         flat = table["feature"].combine_chunks().flatten().to_numpy()
         alike = cosine_similarity(flat.reshape(-1, width), feature)
-        for place in np.argsort(-alike)[: config.num_neighbours]:
+        for place in np.argsort(-alike)[:wanted]:
             row = {c: table[c][int(place)].as_py() for c in ("shard", "row", "key", "label")}
             best.append((float(alike[place]), row))
-        best = sorted(best, key=lambda item: -item[0])[: config.num_neighbours]
+        best = sorted(best, key=lambda item: -item[0])[:wanted]
     shards = {shard.path: shard for shard in data.shards}
     pictures, captions = [], []
     for similarity, row in best:
         (sample,) = read_rows(shards[row["shard"]], row["row"], row["row"] + 1)
+        if sample.image == query_bytes:
+            logger.info("%s in %s is the query itself: left out", row["key"], row["shard"])
+            continue
+        if len(pictures) == config.num_neighbours:
+            break
         pictures.append(decode_image(sample.image, reader.manifest.model.in_chans))
-        label = "" if row["label"] is None else f", class {row['label']}"
+        label = "" if row["label"] is None else f", {_class_name(row['label'], data.classes)}"
         captions.append(f"{row['key'][-18:]}\n{similarity:.3f}{label}")
-        logger.info("%.4f  %s  %s%s", similarity, row["shard"], row["key"], label)
+        logger.info("%.3f  %s  %s%s", similarity, row["shard"], row["key"], label)
     title = f"{config.run_name}: most like {Path(config.query).name}, by cosine"
     picture = retrieval_picture(query, pictures, captions, title)
     uri = folder.write_picture_file(f"search-{Path(config.query).stem}", picture)
     logger.info("picture: %s", uri)
+
+
+def _class_name(label: str, classes: Sequence[str] | None) -> str:
+    """Name a class as the manifest does, or by its number."""
+    text = label.strip()
+    is_named = classes is not None and text.isdecimal() and int(text) < len(classes)
+    return classes[int(text)] if classes is not None and is_named else f"class {text}"

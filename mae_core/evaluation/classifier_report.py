@@ -37,6 +37,7 @@ _NUM_BINS = 15  # Guo et al. 2017, section 4
 _MAX_NAMED_CLASSES = 40  # more are numbered, and not every one
 _MAX_COUNTED_CLASSES = 20  # more have no room for a number in each cell
 _MAX_LEGEND = 20
+_ARM_SPACING = 1.025  # between the points of two arms, as a factor
 _TOP = 5
 
 
@@ -363,8 +364,8 @@ def _shown(pixels: AnyPixels) -> Picture:
 def label_fraction_picture(rows: Sequence[FractionRow], title: str, *, metric: str) -> Picture:
     """A metric against the share of the labels that was trained on: a line for each arm.
 
-    A point is a seed, a line runs through the means, and its band is one standard deviation wide
-    to either side.
+    A small point is a seed. A line runs through the means; its error bars reach one standard
+    deviation to either side. Arms stand a little apart, so that their bars do not hide each other.
 
     Args:
         rows: in any order.
@@ -374,18 +375,24 @@ def label_fraction_picture(rows: Sequence[FractionRow], title: str, *, metric: s
     if not rows:
         raise ValueError("there are no rows to draw")
     figure, axes = _figure(title, 7.0, 4.8)
-    for color, arm in enumerate(dict.fromkeys(arm for arm, _, _ in rows)):
+    arms = list(dict.fromkeys(arm for arm, _, _ in rows))
+    for number, arm in enumerate(arms):
         own = sorted((fraction, values) for name, fraction, values in rows if name == arm)
-        shares = [fraction for fraction, _ in own]
-        means = np.array([statistics.fmean(values) for _, values in own])
-        spreads = np.array([_deviation(values) for _, values in own])
-        axes.plot(shares, means, color=f"C{color}", marker="o", markersize=5, label=arm)
-        axes.fill_between(
-            shares, means - spreads, means + spreads, color=f"C{color}", alpha=0.18, linewidth=0
+        apart = _ARM_SPACING ** (number - (len(arms) - 1) / 2)  # the axis is logarithmic
+        shares = [fraction * apart for fraction, _ in own]
+        axes.errorbar(
+            shares,
+            [statistics.fmean(values) for _, values in own],
+            [_deviation(values) for _, values in own],
+            color=f"C{number}",
+            marker="o",
+            markersize=5,
+            capsize=4,
+            label=arm,
         )
-        for fraction, values in own:
+        for share, (_, values) in zip(shares, own, strict=True):
             axes.plot(
-                [fraction] * len(values), values, ".", color=f"C{color}", alpha=0.6, markersize=5
+                [share] * len(values), values, ".", color=f"C{number}", alpha=0.5, markersize=4
             )
     ticks = sorted({fraction for _, fraction, _ in rows})
     axes.set_xscale("log")
@@ -394,6 +401,9 @@ def label_fraction_picture(rows: Sequence[FractionRow], title: str, *, metric: s
     axes.xaxis.set_major_formatter(FuncFormatter(lambda fraction, _: _percent(fraction)))
     axes.set(xlabel="share of the labels", ylabel=metric)
     axes.grid(alpha=0.3)
+    most = max(len(values) for _, _, values in rows)
+    axes.set_title(f"bars: standard deviation of {most} seeds" if most > 1 else "one seed")
+    axes.title.set_fontsize(10)
     axes.legend()
     return _drawn(figure)
 
@@ -415,8 +425,8 @@ def markdown_table(rows: Sequence[FractionRow]) -> str:
 def _cell(values: Sequence[float]) -> str:
     mean = statistics.fmean(values)
     if len(values) == 1:
-        return f"{mean:.4f} (1 seed)"
-    return f"{mean:.4f} \N{PLUS-MINUS SIGN} {_deviation(values):.4f} ({len(values)} seeds)"
+        return f"{mean:.3f} (1 seed)"
+    return f"{mean:.3f} \N{PLUS-MINUS SIGN} {_deviation(values):.3f} ({len(values)} seeds)"
 
 
 def _deviation(values: Sequence[float]) -> float:

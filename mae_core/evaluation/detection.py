@@ -14,10 +14,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from faster_coco_eval.core.coco import COCO
 from faster_coco_eval.core.faster_eval_api import COCOeval_faster
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
+from torchvision.ops import box_iou
 
 from mae_core.data.boxes import Boxes
 from mae_core.data.pixels import Pixels as DecodedPixels
@@ -25,6 +27,7 @@ from mae_core.model.detector import Detections
 
 Pixels = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float64]
+_Rectangle = tuple[int, int, int, int]  # the first and the last pixels: x0, y0, x1, y1
 
 _logger = logging.getLogger(__name__)
 
@@ -33,8 +36,8 @@ _TILE_WIDTH_PX = 640
 _SHEET_WIDTH_PX = 1600
 _GUTTER_PX = 8
 _FONT_PX = 15
-_SCORE_FONT_PX = 12
-_SMALLEST_SCORED = 0.8  # width of a box, in that of its score
+_TAG_FONT_PX = 12
+_DASH_PX = 5
 _SWATCH_PX = 16
 _WHITE_PERCENTILE = 99.9  # becomes white in an image
 _DARK_SHARE = 0.5  # in which it is below this share of full scale
@@ -176,6 +179,50 @@ def _mean(values: Floats) -> float:
     return float(values.mean()) if values.size else float("nan")
 
 
+def matched(found: Detections, truth: Boxes, iou: float = 0.5) -> npt.NDArray[np.bool_]:
+    """Tell which detections of an image find a true box of their class, the surest first.
+
+    A true box is found once; a crowd counts as found any number of times.
+
+    Args:
+        found: sorted by score, the surest first.
+        truth: of the same image.
+        iou: least intersection over union of a match.
+
+    Returns:
+        (N,), in the order of `found`.
+    """
+    right = np.zeros(len(found.scores), np.bool_)
+    overlaps = box_iou(found.boxes.float(), torch.from_numpy(truth.xyxy).float()).numpy().copy()
+    overlaps[found.labels.numpy()[:, None] != truth.labels[None, :]] = 0
+    for place, overlap in enumerate(overlaps):
+        if overlap.size and overlap.max() >= iou:
+            best = int(overlap.argmax())
+            right[place] = True
+            if not truth.is_crowd[best]:
+                overlaps[:, best] = 0
+    return right
+
+
+def best_f1_score(
+    detections: Sequence[Detections], truths: Sequence[Boxes], iou: float = 0.5
+) -> float:
+    """Find the lowest score to show: the one at which F1 over the whole set is highest.
+
+    Returns:
+        1 where no detection finds anything.
+    """
+    right = [matched(found, truth, iou) for found, truth in zip(detections, truths, strict=True)]
+    scores = np.concatenate([found.scores.numpy() for found in detections])
+    order = np.argsort(-scores, kind="stable")
+    num_right = np.cumsum(np.concatenate(right)[order])
+    if not num_right.size or not num_right[-1]:
+        return 1.0
+    num_true = sum(len(truth.labels) for truth in truths)
+    f1 = 2 * num_right / (np.arange(1, len(order) + 1) + num_true)
+    return float(scores[order][f1.argmax()])
+
+
 def detection_picture(
     pictures: Sequence[DecodedPixels],
     truths: Sequence[Boxes],
@@ -188,9 +235,12 @@ def detection_picture(
 ) -> Pixels:
     """Draw images side by side, the true boxes and those that were found on them.
 
+    A detection has its class and its score written on it, where there is room that no other tag
+    takes. One that finds no true box of its class at an IoU of 0.5 is dashed.
+
     Three channels are shown as RGB, of more the first three, of fewer the first one in grey. Dark
     images, such as those of 12 bits in 16, are brightened. Images are brought to a height of 288
-    to 480 pixels. A box too small for it has no score written on it.
+    to 480 pixels.
 
     Args:
         pictures: (H, W, C) uint8 or uint16.
@@ -213,10 +263,11 @@ def detection_picture(
         scores = found.scores.tolist()
         sure = [i for i, score in enumerate(scores) if score >= min_score]
         found = Detections(found.boxes[sure], found.scores[sure], found.labels[sure])
-        tiles.append(_tile(pixels, truth, found))
+        tiles.append(_tile(pixels, truth, found, names))
         labels |= set(found.labels.tolist()) | set(truth.labels.tolist())
     legend = [("true box", _TRUE_COLOUR)]
     legend += [(f"found: {names[label]}", _colour(label)) for label in sorted(labels)]
+    title = f"{title}; dashed: no such true box (IoU 0.5)" if title else title
     return _sheet(tiles, title, legend)
 
 
@@ -224,7 +275,9 @@ def _colour(label: int) -> tuple[int, int, int]:
     return _COLOURS[label % len(_COLOURS)]
 
 
-def _tile(pixels: DecodedPixels, truth: Boxes, found: Detections) -> Image.Image:
+def _tile(
+    pixels: DecodedPixels, truth: Boxes, found: Detections, names: Sequence[str]
+) -> Image.Image:
     height, width = pixels.shape[:2]
     low, high = _TILE_HEIGHT_PX
     by = min(min(max(height, low), high) / height, _TILE_WIDTH_PX / width)
@@ -232,42 +285,79 @@ def _tile(pixels: DecodedPixels, truth: Boxes, found: Detections) -> Image.Image
     size = max(1, round(width * by)), max(1, round(height * by))
     tile = Image.fromarray(_shown(pixels)).resize(size, smooth)
     draw = ImageDraw.Draw(tile)
-    font = ImageFont.load_default(size=_SCORE_FONT_PX)
-    # The best ones last, on top.
-    best_last = list(zip(*(tensor.flip(0).tolist() for tensor in found), strict=True))
-    for box, _, label in best_last:
+    best_first = list(
+        zip(*(tensor.tolist() for tensor in found), matched(found, truth).tolist(), strict=True)
+    )
+    for box, _, label, is_right in reversed(best_first):  # the surest on top
         x0, y0, x1, y1 = _on_tile(box, by)
-        draw.rectangle((x0 - 1, y0 - 1, x1 + 1, y1 + 1), outline=_colour(label), width=3)
+        _outline(draw, (x0 - 1, y0 - 1, x1 + 1, y1 + 1), _colour(label), is_dashed=not is_right)
     for box in truth.xyxy.tolist():
         draw.rectangle(_on_tile(box, by), outline=_TRUE_COLOUR, width=1)
-    for box, score, label in best_last:
-        _write_score(draw, _on_tile(box, by), f"{score:.2f}", _colour(label), font, size)
+    tags: list[_Rectangle] = []
+    for box, score, label, _ in best_first:
+        tag = _write_tag(
+            draw, _on_tile(box, by), f"{names[label]} {score:.2f}", _colour(label), size, tags
+        )
+        tags += [tag] if tag else []
     return tile
 
 
-def _on_tile(box: Sequence[float], by: float) -> tuple[int, int, int, int]:
+def _outline(
+    draw: ImageDraw.ImageDraw, box: _Rectangle, colour: tuple[int, int, int], *, is_dashed: bool
+) -> None:
+    """Draw a frame 3 pixels wide."""
+    if not is_dashed:
+        draw.rectangle(box, outline=colour, width=3)
+        return
+    x0, y0, x1, y1 = box
+    for left in range(x0, x1 + 1, 2 * _DASH_PX):
+        right = min(left + _DASH_PX - 1, x1)
+        for top in (y0, y1 - 2):
+            draw.rectangle((left, top, right, top + 2), fill=colour)
+    for top in range(y0, y1 + 1, 2 * _DASH_PX):
+        bottom = min(top + _DASH_PX - 1, y1)
+        for left in (x0, x1 - 2):
+            draw.rectangle((left, top, left + 2, bottom), fill=colour)
+
+
+def _on_tile(box: Sequence[float], by: float) -> _Rectangle:
     """The first and the last pixels of a box."""
     x0, y0, x1, y1 = (round(place * by) for place in box)
     return x0, y0, max(x0, x1 - 1), max(y0, y1 - 1)
 
 
-def _write_score(
+def _write_tag(
     draw: ImageDraw.ImageDraw,
-    box: tuple[int, int, int, int],
+    box: _Rectangle,
     text: str,
     colour: tuple[int, int, int],
-    font: Any,
     size: tuple[int, int],
-) -> None:
-    """Above the box's upper left corner, or below it where there is no room there."""
-    width, height = int(font.getlength(text)) + 4, _SCORE_FONT_PX + 2
-    if box[2] - box[0] < _SMALLEST_SCORED * width:
-        return
-    left = max(0, min(box[0] - 1, size[0] - width))
-    top = box[1] - height - 1 if box[1] - height - 1 >= 0 else box[1] + 2
-    draw.rectangle((left, top, left + width - 1, top + height - 1), fill=colour)
-    ink = "black" if sum(colour) > 380 else "white"
-    draw.text((left + width / 2, top + height / 2), text, fill=ink, font=font, anchor="mm")
+    taken: Sequence[_Rectangle],
+) -> _Rectangle | None:
+    """Write beside a corner of the box where no other tag is.
+
+    Returns:
+        Where it was written; None where there was no room.
+    """
+    font = ImageFont.load_default(size=_TAG_FONT_PX)
+    width, height = int(font.getlength(text)) + 4, _TAG_FONT_PX + 2
+    x0, y0, x1, y1 = box
+    for left in (x0 - 1, x1 + 2 - width):
+        for top in (y0 - height - 1, y1 + 2, y0 + 2, y1 - height - 1):
+            left = max(0, min(left, size[0] - width))
+            tag = (left, top, left + width - 1, top + height - 1)
+            if top < 0 or tag[3] >= size[1] or any(_overlap(tag, other) for other in taken):
+                continue
+            draw.rectangle(tag, fill=colour)
+            ink = "black" if sum(colour) > 380 else "white"
+            place = (left + width / 2, top + height / 2)
+            draw.text(place, text, fill=ink, font=font, anchor="mm")
+            return tag
+    return None
+
+
+def _overlap(one: _Rectangle, other: _Rectangle) -> bool:
+    return one[0] <= other[2] and other[0] <= one[2] and one[1] <= other[3] and other[1] <= one[3]
 
 
 def _shown(pixels: DecodedPixels) -> Pixels:

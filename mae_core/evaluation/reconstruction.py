@@ -26,6 +26,7 @@ Pixels = npt.NDArray[np.uint8]
 _COLUMNS = ("original", "masked", "reconstruction")
 _TILE_PX = 128  # smaller images are enlarged to about this
 _GUTTER_PX = 4
+_MAX_IMAGES = 8
 _GREY = 128
 _WHITE = 255
 _DARK_SET = 0.5  # share of full scale below which a whole set is brightened
@@ -71,9 +72,8 @@ def reconstruction_picture(
     channel_mean: Sequence[float],
     channel_std: Sequence[float],
     title: str = "",
-    max_images: int = 8,
 ) -> Pixels:
-    """Draw a row for each image: original, masked, and reconstruction.
+    """Draw a row for each of the first 8 images: original, masked, and reconstruction.
 
     The reconstruction shows the prediction in the removed patches and the image itself in the
     visible ones: the loss asks nothing of a prediction for a visible patch, so it is noise.
@@ -91,12 +91,11 @@ def reconstruction_picture(
         channel_mean: Of the normalisation, in units of 0..1 pixels.
         channel_std: Of the normalisation, in units of 0..1 pixels.
         title: Written above all; none leaves no room for it.
-        max_images: Rows at most; the first images are taken.
 
     Returns:
         (height, width, 3), RGB.
     """
-    images, pred, mask = (t[:max_images].detach().cpu() for t in (images, pred, mask))
+    images, pred, mask = (t[:_MAX_IMAGES].detach().cpu() for t in (images, pred, mask))
     images, pred = images.float(), pred.float()
     _check_shapes(images, pred, mask, patch_size)
     target = patchify(images, patch_size)

@@ -151,7 +151,7 @@ def segmentation_picture(
     Three channels are shown as RGB, of more the first three, of fewer the first one in grey; an
     image that uses less than half of its range is stretched over it. Small images are enlarged by
     a whole factor, without smoothing, and large ones reduced by one. The legend has the classes
-    that occur.
+    that occur, in the colours that they have over a pixel of mean brightness.
 
     Args:
         pixels: (H, W, C) uint8 or uint16 each; sizes may differ.
@@ -162,16 +162,19 @@ def segmentation_picture(
     """
     if not pixels:
         raise ValueError("there is no image to show")
-    rows, shown = [], set[int]()
+    rows, shown, levels = [], set[int](), []
     for image, truth, prediction in zip(pixels, truths, predictions, strict=True):
         if not image.shape[:2] == truth.shape == prediction.shape:
             raise ValueError(
                 f"image {image.shape[:2]}, truth {truth.shape} and prediction {prediction.shape} "
                 "are not of one size"
             )
-        rows.append(_tiles(_displayed(image), truth, prediction))
+        displayed = _displayed(image)
+        levels.append(float(displayed.mean()))
+        rows.append(_tiles(displayed, truth, prediction))
         shown |= {int(c) for c in np.unique(truth)} | {int(c) for c in np.unique(prediction)}
-    legend = [(name, _colour(c)) for c, name in enumerate(names) if c in shown]
+    level = round(sum(levels) / len(levels))
+    legend = [(name, _blended(_colour(c), level)) for c, name in enumerate(names) if c in shown]
     if IGNORE in shown:
         legend.append(("ignored", _IGNORED))
     return _sheet(rows, [*legend, ("wrong", _WRONG)], title)
@@ -193,6 +196,12 @@ def _colour(class_index: int) -> Colour:
     later = class_index - len(_COLOURS)
     rgb = colorsys.hsv_to_rgb(later * _GOLDEN_RATIO % 1, (0.5, 0.8)[later % 2], 0.9)
     return round(rgb[0] * 255), round(rgb[1] * 255), round(rgb[2] * 255)
+
+
+def _blended(colour: Colour, level: int) -> Colour:
+    """What a class's colour looks like over a grey pixel; see the overlays in `_tiles`."""
+    red, green, blue = (level // 2 + channel // 2 for channel in colour)
+    return red, green, blue
 
 
 def _tiles(image: Picture, truth: LabelMap, prediction: LabelMap) -> list[Image.Image]:

@@ -292,7 +292,9 @@ def test_two_workers_see_what_one_would(downstream: Downstream) -> None:
 
 
 @pytest.mark.usefixtures("local_ray")
-def test_features_are_written_once_and_searched(downstream: Downstream) -> None:
+def test_features_are_written_once_and_searched(
+    downstream: Downstream, monkeypatch: pytest.MonkeyPatch
+) -> None:
     place = downstream.place
     words = [
         f"init_from={downstream.encoder_uri}",
@@ -326,7 +328,16 @@ def test_features_are_written_once_and_searched(downstream: Downstream) -> None:
     (sample,) = read_rows(shards[first["shard"]], first["row"], first["row"] + 1)
     query.write_bytes(sample.image)
     config = load_config(EmbedConfig, [], [*words, f"query={query}", "num_neighbours=3"], {})
+    drawn: list[list[str]] = []
+    original = embed.retrieval_picture
+    monkeypatch.setattr(
+        embed, "retrieval_picture", lambda *a: (drawn.append([*a[2]]), original(*a))[1]
+    )
     assert embed.run(config, fresh=False).status == "reused"
+    (captions,) = drawn
+    assert len(captions) == 3
+    assert not any(caption.startswith(first["key"][-18:]) for caption in captions)
+    assert all(caption.rpartition(", ")[2] in SHAPES for caption in captions)  # names
     with Image.open(Path(result.output).parent / "search-query.png") as picture:
         assert picture.width > 400
 

@@ -258,6 +258,6 @@ def test_label_fractions_make_a_table() -> None:
     assert markdown_table(ROWS).splitlines() == [
         "| labels | finetune | linear |",
         "|---:|---|---|",
-        f"| 1 % | 0.5500 {pm} 0.0707 (2 seeds) | 0.5500 (1 seed) |",
-        f"| 100 % | 0.9100 {pm} 0.0100 (3 seeds) |  |",
+        f"| 1 % | 0.550 {pm} 0.071 (2 seeds) | 0.550 (1 seed) |",
+        f"| 100 % | 0.910 {pm} 0.010 (3 seeds) |  |",
     ]

@@ -13,8 +13,10 @@ from mae_core.evaluation.detection import (
     Curve,
     DetectionScores,
     Pixels,
+    best_f1_score,
     detection_picture,
     evaluate_detections,
+    matched,
     precision_recall_picture,
 )
 from mae_core.model.detector import Detections
@@ -220,6 +222,64 @@ def test_an_unsure_detection_is_not_drawn() -> None:
     assert not has_colour(detection_picture([pixels], [nothing], [found], ["cat"], ""), RED)
     sheet = detection_picture([pixels], [nothing], [found], ["cat"], "", min_score=0.2)
     assert has_colour(sheet, RED)
+
+
+def test_a_detection_finds_one_true_box_of_its_class() -> None:
+    truth = make_truth([(0, 0, 20, 20), (40, 40, 60, 60)], [0, 1])
+    found = make_found(
+        [(0, 0, 20, 20), (0, 0, 20, 18), (40, 40, 60, 60), (40, 40, 60, 52)],
+        [0.9, 0.8, 0.7, 0.6],
+        [0, 0, 0, 1],
+    )
+    # Found; found already; another class; an IoU of 0.6.
+    assert matched(found, truth).tolist() == [True, False, False, True]
+    crowd = truth._replace(is_crowd=np.array([True, True]))
+    assert matched(found, crowd).tolist() == [True, True, False, True]
+    assert matched(make_found([], []), truth).tolist() == []
+
+
+def test_the_score_to_show_is_the_one_of_the_best_f1() -> None:
+    truths = [make_truth([(0, 0, 20, 20)], [0]), make_truth([(0, 0, 20, 20)], [0])]
+    found = [
+        make_found([(0, 0, 20, 20), (50, 50, 60, 60)], [0.9, 0.2]),
+        make_found([(0, 0, 20, 20), (50, 50, 60, 60)], [0.4, 0.3]),
+    ]
+    # F1 with the detections from 0.9, 0.4, 0.3 and 0.2 on: 2/3, 1, 4/5, 2/3.
+    assert best_f1_score(found, truths) == pytest.approx(0.4)
+    assert best_f1_score([make_found([(50, 50, 60, 60)], [0.9])], truths[:1]) == 1.0
+    assert best_f1_score([make_found([], [])], truths[:1]) == 1.0
+
+
+def test_a_wrong_detection_is_dashed() -> None:
+    pixels = np.full((288, 300, 3), 128, np.uint8)
+    box = (50, 50, 110, 110)
+    found = make_found([box], [0.9])
+
+    def red_pixels(truth: Boxes) -> int:
+        sheet = detection_picture([pixels], [truth], [found], ["cat"], "")
+        top_edge = sheet[-8 - 288 + 49, 8:]  # outside of the true box
+        return int((top_edge == RED).all(axis=-1).sum())
+
+    assert red_pixels(make_truth([box], [0])) == 62
+    assert 20 < red_pixels(make_truth([], [])) < 45
+
+
+def test_tags_do_not_overlap_and_name_the_class() -> None:
+    pixels = np.full((288, 300, 3), 128, np.uint8)
+    boxes = [(100 + i, 100, 200 + i, 160) for i in range(12)]
+    found = make_found(boxes, [0.9 - 0.01 * i for i in range(12)])
+    truth = make_truth([], [])
+    short = detection_picture([pixels], [truth], [found], ["x"], "")
+    long = detection_picture([pixels], [truth], [found], ["a long name"], "")
+
+    def tag_widths(sheet: Pixels) -> list[int]:
+        """Of the runs of red above the boxes, where only tags are."""
+        row = (sheet[-8 - 288 + 87, 8:] == RED).all(axis=-1)
+        edges = np.flatnonzero(np.diff(np.concatenate([[0], row.astype(int), [0]])))
+        return [int(stop - start) for start, stop in zip(edges[::2], edges[1::2], strict=True)]
+
+    assert len(tag_widths(short)) >= 2  # one at each corner
+    assert max(tag_widths(long)) > 2 * max(tag_widths(short))
 
 
 def test_a_true_box_is_drawn_on_its_first_and_last_pixels() -> None:
