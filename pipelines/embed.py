@@ -315,7 +315,8 @@ def _search(config: EmbedConfig, job: EmbedJob, data: Manifest, folder: RunFolde
             best.append((float(alike[place]), row))
         best = sorted(best, key=lambda item: -item[0])[:wanted]
     shards = {shard.path: shard for shard in data.shards}
-    pictures, captions = [], []
+    pictures: list[Pixels] = []
+    captions: list[str] = []
     for similarity, row in best:
         (sample,) = read_rows(shards[row["shard"]], row["row"], row["row"] + 1)
         if sample.image == query_bytes:
