@@ -15,7 +15,9 @@ Safetensors: https://github.com/huggingface/safetensors.
 import hashlib
 import importlib.metadata
 import json
+import os
 import platform
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -129,8 +131,7 @@ def save_checkpoint(
     for stale in (MANIFEST_FILE, WEIGHTS_FILE, TRAINING_STATE_FILE):
         (folder / stale).unlink(missing_ok=True)
     for file_name, tensors in contents.items():
-        # One key: safetensors keeps metadata in a hash map, whose order is not fixed.
-        save_file(tensors, folder / file_name, metadata={"format": "pt"})
+        _save_tensors(tensors, folder / file_name)
     manifest = CheckpointManifest(
         **dict(record),
         format_version=1,
@@ -142,6 +143,19 @@ def save_checkpoint(
     sealed = {**fields, _SELF_DIGEST: _fields_sha256(fields)}
     (folder / MANIFEST_FILE).write_text(json.dumps(sealed, indent=2) + "\n")
     return manifest
+
+
+def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    try:
+        # One key: safetensors keeps metadata in a hash map, whose order is not fixed.
+        save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        # It has the system's number only in its words, such as "(os error 28)".
+        found = re.search(r"os error (\d+)", str(error))
+        if found is None:
+            raise
+        number = int(found.group(1))
+        raise OSError(number, os.strerror(number), str(path)) from error
 
 
 def _stored_weight(tensor: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """The `mae` command: words to a config, a stage's result to one line, errors to exit codes.
 
-Exit codes: 0 done, 2 config, 3 a gate refused, 4 data, 5 infrastructure, 130 and 143 stopped, 1
-anything else.
+Exit codes: 0 done, 2 config, 3 a gate refused, 4 data, 5 infrastructure, 6 training, 130 and 143
+stopped, 1 anything else (docs/guides/run.md).
 """
 
 import argparse
@@ -16,14 +16,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from infra.processes import end_with_parent
-from infra.storage import NoShardsError, StorageError
 from mae_core.config import StrictConfig
-from mae_core.data.samples import DataError
 from pipelines.chain_config import load_stage_file
-from pipelines.config import ConfigError, RefusedError, StageResult
+from pipelines.config import ConfigError, StageResult
 from pipelines.config_fields import describe
 from pipelines.config_loading import Given, load_config
-from pipelines.failures import can_pass
+from pipelines.failures import tell
 from pipelines.stage_kinds import KINDS
 
 # Words that are no stage, and the module whose `command` takes what follows.
@@ -34,12 +32,6 @@ COMMANDS = {
     "doctor": ("doctor", "Check this machine, the store, MLflow and Ray."),
     "config": ("config_command", "Show where each value of a config comes from; its JSON Schema."),
 }
-EXIT_CODES: list[tuple[tuple[type[Exception], ...], int, str]] = [
-    ((ConfigError,), 2, "config error"),
-    ((RefusedError,), 3, "refused"),
-    ((DataError, NoShardsError), 4, "data error"),
-    ((StorageError,), 5, "infrastructure error"),
-]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -67,7 +59,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BaseException as error:
         exit_code = _tell(error, debug=arguments.debug)
         if not sys.stdout.isatty():  # a person has been told
-            failed = {"status": "failed", "error": str(error), "can_pass": can_pass(error)}
+            told = tell(error)
+            # Of an error that is not ours, the words alone: its class is on stderr.
+            message = str(error) if told.exit_code == 1 else told.message
+            failed = {"status": "failed", "error": message, "can_pass": told.can_pass}
             print(json.dumps({"stage": arguments.stage, **failed}), flush=True)
         return exit_code
     # A count stays one; numpy's numbers are none that JSON knows.
@@ -208,15 +203,11 @@ def _tell(error: BaseException, *, debug: bool) -> int:
         return 130
     if isinstance(error, SystemExit):
         return error.code if isinstance(error.code, int) else 1
-    for kinds, code, title in EXIT_CODES:
-        if isinstance(error, kinds):
-            for line in str(error).splitlines():
-                print(f"{title}: {line}", file=sys.stderr)
-            return code
-    name = type(error).__name__
-    hint = "" if debug else "; --debug shows where"
-    print(f"error: {name}: {error}{hint}", file=sys.stderr)
-    return 1
+    told = tell(error)
+    hint = "" if debug or told.exit_code != 1 else "; --debug shows where"
+    for line in f"{told.message}{hint}".splitlines():
+        print(f"{told.title}: {line}", file=sys.stderr)
+    return told.exit_code
 
 
 if __name__ == "__main__":

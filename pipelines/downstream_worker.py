@@ -118,6 +118,7 @@ def remaining_data(job: TuningJob) -> ray.data.Dataset:
     """The arms' sequences, one after the other, from the newest whole checkpoint on."""
     job.folder.check_start()
     job.folder.raise_failure()
+    job.folder.check_writable()
     configure_ray_data()
     # Nothing is read while an arm is measured, however long that takes.
     ray.data.DataContext.get_current().execution_no_progress_timeout_s = -1

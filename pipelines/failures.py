@@ -1,8 +1,26 @@
-"""Which errors may pass: a stage is tried again after them, and after no others."""
+"""What an error is, whatever it was wrapped in: its exit code, and whether another try may help.
+
+The classes are told by their names: neither torch nor Ray is imported to tell what went wrong.
+"""
+
+from typing import NamedTuple
 
 from infra import storage
 
-# By name: neither Ray nor torch is imported to tell what went wrong.
+OURS = ("infra", "mae_core", "pipelines")
+INFRASTRUCTURE = "infrastructure error"
+# By class: the exit code, and how the line on stderr begins. See docs/guides/run.md.
+EXIT_CODES: dict[str, tuple[int, str]] = {
+    "ConfigError": (2, "config error"),
+    "RefusedError": (3, "refused"),
+    "DataError": (4, "data error"),
+    "NoShardsError": (4, "data error"),
+    "DamagedFileError": (4, "data error"),
+    "CorruptCheckpointError": (4, "data error"),
+    "StorageError": (5, INFRASTRUCTURE),
+    "NonFiniteLossError": (6, "training error"),
+}
+# Ray's: a machine or a process failed, not what it was asked.
 PASSING_TYPES = {
     "ActorDiedError",
     "ActorUnavailableError",
@@ -22,37 +40,104 @@ PASSING_TYPES = {
 # What a store says when the same request would fail again.
 LASTING_TEXTS = (
     "ACCESS_DENIED",
+    "AccessDenied",
     "INVALID_ACCESS_KEY_ID",
+    "InvalidAccessKeyId",
     "NO_SUCH_BUCKET",
+    "NoSuchBucket",
     "SIGNATURE_DOES_NOT_MATCH",
+    "SignatureDoesNotMatch",
     "HTTP status 403",
     "HTTP status 404",
-    "disk is full",
+    "No space left on device",
+    "Read-only file system",
+    "database or disk is full",
+    "readonly database",
     "a later start of this run",
 )
 
 
+class Told(NamedTuple):
+    """An error in the words of the command line."""
+
+    exit_code: int
+    title: str
+    message: str
+    can_pass: bool
+    """Whether the same command may succeed: a store or a worker failed, not what it was asked."""
+
+
+def tell(error: BaseException) -> Told:
+    """Say what an error is, by the first one that we know among it and what caused it."""
+    for link in chain(error):
+        if (known := _known(link)) is not None:
+            return Told(*EXIT_CODES[_kind(known)], str(known), _is_passing(known))
+        # CUDA has an OutOfMemoryError, too, which the same step meets again.
+        if _is_from(link, "ray") and type(link).__name__ in PASSING_TYPES:
+            return Told(5, INFRASTRUCTURE, f"{type(link).__name__}: {_first_line(link)}", True)
+    return Told(1, "error", f"{type(error).__name__}: {error}", False)
+
+
 def can_pass(error: BaseException) -> bool:
     """Whether the same command may succeed: a store or a worker failed, not what it was asked."""
-    for link in _chain(error):
-        if isinstance(link, storage.StorageError):
-            return not any(text in str(link) for text in LASTING_TEXTS)
-        # CUDA has an OutOfMemoryError, too, which the same step meets again.
-        if type(link).__module__.startswith("ray.") and type(link).__name__ in PASSING_TYPES:
-            return True
-    return False
+    return tell(error).can_pass
 
 
-def _chain(error: BaseException) -> list[BaseException]:
-    """The error and what caused it, and the errors of each worker that a group's error holds."""
+def known_error(error: BaseException) -> Exception | None:
+    """The first error that has an exit code of its own, among an error and what caused it.
+
+    A full or read-only disk that the system told of becomes a StorageError.
+    """
+    return next((known for link in chain(error) if (known := _known(link)) is not None), None)
+
+
+def lasting_error(error: BaseException) -> Exception | None:
+    """The known error that the same step would meet again; None where another try may help."""
+    known = known_error(error)
+    return None if known is None or _is_passing(known) else known
+
+
+def chain(error: BaseException) -> list[BaseException]:
+    """An error, what caused it, and the errors of each worker that a group's error holds."""
     found: list[BaseException] = []
     waiting: list[BaseException | None] = [error]
     while waiting:
-        link = waiting.pop()
-        if link is None or any(link is known for known in found):
+        link = waiting.pop(0)
+        if not isinstance(link, BaseException) or any(link is known for known in found):
             continue
         found.append(link)
-        waiting += [link.__cause__, link.__context__, getattr(link, "cause", None)]
         workers = getattr(link, "worker_failures", None)
         waiting += list(workers.values()) if isinstance(workers, dict) else []
+        # Ray keeps what a task raised in `cause`, and what its controller met in the second.
+        waiting += [getattr(link, "cause", None), getattr(link, "controller_failure", None)]
+        waiting += [link.__cause__, link.__context__]
     return found
+
+
+def _kind(error: BaseException) -> str:
+    """The name of the first class that has an exit code; "" without one."""
+    return next((x.__name__ for x in type(error).__mro__ if x.__name__ in EXIT_CODES), "")
+
+
+def _is_from(error: BaseException, *packages: str) -> bool:
+    return any(cls.__module__.split(".")[0] in packages for cls in type(error).__mro__)
+
+
+def _known(error: BaseException) -> Exception | None:
+    if isinstance(error, Exception) and _kind(error) and _is_from(error, *OURS):
+        return error
+    # Of a user's own file that we may not read, the system's words are better than ours.
+    if isinstance(error, PermissionError):
+        return None
+    file = getattr(error, "filename", None)
+    return storage.disk_error(f"write {file}" if file else "write", error)
+
+
+def _is_passing(error: Exception) -> bool:
+    if not isinstance(error, storage.StorageError):
+        return False
+    return not (error.is_lasting or any(text in str(error) for text in LASTING_TEXTS))
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [""])[0]

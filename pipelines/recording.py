@@ -14,6 +14,7 @@ from mae_core.config import StrictConfig
 from mae_core.data.samples import DataError
 from pipelines import driver
 from pipelines.config_fields import flatten
+from pipelines.failures import known_error
 from pipelines.reporting import count_kinds
 from pipelines.run_folder import RunFolder, RunRecord
 
@@ -136,8 +137,13 @@ def ended_in_mlflow(uri: str, run_id: str | None, folder: RunFolder) -> Iterator
         with suppress(storage.StorageError):  # must not take the place of `error`
             log_bad_samples(uri, run_id, folder)
         folder.record_failure(error)
-        folder.raise_failure()
-        raise
+        known = None
+        with suppress(storage.StorageError):  # the store may be what failed
+            known = folder.read_failure()
+        known = known or known_error(error)
+        if known is None or known is error:
+            raise
+        raise known from error
     end("FINISHED")
 
 

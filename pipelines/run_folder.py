@@ -17,6 +17,7 @@ import io
 import json
 import logging
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,15 +27,27 @@ from PIL import Image
 from pydantic import ValidationError
 
 from infra import storage
+from mae_core.checkpoint import CorruptCheckpointError
 from mae_core.config import StrictConfig
 from mae_core.data.samples import DataError
 from mae_core.train_step import NonFiniteLossError
 from pipelines.config import ConfigError, StageResult
+from pipelines.failures import lasting_error
 
 logger = logging.getLogger(__name__)
 
 # Errors that the same step meets again, so that starting the workers anew would not help.
-LASTING_ERRORS: tuple[type[Exception], ...] = (DataError, NonFiniteLossError, ConfigError)
+LASTING_ERRORS: dict[str, type[Exception]] = {
+    kind.__name__: kind
+    for kind in (
+        ConfigError,
+        CorruptCheckpointError,
+        DataError,
+        NonFiniteLossError,
+        storage.NoShardsError,
+        storage.StorageError,
+    )
+}
 
 
 class SupersededError(storage.StorageError):
@@ -195,30 +208,43 @@ class RunFolder:
         storage.delete_file(self._file("failed.json"))
 
     def record_failure(self, error: BaseException) -> None:
-        """Keep a lasting error, so that no further start of the workers is tried."""
-        lasting = find_error(error, LASTING_ERRORS)
-        if lasting is not None:
-            fields = {"kind": type(lasting).__name__, "message": str(lasting)}
+        """Keep a lasting error, so that no further start of the workers is tried.
+
+        A store that takes no file does not take this one; `check_writable` then meets the error.
+        """
+        lasting = lasting_error(error)
+        if lasting is None or isinstance(lasting, SupersededError):
+            return
+        self.check_start()
+        kind = next((x.__name__ for x in type(lasting).__mro__ if x.__name__ in LASTING_ERRORS), "")
+        fields = {"kind": kind, "message": str(lasting)}
+        with suppress(storage.StorageError):
             self._write("failed.json", json.dumps(fields).encode())
+
+    def read_failure(self) -> Exception | None:
+        """The lasting error that a worker met, if one did."""
+        text = self._read("failed.json")
+        if text is None:
+            return None
+        failed = json.loads(text)
+        kind = LASTING_ERRORS.get(failed["kind"], DataError)
+        if kind is storage.StorageError:
+            return storage.StorageError(failed["message"], is_lasting=True)
+        return kind(failed["message"])
 
     def raise_failure(self) -> None:
         """Raise the lasting error that a worker met, if one did."""
-        text = self._read("failed.json")
-        if text is None:
-            return
-        failed = json.loads(text)
-        if failed["kind"] == NonFiniteLossError.__name__:
-            raise NonFiniteLossError(failed["message"])
-        raise {"ConfigError": ConfigError}.get(failed["kind"], DataError)(failed["message"])
+        if (failure := self.read_failure()) is not None:
+            raise failure
 
+    def check_writable(self) -> None:
+        """Write a small file and delete it.
 
-def find_error(error: BaseException | None, kinds: tuple[type[Exception], ...]) -> Exception | None:
-    """The first of `kinds` among an error and what caused it; None if there is none."""
-    seen: set[int] = set()
-    while error is not None and id(error) not in seen:
-        if isinstance(error, kinds):
-            return error
-        seen.add(id(error))
-        # Ray keeps what a task raised in `cause`.
-        error = getattr(error, "cause", None) or error.__cause__ or error.__context__
-    return None
+        Before the workers are started: a disk that is full or read-only, or a key that may only
+        read, would be met by each of them in turn.
+
+        Raises:
+            StorageError: the store takes no file.
+        """
+        self._write(".writable", b"")
+        storage.delete_file(self._file(".writable"))

@@ -12,13 +12,12 @@ from typing import Any
 from infra import tracking
 from infra.config import TrackingConfig
 from infra.lease import HeldError, Lease, lease
-from infra.storage import StorageError
 from pipelines.chain_config import PIPELINE, SELF, Stage, substitute
 from pipelines.chain_plan import Planned, versions
 from pipelines.config import StageResult
 from pipelines.config_fields import flatten
 from pipelines.driver import run_tags
-from pipelines.failures import can_pass
+from pipelines.failures import tell
 from pipelines.stage_process import StageProcess
 from pipelines.stages import Action, Failure
 
@@ -56,8 +55,8 @@ class StageTry:
             if isinstance(ended, StageResult) and self._process is not None:
                 ended = self._commit(ended)
         except Exception as error:  # of the lease, or of the commit: the stages beside go on
-            code = 5 if isinstance(error, StorageError) else 1
-            ended = Failure(f"{type(error).__name__}: {error}", code, can_pass(error))
+            told = tell(error)
+            ended = Failure(f"{type(error).__name__}: {error}", told.exit_code, told.can_pass)
         if ended is not None:
             self._held.close()
         return ended

@@ -109,6 +109,7 @@ def remaining_data(task: TrainTask) -> ray.data.Dataset:
     """The run's sequence from the newest whole checkpoint on."""
     task.folder.check_start()
     task.folder.raise_failure()
+    task.folder.check_writable()
     configure_ray_data()
     config = PretrainConfig.model_validate(task.raw_config)
     order = RunOrder(

@@ -137,6 +137,27 @@ def test_a_write_whose_source_breaks_off_leaves_no_part(root: str) -> None:
     assert storage.list_files(root) == ["neighbour"]
 
 
+@pytest.mark.parametrize(
+    ("number", "message"),
+    [
+        (errno.ENOSPC, "the disk is full"),
+        (errno.EDQUOT, "the disk quota is used up"),
+        (errno.EROFS, "the disk is read-only"),
+        (errno.EACCES, "access is denied"),
+    ],
+)
+def test_what_a_disk_says_for_good_is_told_as_that(
+    number: int, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(_: int) -> None:
+        raise OSError(number, "no")
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    with pytest.raises(StorageError, match=f"{message} .*storage.root") as caught:
+        storage.write_bytes(str(tmp_path / "file"), b"")
+    assert caught.value.is_lasting
+
+
 def test_a_new_file_is_on_the_disk_before_it_has_its_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

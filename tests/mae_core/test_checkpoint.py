@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from pydantic import ValidationError
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from mae_core import checkpoint as checkpoint_module
@@ -450,3 +450,15 @@ def test_a_whole_mae_resumes_bit_equal(tmp_path: Path) -> None:
     load_weights(tmp_path, fresh)
     load_training_state(tmp_path, fresh, fresh_optimizer)
     assert run(fresh, fresh_optimizer, range(3, 6)) == straight
+
+
+def test_a_disk_that_is_full_is_an_error_of_the_system(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_space(*_: object, **__: object) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left (os error 28)")
+
+    monkeypatch.setattr(checkpoint_module, "save_file", no_space)
+    with pytest.raises(OSError, match=r"model\.safetensors") as caught:
+        checkpoint_module._save_tensors({}, tmp_path / "model.safetensors")
+    assert caught.value.errno == 28

@@ -1,14 +1,19 @@
-"""Which errors are tried again."""
+"""What an error is called, which exit code it has, and whether it is tried again."""
+
+import errno
+from collections.abc import Callable
 
 import pytest
 import ray.exceptions
-from ray.train.v2.api.exceptions import WorkerGroupError
+from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 
-from infra.storage import StorageError
+from infra.lease import HeldError
+from infra.storage import NoShardsError, StorageError
+from mae_core.checkpoint import CorruptCheckpointError
 from mae_core.data.samples import DataError
 from mae_core.train_step import NonFiniteLossError
-from pipelines.config import ConfigError
-from pipelines.failures import PASSING_TYPES, can_pass
+from pipelines.config import ConfigError, RefusedError
+from pipelines.failures import PASSING_TYPES, can_pass, lasting_error, tell
 
 
 def caused(outer: Exception, inner: BaseException) -> Exception:
@@ -41,7 +46,11 @@ def test_a_store_or_a_worker_that_failed_may_pass(error: Exception) -> None:
         NonFiniteLossError("nan at step 3"),
         StorageError("cannot read s3://b/k: ACCESS_DENIED"),
         StorageError("there is no bucket 'b'. (NO_SUCH_BUCKET)"),
-        StorageError("the disk is full"),
+        StorageError("the disk is full", is_lasting=True),
+        CorruptCheckpointError("half a file"),
+        WorkerGroupError("a worker failed", {0: StorageError("AccessDenied"), 1: OSError("net")}),
+        ControllerError(StorageError("HTTP status 403")),
+        OSError(errno.ENOSPC, "No space left on device", "/tmp/x"),
         StorageError("/runs/x: a later start of this run has taken it over"),
         WorkerGroupError("a worker failed", {0: ValueError("bug"), 1: None}),
         KeyError("bug"),
@@ -50,6 +59,74 @@ def test_a_store_or_a_worker_that_failed_may_pass(error: Exception) -> None:
 )
 def test_what_it_was_asked_may_not(error: Exception) -> None:
     assert not can_pass(error)
+
+
+class TaskError(Exception):
+    """As Ray's: what the task raised is in `cause`."""
+
+    def __init__(self, cause: Exception) -> None:
+        super().__init__("a task failed")
+        self.cause = cause
+
+
+@pytest.mark.parametrize(
+    ("error", "exit_code", "line"),
+    [
+        (ConfigError("x"), 2, "config error: x"),
+        (RefusedError("x"), 3, "refused: x"),
+        (DataError("x"), 4, "data error: x"),
+        (NoShardsError("x"), 4, "data error: x"),
+        (CorruptCheckpointError("x"), 4, "data error: x"),
+        (StorageError("x"), 5, "infrastructure error: x"),
+        (HeldError("x"), 5, "infrastructure error: x"),
+        (NonFiniteLossError("x"), 6, "training error: x"),
+        (
+            OSError(errno.EROFS, "Read-only file system", "/runs/x"),
+            5,
+            "infrastructure error: cannot write /runs/x: the disk is read-only ([Errno 30] "
+            "Read-only file system: '/runs/x'). Mount it for writing, or choose another "
+            "storage.root",
+        ),
+        (
+            ray.exceptions.OutOfMemoryError("killed\n" + 700 * "noise\n"),
+            5,
+            "infrastructure error: OutOfMemoryError: killed",
+        ),
+        (KeyError("x"), 1, "error: KeyError: 'x'"),
+        (PermissionError(errno.EACCES, "no"), 1, "error: PermissionError: [Errno 13] no"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_each_error_has_an_exit_code_and_one_line(
+    error: Exception, exit_code: int, line: str
+) -> None:
+    told = tell(error)
+    assert (told.exit_code, f"{told.title}: {told.message}") == (exit_code, line)
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda error: caused(RuntimeError("wrapped"), error),
+        lambda error: TaskError(error),
+        lambda error: caused(TaskError(caused(TaskError(error), KeyError("x"))), KeyError("y")),
+        lambda error: WorkerGroupError("Traceback ...", {0: OSError("net"), 1: TaskError(error)}),
+        lambda error: ControllerError(error),
+    ],
+    ids=["cause", "ray", "nested", "workers", "controller"],
+)
+def test_an_error_keeps_its_code_and_its_words_below_what_wraps_it(
+    wrap: Callable[[Exception], Exception],
+) -> None:
+    told = tell(wrap(StorageError("the disk is full", is_lasting=True)))
+    assert told == (5, "infrastructure error", "the disk is full", False)
+    assert isinstance(lasting_error(wrap(DataError("x"))), DataError)
+    assert lasting_error(wrap(StorageError("net"))) is None
+
+
+def test_an_error_of_the_same_name_is_not_ours() -> None:
+    foreign = type("DataError", (Exception,), {"__module__": "sqlalchemy.exc"})
+    assert tell(foreign("x")).exit_code == 1
 
 
 def test_memory_of_a_gpu_is_not_rays() -> None:
