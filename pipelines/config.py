@@ -28,7 +28,7 @@ class StageResult(NamedTuple):
     """What a stage made. Printed as the last line of stdout."""
 
     stage: str
-    status: Literal["done", "reused"]
+    status: Literal["done", "reused", "evaluated"]  # evaluated: trained before, measured anew
     run_id: str | None  # MLflow's
     output: str  # URI of what the stage made
     metrics: dict[str, float]

@@ -52,6 +52,7 @@ from mae_core.data.samples import (
     sample_checksums,
 )
 from pipelines.config import ConfigError
+from pipelines.fingerprints import shard_facts
 
 logger = logging.getLogger(__name__)
 
@@ -165,21 +166,21 @@ def _prepared_manifest(shards: list[str]) -> Manifest | None:
 
 
 def _indexed_manifest(shards: list[str], cache_uri: str) -> Manifest:
-    sizes = _in_threads(storage.file_size, shards)
+    facts = shard_facts(shards)
     cached = storage.join(cache_uri, MANIFEST_NAME)
     if storage.exists(cached):
         manifest = parse_manifest(storage.read_bytes(cached), cached)
-        same = [(s.path, s.num_bytes) for s in manifest.shards] == list(
-            zip(shards, sizes, strict=True)
-        )
+        # The time counts too: a tar may have been changed without a change of its size.
+        known = [(s.path, (s.num_bytes, s.changed_at_ns)) for s in manifest.shards]
+        same = known == list(zip(shards, facts, strict=True))
         # A damaged tar may have been fetched again, to the same size.
         if same and not manifest.damaged:
             return manifest
     logger.info("indexing %d tars without a manifest", len(shards))
     indexed = _in_threads(partial(_index_one, cache_uri=cache_uri), list(enumerate(shards)))
     infos = tuple(
-        ShardInfo(path=path, index=uri, num_samples=found.num_samples, num_bytes=size)
-        for path, size, (uri, found) in zip(shards, sizes, indexed, strict=True)
+        ShardInfo(path=path, index=uri, num_samples=found.num_samples, **fact._asdict())
+        for path, fact, (uri, found) in zip(shards, facts, indexed, strict=True)
     )
     manifest = Manifest(
         shards=infos,
@@ -201,6 +202,7 @@ def _index_one(numbered: tuple[int, str], cache_uri: str) -> tuple[str, ShardInd
         found = index_shard(stream, shard, lenient=True)
     uri = storage.join(cache_uri, f"{number:06d}.index.npy")
     storage.write_bytes(uri, index_to_bytes(SampleIndex(found.offsets, None)))
+    _index.cache_clear()  # It may hold what lay at this place before.
     return uri, found
 
 

@@ -35,6 +35,7 @@ from pipelines.datasets import (
 )
 from pipelines.downstream_config import DownstreamConfig, TuningOptimConfig
 from pipelines.downstream_worker import TuningJob, remaining_data, tuning_worker
+from pipelines.fingerprints import fingerprint
 from pipelines.recording import (
     earlier_record,
     ended_in_mlflow,
@@ -90,7 +91,12 @@ def run(config: DownstreamConfig, stage: Stage, *, fresh: bool) -> StageResult:
         storage.delete_folder(folder.index_uri)
     data = _open_data(config, folder)
     digest = data.digest(encoder)
-    earlier = None if fresh else earlier_record(folder, digest)
+    inputs = {
+        "data.train": fingerprint(config.data.train),
+        "data.val": fingerprint(config.data.val),
+        "init_from": fingerprint(config.init_from),
+    }
+    earlier = None if fresh else earlier_record(folder, digest, inputs)
     if not fresh and (done := folder.read_result()) is not None:
         logger.info("%s is done: not trained again (--fresh starts over)", folder.uri)
         return done._replace(status="reused")
@@ -106,6 +112,7 @@ def run(config: DownstreamConfig, stage: Stage, *, fresh: bool) -> StageResult:
             config,
             folder,
             digest=digest,
+            inputs=inputs,
             earlier=earlier,
             fresh=fresh,
             tags=_tags(config, encoder, folder),

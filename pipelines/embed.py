@@ -46,6 +46,7 @@ from pipelines.checkpoints import fetch_checkpoint, fetch_manifest
 from pipelines.config import ConfigError, StageResult
 from pipelines.datasets import open_shards, read_rows, read_samples
 from pipelines.downstream_config import EmbedConfig
+from pipelines.fingerprints import fingerprint
 from pipelines.measuring import to_images
 from pipelines.recording import (
     Taken,
@@ -101,7 +102,8 @@ def run(config: EmbedConfig, *, fresh: bool) -> StageResult:
         config.data, storage.join(folder.index_uri, "data"), max_bad_ratio=config.max_bad_ratio
     )
     digest = f"{data.digest[:16]}-{encoder.files[WEIGHTS_FILE].sha256[:16]}"
-    earlier = None if fresh else earlier_record(folder, digest)
+    inputs = {key: fingerprint(getattr(config, key)) for key in ("data", "init_from")}
+    earlier = None if fresh else earlier_record(folder, digest, inputs)
     job = EmbedJob(config, storage.absolute(config.init_from), img_size)
     done = None if fresh else folder.read_result()
     if done is None:
@@ -110,6 +112,7 @@ def run(config: EmbedConfig, *, fresh: bool) -> StageResult:
                 config,
                 folder,
                 digest=digest,
+                inputs=inputs,
                 earlier=earlier,
                 fresh=fresh,
                 tags={

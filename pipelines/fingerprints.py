@@ -1,7 +1,8 @@
 """What lies at a place, in a few characters: changes when the data does, not when it is moved.
 
-Shards with a manifest count by its checksums, a checkpoint by its own manifest. All else counts
-by name, size and time of change, for reading it all would take as long as using it.
+Shards with a manifest count by its checksums, unless they changed after it was written; a
+checkpoint counts by its own manifest. All else counts by name, size and time of change, for
+reading it all would take as long as using it.
 """
 
 import hashlib
@@ -17,15 +18,19 @@ from mae_core.data.samples import DataError
 from pipelines.config import ConfigError
 
 MANIFEST_NAME = "manifest.json"
+NAME_FILES = ("classes.json", "categories.json")
 LISTS = (".txt", ".csv", ".tsv")
 
 
-def fingerprint(spec: str | Sequence[str], *, by_time: bool = False) -> str:
+def fingerprint(
+    spec: str | Sequence[str], *, by_time: bool = False, with_names: bool = True
+) -> str:
     """Of what a config's field names: shards, a checkpoint, a folder, a file, or a list of these.
 
     Args:
         spec: as in the config.
         by_time: shards count by name, size and time, whatever a manifest says of them.
+        with_names: the names of the classes count too, which lie beside the shards.
 
     Raises:
         ConfigError: nothing is there.
@@ -33,12 +38,12 @@ def fingerprint(spec: str | Sequence[str], *, by_time: bool = False) -> str:
     """
     hasher = hashlib.sha256()
     for entry in [spec] if isinstance(spec, str) else spec:
-        for line in _facts(entry, by_time):
+        for line in _facts(entry, by_time, with_names):
             hasher.update(f"{line}\n".encode())
     return hasher.hexdigest()[:16]
 
 
-def _facts(entry: str, by_time: bool) -> Iterator[str]:
+def _facts(entry: str, by_time: bool, with_names: bool) -> Iterator[str]:
     try:
         shards = expand_shards(entry)
     except storage.NoShardsError as error:
@@ -48,7 +53,7 @@ def _facts(entry: str, by_time: bool) -> Iterator[str]:
     except ValueError as error:
         raise ConfigError(str(error)) from error
     if shards:
-        yield from _shard_facts(shards, by_time)
+        yield from _shard_facts(shards, by_time, with_names)
         return
     manifest = _read(storage.join(entry, MANIFEST_NAME))
     if manifest is not None and _is_checkpoint(manifest):
@@ -80,36 +85,52 @@ def _listed_facts(entry: str) -> Iterator[str]:
             yield f"{line} {file.stat().st_size} {file.stat().st_mtime_ns}"
 
 
-def _shard_facts(shards: Sequence[str], by_time: bool) -> Iterator[str]:
-    """Of each shard its checksum where a manifest beside it has one of a file of this size."""
+def _shard_facts(shards: Sequence[str], by_time: bool, with_names: bool) -> Iterator[str]:
+    """Of each shard its checksum where a manifest beside it says one that still holds."""
     for folder in dict.fromkeys(shard.rpartition("/")[0] for shard in shards):
         listed = storage.list_tree(folder, deep=False)
-        known = {} if by_time else _checksums(folder)
+        manifest = None if by_time else _manifest_of(folder)
+        known = {} if manifest is None else {x.path: x for x in manifest.shards}
         for name in [s.rpartition("/")[2] for s in shards if s.rpartition("/")[0] == folder]:
-            info = listed[name]
-            num_bytes, sha256 = known.get(name, (-1, None))
-            checked = sha256 if num_bytes == info.num_bytes else None
+            info, entry = listed[name], known.get(name)
+            # The manifest is written last: it knows nothing of a tar that changed afterwards.
+            is_known = (
+                entry is not None
+                and entry.num_bytes == info.num_bytes
+                and info.changed_at_ns <= listed[MANIFEST_NAME].changed_at_ns
+            )
+            checked = entry.sha256 if entry is not None and is_known else None
             yield f"{name} {info.num_bytes} {checked or info.changed_at_ns}"
-        if not by_time:
-            yield _said_of_all(folder)
-        companions = [n for n in listed if n in ("classes.json", "categories.json")]
-        for name in companions:
-            yield f"{name} {hashlib.sha256(storage.read_bytes(f'{folder}/{name}')).hexdigest()}"
+        if manifest is not None:
+            yield f"{manifest.classes if with_names else None} {manifest.channel_stats}"
+        elif not by_time:
+            yield ""
+        if with_names:
+            for name in (n for n in listed if n in NAME_FILES):
+                content = storage.read_bytes(f"{folder}/{name}")
+                yield f"{name} {hashlib.sha256(content).hexdigest()}"
 
 
-def _said_of_all(folder: str) -> str:
-    """What else a manifest says that training uses."""
+def shard_facts(shards: Sequence[str]) -> list[storage.FileFacts]:
+    """Return size and time of change of each shard; lists each folder once.
+
+    Raises:
+        NoShardsError: one is gone.
+    """
+    listed: dict[str, dict[str, storage.FileFacts]] = {}
+    facts = []
+    for folder, _, name in (shard.rpartition("/") for shard in shards):
+        if folder not in listed:
+            listed[folder] = storage.list_tree(folder, deep=False)
+        if name not in listed[folder]:
+            raise storage.NoShardsError(f"{folder}/{name} is gone")
+        facts.append(listed[folder][name])
+    return facts
+
+
+def _manifest_of(folder: str) -> Manifest | None:
     text = _read(storage.join(folder, MANIFEST_NAME))
-    manifest = None if text is None else read_manifest(text, folder)
-    return "" if manifest is None else f"{manifest.classes} {manifest.channel_stats}"
-
-
-def _checksums(folder: str) -> dict[str, tuple[int, str | None]]:
-    text = _read(storage.join(folder, MANIFEST_NAME))
-    if text is None:
-        return {}
-    manifest = read_manifest(text, folder)
-    return {shard.path: (shard.num_bytes, shard.sha256) for shard in manifest.shards}
+    return None if text is None else read_manifest(text, folder)
 
 
 def read_manifest(text: bytes, folder: str) -> Manifest:
@@ -140,9 +161,8 @@ def num_samples(spec: str | Sequence[str]) -> int | None:
         except (storage.NoShardsError, storage.StorageError, ValueError):
             return None
         for folder in dict.fromkeys(shard.rpartition("/")[0] for shard in shards):
-            text = _read(storage.join(folder, MANIFEST_NAME))
             try:
-                manifest = None if text is None else read_manifest(text, folder)
+                manifest = _manifest_of(folder)
             except ConfigError:
                 manifest = None
             if manifest is None:

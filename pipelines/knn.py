@@ -6,6 +6,7 @@ They are warm, have the GPUs, and share the images out among them; rank 0 gather
 import logging
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -13,6 +14,7 @@ import torch.distributed
 from torch import Tensor
 
 from mae_core.config import ModelConfig
+from mae_core.data.class_labels import one_class, read_labels
 from mae_core.data.decode import decode_image
 from mae_core.data.manifest import ShardInfo
 from mae_core.data.pixels import CorruptSampleError, Pixels
@@ -21,12 +23,16 @@ from mae_core.data.transforms import center_crop, stack_pixels
 from mae_core.data.views import normalize
 from mae_core.evaluation.classification import encode_features, knn_accuracy
 from mae_core.model.encoder import MaskedEncoder
+from pipelines.class_names import Numbers, folder_of
 from pipelines.config import KnnConfig
 from pipelines.datasets import read_rows
 
 logger = logging.getLogger(__name__)
 
 ROWS_PER_READ = 64
+CHECKED_SAMPLES = 512  # of each set, before training
+MAX_EXAMPLES = 3
+METRICS_PREFIX = "knn/"
 
 
 class Slice(NamedTuple):
@@ -36,17 +42,19 @@ class Slice(NamedTuple):
 
 
 class ImageReader(NamedTuple):
-    """What turns a sample into the encoder's input."""
+    """What turns a sample into the encoder's input and its class."""
 
     model: ModelConfig
     mean: tuple[float, ...]
     std: tuple[float, ...]
     num_threads: int
+    numbers: Numbers
 
 
 class LabelledFeatures(NamedTuple):
     features: dict[str, Tensor]  # encoder's name to (N, D)
     labels: Tensor  # (N,) int64
+    unlabelled: tuple[str, ...] = ()  # samples that were left out, and why
 
 
 def knn_metrics(
@@ -58,20 +66,33 @@ def knn_metrics(
 ) -> dict[str, float] | None:
     """`knn/NAME` for each encoder; None on the ranks that only help.
 
+    Samples without a label that can be used are left out, and counted in `knn/left_out`.
+
     Raises:
-        DataError: a sample has no label, or no image can be decoded.
+        DataError: no sample of a set has both a label and an image that can be decoded.
     """
     bank = _shared_features(encoders, spread_slices(train, config.max_train), reader)
     queries = _shared_features(encoders, spread_slices(val, config.max_val), reader)
     if bank is None or queries is None:
         return None
     k = min(config.k, len(bank.labels))
+    # Numbers may be large and far apart.
+    known, places = torch.unique(bank.labels, return_inverse=True)
+    wanted = _places_among(known, queries.labels)
     metrics = {
-        f"knn/{name}": knn_accuracy(
-            bank.features[name], bank.labels, queries.features[name], queries.labels, k=k
+        f"{METRICS_PREFIX}{name}": knn_accuracy(
+            bank.features[name], places, queries.features[name], wanted, k=k
         )
         for name in encoders
     }
+    if unlabelled := (*bank.unlabelled, *queries.unlabelled):
+        logger.warning(
+            "%d samples are left out of the kNN evaluation, for they have no label that can be "
+            "used: %s",
+            len(unlabelled),
+            "; ".join(unlabelled[:MAX_EXAMPLES]),
+        )
+        metrics[f"{METRICS_PREFIX}left_out"] = float(len(unlabelled))
     logger.info(
         "kNN accuracy, k=%d among %d images, of %d test images: %s",
         k,
@@ -80,6 +101,12 @@ def knn_metrics(
         ", ".join(f"{name.removeprefix('knn/')}={value:.3f}" for name, value in metrics.items()),
     )
     return metrics
+
+
+def _places_among(known: Tensor, labels: Tensor) -> Tensor:
+    """The place of each label in rising `known`; a place beyond the end for one that is not."""
+    places = torch.searchsorted(known, labels).clamp(max=len(known) - 1)
+    return torch.where(known[places] == labels, places, len(known))
 
 
 def spread_slices(shards: Sequence[ShardInfo], limit: int) -> list[Slice]:
@@ -113,10 +140,12 @@ def _shared_features(
     # Back into the order of the slices: ties among neighbours go by place.
     ordered = [parts[i % world_size][i // world_size] for i in range(len(slices))]
     labels = torch.cat([part.labels for part in ordered])
+    unlabelled = tuple(why for part in ordered for why in part.unlabelled)
     if not len(labels):
-        raise DataError(f"{slices[0].shard.path}: no image can be decoded for the kNN evaluation")
+        why = unlabelled[0] if unlabelled else "no image can be decoded"
+        raise DataError(f"{slices[0].shard.path}: nothing for the kNN evaluation: {why}")
     features = {name: torch.cat([part.features[name] for part in ordered]) for name in encoders}
-    return LabelledFeatures(features, labels)
+    return LabelledFeatures(features, labels, unlabelled)
 
 
 def _encode_slice(
@@ -125,15 +154,17 @@ def _encode_slice(
     reader: ImageReader,
     pool: ThreadPoolExecutor,
 ) -> LabelledFeatures:
-    samples = read_rows(piece.shard, piece.start, piece.stop)
-    labels = [needed_label(piece.shard, sample) for sample in samples]
-    images = list(pool.map(lambda sample: _image(sample, reader.model), samples))
+    labelled, unlabelled = _labelled(piece, reader.numbers)
+    images = list(pool.map(lambda item: _image(item[0], reader.model), labelled))
     whole = [
-        (image, label) for image, label in zip(images, labels, strict=True) if image is not None
+        (image, label)
+        for image, (_, label) in zip(images, labelled, strict=True)
+        if image is not None
     ]
     if not whole:
         empty = torch.zeros(0, reader.model.encoder_shape.embed_dim)
-        return LabelledFeatures(dict.fromkeys(encoders, empty), torch.zeros(0, dtype=torch.int64))
+        none = torch.zeros(0, dtype=torch.int64)
+        return LabelledFeatures(dict.fromkeys(encoders, empty), none, unlabelled)
     batch = torch.from_numpy(
         normalize(stack_pixels([i for i, _ in whole]), reader.mean, reader.std)
     )
@@ -145,26 +176,65 @@ def _encode_slice(
             for name, encoder in encoders.items()
         },
         torch.tensor([label for _, label in whole]),
+        unlabelled,
     )
 
 
-def needed_label(shard: ShardInfo, sample: Sample) -> int:
-    """The sample's class.
+def _labelled(piece: Slice, numbers: Numbers) -> tuple[list[tuple[Sample, int]], tuple[str, ...]]:
+    """The samples of a slice with their classes, and why the others have none."""
+    found: list[tuple[Sample, int]] = []
+    unlabelled: list[str] = []
+    for sample in read_rows(piece.shard, piece.start, piece.stop):
+        try:
+            found.append((sample, needed_label(piece.shard, sample, numbers)))
+        except DataError as error:
+            unlabelled.append(str(error))
+    return found, tuple(unlabelled)
+
+
+def needed_label(shard: ShardInfo, sample: Sample, numbers: Numbers = MappingProxyType({})) -> int:
+    """The sample's class, as the run numbers it.
 
     Raises:
-        DataError: it has none.
+        DataError: it has none, several, or one that its own set does not name.
     """
-    text = sample.parts.get("cls")
-    if text is None:
+    where = f"{shard.path}: {sample.key}"
+    label = one_class(read_labels(sample.parts.get("cls"), where, key=None), where)
+    assert isinstance(label, int), "a .cls holds numbers"
+    known = numbers.get(folder_of(shard.path))
+    if known is None:
+        return label
+    if label not in known:
+        raise DataError(f"{where}.cls holds {label}, but its set names {len(known)} classes")
+    return known[label]
+
+
+def check_labels(key: str, shards: Sequence[ShardInfo], numbers: Numbers) -> None:
+    """Look at the labels of some samples before training, and tell what the evaluation will miss.
+
+    Raises:
+        DataError: none of them has a label that can be used.
+    """
+    num_good = 0
+    bad: list[str] = []
+    for piece in spread_slices(shards, CHECKED_SAMPLES):
+        found, unlabelled = _labelled(piece, numbers)
+        num_good += len(found)
+        bad += unlabelled
+    if bad and not num_good:
         raise DataError(
-            f"{shard.path}: {sample.key} has no .cls, which the kNN evaluation needs; "
-            "add labels to data.train and data.val, or leave data.val out"
+            f"{key}: {bad[0]}. The kNN evaluation needs labels: add .cls files to data.train and "
+            "data.val, or leave data.val out"
         )
-    try:
-        return int(text)
-    except ValueError as error:
-        shown = text[:40].decode(errors="replace")
-        raise DataError(f"{shard.path}: {sample.key}.cls holds {shown!r}, not a number") from error
+    if bad:
+        logger.warning(
+            "%s: %d of %d samples that were looked at have no label that can be used, and will be "
+            "left out of the kNN evaluation: %s",
+            key,
+            len(bad),
+            len(bad) + num_good,
+            "; ".join(bad[:MAX_EXAMPLES]),
+        )
 
 
 def _image(sample: Sample, model: ModelConfig) -> Pixels | None:

@@ -16,6 +16,8 @@ if __name__ == "__main__":  # run as a file: import the package, not the files b
 
     sys.exit(main(["pretrain", *sys.argv[1:]]))
 
+import hashlib
+import json
 import logging
 import tempfile
 from collections.abc import Iterator
@@ -36,7 +38,8 @@ from mae_core.data.samples import DataError
 from mae_core.data.transforms import center_crop, stack_pixels
 from mae_core.masking import draw_noise
 from pipelines import driver, launch
-from pipelines.checkpoints import fetch_manifest, find_checkpoint
+from pipelines.checkpoints import fetch_manifest, find_checkpoint, list_steps
+from pipelines.class_names import Classes, classes_by_name, read_class_names, warn_of_unnamed
 from pipelines.config import ConfigError, PretrainConfig, StageResult
 from pipelines.datasets import (
     measure_channel_stats,
@@ -44,13 +47,15 @@ from pipelines.datasets import (
     read_rows,
 )
 from pipelines.export import log_encoder
-from pipelines.knn import needed_label
+from pipelines.fingerprints import fingerprint
+from pipelines.knn import METRICS_PREFIX, check_labels
 from pipelines.recording import (
     earlier_record,
     ended_in_mlflow,
     log_bad_samples,
     say_where_to_compare,
     take_over,
+    tell_evaluation,
 )
 from pipelines.reporting import RunSize
 from pipelines.run_folder import RunFolder
@@ -62,11 +67,17 @@ STAGE = "pretrain"
 NUM_PICTURES = 8
 
 
+class OpenedData(NamedTuple):
+    train: Manifest
+    val: Manifest | None  # None: no kNN evaluation
+
+
 class Plan(NamedTuple):
     """What the run will do, known before anything is started."""
 
     manifest: Manifest
     val_shards: tuple[ShardInfo, ...]
+    classes: Classes
     stats: ChannelStats
     size: RunSize
 
@@ -83,27 +94,79 @@ def run(config: PretrainConfig, *, fresh: bool) -> StageResult:
     folder = RunFolder(storage.join(storage.absolute(config.storage.root), STAGE, config.run_name))
     if fresh:
         storage.delete_folder(folder.index_uri)
-    elif (done := folder.read_result()) is not None:
-        logger.info("%s is done: not trained again (--fresh starts over)", folder.uri)
-        return done._replace(status="reused")
     _check_init_from(config)
-    plan = _plan(config, folder)
-    digest = plan.manifest.digest
-    earlier = None if fresh else earlier_record(folder, digest)
+    data = _open_data(config, folder)
+    digest, inputs = data.train.digest, _inputs(config)
+    earlier = None if fresh else earlier_record(folder, digest, inputs)
+    done = None if fresh else folder.read_whole_result()
+    key = evaluation_key(config)
+    if done is not None and (kept := _kept_result(done, folder.read_evaluation(key))) is not None:
+        logger.info("%s is done: not trained again (--fresh starts over)", folder.uri)
+        return kept
+    plan = _plan(config, data)
+    if done is not None:
+        logger.info("%s is trained already; its evaluation is computed anew", folder.uri)
     with launch.running_ray(config.scaling):
         folder, run_id = take_over(
             config,
             folder,
             digest=digest,
+            inputs=inputs,
             earlier=earlier,
             fresh=fresh,
             tags=driver.run_tags(STAGE, seed=config.seed, output=folder.uri),
-            data={"train": (digest, str(config.data.train))},
+            data=_datasets(config, data),
         )
         with ended_in_mlflow(config.tracking.uri, run_id, folder):
             folder.forget_failure()
-            _train(config, _task(config, plan, folder, run_id))
-            return _finish(config, plan, folder, run_id)
+            failure = _train(config, plan, _task(config, plan, folder, run_id))
+            result = _finish(config, plan, folder, run_id, earlier=done)
+            tell_evaluation(config.tracking.uri, run_id, failure)
+    if failure is not None:
+        logger.error(
+            "the training is done and kept in %s; its evaluation failed: the same command "
+            "evaluates anew without training again",
+            result.output,
+        )
+        folder.record_failure(failure)
+        folder.raise_failure()
+        raise failure
+    return result
+
+
+def evaluation_key(config: PretrainConfig) -> str:
+    """Name all that the evaluation is computed from, besides the trained model; "" without one."""
+    if config.data.val is None:
+        return ""
+    facts = [
+        config.knn.model_dump(mode="json"),
+        fingerprint(config.data.train),  # Its names of classes count here, and not in training.
+        fingerprint(config.data.val),
+    ]
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _inputs(config: PretrainConfig) -> dict[str, str]:
+    """Fingerprints of all that training reads."""
+    inputs = {"data.train": fingerprint(config.data.train, with_names=False)}
+    if config.init_from is not None:
+        inputs["init_from"] = fingerprint(config.init_from)
+    return inputs
+
+
+def _kept_result(done: StageResult, evaluation: dict[str, float] | None) -> StageResult | None:
+    """The earlier result with the metrics of the evaluation asked for; None without these."""
+    if evaluation is None:
+        return None
+    trained = {name: x for name, x in done.metrics.items() if not name.startswith(METRICS_PREFIX)}
+    return done._replace(status="reused", metrics=evaluation | trained)
+
+
+def _datasets(config: PretrainConfig, data: OpenedData) -> dict[str, tuple[str, str]]:
+    found = {"train": (data.train.digest, str(config.data.train))}
+    if data.val is not None:
+        found["val"] = (data.val.digest, str(config.data.val))
+    return found
 
 
 def _task(config: PretrainConfig, plan: Plan, folder: RunFolder, run_id: str | None) -> TrainTask:
@@ -121,6 +184,8 @@ def _task(config: PretrainConfig, plan: Plan, folder: RunFolder, run_id: str | N
         pictures=_pictures(config, plan.manifest),
         train_shards=plan.manifest.shards,
         val_shards=plan.val_shards,
+        class_numbers=plan.classes.numbers,
+        evaluation_key=evaluation_key(config),
     )
 
 
@@ -148,12 +213,19 @@ def _check_init_from(config: PretrainConfig) -> None:
             )
 
 
-def _plan(config: PretrainConfig, folder: RunFolder) -> Plan:
-    manifest = open_shards(
-        config.data.train,
-        storage.join(folder.index_uri, "train"),
-        max_bad_ratio=config.data.max_bad_ratio,
-    )
+def _open_data(config: PretrainConfig, folder: RunFolder) -> OpenedData:
+    """Open both sets before all else: an earlier result counts only for the data that it is of."""
+
+    def opened(spec: str | tuple[str, ...], name: str) -> Manifest:
+        uri = storage.join(folder.index_uri, name)
+        return open_shards(spec, uri, max_bad_ratio=config.data.max_bad_ratio)
+
+    val = None if config.data.val is None else opened(config.data.val, "val")
+    return OpenedData(opened(config.data.train, "train"), val)
+
+
+def _plan(config: PretrainConfig, data: OpenedData) -> Plan:
+    manifest = data.train
     optim = config.optim
     total_steps = int(optim.epochs * manifest.num_samples / optim.global_batch_size + 1e-9)
     total_steps = min(total_steps, optim.max_steps or total_steps)
@@ -181,34 +253,35 @@ def _plan(config: PretrainConfig, folder: RunFolder) -> Plan:
         config.grad_accum_steps,
         optim.learning_rate,
     )
-    return Plan(
-        manifest,
-        _val_shards(config, folder, manifest.shards),
-        stats,
-        RunSize(
-            total_steps,
-            optim.global_batch_size,
-            manifest.num_samples,
-            config.data.crops_per_image,
-        ),
+    size = RunSize(
+        total_steps, optim.global_batch_size, manifest.num_samples, config.data.crops_per_image
     )
+    val_shards = () if data.val is None else data.val.shards
+    return Plan(manifest, val_shards, _classes(data), stats, size)
 
 
-def _val_shards(
-    config: PretrainConfig, folder: RunFolder, train: tuple[ShardInfo, ...]
-) -> tuple[ShardInfo, ...]:
-    """Opened before training, so that a mistake in data.val is not found after it."""
-    if config.data.val is None:
-        return ()
-    val = open_shards(
-        config.data.val,
-        storage.join(folder.index_uri, "val"),
-        max_bad_ratio=config.data.max_bad_ratio,
-    ).shards
-    for shard in (train[0], val[0]):
-        for sample in read_rows(shard, 0, 1):
-            needed_label(shard, sample)
-    return val
+def _classes(data: OpenedData) -> Classes:
+    """What the numbers in both sets mean; a mistake in the labels is told before training.
+
+    Raises:
+        DataError: none of the samples that are looked at has a label.
+    """
+    if data.val is None:
+        return Classes((), {})
+    train = read_class_names(data.train.shards)
+    both = train | read_class_names(data.val.shards)
+    warn_of_unnamed(both)
+    classes = classes_by_name(both)
+    for key, manifest in (("data.train", data.train), ("data.val", data.val)):
+        check_labels(key, manifest.shards, classes.numbers)
+    unknown = set(classes.names) - {name for names in train.values() for name in names or ()}
+    if any(train.values()) and unknown:
+        logger.warning(
+            "data.val names classes that data.train does not: %s; the kNN evaluation counts their "
+            "images as wrong",
+            ", ".join(sorted(unknown)),
+        )
+    return classes
 
 
 def _channel_stats(config: PretrainConfig, manifest: Manifest) -> ChannelStats:
@@ -257,7 +330,12 @@ def _pictures(config: PretrainConfig, manifest: Manifest) -> Pictures:
     return Pictures(stack_pixels(pixels), np.stack(noise))
 
 
-def _train(config: PretrainConfig, task: TrainTask) -> None:
+def _train(config: PretrainConfig, plan: Plan, task: TrainTask) -> Exception | None:
+    """Train and evaluate.
+
+    Returns:
+        Why the evaluation failed, if it did: what was trained is there all the same.
+    """
     trainer = TorchTrainer(
         train_worker,
         train_loop_config={"task": task},
@@ -267,25 +345,48 @@ def _train(config: PretrainConfig, task: TrainTask) -> None:
         datasets={"train": partial(remaining_data, task)},
         dataset_config=ray.train.DataConfig(enable_shard_locality=False),
     )
-    trainer.fit()
+    try:
+        trainer.fit()
+    except Exception as error:
+        task.folder.check_start()
+        # A step beyond the last one is none of this run's: then nothing was evaluated.
+        if plan.size.total_steps not in list_steps(task.run_uri):
+            raise
+        return error
+    return None
 
 
 def _finish(
-    config: PretrainConfig, plan: Plan, folder: RunFolder, run_id: str | None
+    config: PretrainConfig,
+    plan: Plan,
+    folder: RunFolder,
+    run_id: str | None,
+    earlier: StageResult | None,
 ) -> StageResult:
-    """Evaluate and record the last checkpoint; then the run is done."""
+    """Record the last checkpoint and its evaluation; then the run is done.
+
+    Args:
+        config: of the run.
+        plan: of the run.
+        folder: of the run.
+        run_id: MLflow's.
+        earlier: the result of a start that trained the model already; it has the encoder logged.
+    """
     uri = config.tracking.uri
     with tempfile.TemporaryDirectory() as workspace:
         found = find_checkpoint(folder.uri, Path(workspace))
         if found is None or found.manifest.step != plan.size.total_steps:
             raise storage.StorageError(f"{folder.uri}: the last checkpoint is not there")
-        metrics = folder.read_evaluation()
+        metrics = dict(folder.read_evaluation(evaluation_key(config)) or {})
         metrics["data/left_out"] = len(log_bad_samples(uri, run_id, folder))
         tracking.log_final_metrics(uri, run_id, metrics, plan.size.total_steps)
-        log_encoder(uri, run_id, found.folder)
-        tracking.log_artifact_file(uri, run_id, found.folder / "manifest.json", "checkpoint")
+        if earlier is None or earlier.run_id != run_id:
+            log_encoder(uri, run_id, found.folder)
+            tracking.log_artifact_file(uri, run_id, found.folder / "manifest.json", "checkpoint")
     logger.info("reconstruction picture: %s", folder.picture_uri)
     say_where_to_compare(uri)
-    result = StageResult(STAGE, "done", run_id, found.uri, metrics)
+    result = StageResult(
+        STAGE, "done" if earlier is None else "evaluated", run_id, found.uri, metrics
+    )
     folder.write_result(result)
     return result

@@ -5,6 +5,7 @@ import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import partial
+from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 from uuid import uuid4
 
@@ -43,20 +44,34 @@ class Taken(NamedTuple):
         return self.folder.start
 
 
-def earlier_record(folder: RunFolder, digest: str) -> RunRecord | None:
-    """What an earlier start of the run wrote, if there was one.
+def earlier_record(
+    folder: RunFolder, digest: str, inputs: Mapping[str, str] = MappingProxyType({})
+) -> RunRecord | None:
+    """Read what an earlier start of the run wrote, if there was one.
+
+    Args:
+        folder: of the run.
+        digest: names the data, and the weights that the run starts from.
+        inputs: a fingerprint of each thing that the result is computed from, by the key of the
+            config that names it.
 
     Raises:
-        DataError: it had other data or weights than `digest` names.
+        DataError: the earlier start had other data or weights; names which.
     """
     record = folder.read_record()
-    if record is not None and record.data_digest != digest:
-        raise DataError(
-            f"{folder.uri}: data (or the weights that it started from) changed since this run "
-            f"began (digest {record.data_digest}, now {digest}), or the shards got a manifest; "
-            "bring them back, or start over with --fresh"
-        )
-    return record
+    if record is None:
+        return None
+    changed = [key for key, now in inputs.items() if record.inputs.get(key, now) != now]
+    if not changed and record.data_digest == digest:
+        return record
+    before, now = record.data_digest, digest
+    if before == now:  # The digest leaves out what no manifest vouches for.
+        before, now = record.inputs[changed[0]], inputs[changed[0]]
+    what = ", ".join(changed) or "the shards or their manifest"
+    raise DataError(
+        f"{folder.uri}: data (or the weights that it started from) changed since this run began "
+        f"(digest {before}, now {now}): {what}. Bring the data back, or start over with --fresh"
+    )
 
 
 def take_over(
@@ -64,6 +79,7 @@ def take_over(
     folder: RunFolder,
     *,
     digest: str,
+    inputs: Mapping[str, str],
     earlier: RunRecord | None,
     fresh: bool,
     tags: dict[str, str],
@@ -75,6 +91,7 @@ def take_over(
         config: the stage's.
         folder: of the run.
         digest: names the data, and the weights that it starts from.
+        inputs: see `earlier_record`.
         earlier: as `earlier_record` found it; its MLflow run is reopened.
         fresh: delete what is there; only now, for a mistake in the command must not cost it.
         tags: see `driver.run_tags`.
@@ -96,6 +113,7 @@ def take_over(
         RunRecord(
             start=start,
             data_digest=digest,
+            inputs=dict(inputs),
             # A server that is down now does not make the run a new one later.
             run_id=run_id or reopened,
             config=config.model_dump(mode="json"),
@@ -164,3 +182,10 @@ def say_where_to_compare(uri: str) -> None:
         logger.info("to compare runs: mlflow ui --backend-store-uri %s", uri)
     else:
         logger.info("to compare runs: open %s", uri)
+
+
+def tell_evaluation(uri: str, run_id: str | None, failure: Exception | None) -> None:
+    """Tag the run in MLflow with how its evaluation went."""
+    lines = str(failure).splitlines() or [type(failure).__name__]
+    text = "done" if failure is None else f"failed: {lines[0][:300]}"
+    tracking.set_tags(uri, run_id, {"evaluation": text})

@@ -4,7 +4,7 @@ run.json          what the run is, which MLflow run records it, and the start th
 checkpoints/      see pipelines/checkpoints.py
 shards/           the index of shards that came without a manifest
 reconstruction.png  what the model fills in, at the last picture
-evaluation.json   the kNN accuracies
+evaluation.json   the kNN accuracies, and a name of all that they were computed from
 bad_samples.jsonl   a line for each sample that was left out: epoch, shard, key, kind, reason
 arms/             of a downstream run, a folder an arm: metrics.json (last), pictures, tables
 features/         the Parquet files of an embed run
@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from infra import storage
 from mae_core.checkpoint import CorruptCheckpointError
@@ -59,6 +59,9 @@ class RunRecord(StrictConfig):
     """Names the start of the command that owns the folder; those before may write no more."""
     data_digest: str
     """Of the training data."""
+    inputs: dict[str, str] = Field(default_factory=dict)
+    """What the result is computed from: a fingerprint by the key of the config that names it.
+    Empty in records of versions before this field."""
     run_id: str | None
     """MLflow's."""
     config: dict[str, Any]
@@ -128,6 +131,14 @@ class RunFolder:
         text = self._read("result.json")
         return None if text is None else StageResult(**json.loads(text))
 
+    def read_whole_result(self) -> StageResult | None:
+        """The result, if what it names is there; with a warning, None if that was deleted."""
+        done = self.read_result()
+        if done is None or storage.exists(done.output):
+            return done
+        logger.warning("%s is gone: it is made again", done.output)
+        return None
+
     def write_result(self, result: StageResult) -> None:
         self._write("result.json", json.dumps(result._asdict()).encode())
 
@@ -180,12 +191,18 @@ class RunFolder:
         self._write(name, data)
         return self._file(name)
 
-    def read_evaluation(self) -> dict[str, float]:
+    def read_evaluation(self, key: str) -> dict[str, float] | None:
+        """Metrics of the evaluation that `key` names; none for "", and None if it is not there."""
         text = self._read("evaluation.json")
-        return {} if text is None else json.loads(text)
+        if not key:
+            return {}
+        fields = {} if text is None else json.loads(text)
+        return fields["metrics"] if fields.get("key") == key else None
 
-    def write_evaluation(self, metrics: dict[str, float]) -> None:
-        self._write("evaluation.json", json.dumps(metrics).encode())
+    def write_evaluation(self, key: str, metrics: dict[str, float]) -> None:
+        """Keep the metrics under a name of all that they were computed from."""
+        fields = {"key": key, "metrics": metrics}
+        self._write("evaluation.json", json.dumps(fields).encode())
 
     @property
     def bad_samples_uri(self) -> str:

@@ -51,6 +51,7 @@ from pipelines.checkpoints import (
     find_checkpoint,
     resume_position,
 )
+from pipelines.class_names import Numbers
 from pipelines.config import PretrainConfig
 from pipelines.datasets import (
     SequencePlan,
@@ -99,6 +100,8 @@ class TrainTask(NamedTuple):
     pictures: Pictures
     train_shards: tuple[ShardInfo, ...]
     val_shards: tuple[ShardInfo, ...]  # empty: no kNN evaluation
+    class_numbers: Numbers
+    evaluation_key: str  # see RunFolder.write_evaluation
 
     @property
     def folder(self) -> RunFolder:
@@ -330,11 +333,17 @@ class _Worker:
             {"top1": self.mae.encoder, "top1_untrained": untrained},
             task.train_shards,
             task.val_shards,
-            ImageReader(config.model, task.mean, task.std, config.scaling.cpus_per_worker),
+            ImageReader(
+                config.model,
+                task.mean,
+                task.std,
+                config.scaling.cpus_per_worker,
+                task.class_numbers,
+            ),
             config.knn,
         )
         if metrics is not None:
-            task.folder.write_evaluation(metrics)
+            task.folder.write_evaluation(task.evaluation_key, metrics)
 
     def _show(self, writer: tracking.MetricWriter, step: int) -> None:
         """The reconstruction picture, to MLflow and into the run's folder."""

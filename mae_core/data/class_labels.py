@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Sequence
+from typing import TypeVar
 
 from mae_core.data.samples import DataError
 
@@ -64,7 +65,10 @@ def class_indices(labels: Sequence[RawLabel], where: str, names: Sequence[str]) 
     return tuple(indices)
 
 
-def one_class(indices: Sequence[int], where: str) -> int:
+LabelT = TypeVar("LabelT", bound=RawLabel)
+
+
+def one_class(indices: Sequence[LabelT], where: str) -> LabelT:
     """Raises: DataError: a sample has no class, or several."""
     if len(indices) != 1:
         raise DataError(

@@ -49,6 +49,8 @@ class ShardInfo(StrictConfig):
     num_bytes: int = Field(ge=0)
     sha256: str | None = None
     """Of the whole tar; None where it was indexed without reading the images."""
+    changed_at_ns: int | None = None
+    """When a tar without a checksum last changed, in nanoseconds since 1970."""
 
     @field_validator("path", "index")
     @classmethod

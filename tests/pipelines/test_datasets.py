@@ -2,6 +2,7 @@
 
 import io
 import logging
+import os
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -98,6 +99,20 @@ def test_a_changed_foreign_tar_is_indexed_again(
     assert [s.num_samples for s in after.shards] == [5, 9, 8]
     assert after.digest != before.digest
     assert len(read_rows(after.shards[1], 0, 9)) == 9
+
+
+def test_a_foreign_tar_that_changed_without_a_change_of_its_size_is_indexed_again(
+    foreign: Path, write_tar: Callable[..., Path]
+) -> None:
+    members = {"0.png": b"a" * 100, "1.png": b"b" * 2000}
+    tar = write_tar(foreign / "part-1.tar", members)
+    before = open_foreign(foreign).shards[1]
+    assert [row.image[:1] for row in read_rows(before, 0, 2)] == [b"a", b"b"]
+    write_tar(tar, dict(reversed(members.items())))
+    os.utime(tar, (1e9, 1e9))
+    after = open_foreign(foreign).shards[1]
+    assert after.num_bytes == before.num_bytes
+    assert [row.image[:1] for row in read_rows(after, 0, 2)] == [b"b", b"a"]
 
 
 def test_a_prepared_manifest_is_taken_as_it_is(

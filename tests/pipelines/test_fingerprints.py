@@ -1,5 +1,7 @@
 """What lies at a place, in a few characters."""
 
+import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -70,3 +72,35 @@ def test_a_fingerprint_follows_the_data(tmp_path: Path, kind: str) -> None:
 def test_a_place_with_nothing_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="nowhere: there is nothing"):
         fingerprint(str(tmp_path / "nowhere"))
+
+
+def later(file: Path, than: Path) -> None:
+    """Make `file` a second younger than another."""
+    changed = than.stat().st_mtime + 1
+    os.utime(file, (changed, changed))
+
+
+def test_a_checksum_does_not_count_for_a_tar_that_changed_after_its_manifest(
+    tmp_path: Path,
+) -> None:
+    folder = shard_set(tmp_path / "a")
+    (tar,) = folder.glob("*.tar")
+    before = fingerprint(str(folder))
+    data = bytearray(tar.read_bytes())
+    data[:1] = b"!"  # The size stays.
+    tar.write_bytes(data)
+    later(tar, folder / "manifest.json")
+    assert fingerprint(str(folder)) != before
+
+
+def test_a_copy_has_the_fingerprint_of_the_original(tmp_path: Path) -> None:
+    folder = shard_set(tmp_path / "a")
+    shutil.copytree(folder, tmp_path / "b")
+    assert fingerprint(str(tmp_path / "b")) == fingerprint(str(folder))
+
+
+def test_names_of_classes_count_only_where_they_are_asked_for(tmp_path: Path) -> None:
+    sets = [shard_set(tmp_path / "a"), shard_set(tmp_path / "b", classes=["x"])]
+    (sets[1] / "classes.json").write_text('["x"]')
+    assert len({fingerprint(str(folder), with_names=False) for folder in sets}) == 1
+    assert len({fingerprint(str(folder)) for folder in sets}) == 2
