@@ -8,6 +8,7 @@ are compared only where names are missing.
 import json
 import logging
 from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from infra import storage
@@ -93,28 +94,34 @@ def read_category_names(folder: str) -> dict[int, str]:
         raise DataError(f'{uri}: not a list of {{"id": 1, "name": "..."}} ({error})') from error
 
 
+def united_names(named: Mapping[str, Sequence[str] | None]) -> tuple[str, ...]:
+    """All names that folders give their classes, in the order in which they first come."""
+    return tuple(dict.fromkeys(name for names in named.values() for name in names or ()))
+
+
 def classes_by_name(
-    named: Mapping[str, Sequence[str] | None], given: Sequence[str] | None = None
+    train: Mapping[str, Sequence[str] | None],
+    val: Mapping[str, Sequence[str] | None] = MappingProxyType({}),
+    given: Sequence[str] | None = None,
 ) -> Classes:
     """Number the classes of several folders alike, by their names.
 
     Args:
-        named: of each folder, its names in the order of its numbers, or None.
-        given: the names of the run; those of the folders where left out. Names of which no
-            folder knows one rename the classes, in the order in which the folders name them.
+        train: of each folder, its names in the order of its numbers, or None.
+        val: likewise; names that only these have get no number.
+        given: the names of the run; those of `train` where left out. Names of which the folders
+            know none rename the folders' classes, in the folders' order.
     """
-    united = tuple(dict.fromkeys(name for names in named.values() for name in names or ()))
-    known = united if given is None else tuple(given)
-    if given is not None and len(given) == len(united) and not set(given) & set(united):
-        places = {name: place for place, name in enumerate(united)}
-    else:
-        places = {name: place for place, name in enumerate(known)}
+    own = united_names(train) or united_names(val)
+    names = own if given is None else tuple(given)
+    renamed = len(names) == len(own) and not set(names) & set(own)
+    places = {name: place for place, name in enumerate(own if renamed else names)}
     numbers = {
-        folder: {own: places[name] for own, name in enumerate(names) if name in places}
-        for folder, names in named.items()
-        if names is not None
+        folder: {number: places[name] for number, name in enumerate(listed) if name in places}
+        for folder, listed in {**train, **val}.items()
+        if listed is not None
     }
-    return Classes(known, numbers)
+    return Classes(names, numbers)
 
 
 def warn_of_unnamed(named: Mapping[str, Sequence[str] | None]) -> None:

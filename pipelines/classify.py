@@ -16,6 +16,7 @@ if __name__ == "__main__":  # run as a file: import the package, not the files b
     sys.exit(main(["classify", *sys.argv[1:]]))
 
 import math
+from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, Literal, NamedTuple, cast
 
@@ -25,6 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mae_core.checkpoint import CheckpointManifest
 from mae_core.data.augment import rand_augment, random_erase
 from mae_core.data.class_labels import (
     RawLabel,
@@ -57,12 +59,27 @@ from mae_core.model.classifier import build_classifier
 from mae_core.optim import build_lars
 from mae_core.train_step import BatchLoss
 from pipelines import downstream
+from pipelines.class_names import (
+    CLASSES_FILE,
+    Classes,
+    classes_by_name,
+    folder_of,
+    read_class_names,
+    united_names,
+    warn_of_unnamed,
+)
 from pipelines.config import ConfigError, StageResult
-from pipelines.downstream import LabelledData, Stage, adamw, read_json_beside, read_targets
+from pipelines.downstream import (
+    LabelledData,
+    Stage,
+    Study,
+    adamw,
+    read_targets,
+    warn_of_absent,
+)
 from pipelines.downstream_config import ClassifyConfig, ClassifySection, DownstreamConfig
 from pipelines.task import Arm, Batch, EncodedSample, Evaluation, Example, TaskInfo
 
-CLASSES_FILE = "classes.json"
 MOST_WRONG = 16
 TUNED = ("finetune", "scratch")
 
@@ -77,67 +94,60 @@ def _section(config: DownstreamConfig) -> ClassifySection:
     return cast(ClassifyConfig, config).classify
 
 
-def _study(
-    config: DownstreamConfig, data: LabelledData
-) -> tuple[tuple[str, ...], Sequence[Hashable]]:
+def _study(config: DownstreamConfig, data: LabelledData, _encoder: CheckpointManifest) -> Study:
     """Class names, and the class or classes of each training sample."""
     section = _section(config)
-    extensions = ("cls",) if section.label_key is None else ("json",)
-    train, val = (
-        [
-            _RawLabels(
-                target.where,
-                read_labels(target.data, target.where, key=section.label_key)
-                if not target.is_broken
-                else (),
-                target.is_broken,
-            )
-            for target in read_targets(manifest, extensions)
-        ]
-        for manifest in (data.train, data.val)
-    )
-    names = section.names or _listed_names(data.train) or names_of([x.labels for x in train])
+    train, val = (_raw_labels(section, manifest) for manifest in (data.train, data.val))
+    names, numbers = _classes(section, data, train)
     if len(names) < 2:
         raise ConfigError(f"data.train has one class, {', '.join(names)}: nothing to tell apart")
-    _check_names_agree(section, data.val, names)
     strata: list[Hashable] = []
-    for where, labels, is_broken in [*train, *val]:
-        indices = class_indices(labels, where, names)
-        if section.labels == "one" and not is_broken:
-            one_class(indices, where)
+    counts: Counter[int] = Counter()
+    for i, sample in enumerate([*train, *val]):
+        indices = class_indices(sample.labels, sample.where, names, numbers.get(sample.folder))
+        if section.labels == "one" and not sample.is_broken:
+            one_class(indices, sample.where)
         strata.append(indices)
-    return names, strata[: len(train)]
+        counts.update(indices if i < len(train) else ())
+    key = "data.train" if section.names is None else "classify.names"
+    warn_of_absent(key, names, counts)
+    return Study(names, strata[: len(train)], numbers)
 
 
 class _RawLabels(NamedTuple):
+    folder: str
     where: str
     labels: tuple[RawLabel, ...]
     is_broken: bool
 
 
-def _listed_names(manifest: Manifest) -> tuple[str, ...] | None:
-    return manifest.classes or _named_beside(manifest)
+def _raw_labels(section: ClassifySection, manifest: Manifest) -> list[_RawLabels]:
+    extensions = ("cls",) if section.label_key is None else ("json",)
+    found = []
+    for shard, where, data, is_broken in read_targets(manifest, extensions):
+        labels = () if is_broken else read_labels(data, where, key=section.label_key)
+        found.append(_RawLabels(folder_of(shard), where, labels, is_broken))
+    return found
 
 
-def _check_names_agree(section: ClassifySection, val: Manifest, names: tuple[str, ...]) -> None:
-    """Raises: DataError: data.val counts the classes otherwise than data.train."""
-    theirs = _listed_names(val)
-    if section.names is None and theirs is not None and theirs != names[: len(theirs)]:
-        raise DataError(
-            f"data.val numbers its classes {', '.join(theirs[:10])}, data.train "
-            f"{', '.join(names[:10])}: pack both with the same class folders, or give "
-            "classify.names"
-        )
+def _classes(section: ClassifySection, data: LabelledData, train: Sequence[_RawLabels]) -> Classes:
+    """The run's classes: by the names that each set gives its numbers, where it gives any.
 
-
-def _named_beside(train: Manifest) -> tuple[str, ...] | None:
-    """What classes.json beside the shards says: a list of names, in the order of their numbers."""
-    uri, listed = read_json_beside(train, CLASSES_FILE)
-    if listed is None:
-        return None
-    if not isinstance(listed, list) or not all(isinstance(name, str) for name in listed):
-        raise DataError(f'{uri}: not a list of names such as ["cat", "dog"]')
-    return tuple(listed)
+    Raises:
+        DataError: data.val names its classes and data.train does not.
+    """
+    ours, theirs = read_class_names(data.train.shards), read_class_names(data.val.shards)
+    warn_of_unnamed(ours | theirs)
+    given = section.names
+    if given is None and not any(ours.values()):
+        given = names_of([sample.labels for sample in train])
+        if unknown := [name for name in united_names(theirs) if name not in given]:
+            raise DataError(
+                f"data.val names its classes {', '.join(unknown[:10])}; data.train only knows "
+                f"{', '.join(given[:10])}: put a {CLASSES_FILE} beside the shards of data.train, "
+                "or give classify.names"
+            )
+    return classes_by_name(ours, theirs, given)
 
 
 def _make_task(config: DownstreamConfig, info: TaskInfo) -> "ClassifyTask":
@@ -176,7 +186,7 @@ class ClassifyTask:
     def _label(self, sample: EncodedSample) -> npt.NDArray[np.int64]:
         names = self.info.names
         raw = read_labels(sample.target, sample.where, key=self.section.label_key)
-        indices = class_indices(raw, sample.where, names)
+        indices = class_indices(raw, sample.where, names, self.info.numbers.get(sample.folder))
         if self.section.labels == "one":
             return np.asarray(one_class(indices, sample.where))
         label = np.zeros(len(names), np.int64)

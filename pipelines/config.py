@@ -3,15 +3,14 @@
 Imports no torch, Ray or MLflow: a mistake in a config is reported within a second.
 """
 
-import hashlib
-import json
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Self
+from typing import Literal, NamedTuple, Self
 
 from pydantic import Field, field_validator, model_validator
 
 from infra.config import StorageConfig, TrackingConfig
 from mae_core.config import LossConfig, MaskingConfig, ModelConfig, OptimConfig, StrictConfig
+from pipelines.field_roles import identity_digest
 
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"  # of what becomes a folder
 
@@ -174,21 +173,7 @@ class PretrainConfig(StrictConfig):
     @property
     def run_name(self) -> str:
         """Name and a hash of all that determines the result: the same command, the same run."""
-        identity = self.model_dump(mode="json", include=_IDENTITY)
-        text = json.dumps(identity, sort_keys=True)
-        return f"{self.name}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
-
-
-# What may change between a run and its resumption is not in here: workers, micro batch, paths.
-_IDENTITY: Any = {
-    "seed": True,
-    "data": {"train", "shuffle_window", "crop_scale", "flip", "crops_per_image", "stats"},
-    "model": True,
-    "masking": True,
-    "loss": True,
-    "optim": set(OptimConfig.model_fields) - {"micro_batch_size", "compile"},
-    "init_from": True,
-}
+        return f"{self.name}-{identity_digest('pretrain', self.model_dump(mode='json'))}"
 
 
 class PrepareConfig(StrictConfig):

@@ -15,13 +15,16 @@ if __name__ == "__main__":  # run as a file: import the package, not the files b
 
     sys.exit(main(["detect", *sys.argv[1:]]))
 
-from collections.abc import Callable, Hashable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import NamedTuple, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from mae_core.checkpoint import CheckpointManifest
 from mae_core.data.boxes import (
     Boxes,
     collect_categories,
@@ -30,9 +33,8 @@ from mae_core.data.boxes import (
     parse_boxes,
 )
 from mae_core.data.decode import decode_image
-from mae_core.data.manifest import Manifest
 from mae_core.data.randomness import sample_generator
-from mae_core.data.samples import DataError
+from mae_core.data.samples import Sample
 from mae_core.evaluation.detection import (
     DetectionScores,
     best_f1_score,
@@ -49,20 +51,23 @@ from mae_core.model.detector import (
 from mae_core.model.feature_pyramid import MapEncoder
 from mae_core.train_step import BatchLoss
 from pipelines import downstream
+from pipelines.class_names import folder_of, folders_of, read_category_names
 from pipelines.config import ConfigError, StageResult
+from pipelines.datasets import BrokenSample, target_of
 from pipelines.downstream import (
     LabelledData,
     Stage,
+    Study,
     adamw,
     arms_table,
-    read_json_beside,
-    read_targets,
+    map_samples,
+    picture_shape,
+    warn_of_absent,
 )
-from pipelines.downstream_config import DetectConfig, DownstreamConfig
+from pipelines.downstream_config import DetectConfig, DetectSection, DownstreamConfig
 from pipelines.task import Arm, Batch, EncodedSample, Evaluation, Example, TaskInfo
 
 TARGETS = ("json",)
-CATEGORIES_FILE = "categories.json"
 NUM_PICTURES = 6
 
 
@@ -71,60 +76,97 @@ def run(config: DetectConfig, *, fresh: bool) -> StageResult:
     return downstream.run(config, Stage(TARGETS, _study, _make_task, _summarize), fresh=fresh)
 
 
-def _study(
-    config: DownstreamConfig, data: LabelledData
-) -> tuple[tuple[str, ...], Sequence[Hashable]]:
+def _study(config: DownstreamConfig, data: LabelledData, encoder: CheckpointManifest) -> Study:
     """Names of the categories; every box of both sets is looked at before any training."""
-    train, val = (read_targets(manifest, TARGETS) for manifest in (data.train, data.val))
-    categories = _categories(cast(DetectConfig, config), data.train, [x.data for x in train])
-    if cast(DetectConfig, config).detect.categories is None:
-        _check_names_agree(data.val, categories)
-    if len(set(categories.values())) < len(categories):
+    section = cast(DetectConfig, config).detect
+    train, val = (
+        list(map_samples(manifest, partial(_look, in_chans=encoder.model.in_chans)))
+        for manifest in (data.train, data.val)
+    )
+    categories = _categories(section, train)
+    if len(set(categories.names)) < len(categories.names):
         raise ConfigError(
-            f"two categories have the same name: {', '.join(sorted(categories.values()))}; give "
+            f"two categories have the same name: {', '.join(sorted(categories.names))}; give "
             "detect.categories"
         )
-    numbers = {identifier: label for label, identifier in enumerate(categories)}
-    for where, target, is_broken in [*train, *val]:
-        if not is_broken:
-            parse_boxes(target, where, numbers)
+    folders = folders_of([*data.train.shards, *data.val.shards])
+    numbers = {folder: categories.numbers_of(read_category_names(folder)) for folder in folders}
+    counts: Counter[int] = Counter()
+    for i, sample in enumerate([*train, *val]):
+        if sample.is_broken:
+            continue
+        boxes = parse_boxes(
+            sample.data, sample.where, numbers[sample.folder], picture=sample.picture
+        )
+        counts.update(set(boxes.labels.tolist()) if i < len(train) else ())
+    key = "data.train" if section.categories is None else "detect.categories"
+    warn_of_absent(key, categories.names, counts)
     # The numbers go with the names: a worker has nothing else to read them from.
-    names = tuple(f"{identifier}:{name}" for identifier, name in categories.items())
-    return names, [0] * len(train)
+    pairs = zip(categories.identifiers, categories.names, strict=True)
+    names = tuple(f"{identifier}:{name}" for identifier, name in pairs)
+    return Study(names, [0] * len(train), numbers)
 
 
-def _check_names_agree(val: Manifest, categories: dict[int, str]) -> None:
-    """Raises: DataError: data.val gives a number another name than data.train."""
-    for number, name in _named_beside(val).items():
-        ours = categories.get(number, name)
-        if ours not in (name, str(number)):
-            raise DataError(
-                f"data.val names category {number} {name}, data.train {ours}: pack both from files "
-                "with the same categories, or give detect.categories"
+class _Look(NamedTuple):
+    """What a sample says before any training."""
+
+    folder: str
+    where: str
+    data: bytes | None  # of the boxes
+    is_broken: bool
+    picture: tuple[int, ...] | None  # height and width; None where the image can't be decoded
+
+
+def _look(shard: str, row: Sample | BrokenSample, *, in_chans: int) -> _Look:
+    return _Look(
+        folder_of(shard),
+        f"{shard}: {row.key}",
+        target_of(row, TARGETS),
+        isinstance(row, BrokenSample),
+        picture_shape(row, in_chans),
+    )
+
+
+class _Categories(NamedTuple):
+    """The classes of a run of detection, in the order of their labels."""
+
+    identifiers: tuple[int, ...]  # category_id; where sets differ, the first that came
+    names: tuple[str, ...]
+
+    def numbers_of(self, named: Mapping[int, str]) -> dict[int, int]:
+        """Labels by the category_id of a folder: by name, where the folder has our names."""
+        labels = {name: label for label, name in enumerate(self.names)}
+        by_number = {number: label for label, number in enumerate(self.identifiers)}
+        if not set(labels) & set(named.values()):
+            return by_number
+        unnamed = {n: x for n, x in by_number.items() if self.names[x] == str(n) and n not in named}
+        return unnamed | {number: labels[name] for number, name in named.items() if name in labels}
+
+
+def _categories(section: DetectSection, train: Sequence[_Look]) -> _Categories:
+    """The categories that the config lists, or else those that the training samples have."""
+    if section.categories:
+        given = dict(sorted(section.categories.items()))
+        return _Categories(tuple(given), tuple(given.values()))
+    identifiers: dict[str, int] = {}  # by name
+    for folder in dict.fromkeys(sample.folder for sample in train):
+        named = read_category_names(folder)
+        found = sorted(collect_categories(x.data for x in train if x.folder == folder))
+        names = [named.get(number, str(number)) for number in found]
+        if len(set(names)) < len(names):
+            raise ConfigError(
+                f"{folder}: two categories have the same name: {', '.join(sorted(names))}; give "
+                "detect.categories"
             )
-
-
-def _categories(
-    config: DetectConfig, train: Manifest, targets: Sequence[bytes | None]
-) -> dict[int, str]:
-    """category_id to name, by number."""
-    given = config.detect.categories
-    if given is None:
-        given = dict.fromkeys(collect_categories(targets), "")
-        given |= {x: name for x, name in _named_beside(train).items() if x in given}
-        given = {number: name or str(number) for number, name in given.items()}
-    if not given:
+        for number, name in zip(found, names, strict=True):
+            # A number that is another set's already is no use in this one's name.
+            free = max([-1, *identifiers.values()]) + 1
+            taken = number in identifiers.values()
+            identifiers.setdefault(name, free if taken else number)
+    if not identifiers:
         raise ConfigError("data.train: no sample has a box; there is nothing to detect")
-    return dict(sorted(given.items()))
-
-
-def _named_beside(train: Manifest) -> dict[int, str]:
-    """What categories.json beside the shards says: COCO's list of ids and names."""
-    uri, listed = read_json_beside(train, CATEGORIES_FILE)
-    try:
-        return {int(item["id"]): str(item["name"]) for item in listed or ()}
-    except (ValueError, TypeError, KeyError) as error:
-        raise DataError(f'{uri}: not a list of {{"id": 1, "name": "..."}} ({error})') from error
+    ordered = sorted(identifiers.items(), key=lambda item: item[1])
+    return _Categories(tuple(x for _, x in ordered), tuple(name for name, _ in ordered))
 
 
 def _make_task(config: DownstreamConfig, info: TaskInfo) -> "DetectTask":
@@ -155,10 +197,10 @@ class DetectTask:
         self.names = [name for _, name in pairs]
 
     def training_example(self, sample: EncodedSample, arm: Arm) -> Example:
-        boxes = parse_boxes(sample.target, sample.where, self.numbers)
+        original = decode_image(sample.image, self.info.model.in_chans)
         pixels, boxes = detection_view(
-            decode_image(sample.image, self.info.model.in_chans),
-            boxes,
+            original,
+            self._boxes(sample, original.shape),
             sample_generator(arm.seed, sample.epoch, sample.key),
             size=self.info.model.img_size,
             scale=self.section.scale,
@@ -167,10 +209,14 @@ class DetectTask:
         return Example(np.ascontiguousarray(pixels), _Target(boxes))
 
     def validation_example(self, sample: EncodedSample) -> Example:
-        boxes = parse_boxes(sample.target, sample.where, self.numbers)
         original = decode_image(sample.image, self.info.model.in_chans)
+        boxes = self._boxes(sample, original.shape)
         pixels, factor = fitted_view(original, self.info.model.img_size)
         return Example(pixels, _Target(boxes, factor))
+
+    def _boxes(self, sample: EncodedSample, picture: tuple[int, ...]) -> Boxes:
+        numbers = self.info.numbers.get(sample.folder, self.numbers)
+        return parse_boxes(sample.target, sample.where, numbers, picture=picture)
 
     def build_model(self, encoder: nn.Module, arm: Arm) -> nn.Module:
         section = self.section

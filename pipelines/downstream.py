@@ -1,11 +1,11 @@
 """The driver of classify, detect and segment: what is trained, with what, and what came of it."""
 
-import json
 import logging
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Any, NamedTuple
+from types import MappingProxyType
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import ray.train
@@ -15,15 +15,16 @@ from torch import nn
 
 from infra import storage, tracking
 from mae_core.checkpoint import WEIGHTS_FILE, CheckpointManifest
-from mae_core.data.decode import decode_image
+from mae_core.data.decode import decode_image, jpeg_header
 from mae_core.data.label_subset import stratified_subset
 from mae_core.data.manifest import Manifest, ShardInfo
 from mae_core.data.pixels import CorruptSampleError
-from mae_core.data.samples import DataError
+from mae_core.data.samples import DataError, Sample
 from mae_core.model.classifier import layer_scales
 from mae_core.optim import fine_tuning_groups
 from pipelines import driver, launch
 from pipelines.checkpoints import fetch_manifest
+from pipelines.class_names import Numbers
 from pipelines.config import ConfigError, StageResult
 from pipelines.datasets import (
     BrokenSample,
@@ -48,8 +49,12 @@ from pipelines.task import Arm, Evaluation, Task, TaskInfo
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
 ROWS_PER_READ = 512
 MEASURING_TIMEOUT_S = 6 * 3600
+READ_THREADS = 4
+MAX_NAMED = 10
 UNTRAINED = ("knn", "logistic")
 
 
@@ -63,12 +68,19 @@ class LabelledData(NamedTuple):
         return f"{self.train.digest[:16]}-{self.val.digest[:16]}-{weights}"
 
 
+class Study(NamedTuple):
+    """What all labels of both sets say, before anything is trained."""
+
+    names: tuple[str, ...]  # of the classes
+    strata: Sequence[Hashable]  # of each training sample: what shares of the labels spread evenly
+    numbers: Numbers = MappingProxyType({})
+
+
 class Stage(NamedTuple):
     """What a stage adds."""
 
     targets: tuple[str, ...]  # extensions that hold the label, the first that is there
-    # Class names and, for each training sample, what is spread evenly over shares of the labels.
-    study: Callable[[DownstreamConfig, LabelledData], tuple[tuple[str, ...], Sequence[Hashable]]]
+    study: Callable[[DownstreamConfig, LabelledData, CheckpointManifest], Study]
     make_task: Callable[[DownstreamConfig, TaskInfo], Task]
     # All arms' metrics to pictures and tables of the whole run.
     summarize: Callable[[DownstreamConfig, TaskInfo, dict[Arm, dict[str, float]]], Evaluation]
@@ -97,16 +109,16 @@ def run(config: DownstreamConfig, stage: Stage, *, fresh: bool) -> StageResult:
         "init_from": fingerprint(config.init_from),
     }
     earlier = None if fresh else earlier_record(folder, digest, inputs)
-    if not fresh and (done := folder.read_result()) is not None:
+    if not fresh and (done := folder.read_whole_result()) is not None:
         logger.info("%s is done: not trained again (--fresh starts over)", folder.uri)
         return done._replace(status="reused")
     _check_first_sample(config, encoder, data, stage)
-    names, strata = stage.study(config, data)
-    if len(set(names)) < len(names):
-        raise ConfigError(f"two classes have the same name: {', '.join(sorted(names))}")
+    study = stage.study(config, data, encoder)
+    if len(set(study.names)) < len(study.names):
+        raise ConfigError(f"two classes have the same name: {', '.join(sorted(study.names))}")
     title = f"{config.run_name} on {_short(config.data.val)}"
-    info = TaskInfo(encoder.model, names, title)
-    chosen = _plan_arms(config, data.train, strata)
+    info = TaskInfo(encoder.model, study.names, title, study.numbers)
+    chosen = _plan_arms(config, data.train, study.strata)
     with launch.running_ray(config.scaling):
         taken = take_over(
             config,
@@ -126,7 +138,7 @@ def run(config: DownstreamConfig, stage: Stage, *, fresh: bool) -> StageResult:
             raw_config=config.model_dump(mode="json"),
             make_task=partial(stage.make_task, config, info),
             targets=stage.targets,
-            classes=names,
+            classes=study.names,
             init_uri=storage.absolute(config.init_from),
             run_uri=folder.uri,
             start=taken.start,
@@ -213,6 +225,7 @@ def _check_first_sample(
 
 
 class Target(NamedTuple):
+    shard: str
     where: str  # shard and key, for errors
     data: bytes | None  # of the label
     is_broken: bool  # the sample can't be read: a hole in training
@@ -220,41 +233,63 @@ class Target(NamedTuple):
 
 def read_targets(manifest: Manifest, extensions: tuple[str, ...]) -> list[Target]:
     """The label of each sample; of all shards, in order."""
+    return list(map_samples(manifest, lambda shard, row: _target(shard, row, extensions)))
+
+
+def _target(shard: str, row: Sample | BrokenSample, extensions: tuple[str, ...]) -> Target:
+    data = target_of(row, extensions)
+    return Target(shard, f"{shard}: {row.key}", data, isinstance(row, BrokenSample))
+
+
+def map_samples(
+    manifest: Manifest, function: Callable[[str, Sample | BrokenSample], T]
+) -> Iterator[T]:
+    """Give each sample with the path of its shard to `function`, in threads; results in order."""
     pieces = [
         (shard, start, min(start + ROWS_PER_READ, shard.num_samples))
         for shard in manifest.shards
         for start in range(0, shard.num_samples, ROWS_PER_READ)
     ]
 
-    def read(piece: tuple[ShardInfo, int, int]) -> list[Target]:
+    def read(piece: tuple[ShardInfo, int, int]) -> list[T]:
         shard, start, stop = piece
-        rows = read_samples(shard, start, stop)
-        return [
-            Target(
-                f"{shard.path}: {row.key}",
-                target_of(row, extensions),
-                isinstance(row, BrokenSample),
-            )
-            for row in rows
-        ]
+        return [function(shard.path, row) for row in read_samples(shard, start, stop)]
 
-    with ThreadPoolExecutor(4) as pool:
-        return [target for part in pool.map(read, pieces) for target in part]
+    with ThreadPoolExecutor(READ_THREADS) as pool:
+        for first in range(0, len(pieces), READ_THREADS):  # not all at once: images are large
+            for results in pool.map(read, pieces[first : first + READ_THREADS]):
+                yield from results
 
 
-def read_json_beside(manifest: Manifest, name: str) -> tuple[str, Any]:
-    """A JSON file in the folder of the shards: its URI, and what it holds; None without one.
-
-    Raises:
-        DataError: it is no JSON.
-    """
-    uri = storage.join(manifest.shards[0].path.rpartition("/")[0], name)
-    if not storage.exists(uri):
-        return uri, None
+def picture_shape(row: Sample | BrokenSample, in_chans: int) -> tuple[int, ...] | None:
+    """Height and width of a sample's upright image; None where it can't be decoded."""
+    if isinstance(row, BrokenSample):
+        return None
+    header = jpeg_header(row.image)
+    if header is not None and header.orientation == 1:
+        return header.height, header.width
     try:
-        return uri, json.loads(storage.read_bytes(uri))
-    except ValueError as error:
-        raise DataError(f"{uri}: is no JSON ({error})") from error
+        return decode_image(row.image, in_chans).shape[:2]
+    except CorruptSampleError:
+        return None
+
+
+def warn_of_absent(key: str, names: Sequence[str], counts: Mapping[int, int]) -> None:
+    """Name the classes that no training sample has, before anything is trained.
+
+    Args:
+        key: of the config that names the classes.
+        names: of all classes.
+        counts: training samples by the number of the class.
+    """
+    absent = [name for number, name in enumerate(names) if not counts.get(number)]
+    if absent:
+        logger.warning(
+            "%s: no sample of data.train has the class %s: the model cannot learn it, and its "
+            "scores will be 0 or missing",
+            key,
+            ", ".join(absent[:MAX_NAMED]) + (", ..." if len(absent) > MAX_NAMED else ""),
+        )
 
 
 def _plan_arms(

@@ -1,16 +1,16 @@
 """Configs of the stages that train on a checkpoint: classify, detect, segment; and of embed."""
 
-import hashlib
-import json
-from typing import Any, ClassVar, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
 from infra.config import StorageConfig, TrackingConfig
 from mae_core.config import StrictConfig
 from pipelines.config import NAME_PATTERN, CheckpointConfig, DebugConfig, ScalingConfig
+from pipelines.field_roles import identity_digest
 
 Share = float  # in (0, 1]
+Value = Annotated[int, Field(ge=0, le=65_535)]  # of a mask's pixel
 
 
 class LabelledDataConfig(StrictConfig):
@@ -156,12 +156,8 @@ class DownstreamConfig(StrictConfig):
     @property
     def run_name(self) -> str:
         """Name and a hash of all that determines the result: the same command, the same run."""
-        where: Any = {"name", "scaling", "checkpoint", "reporting", "storage", "tracking", "debug"}
-        identity = self.model_dump(mode="json", exclude=where)
-        identity["optim"].pop("micro_batch_size")
-        identity["data"].pop("max_bad_ratio")
-        text = json.dumps(identity, sort_keys=True)
-        return f"{self.name or self.stage}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+        digest = identity_digest(self.stage, self.model_dump(mode="json"))
+        return f"{self.name or self.stage}-{digest}"
 
 
 class ClassifySection(ArmsConfig):
@@ -255,10 +251,16 @@ class SegmentSection(ArmsConfig):
     """linear: batch norm and a 1x1 convolution; fpn: a pyramid, fused (Kirillov et al. 2019);
     upernet: with pyramid pooling (Xiao et al. 2018)."""
     masks: Literal["classes", "instances"] = "classes"
-    """What .seg.png holds: a class a pixel (255 is ignored), or numbered instances, which become
-    background, inside and boundary."""
+    """What .seg.png holds: a class a pixel (see `values` and `ignore_value`), or numbered
+    instances, which become background, inside and boundary."""
     names: tuple[str, ...] | None = None
     """Names of the classes in the order of their numbers; needed for `masks=classes`."""
+    values: tuple[Value, ...] | None = None
+    """Values of the classes in the masks, in the order of `names`, such as [0,255] for masks of 0
+    and 255; 0, 1, 2 and so on where left out."""
+    ignore_value: Value | None = 255
+    """Value of the pixels that no loss and no score counts, unless `values` has it; null: every
+    pixel counts."""
     channels: int = Field(default=128, gt=0)
     """Of the head."""
     window: int = Field(default=0, ge=0)
@@ -280,6 +282,18 @@ class SegmentSection(ArmsConfig):
             raise ValueError(
                 f"class_weights={list(self.class_weights)}: {len(self.class_weights)} for "
                 f"{num_classes} classes"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _each_class_has_a_value(self) -> Self:
+        values = self.values
+        if values is not None and self.masks == "instances":
+            raise ValueError("values is for masks=classes: instances are numbered as they come")
+        if values is not None and not len(values) == len(set(values)) == len(self.names or ()):
+            raise ValueError(
+                f"values={list(values)}: give one value for each of {len(self.names or ())} names, "
+                "each only once"
             )
         return self
 
@@ -330,8 +344,4 @@ class EmbedConfig(StrictConfig):
 
     @property
     def run_name(self) -> str:
-        identity = self.model_dump(
-            mode="json", include={"init_from", "data", "features", "img_size", "rows_per_file"}
-        )
-        text = json.dumps(identity, sort_keys=True)
-        return f"{self.name}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+        return f"{self.name}-{identity_digest('embed', self.model_dump(mode='json'))}"

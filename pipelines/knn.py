@@ -85,6 +85,13 @@ def knn_metrics(
         )
         for name in encoders
     }
+    logger.info(
+        "kNN accuracy, k=%d among %d images, of %d test images: %s",
+        k,
+        len(bank.labels),
+        len(queries.labels),
+        ", ".join(f"{name.removeprefix('knn/')}={value:.3f}" for name, value in metrics.items()),
+    )
     if unlabelled := (*bank.unlabelled, *queries.unlabelled):
         logger.warning(
             "%d samples are left out of the kNN evaluation, for they have no label that can be "
@@ -93,13 +100,6 @@ def knn_metrics(
             "; ".join(unlabelled[:MAX_EXAMPLES]),
         )
         metrics[f"{METRICS_PREFIX}left_out"] = float(len(unlabelled))
-    logger.info(
-        "kNN accuracy, k=%d among %d images, of %d test images: %s",
-        k,
-        len(bank.labels),
-        len(queries.labels),
-        ", ".join(f"{name.removeprefix('knn/')}={value:.3f}" for name, value in metrics.items()),
-    )
     return metrics
 
 
@@ -199,7 +199,10 @@ def needed_label(shard: ShardInfo, sample: Sample, numbers: Numbers = MappingPro
         DataError: it has none, several, or one that its own set does not name.
     """
     where = f"{shard.path}: {sample.key}"
-    label = one_class(read_labels(sample.parts.get("cls"), where, key=None), where)
+    data = sample.parts.get("cls")
+    if data is None:
+        raise DataError(f"{where} has no .cls, which the kNN evaluation needs")
+    label = one_class(read_labels(data, where, key=None), where)
     assert isinstance(label, int), "a .cls holds numbers"
     known = numbers.get(folder_of(shard.path))
     if known is None:

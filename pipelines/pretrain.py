@@ -39,7 +39,13 @@ from mae_core.data.transforms import center_crop, stack_pixels
 from mae_core.masking import draw_noise
 from pipelines import driver, launch
 from pipelines.checkpoints import fetch_manifest, find_checkpoint, list_steps
-from pipelines.class_names import Classes, classes_by_name, read_class_names, warn_of_unnamed
+from pipelines.class_names import (
+    Classes,
+    classes_by_name,
+    read_class_names,
+    united_names,
+    warn_of_unnamed,
+)
 from pipelines.config import ConfigError, PretrainConfig, StageResult
 from pipelines.datasets import (
     measure_channel_stats,
@@ -115,13 +121,14 @@ def run(config: PretrainConfig, *, fresh: bool) -> StageResult:
             earlier=earlier,
             fresh=fresh,
             tags=driver.run_tags(STAGE, seed=config.seed, output=folder.uri),
-            data=_datasets(config, data),
+            data={"train": (digest, str(config.data.train))},
         )
         with ended_in_mlflow(config.tracking.uri, run_id, folder):
             folder.forget_failure()
             failure = _train(config, plan, _task(config, plan, folder, run_id))
             result = _finish(config, plan, folder, run_id, earlier=done)
-            tell_evaluation(config.tracking.uri, run_id, failure)
+            if config.data.val is not None:
+                tell_evaluation(config.tracking.uri, run_id, failure)
     if failure is not None:
         logger.error(
             "the training is done and kept in %s; its evaluation failed: the same command "
@@ -160,13 +167,6 @@ def _kept_result(done: StageResult, evaluation: dict[str, float] | None) -> Stag
         return None
     trained = {name: x for name, x in done.metrics.items() if not name.startswith(METRICS_PREFIX)}
     return done._replace(status="reused", metrics=evaluation | trained)
-
-
-def _datasets(config: PretrainConfig, data: OpenedData) -> dict[str, tuple[str, str]]:
-    found = {"train": (data.train.digest, str(config.data.train))}
-    if data.val is not None:
-        found["val"] = (data.val.digest, str(config.data.val))
-    return found
 
 
 def _task(config: PretrainConfig, plan: Plan, folder: RunFolder, run_id: str | None) -> TrainTask:
@@ -271,10 +271,10 @@ def _classes(data: OpenedData) -> Classes:
     train = read_class_names(data.train.shards)
     both = train | read_class_names(data.val.shards)
     warn_of_unnamed(both)
-    classes = classes_by_name(both)
+    classes = classes_by_name(both)  # One that only data.val names has a number: it is wrong.
     for key, manifest in (("data.train", data.train), ("data.val", data.val)):
         check_labels(key, manifest.shards, classes.numbers)
-    unknown = set(classes.names) - {name for names in train.values() for name in names or ()}
+    unknown = set(classes.names) - set(united_names(train))
     if any(train.values()) and unknown:
         logger.warning(
             "data.val names classes that data.train does not: %s; the kNN evaluation counts their "

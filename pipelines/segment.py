@@ -15,7 +15,9 @@ if __name__ == "__main__":  # run as a file: import the package, not the files b
 
     sys.exit(main(["segment", *sys.argv[1:]]))
 
-from collections.abc import Callable, Hashable, Sequence
+import logging
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple, cast
 
 import numpy as np
@@ -23,19 +25,23 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from mae_core.checkpoint import CheckpointManifest
 from mae_core.data.decode import decode_image
 from mae_core.data.label_maps import (
     IGNORE,
     INSTANCE_CLASSES,
     InstanceMap,
     LabelMap,
+    MaskValues,
     check_same_size,
+    check_shape,
     decode_indices,
     decode_label_map,
     instances_to_classes,
     segmentation_view,
 )
 from mae_core.data.randomness import sample_generator
+from mae_core.data.samples import DataError, Sample
 from mae_core.evaluation.segmentation import (
     InstanceMatches,
     SegmentationScores,
@@ -53,26 +59,119 @@ from mae_core.model.segmenter import (
 from mae_core.train_step import BatchLoss
 from pipelines import downstream
 from pipelines.config import StageResult
-from pipelines.downstream import LabelledData, Stage, adamw, arms_table
-from pipelines.downstream_config import DownstreamConfig, SegmentConfig
+from pipelines.datasets import BrokenSample, target_of
+from pipelines.downstream import (
+    LabelledData,
+    Stage,
+    Study,
+    adamw,
+    arms_table,
+    map_samples,
+    picture_shape,
+)
+from pipelines.downstream_config import DownstreamConfig, SegmentConfig, SegmentSection
 from pipelines.task import Arm, Batch, EncodedSample, Evaluation, Example, TaskInfo
 
+logger = logging.getLogger(__name__)
+
+TARGETS = ("seg.png",)
 NUM_PICTURES = 6
 
 
 def run(config: SegmentConfig, *, fresh: bool) -> StageResult:
     """Train and measure each arm; see `downstream.run`."""
-    stage = Stage(("seg.png",), _study, _make_task, _summarize)
+    stage = Stage(TARGETS, _study, _make_task, _summarize)
     return downstream.run(config, stage, fresh=fresh)
 
 
-def _study(
-    config: DownstreamConfig, data: LabelledData
-) -> tuple[tuple[str, ...], Sequence[Hashable]]:
+def _study(config: DownstreamConfig, data: LabelledData, encoder: CheckpointManifest) -> Study:
+    """The classes' names; every mask of both sets is looked at before any training.
+
+    Raises:
+        DataError: a mask is missing, can't be used or is of another size than its image, or the
+            masks of data.train hold one class alone.
+    """
     section = cast(SegmentConfig, config).segment
+    names = _names(section)
+    logger.info("looking at the masks of data.train and data.val")
+    look = partial(_pixel_counts, section=section, in_chans=encoder.model.in_chans)
+    counts = [x for x in map_samples(data.train, look) if x is not None]
+    for _ in map_samples(data.val, look):
+        pass
+    _tell_absent(section, np.asarray(counts).reshape(-1, len(names) + 1))
+    return Study(names, [0] * data.train.num_samples)
+
+
+def _names(section: SegmentSection) -> tuple[str, ...]:
     names = INSTANCE_CLASSES if section.masks == "instances" else section.names
     assert names is not None, "the config checks it"
-    return names, [0] * data.train.num_samples
+    return names
+
+
+def _pixel_counts(
+    shard: str, row: Sample | BrokenSample, *, section: SegmentSection, in_chans: int
+) -> npt.NDArray[np.int64] | None:
+    """Pixels of each class in a sample's mask, and of those ignored; None for a broken sample."""
+    if isinstance(row, BrokenSample):
+        return None
+    where = f"{shard}: {row.key}"
+    classes, _ = _decode_mask(section, target_of(row, TARGETS), where)
+    shape = picture_shape(row, in_chans)
+    if shape is not None:
+        check_shape(shape, classes, where)
+    num_classes = len(_names(section))
+    return np.bincount(np.minimum(classes, num_classes).ravel(), minlength=num_classes + 1)
+
+
+def _decode_mask(
+    section: SegmentSection, data: bytes | None, where: str
+) -> tuple[LabelMap, InstanceMap | None]:
+    """The classes of a mask's pixels, and the instances where they are to be told apart."""
+    if section.masks == "instances":
+        instances = decode_indices(data, where)
+        return instances_to_classes(instances), instances
+    values = MaskValues(section.values, section.ignore_value)
+    num_classes = len(_names(section))
+    try:
+        return decode_label_map(
+            data, where, kind="classes", num_classes=num_classes, values=values
+        ), None
+    except DataError as error:
+        if "but the classes are" not in str(error):
+            raise
+        raise DataError(
+            f"{error}; segment.values lists the values of the classes in the masks, "
+            "segment.ignore_value the one that is ignored"
+        ) from error
+
+
+def _tell_absent(section: SegmentSection, counts: npt.NDArray[np.int64]) -> None:
+    """Say which classes no training mask has.
+
+    Args:
+        section: of the config.
+        counts: pixels of each class, and of those ignored, in each mask.
+
+    Raises:
+        DataError: the masks hold one class alone: there is nothing to tell apart.
+    """
+    names, ignored = _names(section), counts[:, -1]
+    pixels = counts[:, :-1].sum(axis=0)
+    absent = [f"class {i} ({name})" for i, name in enumerate(names) if not pixels[i]]
+    if not absent:
+        return
+    text = f"segment.names: {', '.join(absent[:10])} is in no mask of data.train"
+    if ignored.any():
+        share = 100 * ignored.sum() / counts.sum()
+        value = section.ignore_value
+        text += (
+            f", and {value} (ignored) covers {share:.2g} % of it, in {np.count_nonzero(ignored)} "
+            f"of {len(counts)} masks: are these masks of 0 and {value}? Then give segment.values="
+            f"[0,{value}]"
+        )
+    if np.count_nonzero(pixels) < 2:
+        raise DataError(f"{text}; there is nothing to tell apart")
+    logger.warning("%s", text)
 
 
 def _make_task(config: DownstreamConfig, info: TaskInfo) -> "SegmentTask":
@@ -116,14 +215,7 @@ class SegmentTask:
 
     def _decode(self, sample: EncodedSample) -> tuple[npt.NDArray[np.uint8], _Truth]:
         pixels = decode_image(sample.image, self.info.model.in_chans)
-        instances = None
-        if self.section.masks == "instances":
-            instances = decode_indices(sample.target, sample.where)
-            classes = instances_to_classes(instances)
-        else:
-            classes = decode_label_map(
-                sample.target, sample.where, kind="classes", num_classes=len(self.info.names)
-            )
+        classes, instances = _decode_mask(self.section, sample.target, sample.where)
         check_same_size(pixels, classes, sample.where)
         return pixels, _Truth(classes, instances)
 

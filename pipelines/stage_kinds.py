@@ -8,6 +8,7 @@ from typing import NamedTuple
 from mae_core.config import StrictConfig
 from pipelines.config import PrepareConfig, PretrainConfig
 from pipelines.downstream_config import ClassifyConfig, DetectConfig, EmbedConfig, SegmentConfig
+from pipelines.field_roles import without_effect
 from pipelines.validate_config import ValidateConfig
 
 
@@ -28,7 +29,6 @@ class StageKind(NamedTuple):
     """Ends of the names of the metrics that are worth a place in a table of stages."""
 
 
-WHERE = ("name", "scaling", "storage", "tracking", "debug", "reporting", "checkpoint")
 READING = ("pipelines.datasets", "pipelines.batches")
 TUNING = (
     *READING,
@@ -37,7 +37,6 @@ TUNING = (
     "pipelines.measuring",
     "pipelines.task",
 )
-TUNING_UNKEYED = (*WHERE, "optim.micro_batch_size", "data.max_bad_ratio")
 TUNING_DATA = ("data.train", "data.val", "init_from")
 
 KINDS: dict[str, StageKind] = {
@@ -46,21 +45,21 @@ KINDS: dict[str, StageKind] = {
         "Pack images into shards, or draw a small data set.",
         ("pipelines.prepare", "pipelines.packing", "pipelines.existing_shards"),
         ("source", "annotations"),
-        ("output", "workers", "max_bad_ratio"),
+        without_effect("prepare"),
     ),
     "validate": StageKind(
         ValidateConfig,
         "Check shards before they are trained on: schema, decoding, duplicates, labels, drift.",
         ("pipelines.datasets", "pipelines.validate"),
         ("data",),
-        ("name", "storage", "workers"),
+        without_effect("validate"),
     ),
     "pretrain": StageKind(
         PretrainConfig,
         "Pretrain a masked autoencoder on shards.",
         (*READING, "pipelines.pretrain", "pipelines.train_worker", "pipelines.knn"),
         ("data.train", "data.val", "init_from"),
-        (*WHERE, "optim.micro_batch_size", "optim.compile", "data.decode", "data.max_bad_ratio"),
+        without_effect("pretrain"),
         headline=("knn/top1", "knn/top1_untrained"),
     ),
     "classify": StageKind(
@@ -68,7 +67,7 @@ KINDS: dict[str, StageKind] = {
         "Classify with a pretrained encoder, beside one from scratch.",
         (*TUNING, "pipelines.classify"),
         TUNING_DATA,
-        TUNING_UNKEYED,
+        without_effect("classify"),
         headline=("/top1", "/auroc"),
     ),
     "detect": StageKind(
@@ -76,7 +75,7 @@ KINDS: dict[str, StageKind] = {
         "Train a detector on a pretrained encoder.",
         (*TUNING, "pipelines.detect"),
         TUNING_DATA,
-        TUNING_UNKEYED,
+        without_effect("detect"),
         headline=("/ap", "/ap50"),
     ),
     "embed": StageKind(
@@ -84,7 +83,7 @@ KINDS: dict[str, StageKind] = {
         "Write an encoder's features, or search IMAGE: find what is like it.",
         (*READING, "pipelines.measuring", "pipelines.embed"),
         ("data", "init_from"),
-        (*WHERE, "batch_size", "max_bad_ratio", "query", "num_neighbours"),
+        without_effect("embed"),
         headline=("num_rows",),
     ),
     "segment": StageKind(
@@ -92,7 +91,7 @@ KINDS: dict[str, StageKind] = {
         "Train a segmenter on a pretrained encoder.",
         (*TUNING, "pipelines.segment"),
         TUNING_DATA,
-        TUNING_UNKEYED,
+        without_effect("segment"),
         headline=("/miou",),
     ),
 }

@@ -5,6 +5,7 @@ one after the other, as one sequence of samples and steps.
 """
 
 from collections.abc import Callable, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from mae_core.config import ModelConfig
 from mae_core.data.pixels import Pixels
 from mae_core.train_step import BatchLoss
+from pipelines.class_names import Numbers, folder_of
 
 
 class Arm(NamedTuple):
@@ -46,6 +48,10 @@ class EncodedSample(NamedTuple):
     epoch: int
     image: bytes
     target: bytes | None  # what comes with the image
+
+    @property
+    def folder(self) -> str:
+        return folder_of(self.shard)
 
     @property
     def where(self) -> str:
@@ -81,6 +87,7 @@ class TaskInfo(NamedTuple):
     model: ModelConfig  # of the encoder; img_size is what is trained on
     names: tuple[str, ...]  # of the classes
     title: str  # of pictures: run and data
+    numbers: Numbers = MappingProxyType({})  # what classes are called in each folder of shards
 
 
 class Task(Protocol):

@@ -17,8 +17,9 @@ import hashlib
 import json
 import logging
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
@@ -32,6 +33,12 @@ from mae_core.data.manifest import ChannelStats, PixelSums, ShardInfo, sum_pixel
 from mae_core.data.pixels import CorruptSampleError, Pixels
 from mae_core.data.samples import DataError, Sample
 from pipelines import driver
+from pipelines.class_names import (
+    folder_of,
+    folders_of,
+    read_category_names,
+    read_class_names,
+)
 from pipelines.config import RefusedError, StageResult
 from pipelines.datasets import BrokenSample, open_shards, read_samples
 from pipelines.validate_config import ValidateConfig
@@ -41,7 +48,7 @@ logger = logging.getLogger(__name__)
 STAGE = "validate"
 ROWS_PER_READ = 256
 MAX_EXAMPLES = 3
-IGNORED = 255  # in a mask
+MAX_NAMED = 10
 
 
 class Look(NamedTuple):
@@ -53,6 +60,8 @@ class Look(NamedTuple):
     decode_error: str
     label_error: str
     classes: tuple[int, ...]
+    folder: str = ""  # of its shard
+    has_ignored: bool = False  # its mask has pixels that count for nothing
 
 
 class Check(NamedTuple):
@@ -70,7 +79,10 @@ class Profile(NamedTuple):
 
     mean: list[float]
     std: list[float]
-    classes: dict[str, float]  # share by class
+    classes: dict[str, float]  # share by the class's number
+    names: Mapping[str, float] = MappingProxyType(
+        {}
+    )  # share by its name; empty where a set has no names
 
 
 def run(config: ValidateConfig, *, fresh: bool) -> StageResult:
@@ -86,7 +98,7 @@ def run(config: ValidateConfig, *, fresh: bool) -> StageResult:
     place = storage.join(storage.absolute(config.storage.root), STAGE, config.run_name)
     shards, left_out = _open(config, place)
     looks = list(_look_at(config, shards))
-    profile = _profile(config, looks)
+    profile = _profile(looks, _names(config, shards))
     checks = [
         *_checks(config, shards, left_out, looks),
         *_drift(config, profile),
@@ -145,19 +157,22 @@ def _look(config: ValidateConfig, shard: str, row: Sample | BrokenSample) -> Loo
         pixels = PixelSums.of(decoded)
     except CorruptSampleError as error:
         decode_error = str(error)
-    classes: tuple[int, ...] = ()
+    found: tuple[int, ...] = ()
     label_error = ""
     try:
-        classes = _classes(config, row, where, decoded)
+        found = _classes(config, row, where, decoded)
     except DataError as error:
         label_error = str(error).removeprefix(f"{where}: ").removeprefix(f"{where} ")
-    return Look(where, digest, pixels, decode_error, label_error, classes)
+    has_ignored = config.labels == "mask" and config.ignore_value in found
+    classes = tuple(n for n in found if not (has_ignored and n == config.ignore_value))
+    folder = folder_of(shard)
+    return Look(where, digest, pixels, decode_error, label_error, classes, folder, has_ignored)
 
 
 def _classes(
     config: ValidateConfig, row: Sample, where: str, pixels: Pixels | None
 ) -> tuple[int, ...]:
-    """Return the numbers of the classes that a sample's label has.
+    """Return the numbers of the classes that a sample's label has, with the ignored one.
 
     `pixels` are the image's, or None where it can't be decoded.
 
@@ -178,9 +193,10 @@ def _classes(
         indices = decode_indices(row.parts.get("seg.png"), where)
         if pixels is not None:
             check_same_size(pixels, indices, where)
-        found = [int(index) for index in np.unique(indices) if index != IGNORED]
+        found = [int(index) for index in np.unique(indices)]
         allowed = range(config.num_classes or 2**31)
-    if outside := [number for number in found if number not in allowed]:
+    ignored = config.ignore_value if config.labels == "mask" else None
+    if outside := [x for x in found if x not in allowed and x != ignored]:
         last = allowed[-1]
         raise DataError(f"{where}: class {outside[0]} is not in {allowed[0]} to {last}")
     return tuple(found)
@@ -192,16 +208,58 @@ def _box_items(data: bytes | None) -> list[dict[str, int]]:
     return [item for item in items if "category_id" in item]
 
 
-def _profile(config: ValidateConfig, looks: list[Look]) -> Profile:
+def _names(config: ValidateConfig, shards: list[ShardInfo]) -> dict[str, dict[int, str]]:
+    """What the numbers of the classes mean, by folder; without those that name none."""
+    if config.labels == "boxes":
+        named = {folder: read_category_names(folder) for folder in folders_of(shards)}
+    elif config.labels == "class":
+        found = read_class_names(shards)
+        named = {folder: dict(enumerate(names or ())) for folder, names in found.items()}
+    else:
+        named = {}
+    return {folder: names for folder, names in named.items() if names}
+
+
+def _profile(looks: list[Look], named: dict[str, dict[int, str]]) -> Profile:
     pixels = [look.pixels for look in looks if look.pixels is not None]
     stats: ChannelStats | None = sum_pixels(pixels).channel_stats() if pixels else None
-    counts = Counter(number for look in looks for number in look.classes)
-    total = sum(counts.values())
+    numbers = Counter(number for look in looks for number in look.classes)
+    names: Counter[str] = Counter()
+    if all(look.folder in named for look in looks if look.classes):
+        names.update(
+            named[look.folder].get(number, str(number)) for look in looks for number in look.classes
+        )
     return Profile(
         list(stats.mean) if stats else [],
         list(stats.std) if stats else [],
-        {str(number): count / total for number, count in sorted(counts.items())},
+        {str(number): count / numbers.total() for number, count in sorted(numbers.items())},
+        {name: count / names.total() for name, count in sorted(names.items())},
     )
+
+
+def _class_checks(config: ValidateConfig, looks: list[Look]) -> Iterator[Check]:
+    """Tell classes that are nowhere; refuse masks that hold one class alone."""
+    found = {number for look in looks for number in look.classes}
+    first = 1 if config.labels == "boxes" else 0
+    wanted = range(first, first + (config.num_classes or 0))
+    if absent := [str(number) for number in wanted if number not in found]:
+        logger.warning(
+            "%s: class %s of num_classes=%d is in none of the %d samples that were looked at",
+            config.name,
+            ", ".join(absent[:MAX_NAMED]),
+            config.num_classes,
+            len(looks),
+        )
+    if config.labels == "mask" and config.num_classes != 1:
+        only = f"the masks hold {f'class {min(found)} alone' if found else 'no class'}"
+        num_ignored = sum(look.has_ignored for look in looks)
+        if num_ignored:
+            value = config.ignore_value
+            only += (
+                f", and {value} (ignored) in {num_ignored} of {len(looks)}: are these masks of 0 "
+                f"and {value}? ignore_value=null counts it as a class"
+            )
+        yield Check("classes in masks", len(found), "at least 2", len(found) > 1, (only,))
 
 
 def _checks(
@@ -217,6 +275,7 @@ def _checks(
     wrong = [f"{look.where}: {look.label_error}" for look in looks if look.label_error]
     if config.labels != "none":
         yield _share("label error ratio", len(wrong) / len(looks), config.max_label_errors, wrong)
+        yield from _class_checks(config, looks)
     twins = list(_duplicates(looks))
     yield _share("duplicate ratio", len(twins) / len(looks), config.max_duplicates, twins)
 
@@ -249,8 +308,10 @@ def _drift(config: ValidateConfig, now: Profile) -> Iterator[Check]:
         return
     means = [abs(a - b) / s for a, b, s in zip(now.mean, before.mean, before.std, strict=True)]
     spreads = [abs(a / b - 1) for a, b in zip(now.std, before.std, strict=True)]
-    numbers = {*now.classes, *before.classes}
-    classes = sum(abs(now.classes.get(n, 0) - before.classes.get(n, 0)) for n in numbers) / 2
+    # By name where both have names: the same number may mean another class by now.
+    by_name = bool(before.names and now.names)
+    old, new = (p.names if by_name else p.classes for p in (before, now))
+    classes = sum(abs(new.get(n, 0) - old.get(n, 0)) for n in {*old, *new}) / 2
     shown = f"{np.round(before.mean, 3).tolist()} -> {np.round(now.mean, 3).tolist()}"
     yield _share("drift mean", max(means, default=0.0), config.max_drift, [shown])
     yield _share("drift spread", max(spreads, default=0.0), config.max_drift, [])

@@ -21,6 +21,8 @@ class ValidateConfig(StrictConfig):
     """What each sample must have: a number in .cls, boxes in .json, a mask in .seg.png."""
     num_classes: int | None = Field(default=None, gt=0)
     """Classes are 0 to this less 1, category_id of boxes 1 to this; unchecked where left out."""
+    ignore_value: int | None = Field(default=255, ge=0)
+    """Value of a mask's pixels that is no class; null: each value is one."""
     in_chans: int = Field(default=3, gt=0)
     """Channels that images are decoded to."""
     min_samples: int = Field(default=1, gt=0)

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TypeVar
 
 from mae_core.data.samples import DataError
@@ -46,16 +46,28 @@ def read_labels(data: bytes | None, where: str, *, key: str | None) -> tuple[Raw
     return tuple(labels)
 
 
-def class_indices(labels: Sequence[RawLabel], where: str, names: Sequence[str]) -> tuple[int, ...]:
+def class_indices(
+    labels: Sequence[RawLabel],
+    where: str,
+    names: Sequence[str],
+    numbers: Mapping[int, int] | None = None,
+) -> tuple[int, ...]:
     """Numbers of the classes from 0.
+
+    Args:
+        labels: as `read_labels` gives them.
+        where: shard and key, for errors.
+        names: of the run's classes.
+        numbers: the number in the sample's own set to the run's; None where they are the same.
 
     Raises:
         DataError: a class is not among `names`; names `where` and the class.
     """
     indices = []
     for label in labels:
-        if isinstance(label, int) and label < len(names):
-            indices.append(label)
+        number = label if numbers is None or isinstance(label, str) else numbers.get(label)
+        if isinstance(number, int) and number < len(names):
+            indices.append(number)
         elif isinstance(label, str) and label in names:
             indices.append(names.index(label))
         else:

@@ -7,6 +7,7 @@ stored: they must be drawn on the upright image.
 
 import io
 import math
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -26,7 +27,18 @@ INSTANCE_CLASSES = ("background", "inside", "boundary")
 
 _GREY, _PALETTE = 0, 3  # colour types, as the header of a PNG has them
 _BIT_DEPTH_AT, _COLOUR_TYPE_AT = 24, 25
+_NO_CLASS = -1
 _NAMED_VALUES = 5  # of wrong values, so many are named
+
+
+class MaskValues(NamedTuple):
+    """What the values of a mask's pixels mean."""
+
+    classes: tuple[int, ...] | None = None  # the value of each class; None: 0, 1, 2 and so on
+    ignored: int | None = IGNORE  # that no loss and no score counts, unless it is a class's
+
+
+MASK_VALUES = MaskValues()
 
 
 def decode_label_map(
@@ -35,6 +47,7 @@ def decode_label_map(
     *,
     kind: Literal["classes", "instances"],
     num_classes: int,
+    values: MaskValues = MASK_VALUES,
 ) -> LabelMap:
     """Read the PNG beside an image.
 
@@ -43,6 +56,7 @@ def decode_label_map(
         where: shard and key, named in errors.
         kind: whether values are classes, or instances that become `INSTANCE_CLASSES`.
         num_classes: that there are; `IGNORE` is none of them.
+        values: which values are classes, where `kind` is classes.
 
     Raises:
         DataError: there is no PNG that can be read, or it has a value that is no class.
@@ -53,20 +67,37 @@ def decode_label_map(
         return instances_to_classes(decode_indices(data, where))
     if not 1 <= num_classes <= IGNORE:
         raise ValueError(f"num_classes={num_classes} is not in 1..{IGNORE}")
-    indices = decode_indices(data, where)
-    wrong = indices[(indices >= num_classes) & (indices != IGNORE)]
+    return indices_to_classes(decode_indices(data, where), where, num_classes, values)
+
+
+def indices_to_classes(
+    indices: InstanceMap, where: str, num_classes: int, values: MaskValues = MASK_VALUES
+) -> LabelMap:
+    """Give each pixel the number of the class whose value it has, or `IGNORE`.
+
+    Raises:
+        DataError: a value is no class's; names `where` and the value.
+    """
+    wanted = values.classes or tuple(range(num_classes))
+    numbers = np.full(int(indices.max(initial=0)) + 1, _NO_CLASS, np.int16)
+    known = [] if values.ignored is None else [(values.ignored, IGNORE)]
+    for value, number in [*known, *((value, number) for number, value in enumerate(wanted))]:
+        numbers[value : value + 1] = number
+    classes = numbers[indices]
+    wrong = indices[classes == _NO_CLASS]
     if wrong.size:
-        values, counts = np.unique(wrong, return_counts=True)
+        found, counts = np.unique(wrong, return_counts=True)
         named = ", ".join(
             f"{value} in {count} pixels"
-            for value, count in zip(values[:_NAMED_VALUES], counts[:_NAMED_VALUES], strict=True)
+            for value, count in zip(found[:_NAMED_VALUES], counts[:_NAMED_VALUES], strict=True)
         )
-        more = f" and {len(values) - _NAMED_VALUES} more" if len(values) > _NAMED_VALUES else ""
+        more = f" and {len(found) - _NAMED_VALUES} more" if len(found) > _NAMED_VALUES else ""
+        shown = f"0..{num_classes - 1}" if values.classes is None else str(list(wanted))
+        ignored = "" if values.ignored is None else f" ({values.ignored} is ignored)"
         raise DataError(
-            f"{where}: the label map has {named}{more}, but the classes are 0..{num_classes - 1} "
-            f"({IGNORE} is ignored)"
+            f"{where}: the label map has {named}{more}, but the classes are {shown}{ignored}"
         )
-    return indices.astype(np.uint8)
+    return classes.astype(np.uint8)
 
 
 def decode_indices(data: bytes | None, where: str) -> InstanceMap:
@@ -132,8 +163,17 @@ def classes_to_instances(classes: LabelMap) -> InstanceMap:
 
 def check_same_size(pixels: Pixels, label_map: InstanceMap, where: str) -> None:
     """Raises: DataError: the label map is of another size than its image."""
-    if pixels.shape[:2] != label_map.shape:
-        height, width = pixels.shape[:2]
+    check_shape(pixels.shape, label_map, where)
+
+
+def check_shape(shape: Sequence[int], label_map: InstanceMap, where: str) -> None:
+    """Compare a label map with the shape of its image, which begins with height and width.
+
+    Raises:
+        DataError: they are of different sizes.
+    """
+    height, width = shape[:2]
+    if (height, width) != label_map.shape:
         raise DataError(
             f"{where}: the image is {height}x{width}, "
             f"its label map {label_map.shape[0]}x{label_map.shape[1]}"

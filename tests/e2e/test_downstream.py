@@ -423,38 +423,6 @@ def test_a_wrong_label_is_named_before_anything_is_trained(
     assert "a.tar" in str(error.value)
 
 
-@pytest.mark.parametrize(
-    ("config_type", "name", "contents", "message"),
-    [
-        (ClassifyConfig, "classes.json", ('["cat","dog"]', '["dog","cat"]'), "numbers its classes"),
-        (
-            DetectConfig,
-            "categories.json",
-            ('[{"id": 1, "name": "cat"}]', '[{"id": 1, "name": "dog"}]'),
-            "data.val names category 1 dog, data.train cat",
-        ),
-    ],
-)
-def test_sets_that_number_their_classes_otherwise_are_refused(
-    downstream: Downstream,
-    config_type: type[DownstreamConfig],
-    name: str,
-    contents: tuple[str, str],
-    message: str,
-) -> None:
-    tars = []
-    boxes = b'{"objects": [{"bbox": [1, 2, 9, 5], "category_id": 1}]}'
-    for folder, content in zip(("train", "val"), contents, strict=True):
-        tar = downstream.place.folder / folder / "a.tar"
-        tar.parent.mkdir()
-        (tar.parent / name).write_text(content)
-        write_samples(tar, {"one.cls": b"1", "one.json": boxes})
-        tars.append(str(tar))
-    with pytest.raises(DataError, match=message):
-        downstream.run(config_type, f"data.train={tars[0]}", f"data.val={tars[1]}")
-
-
-@pytest.mark.usefixtures("local_ray")
 def test_a_wrong_label_map_stops_the_run_naming_sample_and_class(
     downstream: Downstream,
 ) -> None:

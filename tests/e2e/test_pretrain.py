@@ -134,6 +134,29 @@ def test_a_run_that_was_stopped_after_its_last_step_just_ends(place: Any, undist
     assert place.trace() == []
 
 
+@pytest.mark.usefixtures("no_model_export", "local_ray")
+def test_a_finished_run_is_measured_anew_without_training(place: Any, undisturbed: Any) -> None:
+    """An evaluation that fails costs the result nothing; the next one is computed alone."""
+    done = Path(undisturbed.result.output).parents[1]
+    run = place.folder / "runs/pretrain" / done.name
+    shutil.copytree(done, run)
+    broken = repack(place.shapes / "val", place.folder / "broken", lambda _, data: data[:9])
+    with pytest.raises(DataError, match="nothing for the kNN evaluation"):
+        place.run(f"data.val={broken}")
+    kept = json.loads((run / "result.json").read_text())
+    assert kept["metrics"] == {"data/left_out": 0}
+    assert Path(kept["output"]) == run / "checkpoints/step-00000030"
+
+    words = (f"data.val={place.shapes}/val", "knn.k=5")
+    measured = place.run(*words)
+    assert measured.status == "evaluated"
+    assert set(measured.metrics) == {"knn/top1", "knn/top1_untrained", "data/left_out"}
+    assert place.run(*words) == measured._replace(status="reused")
+    # What was not asked for is not handed back.
+    assert place.run().metrics == {"data/left_out": 0}
+    assert place.trace() == []
+
+
 def repack(folder: Path, target: Path, change: Callable[[int, bytes], bytes]) -> Path:
     """The set without a manifest, each image changed by (number, bytes)."""
     target.mkdir()
@@ -157,8 +180,7 @@ def test_changed_data_is_refused_until_fresh(place: Any) -> None:
     data = place.folder / "data"
     shutil.copytree(place.shapes / "train", data)
     words = (f"data.train={data}", "optim.max_steps=2")
-    result = place.run(*words)
-    (Path(result.output).parents[1] / "result.json").unlink()
+    place.run(*words)
     manifest = json.loads((data / "manifest.json").read_text())
     manifest["shards"] = manifest["shards"][:4]
     (data / "manifest.json").write_text(json.dumps(manifest))

@@ -310,7 +310,7 @@ def test_labels_are_numbers_where_they_are_needed(
     (shard,) = manifest.shards
     x, y, z = read_rows(shard, 0, 3)
     assert needed_label(shard, x) == 3
-    with pytest.raises(DataError, match=r"y\.cls holds 'cat', not a number"):
+    with pytest.raises(DataError, match=r"y\.cls holds 'cat', not the number of a class"):
         needed_label(shard, y)
     with pytest.raises(DataError, match=r"z has no \.cls, which the kNN evaluation needs"):
         needed_label(shard, z)

@@ -32,7 +32,7 @@ def folder(tmp_path: Path) -> RunFolder:
 def test_an_empty_folder_remembers_nothing(folder: RunFolder) -> None:
     assert folder.read_record() is None
     assert folder.read_result() is None
-    assert folder.read_evaluation() == {}
+    assert folder.read_evaluation("k") is None
     folder.raise_failure()
     folder.forget_failure()
 
@@ -42,14 +42,14 @@ def test_what_is_written_is_read(folder: RunFolder) -> None:
     result = StageResult("pretrain", "done", "run", "/out", {"knn/top1": 0.5})
     folder.write_record(record)
     folder.write_result(result)
-    folder.write_evaluation({"knn/top1": 0.25})
+    folder.write_evaluation("k", {"knn/top1": 0.25})
     assert folder.read_record() == record
     assert folder.read_result() == result
-    assert folder.read_evaluation() == {"knn/top1": 0.25}
+    assert folder.read_evaluation("k") == {"knn/top1": 0.25}
 
 
 WRITES: dict[str, Callable[[RunFolder], None]] = {
-    "evaluation": lambda folder: folder.write_evaluation({}),
+    "evaluation": lambda folder: folder.write_evaluation("k", {}),
     "result": lambda folder: folder.write_result(StageResult("pretrain", "done", "", "", {})),
     "picture": lambda folder: folder.write_picture(b""),
     "failure": lambda folder: folder.record_failure(DataError("here")),
@@ -86,7 +86,7 @@ def test_storage_that_does_not_answer_supersedes_nobody(monkeypatch: pytest.Monk
 
 def test_a_cleared_folder_keeps_only_the_index_of_its_shards(folder: RunFolder) -> None:
     folder.clear()
-    folder.write_evaluation({"a": 1.0})
+    folder.write_evaluation("k", {"a": 1.0})
     for name in ("checkpoints/step-00000005/manifest.json", "shards/train/manifest.json"):
         file = Path(folder.uri, name)
         file.parent.mkdir(parents=True)
@@ -167,3 +167,26 @@ def test_a_config_error_of_a_worker_stays_one(folder: RunFolder) -> None:
     folder.record_failure(ConfigError("no such thing"))
     with pytest.raises(ConfigError, match="no such thing"):
         folder.raise_failure()
+
+
+def test_an_evaluation_of_something_else_is_none_of_this_command(folder: RunFolder) -> None:
+    folder.write_evaluation("k", {"knn/top1": 0.25})
+    assert folder.read_evaluation("other") is None
+    assert folder.read_evaluation("") == {}
+
+
+def test_an_evaluation_of_an_earlier_version_is_made_again(folder: RunFolder) -> None:
+    folder.write_file("evaluation.json", b'{"knn/top1": 0.25}')
+    assert folder.read_evaluation("k") is None
+
+
+def test_a_result_whose_output_is_gone_is_made_again(
+    folder: RunFolder, caplog: pytest.LogCaptureFixture
+) -> None:
+    output = Path(folder.write_file("model", b"1"))
+    result = StageResult("pretrain", "done", None, str(output), {})
+    folder.write_result(result)
+    assert folder.read_whole_result() == result
+    output.unlink()
+    assert folder.read_whole_result() is None
+    assert "is gone: it is made again" in caplog.text

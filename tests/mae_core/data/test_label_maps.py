@@ -15,10 +15,12 @@ from scipy import ndimage
 from mae_core.data.label_maps import (
     IGNORE,
     LabelMap,
+    MaskValues,
     check_same_size,
     classes_to_instances,
     decode_indices,
     decode_label_map,
+    indices_to_classes,
     instances_to_classes,
     segmentation_view,
 )
@@ -340,3 +342,28 @@ def test_same_generator_gives_the_same_view() -> None:
     ]
     assert (views[0][0] == views[1][0]).all()
     assert (views[0][1] == views[1][1]).all()
+
+
+def test_values_say_which_class_a_pixel_has() -> None:
+    data = make_png(np.uint8([[0, 255], [7, 255]]))
+    values = MaskValues((0, 255), ignored=7)
+    classes = decode_label_map(data, WHERE, kind="classes", num_classes=2, values=values)
+    assert classes.tolist() == [[0, 1], [IGNORE, 1]]
+
+
+def test_255_is_a_class_where_the_values_have_it() -> None:
+    indices = np.uint8([[0, 255]])
+    assert indices_to_classes(indices, WHERE, 2, MaskValues((0, 255))).tolist() == [[0, 1]]
+    assert indices_to_classes(indices, WHERE, 2).tolist() == [[0, IGNORE]]
+
+
+def test_nothing_is_ignored_where_no_value_is() -> None:
+    with pytest.raises(DataError, match=r"has 255 in 1 pixels, but the classes are 0\.\.1$"):
+        indices_to_classes(np.uint8([[0, 255]]), WHERE, 2, MaskValues(ignored=None))
+
+
+def test_a_value_of_16_bits_can_be_a_class() -> None:
+    values = MaskValues((0, 1000))
+    assert indices_to_classes(np.uint16([[1000, 0]]), WHERE, 2, values).tolist() == [[1, 0]]
+    with pytest.raises(DataError, match=r"has 999 in 1 pixels, but the classes are \[0, 1000\]"):
+        indices_to_classes(np.uint16([[999, 0]]), WHERE, 2, values)

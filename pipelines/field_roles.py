@@ -1,0 +1,236 @@
+"""What each field of a stage's config means for its result: part of it, of its measure, or neither.
+
+A test demands that every field of every stage is listed here once. A field that is not listed
+counts as part of the result, so that a forgotten one costs time and never gives a wrong number.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from enum import Enum
+from typing import Any
+
+
+class Role(Enum):
+    IDENTITY = "identity"  # changes the result: another value is another run
+    EVALUATION = "evaluation"  # changes what the trained model is measured on: measured anew
+    NO_EFFECT = "no effect"  # says how, where or what to refuse; what is looked at is the same
+
+
+_SCALING = (
+    "scaling.num_workers",
+    "scaling.use_gpu",
+    "scaling.cpus_per_worker",
+    "scaling.max_failures",
+)
+_PLACES = ("storage.root", "tracking.uri", "tracking.experiment", "tracking.parent_run_id")
+_TRAINING = ("checkpoint.every_steps", "checkpoint.keep", "reporting.every_steps")
+_TRAINING_PLACES = ("name", *_SCALING, *_PLACES, *_TRAINING, "debug.sample_trace")
+
+_TUNING_IDENTITY = (
+    "init_from",
+    "data.train",
+    "data.val",
+    "data.shuffle_window",
+    "img_size",
+    "optim.base_lr",
+    "optim.global_batch_size",
+    "optim.epochs",
+    "optim.max_steps",
+    "optim.warmup_epochs",
+    "optim.min_lr_ratio",
+    "optim.weight_decay",
+    "optim.betas",
+    "optim.layer_decay",
+    "optim.drop_path_rate",
+    "optim.max_grad_norm",
+    "optim.precision",
+)
+_TUNING_NO_EFFECT = (*_TRAINING_PLACES, "optim.micro_batch_size", "data.max_bad_ratio")
+
+_IDENTITY: dict[str, tuple[str, ...]] = {
+    "prepare": (
+        "source",
+        "synthetic",
+        "annotations",
+        "existing",
+        "split",
+        "seed",
+        "samples_per_shard",
+        "max_shard_bytes",
+        "transcode_short_side",
+        "transcode_quality",
+        "in_chans",
+        "img_size",
+        "num_train",
+        "num_val",
+    ),
+    "validate": (
+        "data",
+        "labels",
+        "num_classes",
+        "ignore_value",
+        "in_chans",
+        "min_samples",
+        "max_images",
+        "max_bad_ratio",
+        "max_label_errors",
+        "max_duplicates",
+        "max_drift",
+        "reference",
+    ),
+    "pretrain": (
+        "seed",
+        "data.train",
+        "data.shuffle_window",
+        "data.crop_scale",
+        "data.flip",
+        "data.crops_per_image",
+        "data.stats",
+        "model.encoder",
+        "model.img_size",
+        "model.patch_size",
+        "model.in_chans",
+        "model.decoder.dim",
+        "model.decoder.depth",
+        "model.decoder.num_heads",
+        "masking.kind",
+        "masking.mask_ratio",
+        "loss.norm_pix",
+        "optim.base_lr",
+        "optim.global_batch_size",
+        "optim.epochs",
+        "optim.max_steps",
+        "optim.warmup_epochs",
+        "optim.weight_decay",
+        "optim.betas",
+        "optim.precision",
+        "init_from",
+    ),
+    "classify": (
+        *_TUNING_IDENTITY,
+        "classify.label_fraction",
+        "classify.seeds",
+        "classify.arms",
+        "classify.labels",
+        "classify.label_key",
+        "classify.names",
+        "classify.pool",
+        "classify.trainable_blocks",
+        "classify.linear_base_lr",
+        "classify.k",
+        "classify.crop_scale",
+        "classify.flip",
+        "classify.rand_augment",
+        "classify.random_erase",
+        "classify.mixup",
+        "classify.cutmix",
+        "classify.smoothing",
+    ),
+    "detect": (
+        *_TUNING_IDENTITY,
+        "detect.label_fraction",
+        "detect.seeds",
+        "detect.arms",
+        "detect.head",
+        "detect.categories",
+        "detect.strides",
+        "detect.channels",
+        "detect.num_convs",
+        "detect.window",
+        "detect.scale",
+        "detect.flip",
+    ),
+    "segment": (
+        *_TUNING_IDENTITY,
+        "segment.label_fraction",
+        "segment.seeds",
+        "segment.arms",
+        "segment.head",
+        "segment.masks",
+        "segment.names",
+        "segment.values",
+        "segment.ignore_value",
+        "segment.channels",
+        "segment.window",
+        "segment.scale",
+        "segment.flip",
+        "segment.class_weights",
+        "segment.overlap",
+    ),
+    "embed": ("init_from", "data", "features", "img_size", "rows_per_file"),
+}
+_EVALUATION: dict[str, tuple[str, ...]] = {
+    "pretrain": ("data.val", "knn.k", "knn.max_train", "knn.max_val"),
+}
+_NO_EFFECT: dict[str, tuple[str, ...]] = {
+    "prepare": ("output", "workers", "max_bad_ratio"),
+    "validate": ("name", "workers", "storage.root"),
+    "pretrain": (
+        *_TRAINING_PLACES,
+        "data.decode",
+        "data.max_bad_ratio",
+        "optim.micro_batch_size",
+        "optim.compile",
+        "reporting.picture_every_steps",
+    ),
+    "classify": _TUNING_NO_EFFECT,
+    "detect": _TUNING_NO_EFFECT,
+    "segment": _TUNING_NO_EFFECT,
+    "embed": (
+        "name",
+        *_SCALING,
+        *_PLACES,
+        "query",
+        "num_neighbours",
+        "batch_size",
+        "max_bad_ratio",
+    ),
+}
+# Fields that came after runs had been named, and the value at which they change nothing: left out
+# of the name there, so that those runs keep it.
+_ADDED_LATER: dict[str, Any] = {"segment.values": None, "segment.ignore_value": 255}
+
+
+def roles(kind: str) -> Iterator[tuple[str, Role]]:
+    """Each listed field of a stage's config by its dotted key, with its role."""
+    for role, table in (
+        (Role.IDENTITY, _IDENTITY),
+        (Role.EVALUATION, _EVALUATION),
+        (Role.NO_EFFECT, _NO_EFFECT),
+    ):
+        for key in table.get(kind, ()):
+            yield key, role
+
+
+def without_effect(kind: str) -> tuple[str, ...]:
+    """The fields that are no part of the result of a stage, nor of how it is measured."""
+    return _NO_EFFECT[kind]
+
+
+def identity_digest(kind: str, config: dict[str, Any]) -> str:
+    """Name the result that a config asks for, in 8 hex digits.
+
+    Args:
+        kind: of the stage.
+        config: as the model dumps it for JSON.
+    """
+    no_part = {key for key, role in roles(kind) if role is not Role.IDENTITY}
+    text = json.dumps(_identity(config, "", no_part), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def _identity(values: dict[str, Any], prefix: str, no_part: set[str]) -> dict[str, Any]:
+    kept = {}
+    for name, value in values.items():
+        key = f"{prefix}{name}"
+        if key in no_part or (key in _ADDED_LATER and _ADDED_LATER[key] == value):
+            continue
+        if isinstance(value, dict):
+            below = _identity(value, f"{key}.", no_part)
+            # A section of which nothing counts is as if it were not there.
+            if below or not value:
+                kept[name] = below
+        else:
+            kept[name] = value
+    return kept
