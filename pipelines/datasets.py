@@ -170,11 +170,9 @@ def _indexed_manifest(shards: list[str], cache_uri: str) -> Manifest:
     cached = storage.join(cache_uri, MANIFEST_NAME)
     if storage.exists(cached):
         manifest = parse_manifest(storage.read_bytes(cached), cached)
-        # The time counts too: a tar may have been changed without a change of its size.
         known = [(s.path, (s.num_bytes, s.changed_at_ns)) for s in manifest.shards]
-        same = known == list(zip(shards, facts, strict=True))
-        # A damaged tar may have been fetched again, to the same size.
-        if same and not manifest.damaged:
+        # A damaged tar may have been fetched again to the same size within its time's precision.
+        if known == list(zip(shards, facts, strict=True)) and not manifest.damaged:
             return manifest
     logger.info("indexing %d tars without a manifest", len(shards))
     indexed = _in_threads(partial(_index_one, cache_uri=cache_uri), list(enumerate(shards)))
@@ -202,7 +200,7 @@ def _index_one(numbered: tuple[int, str], cache_uri: str) -> tuple[str, ShardInd
         found = index_shard(stream, shard, lenient=True)
     uri = storage.join(cache_uri, f"{number:06d}.index.npy")
     storage.write_bytes(uri, index_to_bytes(SampleIndex(found.offsets, None)))
-    _index.cache_clear()  # It may hold what lay at this place before.
+    _index.cache_clear()
     return uri, found
 
 
