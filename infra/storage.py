@@ -160,6 +160,9 @@ def storage_errors(action: str, uri: str, local: Path | None = None) -> Iterator
     try:
         yield
     except (FileNotFoundError, NotADirectoryError) as error:
+        if action == "write" and not is_remote(uri):
+            text = f"cannot write {absolute(uri)}: its folder can't be made, or is a file"
+            raise StorageError(f"{text} ({error})") from error
         if is_remote(uri):
             _check_bucket(uri)
         message = f"cannot {action} {absolute(uri)}: it does not exist"

@@ -53,6 +53,7 @@ LASTING_TEXTS = (
     "Read-only file system",
     "database or disk is full",
     "readonly database",
+    "folder can't be made",
     "a later start of this run",
 )
 
