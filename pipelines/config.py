@@ -185,6 +185,9 @@ class PrepareConfig(StrictConfig):
     annotations: str | None = None
     """Boxes of the images in `source`: a COCO file (instances_train.json), or a folder of the .xml
     files of PASCAL VOC."""
+    classes: str | None = None
+    """A folder that `mae prepare` has packed, whose numbers of classes and of boxes' categories
+    this set gets too; so a validation set that lacks a class agrees with the training set."""
     existing: Literal["index", "stats"] | None = None
     """Pack nothing: read the tars that lie in `output`, and write their manifest with checksums and
     indexes beside them (index), with channel statistics over all images too (stats)."""
@@ -222,4 +225,6 @@ class PrepareConfig(StrictConfig):
             raise ValueError("give one of source=FOLDER, synthetic=shapes, existing=index or stats")
         if self.annotations is not None and self.source is None:
             raise ValueError("annotations needs source: the folder of the images")
+        if self.classes is not None and self.source is None:
+            raise ValueError("classes needs source: the folder of the images")
         return self

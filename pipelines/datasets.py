@@ -11,14 +11,12 @@ import io
 import logging
 import time
 import zlib
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -30,15 +28,12 @@ from infra import storage
 from infra.shard_spec import expand_shards
 from mae_core.data.decode import decode_image
 from mae_core.data.manifest import (
-    MANIFEST_NAME,
     ChannelStats,
     Manifest,
     PixelSums,
     SampleIndex,
     ShardInfo,
     index_from_bytes,
-    index_to_bytes,
-    parse_manifest,
 )
 from mae_core.data.order import ChainedOrder, RunOrder
 from mae_core.data.pixels import CorruptSampleError
@@ -46,13 +41,11 @@ from mae_core.data.samples import (
     IMAGE_EXTENSIONS,
     DataError,
     Sample,
-    ShardIndex,
-    index_shard,
     iter_samples,
     sample_checksums,
 )
 from pipelines.config import ConfigError
-from pipelines.fingerprints import shard_facts
+from pipelines.shard_manifests import hint_to_pack, read_manifests
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +67,6 @@ SCHEMA = pa.schema(
 READ_CPUS = 1  # of a read task; Ray's default, which lets it run read and slicing as one task
 STATS_IMAGES = 2048
 BLOCK_BYTES = 16 * 2**20
-_INDEX_THREADS = 8
 _READS = 3  # of a range whose checksums are wrong: it may have been the way here
 _WINDOWS_PER_GROUP = 200
 _LONGEST_REST_S = 0.02
@@ -114,9 +106,12 @@ def open_shards(
     """
     try:
         shards = expand_shards(spec)
+    except storage.NoShardsError as error:
+        raise storage.NoShardsError(f"{error}{hint_to_pack(spec)}") from error
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    manifest = _prepared_manifest(shards) or _indexed_manifest(shards, cache_uri)
+    manifest = read_manifests(shards, cache_uri)
+    _index.cache_clear()  # an index may have been written anew
     if manifest.num_samples == 0:
         raise DataError(
             f"{spec}: {len(shards)} tars, but no sample with an image "
@@ -133,80 +128,6 @@ def open_shards(
         counts = ", ".join(f"{n} x {kind}" for kind, n in sorted(manifest.left_out.items()))
         logger.warning("left out of the shards: %s", counts)
     return manifest
-
-
-def _prepared_manifest(shards: list[str]) -> Manifest | None:
-    """The manifest that `mae prepare` wrote, if it covers exactly these shards."""
-    folder = shards[0].rpartition("/")[0]
-    uri = storage.join(folder, MANIFEST_NAME)
-    if not storage.exists(uri):
-        return None
-    manifest = parse_manifest(storage.read_bytes(uri), uri)
-    resolved = tuple(
-        shard.model_copy(
-            update={
-                "path": storage.join(folder, shard.path),
-                "index": storage.join(folder, shard.index),
-            }
-        )
-        for shard in manifest.shards
-    )
-    wanted = set(shards)
-    chosen = tuple(shard for shard in resolved if shard.path in wanted)
-    if len(chosen) != len(shards):
-        logger.warning("%s does not list all of the shards; indexing them", uri)
-        return None
-    damaged = {storage.join(folder, path): why for path, why in manifest.damaged.items()}
-    return manifest.model_copy(
-        update={
-            "shards": chosen,
-            "damaged": {path: why for path, why in damaged.items() if path in wanted},
-        }
-    )
-
-
-def _indexed_manifest(shards: list[str], cache_uri: str) -> Manifest:
-    facts = shard_facts(shards)
-    cached = storage.join(cache_uri, MANIFEST_NAME)
-    if storage.exists(cached):
-        manifest = parse_manifest(storage.read_bytes(cached), cached)
-        known = [(s.path, (s.num_bytes, s.changed_at_ns)) for s in manifest.shards]
-        # A damaged tar may have been fetched again to the same size within its time's precision.
-        if known == list(zip(shards, facts, strict=True)) and not manifest.damaged:
-            return manifest
-    logger.info("indexing %d tars without a manifest", len(shards))
-    indexed = _in_threads(partial(_index_one, cache_uri=cache_uri), list(enumerate(shards)))
-    infos = tuple(
-        ShardInfo(path=path, index=uri, num_samples=found.num_samples, **fact._asdict())
-        for path, fact, (uri, found) in zip(shards, facts, indexed, strict=True)
-    )
-    manifest = Manifest(
-        shards=infos,
-        left_out=sum((found.left_out for _, found in indexed), Counter()),
-        damaged={
-            path: str(found.damage)
-            for path, (_, found) in zip(shards, indexed, strict=True)
-            if found.damage is not None
-        },
-    )
-    storage.write_bytes(cached, manifest.model_dump_json(indent=1).encode())
-    return manifest
-
-
-def _index_one(numbered: tuple[int, str], cache_uri: str) -> tuple[str, ShardIndex]:
-    number, shard = numbered
-    opener = storage.open_stream if storage.is_remote(shard) else storage.open_random
-    with storage.storage_errors("read", shard), opener(shard) as stream:
-        found = index_shard(stream, shard, lenient=True)
-    uri = storage.join(cache_uri, f"{number:06d}.index.npy")
-    storage.write_bytes(uri, index_to_bytes(SampleIndex(found.offsets, None)))
-    _index.cache_clear()
-    return uri, found
-
-
-def _in_threads(function: Any, items: list[Any]) -> list[Any]:
-    with ThreadPoolExecutor(_INDEX_THREADS) as pool:
-        return list(pool.map(function, items))
 
 
 def measure_channel_stats(manifest: Manifest, in_chans: int) -> ChannelStats:

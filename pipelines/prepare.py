@@ -9,8 +9,9 @@
     python pipelines/prepare.py configs/prepare/demo.yaml num_train=10000
 
 A folder of folders is a class each, in the order of their names; a flat folder has no labels. Files
-beside x.jpg that are named x.json, x.txt or x.seg.png go with it. The same input and config give
-the same bytes, whatever the number of workers. The same command goes on where it was stopped.
+beside x.jpg that are named x.json, x.cls, x.txt or x.seg.png go with it. The same input and config
+give the same bytes, whatever the number of workers. The same command goes on where it was stopped,
+if all files are still those that were packed.
 
 The image's own bytes are kept. What can't be decoded is left out and listed in skipped.jsonl.
 How images are found and keyed: mae_core/data/image_files.py.
@@ -38,7 +39,7 @@ from typing import NamedTuple
 from infra import storage
 from mae_core.data.annotations import Annotations, read_annotations
 from mae_core.data.image_files import ImageFile, find_images
-from mae_core.data.manifest import MANIFEST_NAME, Manifest, parse_manifest, sum_pixels
+from mae_core.data.manifest import MANIFEST_NAME, Manifest, sum_pixels
 from mae_core.data.randomness import named_generator
 from mae_core.data.samples import DataError
 from mae_core.data.synthetic import SHAPE_CLASSES, draw_scene, encode_scene
@@ -46,8 +47,9 @@ from pipelines import existing_shards
 from pipelines.config import ConfigError, PrepareConfig, StageResult
 from pipelines.packing import (
     CATEGORIES_NAME,
-    STATE_FOLDER,
     Item,
+    MaskSummary,
+    PackedShard,
     SceneItem,
     ShardPlan,
     ShardRecord,
@@ -55,41 +57,18 @@ from pipelines.packing import (
     Transcode,
     json_bytes,
     pack_shard,
+    sum_masks,
 )
+from pipelines.packed_output import SKIPPED_NAME, SetPlan, claim_output, finished_manifest
+from pipelines.packed_classes import GivenNumbers, read_numbers
+from pipelines.prepare_summary import found_lines, mask_line, mask_warnings
 from pipelines.process_pool import process_pool
 
 log = logging.getLogger(__name__)
 
-SKIPPED_NAME = "skipped.jsonl"
-PLAN_NAME = "plan.json"
 PROGRESS_EVERY_S = 5.0
 # Validation scenes are far away from any training scene, so neither count moves the other's.
 FIRST_VAL_SCENE = 1 << 32
-
-
-class SetPlan(NamedTuple):
-    """All that decides the bytes of one folder of shards."""
-
-    output: str
-    shards: tuple[ShardPlan, ...]
-    classes: tuple[str, ...] | None
-    in_chans: int
-    transcode: Transcode | None
-    facts: dict[str, int | str]  # what a person would compare, and the digest of everything
-    categories: tuple[tuple[int, str], ...] = ()  # of the boxes: category_id and name
-
-    @property
-    def num_items(self) -> int:
-        return sum(len(shard.items) for shard in self.shards)
-
-    @property
-    def source_bytes(self) -> int:
-        items = (item for shard in self.shards for item in shard.items)
-        return sum(item.packed_bytes for item in items if isinstance(item, ImageFile))
-
-    @property
-    def digest(self) -> str:
-        return str(self.facts["digest"])
 
 
 def run(config: PrepareConfig, *, fresh: bool) -> StageResult:
@@ -103,12 +82,12 @@ def run(config: PrepareConfig, *, fresh: bool) -> StageResult:
         return existing_shards.run(config, fresh=fresh)
     plans = _plan(config)
     for plan in plans:
-        _claim_output(plan, fresh=fresh)
-    found = [_finished_manifest(plan) for plan in plans]
-    reused = None not in found
+        claim_output(plan, fresh=fresh)
+    packed = [_pack_set(plan, config) for plan in plans]
+    reused = not any(one.is_new for one in packed)
     if reused:
-        log.info("output=%s is already packed; nothing to do", config.output)
-    manifests = [old or _pack_set(plan, config) for plan, old in zip(plans, found, strict=True)]
+        log.info("output=%s is already packed, from the same files; nothing to do", config.output)
+    manifests = [one.manifest for one in packed]
     num_samples = sum(manifest.num_samples for manifest in manifests)
     metrics: dict[str, float] = {
         "num_samples": num_samples,
@@ -133,13 +112,7 @@ def run(config: PrepareConfig, *, fresh: bool) -> StageResult:
 def _plan(config: PrepareConfig) -> list[SetPlan]:
     """Say which image goes where, before any pixel is read."""
     if config.source is not None:
-        files, classes = find_images(Path(config.source).expanduser())
-        categories: dict[int, str] = {}
-        if config.annotations is not None:
-            found = read_annotations(Path(config.annotations).expanduser())
-            files, categories = _with_boxes(config, files, found), found.categories
-        listed = tuple(categories.items())
-        return [_plan_set(config, config.output, config.split, files, classes, listed)]
+        return [_plan_source(config, Path(config.source).expanduser())]
     plans = []
     for split, first, count in (
         ("train", 0, config.num_train),
@@ -154,6 +127,21 @@ def _plan(config: PrepareConfig) -> list[SetPlan]:
     return plans
 
 
+def _plan_source(config: PrepareConfig, source: Path) -> SetPlan:
+    given = GivenNumbers(None, {}) if config.classes is None else read_numbers(config.classes)
+    files, classes = find_images(source, given.classes)
+    categories: dict[int, str] = {}
+    if config.annotations is not None:
+        found = read_annotations(Path(config.annotations).expanduser())
+        if given.categories:
+            found = found.renumbered(given.categories)
+        files, categories = _with_boxes(config, files, found), found.categories
+    for line in found_lines(files, classes, categories):
+        log.info("source=%s: %s", config.source, line)
+    listed = tuple(categories.items())
+    return _plan_set(config, config.output, config.split, files, classes, listed)
+
+
 def _with_boxes(
     config: PrepareConfig, files: Sequence[ImageFile], found: Annotations
 ) -> list[ImageFile]:
@@ -162,21 +150,15 @@ def _with_boxes(
     Raises:
         DataError: an image has a .json of its own too, or none of the images has boxes.
     """
+    entries = found.names_of([file.source for file in files])
     boxed = []
-    taken: dict[str, str] = {}  # entry to the image that it is of
     for file in files:
-        entry = found.name_of(file.source)
+        entry = entries.get(file.source)
         if entry is None:
             boxed.append(file)
             continue
         if any(name == "json" for name, *_ in file.companions):
             raise DataError(f"{file.source} has a .json beside it, and boxes in annotations, too")
-        if entry in taken:
-            raise DataError(
-                f"annotations={config.annotations}: {entry} may be {taken[entry]} or "
-                f"{file.source}; name the folders in it, or pack them one by one"
-            )
-        taken[entry] = file.source
         boxed.append(file._replace(boxes=found.by_image[entry]))
     without = [file.source for file in boxed if file.boxes is None]
     if len(without) == len(boxed):
@@ -190,6 +172,14 @@ def _with_boxes(
             config.annotations,
             len(without),
             ", ".join(without[:5]),
+        )
+    unused = sorted(set(found.by_image) - set(entries.values()))
+    if unused:
+        log.warning(
+            "annotations=%s: has %d entries of images that are not in source, such as %s",
+            config.annotations,
+            len(unused),
+            ", ".join(unused[:5]),
         )
     return boxed
 
@@ -253,86 +243,31 @@ def _cut(items: Sequence[Item], max_samples: int, max_bytes: int) -> Iterator[li
         yield group
 
 
-def _claim_output(plan: SetPlan, *, fresh: bool) -> None:
-    """Write the plan's facts into the output, or find them there from an earlier run."""
-    place = storage.join(plan.output, STATE_FOLDER, PLAN_NAME)
-    if fresh:
-        _clear_output(plan.output)
-    if storage.exists(place):
-        try:
-            old = json.loads(storage.read_bytes(place))
-        except ValueError:
-            raise ConfigError(f"{place} is damaged; start over with --fresh") from None
-        if old == plan.facts:
-            return
-        changed = [name for name in plan.facts if old.get(name) != plan.facts[name]]
-        shown = [f"{name}: {old.get(name)} -> {plan.facts[name]}" for name in changed[:-1]]
-        raise ConfigError(
-            f"output={plan.output} was packed from other images or with another config "
-            f"({', '.join(shown) or 'the files differ'}); choose another output, or replace it "
-            "with --fresh"
-        )
-    names = storage.list_files(plan.output)
-    alien = [name for name in names if name.endswith(".tar") or name == MANIFEST_NAME]
-    if alien:
-        raise ConfigError(
-            f"output={plan.output} holds shards of another origin, such as {alien[0]}; "
-            "choose another output"
-        )
-    storage.write_bytes(place, json_bytes(plan.facts))
+class PackedSet(NamedTuple):
+    manifest: Manifest
+    is_new: bool  # False: all of it was there
 
 
-def _clear_output(output: str) -> None:
-    """Delete what an earlier run packed, and nothing else."""
-    names, folders = storage.list_files(output), storage.list_folders(output)
-    packed = STATE_FOLDER in folders
-    alien = [n for n in names if not n.startswith(".") and not (packed and _is_ours(n))]
-    alien += [name for name in folders if name != STATE_FOLDER]
-    if alien:
-        raise ConfigError(
-            f"--fresh: output={output} holds what `mae prepare` did not make, such as {alien[0]}; "
-            "move it away, or choose another output"
-        )
-    if packed:
-        storage.delete_folder(output)
+def _pack_set(plan: SetPlan, config: PrepareConfig) -> PackedSet:
+    """Pack the shards that are not there yet; the manifest comes last.
 
-
-def _is_ours(name: str) -> bool:
-    return name.endswith((".tar", ".index.npy")) or name in {
-        MANIFEST_NAME,
-        SKIPPED_NAME,
-        CATEGORIES_NAME,
-    }
-
-
-def _finished_manifest(plan: SetPlan) -> Manifest | None:
-    """The manifest of a finished earlier run whose shards are all still there."""
-    place = storage.join(plan.output, MANIFEST_NAME)
-    names = set(storage.list_files(plan.output))
-    if MANIFEST_NAME not in names:
-        return None
-    manifest = parse_manifest(storage.read_bytes(place), place)
-    for shard in manifest.shards:
-        if not {shard.path, shard.index} <= names:
-            return None
-        if storage.file_size(storage.join(plan.output, shard.path)) != shard.num_bytes:
-            return None
-    return manifest
-
-
-def _pack_set(plan: SetPlan, config: PrepareConfig) -> Manifest:
-    """Pack the shards that are not there yet; the manifest comes last."""
+    Raises:
+        ConfigError: a shard that is there was packed from files that have changed since.
+    """
     started_at_s = time.monotonic()
-    log.info("output=%s shards=%d images=%d", plan.output, len(plan.shards), plan.num_items)
+    finished = finished_manifest(plan)
+    doing = "packs" if finished is None else "compares with what was packed"
+    log.info("output=%s %s: shards=%d images=%d", plan.output, doing, *plan.counts)
     records: dict[str, ShardRecord] = {}
     skipped: list[SkippedImage] = []
-    num_images = 0
+    num_images = num_new = 0
     logged_at_s = started_at_s
-    for name, record in _pack_shards(plan, min(config.workers, len(plan.shards))):
+    for name, (record, is_new) in _pack_shards(plan, min(config.workers, len(plan.shards))):
         records[name] = record
+        num_new += is_new
         skipped += record.skipped
         num_images += record.shard.num_samples
-        if len(skipped) > config.max_bad_ratio * plan.num_items:
+        if finished is None and len(skipped) > config.max_bad_ratio * plan.num_items:
             _refuse(plan, skipped, config.max_bad_ratio)
         now_s = time.monotonic()
         if now_s - logged_at_s >= PROGRESS_EVERY_S or len(records) == len(plan.shards):
@@ -341,6 +276,9 @@ def _pack_set(plan: SetPlan, config: PrepareConfig) -> Manifest:
             shown = f"shards={len(records)}/{len(plan.shards)} images={num_images}"
             log.info("output=%s %s images_per_s=%.0f", plan.output, shown, rate)
     ordered = [records[shard.name] for shard in plan.shards]
+    _tell_masks(plan, sum_masks(record.masks for record in ordered))
+    if finished is not None and not num_new:
+        return PackedSet(finished, is_new=False)
     place = _write_skipped(plan, [image for record in ordered for image in record.skipped])
     if skipped:
         shown = f"{len(skipped)} of {plan.num_items} images: {_reasons(skipped)}"
@@ -355,15 +293,23 @@ def _pack_set(plan: SetPlan, config: PrepareConfig) -> Manifest:
         storage.write_bytes(storage.join(plan.output, CATEGORIES_NAME), json_bytes(listed))
     text = manifest.model_dump_json(indent=2) + "\n"
     storage.write_bytes(storage.join(plan.output, MANIFEST_NAME), text.encode())
-    return manifest
+    return PackedSet(manifest, is_new=True)
+
+
+def _tell_masks(plan: SetPlan, masks: MaskSummary) -> None:
+    line = mask_line(masks)
+    if line is not None:
+        log.info("output=%s %s", plan.output, line)
+    for warning in mask_warnings(masks):
+        log.warning("output=%s %s", plan.output, warning)
 
 
 def _refuse(plan: SetPlan, skipped: Sequence[SkippedImage], max_bad_ratio: float) -> None:
     place = _write_skipped(plan, skipped)
     raise DataError(
         f"{len(skipped)} of {plan.num_items} images can't be used, more than "
-        f"max_bad_ratio={max_bad_ratio}: {_reasons(skipped)}; the first is {skipped[0].source}; "
-        f"see {place}"
+        f"max_bad_ratio={max_bad_ratio}: {_reasons(skipped)}; the first is {skipped[0].source}: "
+        f"{skipped[0].reason}; see {place}"
     )
 
 
@@ -390,7 +336,7 @@ def _check_companions(items: Sequence[Item]) -> None:
             )
 
 
-def _pack_shards(plan: SetPlan, workers: int) -> Iterator[tuple[str, ShardRecord]]:
+def _pack_shards(plan: SetPlan, workers: int) -> Iterator[tuple[str, PackedShard]]:
     """Pack in any order, and give each shard's record when it is done."""
     arguments = plan.output, plan.digest, plan.in_chans, plan.transcode
     if workers == 1:
@@ -399,7 +345,7 @@ def _pack_shards(plan: SetPlan, workers: int) -> Iterator[tuple[str, ShardRecord
         return
     with process_pool(workers) as pool:
         waiting = iter(plan.shards)
-        running: dict[Future[ShardRecord], str] = {}
+        running: dict[Future[PackedShard], str] = {}
         while True:
             # Few at a time: a plan of millions of images is not copied at once.
             for shard in islice(waiting, 2 * workers - len(running)):

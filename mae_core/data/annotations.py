@@ -3,30 +3,117 @@
 COCO: one JSON file with `images`, `annotations` and `categories`, https://cocodataset.org. VOC: a
 folder with an XML file an image, http://host.robots.ox.ac.uk/pascal/VOC. A VOC box from xmin to
 xmax becomes x = xmin and w = xmax - xmin: its numbers as they are, for sets disagree on whether
-they count from 0 or 1.
+they count from 0 or 1. Objects that VOC marks as difficult are objects as all others.
+
+VOC files may have any encoding that they declare. None may declare entities: a small file could
+grow without end, or name files of this machine.
 """
 
 import json
-from collections.abc import Iterator
+import os
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 from xml.etree import ElementTree
 
+from mae_core.data.folder_layout import is_hidden_file, is_hidden_folder
 from mae_core.data.samples import DataError
+
+# A mark at the start, or what the first characters of an XML file look like in UTF-16.
+_MARKS = {
+    b"\xef\xbb\xbf": "utf-8-sig",
+    b"\xff\xfe": "utf-16",
+    b"\xfe\xff": "utf-16",
+    b"<\0": "utf-16-le",
+    b"\0<": "utf-16-be",
+}
+# Files that declare the older of these sets have characters of the newer one in them.
+_LARGER_ENCODINGS = {"gb2312": "gb18030", "gbk": "gb18030", "shift_jis": "cp932"}
 
 
 class Annotations(NamedTuple):
-    by_image: dict[str, bytes]  # file name (COCO) or its stem (VOC) to `.json`, see parse_boxes
-    categories: dict[int, str]  # category_id to name
+    """The boxes of many images, each under the path of its image."""
 
-    def name_of(self, source: str) -> str | None:
-        """The entry of an image, by its path, its name or its stem; None without one."""
-        path = PurePosixPath(source)
-        return next((x for x in (source, path.name, path.stem) if x in self.by_image), None)
+    by_image: dict[str, bytes]  # path of the image (COCO), without extension (VOC), to `.json`
+    categories: dict[int, str]  # category_id to name
+    has_extensions: bool = True  # whether the paths in `by_image` have them
+
+    def names_of(self, sources: Iterable[str]) -> dict[str, str]:
+        """The entry of each image that has one.
+
+        An entry belongs to an image if one's path ends with the other's: images/a.jpg and a.jpg.
+        The one that has most folders in common is taken.
+
+        Raises:
+            DataError: two entries fit an image, or one entry two images, as well.
+        """
+        by_name: dict[str, list[str]] = defaultdict(list)
+        for entry in self.by_image:
+            by_name[_parts(entry)[-1]].append(entry)
+        found: dict[str, str] = {}
+        taken: dict[str, str] = {}
+        for source in sources:
+            path = source if self.has_extensions else str(PurePosixPath(source).with_suffix(""))
+            nearest = _nearest(path, by_name.get(_parts(path)[-1], ()))
+            if nearest is None:
+                continue
+            if nearest in taken:
+                raise DataError(
+                    f"annotations: {nearest} may be {taken[nearest]} or {source}; name the folders "
+                    "in it, or pack them one by one"
+                )
+            found[source], taken[nearest] = nearest, source
+        return found
+
+    def renumbered(self, numbers: Mapping[int, str]) -> "Annotations":
+        """The same boxes with the numbers that `numbers` gives to the categories' names.
+
+        Raises:
+            DataError: a box has a category that is not among them.
+        """
+        given = {name: number for number, name in numbers.items()}
+        by_image = {}
+        for entry, data in self.by_image.items():
+            raw = json.loads(data)
+            for box in raw["annotations"]:
+                name = self.categories[box["category_id"]]
+                if name not in given:
+                    raise DataError(
+                        f"annotations: {entry} has a box of {name}, which is not among the given "
+                        f"categories: {', '.join(given)}"
+                    )
+                box["category_id"] = given[name]
+            by_image[entry] = json.dumps(raw, sort_keys=True).encode()
+        return self._replace(by_image=by_image, categories=dict(numbers))
+
+
+def _parts(path: str) -> tuple[str, ...]:
+    return PurePosixPath(path.replace("\\", "/")).parts or ("",)
+
+
+def _nearest(source: str, entries: Sequence[str]) -> str | None:
+    """The entry whose path ends as `source` does."""
+    wanted = [part for part in _parts(source) if part not in ("/", "..")]
+    fitting: dict[str, int] = {}
+    for entry in entries:
+        parts = [part for part in _parts(entry) if part not in ("/", "..")]
+        common = 0
+        for one, other in zip(reversed(wanted), reversed(parts), strict=False):
+            if one != other:
+                break
+            common += 1
+        if common == min(len(wanted), len(parts)):
+            fitting[entry] = common
+    best = [entry for entry, common in fitting.items() if common == max(fitting.values())]
+    if len(best) > 1:
+        raise DataError(f"annotations: {source} may be {best[0]} or {best[1]}; name its folders")
+    return best[0] if best else None
 
 
 def read_annotations(source: Path) -> Annotations:
-    """Of a COCO file or a folder of VOC files.
+    """Read a COCO file or a folder of VOC files.
 
     Raises:
         DataError: it is neither, or a box is not one; names the file and the box.
@@ -41,57 +128,121 @@ def read_annotations(source: Path) -> Annotations:
 def _read_coco(file: Path) -> Annotations:
     try:
         raw = json.loads(file.read_bytes())
-        images = {image["id"]: image for image in raw["images"]}
-        categories = {int(item["id"]): str(item["name"]) for item in raw["categories"]}
+        images = _by_id(raw["images"], f"{file}: images")
+        listed = _by_id(raw["categories"], f"{file}: categories")
+        categories = {number: str(item["name"]) for number, item in listed.items()}
         boxes: dict[Any, list[dict[str, Any]]] = {identifier: [] for identifier in images}
         for number, item in enumerate(raw["annotations"], start=1):
-            if item["image_id"] not in boxes:
-                raise DataError(
-                    f"{file}: annotation {number} is of image_id={item['image_id']}, which "
-                    "images does not list"
-                )
-            if "bbox" not in item or "category_id" not in item:
-                raise DataError(f"{file}: annotation {number} has no bbox or no category_id")
-            kept = {"bbox": item["bbox"], "category_id": item["category_id"]}
-            boxes[item["image_id"]].append(kept | {"iscrowd": item.get("iscrowd", 0)})
+            boxes[_image_of(item, boxes, f"{file}: annotation {number}")].append(
+                _coco_box(item, categories, f"{file}: annotation {number}")
+            )
         by_image: dict[str, bytes] = {}
         for identifier, image in images.items():
             name = str(image["file_name"])
             if name in by_image:
                 raise DataError(f"{file}: images lists {name} twice")
             by_image[name] = _encoded(image.get("width"), image.get("height"), boxes[identifier])
-    except (ValueError, TypeError, AttributeError) as error:
-        raise DataError(f"annotations={file}: is no COCO file ({error})") from error
+    except OSError as error:
+        raise DataError(f"annotations={file}: cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"annotations={file}: is not UTF-8 ({error}); save it as UTF-8") from error
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        hint = "; give the folder of the VOC files" if file.suffix.lower() == ".xml" else ""
+        raise DataError(f"annotations={file}: is no COCO file ({error}){hint}") from error
     except KeyError as error:
         raise DataError(f"annotations={file}: is no COCO file: {error} is missing") from error
     return Annotations(by_image, categories)
 
 
+def _by_id(items: list[dict[str, Any]], where: str) -> dict[Any, dict[str, Any]]:
+    found: dict[Any, dict[str, Any]] = {}
+    for item in items:
+        if item["id"] in found:
+            raise DataError(f"{where} has the id {item['id']} twice")
+        found[item["id"]] = item
+    return found
+
+
+def _image_of(item: dict[str, Any], images: Mapping[Any, object], where: str) -> Any:
+    if item["image_id"] not in images:
+        raise DataError(f"{where} is of image_id={item['image_id']}, which images does not list")
+    return item["image_id"]
+
+
+def _coco_box(item: dict[str, Any], categories: Mapping[int, str], where: str) -> dict[str, Any]:
+    if "bbox" not in item or "category_id" not in item:
+        raise DataError(f"{where} has no bbox or no category_id")
+    category = item["category_id"]
+    if not isinstance(category, int) or category not in categories:
+        raise DataError(f"{where} has category_id={category!r}, which categories does not list")
+    return {"bbox": item["bbox"], "category_id": category, "iscrowd": item.get("iscrowd", 0)}
+
+
 def _read_voc(folder: Path) -> Annotations:
-    files = sorted(folder.rglob("*.xml"))
+    files = list(_voc_files(folder))
     if not files:
-        raise DataError(f"annotations={folder}: no .xml in it")
-    found = {file: list(_voc_boxes(file)) for file in files}
+        raise DataError(f"annotations={folder}: no .xml in it{_coco_hint(folder)}")
+    roots = {file: _voc_root(file) for file in files}
+    found = {file: list(_voc_boxes(file, root)) for file, root in roots.items()}
     names = sorted({name for boxes in found.values() for name, _ in boxes})
     numbers = {name: number for number, name in enumerate(names, start=1)}
     by_image = {}
     for file, boxes in found.items():
         items = [{"bbox": box, "category_id": numbers[name]} for name, box in boxes]
-        if file.stem in by_image:
+        entry = file.relative_to(folder).with_suffix("").as_posix()
+        if entry in by_image:
             raise DataError(f"{file}: {file.stem}.xml comes twice in {folder}")
-        by_image[file.stem] = _encoded(*_voc_size(file), items)
-    return Annotations(by_image, {number: name for name, number in numbers.items()})
+        by_image[entry] = _encoded(*_voc_size(roots[file]), items)
+    named = {number: name for name, number in numbers.items()}
+    return Annotations(by_image, named, has_extensions=False)
+
+
+def _voc_files(folder: Path) -> Iterator[Path]:
+    """The .xml files, by the rules of images: none that is hidden, any case of the extension."""
+
+    def stop(error: OSError) -> None:
+        text = f"annotations={folder}: cannot list {error.filename}: {error.strerror}"
+        raise DataError(text) from error
+
+    for place, folders, names in os.walk(folder, onerror=stop):
+        folders[:] = sorted(name for name in folders if not is_hidden_folder(name))
+        for name in sorted(names):
+            if name.lower().endswith(".xml") and not is_hidden_file(name):
+                yield Path(place) / name
+
+
+def _coco_hint(folder: Path) -> str:
+    files = sorted(file.name for file in folder.glob("*.json"))
+    return f"; for a COCO file give the file: annotations={folder / files[0]}" if files else ""
 
 
 def _voc_root(file: Path) -> ElementTree.Element:
     try:
-        return ElementTree.parse(file).getroot()
-    except (OSError, ElementTree.ParseError) as error:
+        text = _decoded(file.read_bytes())
+        # Files of labelling programs have no DTD; those that harm do.
+        if re.search(r"<!(DOCTYPE|ENTITY)", text):
+            raise DataError(f"{file}: has a DOCTYPE or entities, which are not read; remove them")
+        return ElementTree.fromstring(text)
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{file}: is not {error.encoding} ({error.reason}); save it as UTF-8"
+        ) from (error)
+    except (OSError, ElementTree.ParseError, LookupError, ValueError, RecursionError) as error:
         raise DataError(f"{file}: cannot be read ({error})") from error
 
 
-def _voc_boxes(file: Path) -> Iterator[tuple[str, list[float]]]:
-    for number, item in enumerate(_voc_root(file).iter("object"), start=1):
+def _decoded(data: bytes) -> str:
+    """The text of an XML file, by its mark, the encoding that it declares, or as UTF-8."""
+    for mark, encoding in _MARKS.items():
+        if data.startswith(mark):
+            return data.decode(encoding)
+    declared = re.match(rb"\s*<\?xml[^>]*?encoding\s*=\s*[\"']([\w.:-]+)", data)
+    encoding = "utf-8" if declared is None else declared[1].decode("ascii").lower()
+    return data.decode(_LARGER_ENCODINGS.get(encoding, encoding)).lstrip()
+
+
+def _voc_boxes(file: Path, root: ElementTree.Element) -> Iterator[tuple[str, list[float]]]:
+    for number, item in enumerate(root.iter("object"), start=1):
         try:
             corners = [float(item.findtext(f"bndbox/{x}", "")) for x in _VOC_CORNERS]
         except ValueError as error:
@@ -111,13 +262,14 @@ def _voc_boxes(file: Path) -> Iterator[tuple[str, list[float]]]:
 _VOC_CORNERS = ("xmin", "ymin", "xmax", "ymax")
 
 
-def _voc_size(file: Path) -> tuple[int | None, int | None]:
-    """Width and height, where they are given."""
-    texts = [_voc_root(file).findtext(f"size/{side}", "") for side in ("width", "height")]
-    width, height = (int(text) if text.isdigit() else 0 for text in texts)
-    return (width, height) if width and height else (None, None)
+def _voc_size(root: ElementTree.Element) -> tuple[int, int]:
+    """Width and height, 0 where they are not given."""
+    texts = [root.findtext(f"size/{side}", "").strip() for side in ("width", "height")]
+    width, height = (int(text) if re.fullmatch("[0-9]{1,9}", text) else 0 for text in texts)
+    return width, height
 
 
-def _encoded(width: int | None, height: int | None, boxes: list[dict[str, Any]]) -> bytes:
-    size = {} if width is None or height is None else {"width": width, "height": height}
+def _encoded(width: object, height: object, boxes: list[dict[str, Any]]) -> bytes:
+    # Many files have 0 where nobody knew the size.
+    size = {"width": width, "height": height} if width and height else {}
     return json.dumps({**size, "annotations": boxes}, sort_keys=True).encode()

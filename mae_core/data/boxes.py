@@ -80,6 +80,21 @@ def parse_boxes(
     )
 
 
+def holds_boxes(data: bytes | None) -> bool:
+    """Whether a `.json` is one that `parse_boxes` should read, and not something else."""
+    try:
+        raw = _parse_object(data, "")
+        items = raw[_list_name(raw, "")]
+    except DataError:
+        return False
+    name = _list_name(raw, "")
+    if not isinstance(items, list):
+        return False
+    if name == _BARE_LIST or not items:
+        return True
+    return any(isinstance(item, dict) and "bbox" in item for item in items)
+
+
 def collect_categories(datas: Iterable[bytes | None]) -> dict[int, int]:
     """The `category_id`s that images have, in order, to labels from 0.
 

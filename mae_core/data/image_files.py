@@ -2,24 +2,34 @@
 
 A sample's key is its path in the folder without the extension. Dots and unprintable characters
 become `_`; where two paths would get one key, `-` and 8 hex digits of the path's hash are added.
-Files beside x.jpg named x.json, x.seg.png and x.txt are its companions. Hidden files are no images.
+Files beside x.jpg named x.json, x.seg.png, x.cls and x.txt are its companions, in any case. Hidden
+files are no images, and neither is what systems leave behind (Thumbs.db, __MACOSX).
 """
 
 import hashlib
 import json
 import logging
 import os
+import stat
 import tarfile
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from mae_core.data.folder_layout import (
+    check_layout,
+    is_hidden_file,
+    is_hidden_folder,
+    layout_warnings,
+)
+from mae_core.data.list_file import ListedImage, is_image_name, read_list
 from mae_core.data.samples import IMAGE_EXTENSIONS, DataError
 
 log = logging.getLogger(__name__)
 
-COMPANIONS = ("json", "seg.png", "txt")
+COMPANIONS = ("cls", "json", "seg.png", "txt")
+_SHOWN = 5
 
 
 class ImageFile(NamedTuple):
@@ -32,6 +42,7 @@ class ImageFile(NamedTuple):
     companions: tuple[tuple[str, str, int], ...]  # extension, path, bytes
     label: int | None
     boxes: bytes | None = None  # of `.json`, where they come from elsewhere
+    problem: str | None = None  # why it, or what lies beside it, can't be read
 
     @property
     def extension(self) -> str:
@@ -56,8 +67,14 @@ class ImageFile(NamedTuple):
         return json.dumps([self.key, self.extension, self.num_bytes, sizes, self.label])
 
 
-def find_images(source: Path) -> tuple[list[ImageFile], tuple[str, ...] | None]:
-    """The images of a folder or a list file in the order of their keys, and the classes' names.
+def find_images(
+    source: Path, classes: Sequence[str] | None = None
+) -> tuple[list[ImageFile], tuple[str, ...] | None]:
+    """Find the images of a folder or a list file, in the order of their keys, and the class names.
+
+    Args:
+        source: a folder or a list file.
+        classes: names whose places are the class numbers; None numbers the names that are found.
 
     Raises:
         DataError: nothing is there, or it can't be told what the classes are.
@@ -65,45 +82,67 @@ def find_images(source: Path) -> tuple[list[ImageFile], tuple[str, ...] | None]:
     if source.is_dir():
         found = _scan_folder(source)
     elif source.is_file():
-        found = _read_list(source)
+        found = read_list(source)
     else:
         raise DataError(f"source={source}: no such folder or list file")
-    labels = {label for _, _, label in found}
-    classes: tuple[str, ...] | None = None
-    numbers: dict[str | None, int | None] = {None: None}
-    if labels != {None}:
-        names = sorted(label for label in labels if label is not None)
-        if source.is_file() and all(name.isascii() and name.isdigit() for name in names):
-            numbers = {name: int(name) for name in names}
-        else:
-            classes = tuple(names)
-            numbers = {name: i for i, name in enumerate(names)}
-    keys = unique_keys([relative for relative, _, _ in found])
-    listings: dict[Path, frozenset[str]] = {}
+    numbers, names = _numbers({image.label for image in found}, source, classes)
+    keys = unique_keys([image.name for image in found])
+    listings: dict[Path, dict[str, list[str]]] = {}
     files = []
-    for relative, path, label in found:
+    for name, path, label in found:
         if path.parent not in listings:
-            listings[path.parent] = frozenset(p.name for p in path.parent.iterdir())
-        companions = _companions(path, listings[path.parent])
-        size = path.stat().st_size
+            listings[path.parent] = _listing(path.parent)
+        size, problem = _look_at(path)
+        companions, second_problem = _companions(path, listings[path.parent])
+        if label is not None and any(extension == "cls" for extension, *_ in companions):
+            raise DataError(f"{path} has a .cls beside it, and the class {label}, too")
         files.append(
-            ImageFile(keys[relative], str(path), relative, size, companions, numbers[label])
+            ImageFile(
+                keys[name],
+                str(path),
+                printable(name),
+                size,
+                companions,
+                numbers[label],
+                problem=problem or second_problem,
+            )
         )
-    return sorted(files), classes
+    return sorted(files), names
 
 
-_Found = tuple[str, Path, str | None]  # relative path, path, label
+def printable(text: str) -> str:
+    """A name of a file with bytes that are not UTF-8 written as escapes, for JSON and people."""
+    return text.encode(errors="surrogateescape").decode(errors="backslashreplace")
 
 
-def _scan_folder(root: Path) -> list[_Found]:
-    others: Counter[str] = Counter()
+def _numbers(
+    labels: set[str | None], source: Path, classes: Sequence[str] | None
+) -> tuple[Mapping[str | None, int | None], tuple[str, ...] | None]:
+    """The number of each label, and the names of all classes."""
+    names = sorted(label for label in labels if label is not None)
+    if classes is not None:
+        if not names:
+            raise DataError(f"classes: the images of source={source} have no classes")
+        unknown = [name for name in names if name not in classes]
+        if unknown:
+            raise DataError(
+                f"source={source}: classes that are not among the given ones: "
+                f"{', '.join(unknown[:_SHOWN])}; given are {', '.join(classes[:20])}"
+            )
+        return {name: i for i, name in enumerate(classes)}, tuple(classes)
+    if not names:
+        return {None: None}, None
+    if source.is_file() and all(name.isascii() and name.isdigit() for name in names):
+        return {name: int(name) for name in names}, None
+    return {name: i for i, name in enumerate(names)}, tuple(names)
+
+
+def _scan_folder(root: Path) -> list[ListedImage]:
     images: list[Path] = []
+    others: list[Path] = []
     for path in _walk(root):
-        if _is_image(path.name):
-            images.append(path)
-        elif not path.name.endswith(COMPANIONS):
-            others[path.suffix.lower() or "no extension"] += 1
-    ignored = ", ".join(f"{count} {suffix}" for suffix, count in others.most_common(5))
+        (images if is_image_name(path.name) else others).append(path)
+    ignored = _describe_others(others, images)
     if not images:
         wanted = " ".join(f".{extension}" for extension in sorted(IMAGE_EXTENSIONS))
         raise DataError(
@@ -118,14 +157,42 @@ def _scan_folder(root: Path) -> list[_Found]:
             f"source={root}: {len(in_root)} images (such as {in_root[0]}) lie beside folders with "
             "images; move them into a class folder, or give a list file"
         )
+    check_layout(root, relatives)
+    for warning in layout_warnings(relatives):
+        log.warning("source=%s: %s", root, warning)
     if in_root:
-        return [(r.as_posix(), p, None) for r, p in zip(relatives, images, strict=True)]
+        return [ListedImage(r.as_posix(), p, None) for r, p in zip(relatives, images, strict=True)]
     with_images = {relative.parts[0] for relative in relatives}
     empty = {path.name for path in root.iterdir() if path.is_dir()} - with_images
-    empty = {name for name in empty if not name.startswith(".")}
+    empty = {name for name in empty if not is_hidden_folder(name)}
     if empty:
-        log.warning("source=%s: no image, so no class: %s", root, ", ".join(sorted(empty)[:5]))
-    return [(r.as_posix(), p, r.parts[0]) for r, p in zip(relatives, images, strict=True)]
+        log.warning("source=%s: no image, so no class: %s", root, ", ".join(sorted(empty)[:_SHOWN]))
+    return [
+        ListedImage(r.as_posix(), p, printable(r.parts[0]))
+        for r, p in zip(relatives, images, strict=True)
+    ]
+
+
+def _describe_others(others: Sequence[Path], images: Sequence[Path]) -> str:
+    """Count the files that are neither images nor beside one."""
+    stems = {(image.parent, image.stem) for image in images}
+    counts: Counter[str] = Counter()
+    for path in others:
+        extension = _companion_extension(path.name)
+        if extension and (path.parent, path.name[: -len(extension) - 1]) in stems:
+            continue  # a companion
+        if path.is_symlink() and not path.exists():
+            counts["link to nowhere"] += 1
+        elif extension is not None:
+            counts[f".{extension} that belongs to no image"] += 1
+        else:
+            counts[path.suffix.lower() or "no extension"] += 1
+    return ", ".join(f"{count} {suffix}" for suffix, count in counts.most_common(_SHOWN))
+
+
+def _companion_extension(name: str) -> str | None:
+    lowered = name.lower()
+    return next((x for x in COMPANIONS if lowered.endswith(f".{x}")), None)
 
 
 def _walk(root: Path) -> Iterator[Path]:
@@ -138,62 +205,60 @@ def _walk(root: Path) -> Iterator[Path]:
     for folder, folders, names in os.walk(root, onerror=stop, followlinks=True):
         status = Path(folder).stat()
         if (status.st_dev, status.st_ino) in seen:
+            log.warning("source=%s: %s leads to a folder that was read already", root, folder)
             folders.clear()
             continue
         seen.add((status.st_dev, status.st_ino))
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        yield from (Path(folder) / name for name in sorted(names) if not name.startswith("."))
+        folders[:] = sorted(name for name in folders if not is_hidden_folder(name))
+        yield from (Path(folder) / name for name in sorted(names) if not is_hidden_file(name))
 
 
-def _is_image(name: str) -> bool:
-    lowered = name.lower()
-    return lowered.rpartition(".")[2] in IMAGE_EXTENSIONS and not lowered.endswith(".seg.png")
-
-
-def _companions(image: Path, names: frozenset[str]) -> tuple[tuple[str, str, int], ...]:
-    wanted = [(extension, f"{image.stem}.{extension}") for extension in COMPANIONS]
-    paths = [(extension, image.with_name(name)) for extension, name in wanted if name in names]
-    return tuple((extension, str(path), path.stat().st_size) for extension, path in paths)
-
-
-def _read_list(file: Path) -> list[_Found]:
+def _look_at(path: Path) -> tuple[int, str | None]:
+    """The size of a file, and why it can't be read, or None."""
     try:
-        lines = file.read_text(encoding="utf-8-sig").splitlines()
-    except UnicodeDecodeError as error:
-        raise DataError(f"source={file}: not a list file in UTF-8 ({error})") from error
-    found: list[_Found] = []
-    mistakes: list[str] = []
-    first: dict[Path, int] = {}
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        name, label = _split_line(line)
-        path = Path(os.path.normpath(file.parent / name))
-        if not _is_image(path.name):
-            mistakes.append(f"{file}:{number}: {name!r} has no image's extension")
-        elif not path.is_file():
-            mistakes.append(f"{file}:{number}: no such file: {path}")
-        elif path in first:
-            mistakes.append(f"{file}:{number}: {name!r} is in line {first[path]} already")
-        elif found and (label is None) != (found[0][2] is None):
-            mistakes.append(f"{file}:{number}: either each line has a label, or none has")
-        else:
-            first[path] = number
-            found.append((name, path, label))
-    if mistakes:
-        more = [f"... and {len(mistakes) - 5} more mistakes"] if len(mistakes) > 5 else []
-        raise DataError("\n".join(mistakes[:5] + more))
-    if not found:
-        raise DataError(f"source={file}: the list is empty")
-    return found
+        status = path.stat()
+    except OSError as error:
+        if path.is_symlink() and isinstance(error, FileNotFoundError):
+            target = printable(str(path.readlink()))
+            return 0, f"a link to a file that is not there ({target}; fetch it, or mount its disk)"
+        return 0, f"cannot be read: {error.strerror}"
+    # Not a pipe or a device: reading it would wait for ever.
+    return (status.st_size, None) if stat.S_ISREG(status.st_mode) else (0, "not a regular file")
 
 
-def _split_line(line: str) -> tuple[str, str | None]:
-    for separator in ("\t", ","):
-        name, found, label = line.strip().rpartition(separator)
-        if found and not _is_image(label):  # the comma of "a,b.jpg" separates nothing
-            return name.strip(), label.strip()
-    return line.strip(), None
+def _listing(folder: Path) -> dict[str, list[str]]:
+    """Names of possible companions in a folder, by their name in lower case."""
+    listing: dict[str, list[str]] = {}
+    try:
+        names = sorted(path.name for path in folder.iterdir())
+    except OSError as error:
+        raise DataError(f"cannot list {folder}: {error.strerror}") from error
+    for name in names:
+        if _companion_extension(name) is not None:
+            listing.setdefault(name.lower(), []).append(name)
+    return listing
+
+
+def _companions(
+    image: Path, listing: Mapping[str, Sequence[str]]
+) -> tuple[tuple[tuple[str, str, int], ...], str | None]:
+    """What lies beside an image, and why some of it can't be read, or None."""
+    companions = []
+    problems = []
+    for extension in COMPANIONS:
+        names = [
+            name
+            for name in listing.get(f"{image.stem}.{extension}".lower(), ())
+            if name.startswith(f"{image.stem}.")  # only the extension's case may differ
+        ]
+        if len(names) > 1:
+            raise DataError(f"{image}: both {names[0]} and {names[1]} lie beside it; keep one")
+        for name in names:
+            path = image.with_name(name)
+            size, problem = _look_at(path)
+            companions.append((extension, str(path), size))
+            problems += [] if problem is None else [f"its .{extension} is {problem}"]
+    return tuple(companions), problems[0] if problems else None
 
 
 def unique_keys(relatives: Iterable[str]) -> dict[str, str]:
@@ -204,6 +269,9 @@ def unique_keys(relatives: Iterable[str]) -> dict[str, str]:
         if counts[key] > 1:
             digest = hashlib.sha256(relative.encode(errors="surrogateescape")).hexdigest()
             keys[relative] = f"{key}-{digest[:8]}"
+    if len(set(keys.values())) < len(keys):  # a file is named as another one's key with its hash
+        (key, count), *_ = Counter(keys.values()).most_common(1)
+        raise DataError(f"{count} images get the key {key!r}; rename one of them")
     return keys
 
 

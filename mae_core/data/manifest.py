@@ -7,9 +7,11 @@ index pass, kept beside the run.
 
 import hashlib
 import io
+import logging
 import math
 import zlib
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from pathlib import PurePosixPath
 from typing import Literal, NamedTuple
 
@@ -21,8 +23,11 @@ from mae_core.config import StrictConfig
 from mae_core.data.pixels import Pixels
 from mae_core.data.samples import DataError
 
+log = logging.getLogger(__name__)
+
 MANIFEST_NAME = "manifest.json"
 _FULL_SCALE = 65_535
+_SHOWN = 5
 
 
 class ChannelStats(StrictConfig):
@@ -154,6 +159,45 @@ def sum_pixels(parts: Iterable[PixelSums]) -> PixelSums:
         squares=tuple(map(sum, zip(*(part.squares for part in parts), strict=True))),
         num_pixels=sum(part.num_pixels for part in parts),
         num_images=sum(part.num_images for part in parts),
+    )
+
+
+def merge_manifests(manifests: Sequence[Manifest]) -> Manifest:
+    """Put sets together that are used as one; their paths must be full ones.
+
+    Names of classes are kept where all sets that have any have the same: otherwise the same number
+    means another class in each, and none has a name. Channel statistics are those of all images,
+    each image counted alike.
+    """
+    named = {manifest.classes for manifest in manifests} - {None}
+    if len(named) > 1:
+        log.warning(
+            "the sets number their classes otherwise, so their labels can't be used together: %s",
+            "; ".join(", ".join(names[:_SHOWN]) for names in sorted(filter(None, named))),
+        )
+    return Manifest(
+        shards=tuple(shard for manifest in manifests for shard in manifest.shards),
+        classes=named.pop() if len(named) == 1 else None,
+        channel_stats=_pooled_stats([manifest.channel_stats for manifest in manifests]),
+        left_out=sum((Counter(manifest.left_out) for manifest in manifests), Counter()),
+        damaged={path: why for m in manifests for path, why in m.damaged.items()},
+    )
+
+
+def _pooled_stats(parts: Sequence[ChannelStats | None]) -> ChannelStats | None:
+    """The statistics of several sets together, or None where one has none, or other channels."""
+    known = [part for part in parts if part is not None]
+    if len(known) < len(parts) or len({len(part.mean) for part in known}) > 1:
+        return None
+    counts = np.asarray([part.num_images for part in known], np.float64)
+    shares = (counts / counts.sum())[:, np.newaxis]
+    means, stds = (np.asarray([getattr(p, n) for p in known], np.float64) for n in ("mean", "std"))
+    mean = (shares * means).sum(axis=0)
+    spread = (shares * (stds**2 + (means - mean) ** 2)).sum(axis=0)
+    return ChannelStats(
+        mean=tuple(mean.tolist()),
+        std=tuple(np.sqrt(spread).tolist()),
+        num_images=int(counts.sum()),
     )
 
 

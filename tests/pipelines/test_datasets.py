@@ -22,7 +22,7 @@ from mae_core.data.manifest import Manifest, index_from_bytes
 from mae_core.data.order import RunOrder
 from mae_core.data.samples import DataError, Sample, iter_samples
 from mae_core.data.views import ViewSpec
-from pipelines import datasets, prepare
+from pipelines import datasets, prepare, shard_manifests
 from pipelines.batches import decode_block
 from pipelines.config import ConfigError, PrepareConfig
 from pipelines.datasets import (
@@ -129,7 +129,7 @@ def test_a_prepared_manifest_is_taken_as_it_is(
         }
     )
     (foreign / "manifest.json").write_text(local.model_dump_json())
-    monkeypatch.setattr(datasets, "index_shard", lambda *_: pytest.fail("a tar was indexed"))
+    monkeypatch.setattr(shard_manifests, "index_shard", lambda *_: pytest.fail("a tar was indexed"))
     opened = open_foreign(foreign)
     assert opened.classes == ("a", "b", "c", "d")
     assert [s.index for s in opened.shards] == [f"{foreign}/i{n}.npy" for n in range(3)]

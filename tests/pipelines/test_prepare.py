@@ -285,7 +285,7 @@ def test_file_that_changes_while_it_is_packed_is_an_error(
 ) -> None:
     find_images = prepare.find_images
 
-    def stale(source: Path) -> tuple[list[ImageFile], tuple[str, ...] | None]:
+    def stale(source: Path, _: object) -> tuple[list[ImageFile], tuple[str, ...] | None]:
         files, classes = find_images(source)
         return [file._replace(num_bytes=file.num_bytes + 1) for file in files], classes
 

@@ -1,6 +1,7 @@
 """Folders and lists of images: which files count, what they are called, which class they have."""
 
 import logging
+import os
 from pathlib import Path
 
 import pytest
@@ -261,3 +262,92 @@ def test_list_that_is_no_text_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "list.txt").write_bytes(b"\xff\xd8\xff\xe0")
     with pytest.raises(DataError, match=r"list\.txt: not a list file in UTF-8"):
         find_images(tmp_path / "list.txt")
+
+
+def test_links_to_nowhere_are_images_with_a_problem(tmp_path: Path) -> None:
+    make_files(tmp_path, "a.jpg", "b.jpg")
+    (tmp_path / "gone.jpg").symlink_to("/nowhere/gone.jpg")
+    (tmp_path / "self.jpg").symlink_to(tmp_path / "self.jpg")
+    (tmp_path / "b.json").symlink_to("/nowhere/b.json")
+    files, _ = find_images(tmp_path)
+    text = "a link to a file that is not there (/nowhere/{}; fetch it, or mount its disk)"
+    assert {file.key: file.problem for file in files} == {
+        "a": None,
+        "b": "its .json is " + text.format("b.json"),
+        "gone": text.format("gone.jpg"),
+        "self": "cannot be read: Too many levels of symbolic links",
+    }
+    listed, _ = find_images(make_list(tmp_path, "a.jpg\ngone.jpg\n"))
+    assert [file.problem is None for file in listed] == [True, False]
+
+
+def test_a_pipe_is_never_waited_for(tmp_path: Path) -> None:
+    make_files(tmp_path, "a.jpg")
+    os.mkfifo(tmp_path / "b.jpg")
+    os.mkfifo(tmp_path / "a.json")
+    files, _ = find_images(tmp_path)
+    assert [file.problem for file in files] == [
+        "its .json is not a regular file",
+        "not a regular file",
+    ]
+
+
+def test_companions_are_found_in_any_case(tmp_path: Path) -> None:
+    make_files(tmp_path, "a.jpg", "a.JSON", "a.Seg.PNG", "a.Txt", "a.cls", "A.json")
+    ((file,), _) = find_images(tmp_path)
+    assert [c[0] for c in file.companions] == ["cls", "json", "seg.png", "txt"]
+    make_files(tmp_path, "a.json")
+    with pytest.raises(DataError, match=r"both a\.JSON and a\.json lie beside it"):
+        find_images(tmp_path)
+
+
+def test_companions_that_belong_to_no_image_are_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    make_files(tmp_path, "a.jpg", "a.json", "_annotations.coco.json", "b.txt")
+    (tmp_path / "cats").symlink_to("/nowhere/cats")
+    with caplog.at_level(logging.WARNING):
+        find_images(tmp_path)
+    assert "1 .json that belongs to no image" in caplog.text
+    assert "1 .txt that belongs to no image" in caplog.text
+    assert "1 link to nowhere" in caplog.text
+
+
+def test_a_class_from_two_places_is_refused(tmp_path: Path) -> None:
+    make_files(tmp_path, "cat/a.jpg", "cat/a.cls")
+    with pytest.raises(DataError, match=r"a\.jpg has a \.cls beside it, and the class cat"):
+        find_images(tmp_path)
+
+
+def test_what_systems_leave_behind_is_no_image(tmp_path: Path) -> None:
+    make_files(tmp_path, "cat/a.jpg", "dog/b.jpg", "cat/@eaDir/a.jpg/thumb.jpg", "Thumbs.db")
+    make_files(tmp_path, "__MACOSX/cat/._a.jpg", "__MACOSX/x.jpg", ".ipynb_checkpoints/a.jpg")
+    files, classes = find_images(tmp_path)
+    assert (keys(files), classes) == (["cat/a", "dog/b"], ("cat", "dog"))
+
+
+def test_names_that_are_not_utf8_can_be_written(tmp_path: Path) -> None:
+    make_files(tmp_path, "caf\udce9/a.jpg", "dog/b\udcff.jpg")
+    files, classes = find_images(tmp_path)
+    assert classes == ("caf\\xe9", "dog")
+    assert [file.source for file in files] == ["caf\\xe9/a.jpg", "dog/b\\xff.jpg"]
+    for file in files:
+        file.key.encode()
+
+
+def test_given_classes_keep_their_numbers(tmp_path: Path) -> None:
+    make_files(tmp_path, "dog/1.jpg", "owl/2.jpg")
+    files, classes = find_images(tmp_path, ("cat", "dog", "owl"))
+    assert classes == ("cat", "dog", "owl")
+    assert [file.label for file in files] == [1, 2]
+    with pytest.raises(DataError, match="not among the given ones: owl; given are cat, dog"):
+        find_images(tmp_path, ("cat", "dog"))
+    make_files(tmp_path / "flat", "1.jpg")
+    with pytest.raises(DataError, match="have no classes"):
+        find_images(tmp_path / "flat", ("cat", "dog"))
+
+
+def test_a_name_like_another_ones_key_with_its_hash_is_refused(tmp_path: Path) -> None:
+    make_files(tmp_path, "a.jpg", "a.png", "a-509b0d46.jpg")
+    with pytest.raises(DataError, match="2 images get the key 'a-509b0d46'"):
+        find_images(tmp_path)
