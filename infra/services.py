@@ -2,8 +2,9 @@
 
     python -m infra.services up | status | down
 
-All listen on 127.0.0.1, with keys and a token made at the first start, and keep what they hold
-in `.services/`. A job submitted to the Ray head finds the other two through its environment.
+All listen on 127.0.0.1, ask for keys, a login or a token that the first start makes, and keep what
+they hold in `.services/`, which only this user may enter. A job submitted to the Ray head finds the
+other two through its environment.
 """
 
 import argparse
@@ -22,9 +23,9 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
-import psutil
 from pyarrow import fs as pafs
 
+from infra import machine
 from infra.processes import (
     ServiceError,
     find_free_ports,
@@ -34,6 +35,7 @@ from infra.processes import (
     stop_process,
     wait_until_ready,
 )
+from infra.store_guards import write_guards
 
 STATE_DIR = Path(__file__).parents[1] / ".services"
 HOST = "127.0.0.1"
@@ -51,7 +53,7 @@ GRPC_OFFSET = 10_000
 NUM_S3_PORTS = 5
 NUM_RAY_PORTS = 4
 
-MAX_OBJECT_STORE_BYTES = 10**9
+MLFLOW_USER = "mae"
 
 
 @dataclass(frozen=True)
@@ -122,15 +124,19 @@ def object_store(data_dir: Path) -> Iterator[dict[str, str]]:
 
 def _client_env(state_dir: Path, ports: Ports) -> dict[str, str]:
     keys_file, token_file = state_dir / "keys.json", state_dir / "ray-token"
+    password_file = state_dir / "mlflow-password"
     if not keys_file.exists():
         keys = {"access_key": secrets.token_hex(8), "secret_key": secrets.token_hex(16)}
         _write_private(keys_file, json.dumps(keys))
-    if not token_file.exists():
-        _write_private(token_file, secrets.token_hex(32))
+    for file in (token_file, password_file):
+        if not file.exists():
+            _write_private(file, secrets.token_hex(32))
     return {
         **_object_store_env(ports, **json.loads(keys_file.read_text())),
         "MAE__STORAGE__ROOT": "s3://mae/runs",
         "MAE__TRACKING__URI": f"http://{HOST}:{ports.mlflow}",
+        "MLFLOW_TRACKING_USERNAME": MLFLOW_USER,
+        "MLFLOW_TRACKING_PASSWORD": password_file.read_text(),
         # Not RAY_ADDRESS, which a local run's ray.init would follow, too.
         "RAY_API_SERVER_ADDRESS": f"http://{HOST}:{ports.ray}",
         "RAY_AUTH_MODE": "token",
@@ -161,6 +167,9 @@ def _start_object_store(state_dir: Path, ports: Ports, env: Mapping[str, str]) -
     command += ["-s3.autoCreateBucket=false"]
     command += ["-admin.ui=false", "-webdav=false", "-master.telemetry=false"]
     command += ["-s3.port.iceberg=0", "-s3.port.lance=0"]
+    # Master and filer would read and write for whoever asks; S3 talks to them by gRPC.
+    command += ["-disableHttp"]
+    write_guards(state_dir)
     start_process(state_dir, "s3", command, {**os.environ, **env})
 
 
@@ -169,7 +178,21 @@ def _start_mlflow(state_dir: Path, ports: Ports, env: Mapping[str, str]) -> None
     command += [f"--backend-store-uri=sqlite:///{state_dir}/mlflow.db", "--workers=1"]
     # Clients send artifacts to this server, so they need no keys to its bucket.
     command += ["--serve-artifacts", "--artifacts-destination=s3://mlflow"]
+    command += ["--app-name=basic-auth"]
+    _write_private(
+        state_dir / "mlflow-login.ini",
+        "[mlflow]\n"
+        "default_permission = NO_PERMISSIONS\n"
+        f"database_uri = sqlite:///{state_dir}/mlflow-login.db\n"
+        # A password is checked slowly, on purpose, and a run sends many requests.
+        "auth_cache_ttl_seconds = 600\n",
+    )
     server_env = {
+        "MLFLOW_AUTH_CONFIG_PATH": str(state_dir / "mlflow-login.ini"),
+        "MLFLOW_AUTH_ADMIN_USERNAME": env["MLFLOW_TRACKING_USERNAME"],
+        "MLFLOW_AUTH_ADMIN_PASSWORD": env["MLFLOW_TRACKING_PASSWORD"],
+        # It signs what the login page sends.
+        "MLFLOW_FLASK_SERVER_SECRET_KEY": secrets.token_hex(32),
         "MLFLOW_S3_ENDPOINT_URL": env["AWS_ENDPOINT_URL"],
         # Eight more processes of 240 MB each, for jobs that nothing here submits.
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
@@ -182,17 +205,19 @@ def _start_ray(state_dir: Path, ports: Ports, env: Mapping[str, str]) -> None:
     temp_dir = ray_temp_dir(state_dir)
     shutil.rmtree(temp_dir, ignore_errors=True)
     temp_dir.mkdir(mode=0o700)
-    memory_bytes = min(MAX_OBJECT_STORE_BYTES, psutil.virtual_memory().total // 10)
+    memory_bytes = machine.object_store_bytes(machine.memory_bytes())
     command = [_program("ray"), "start", "--head", "--block", "--disable-usage-stats"]
     command += [f"--node-ip-address={HOST}", f"--dashboard-host={HOST}", f"--temp-dir={temp_dir}"]
     flags = ("dashboard-port", "port", "ray-client-server-port", "dashboard-agent-listen-port")
     command += [f"--{flag}={ports.ray + offset}" for offset, flag in enumerate(flags)]
     # More than there are: training workers reserve CPUs, and Ray Data needs some beside them.
-    command += [f"--num-cpus={max(4, os.cpu_count() or 1)}"]
+    command += [f"--num-cpus={max(4, machine.count_cpus())}"]
     command += [f"--object-store-memory={memory_bytes}"]
     # A job's `python` is looked up in the PATH of the head.
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
-    inherited = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
+    # Ray would prefer a token in the environment to ours, which is in a file.
+    left_out = ("RAY_ADDRESS", "RAY_AUTH_TOKEN")
+    inherited = {key: value for key, value in os.environ.items() if key not in left_out}
     # Ray takes 127.0.0.1 for a node's address only where it believes that it has no cluster.
     loopback = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
     start_process(state_dir, "ray", command, {**inherited, **env, **loopback, "PATH": path})
@@ -288,6 +313,7 @@ def _ports_file(state_dir: Path) -> Path:
 
 def _write_private(file: Path, text: str) -> None:
     file.touch(mode=0o600)
+    file.chmod(0o600)
     file.write_text(text)
 
 
@@ -295,6 +321,7 @@ def _write_private(file: Path, text: str) -> None:
 def _locked(state_dir: Path) -> Iterator[None]:
     """One `up` or `down` at a time."""
     state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+    state_dir.chmod(0o700)  # it may have been there before
     with (state_dir / "lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
@@ -314,6 +341,7 @@ def _print_status(state_dir: Path) -> bool:
 def _print_next(state_dir: Path) -> None:
     print(f"buckets {' '.join(BUCKETS)}")
     print(f"token   {state_dir / 'ray-token'} (the Ray dashboard asks for it)")
+    print(f"login   {MLFLOW_USER}, with the password in {state_dir / 'mlflow-password'} (MLflow)")
     print(f"env     {state_dir / 'env'}")
     print("\nNext:")
     print(f"  . {state_dir / 'env'}")

@@ -1,9 +1,12 @@
+import base64
 import json
 import os
 import shutil
 import socket
 import subprocess
 import sys
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,6 +26,7 @@ from infra.processes import (
     wait_until_ready,
 )
 from infra.services import Ports
+from tests.infra.ray_ports import REFUSALS, ask, listening
 
 SLEEP = [sys.executable, "-c", "import time; time.sleep(600)"]
 # Starts a child in a session of its own, says so, and ignores SIGTERM, as the child does.
@@ -33,6 +37,18 @@ STUBBORN = [
     "subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'],"
     " start_new_session=True); print('ready', flush=True); time.sleep(600)",
 ]
+
+
+def http_status(url: str, user: str | None = None, password: str = "") -> int:
+    pair = base64.b64encode(f"{user}:{password}".encode()).decode()
+    headers = {"Authorization": f"Basic {pair}"} if user else {}
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        with opener.open(urllib.request.Request(url, headers=headers), timeout=30) as response:
+            return int(response.status)
+    except urllib.error.HTTPError as error:
+        error.close()
+        return error.code
 
 
 @pytest.fixture
@@ -181,8 +197,17 @@ def pids(state_dir: Path) -> dict[str, int | None]:
 def test_up_starts_all_and_keeps_the_keys_private(state_dir: Path, env: dict[str, str]) -> None:
     assert None not in pids(state_dir).values()
     assert all(services._is_ready(name, env) for name in services.NAMES)
-    for name in ("env", "keys.json", "ray-token"):
+    assert state_dir.stat().st_mode & 0o777 == 0o700
+    for name in ("env", "keys.json", "ray-token", "mlflow-password", "s3-key.pem", "security.toml"):
         assert (state_dir / name).stat().st_mode & 0o777 == 0o600
+    secrets_of_env = [(state_dir / name).read_text() for name in ("ray-token", "mlflow-password")]
+    secrets_of_env.append(env["AWS_SECRET_ACCESS_KEY"])
+    for name in services.NAMES:
+        root = find_process(state_dir, name)
+        assert root is not None
+        for process in [root, *root.children(recursive=True)]:
+            words = " ".join(process.cmdline())
+            assert not any(secret in words for secret in secrets_of_env)
 
 
 @pytest.mark.services
@@ -192,6 +217,49 @@ def test_the_ray_head_asks_for_its_token(env: dict[str, str]) -> None:
     assert not services._answers(jobs)
     assert not services._answers(jobs, token="0" * 64)
     assert services._answers(jobs, token=Path(env["RAY_AUTH_TOKEN_PATH"]).read_text())
+
+
+@pytest.mark.services
+@pytest.mark.slow
+def test_no_port_of_the_ray_head_does_anything_without_the_token(
+    state_dir: Path, env: dict[str, str]
+) -> None:
+    root = find_process(state_dir, "ray")
+    assert root is not None
+    answers = {port: ask(port) for _, _, port in listening(root)}
+    assert set().union(*answers.values()) <= REFUSALS, answers
+    guarded = [port for port, told in answers.items() if told & {"UNAUTHENTICATED", "401"}]
+    assert len(guarded) >= 6
+
+
+@pytest.mark.services
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/",
+        "/version",
+        "/graphql",
+        "/api/2.0/mlflow/experiments/get?experiment_id=0",
+        "/ajax-api/2.0/mlflow/experiments/get?experiment_id=0",
+        "/api/2.0/mlflow/registered-models/search",
+        "/api/2.0/mlflow-artifacts/artifacts",
+        "/get-artifact?path=x&run_uuid=y",
+        "/api/2.0/mlflow/users/get?username=mae",
+    ],
+)
+def test_mlflow_asks_for_its_login(path: str, env: dict[str, str]) -> None:
+    url = env["MAE__TRACKING__URI"] + path
+    assert http_status(url) == 401
+    assert http_status(url, "mae", "wrong") == 401
+
+
+@pytest.mark.services
+@pytest.mark.slow
+def test_mlflow_s_login_opens_it(env: dict[str, str]) -> None:
+    login = (env["MLFLOW_TRACKING_USERNAME"], env["MLFLOW_TRACKING_PASSWORD"])
+    uri = env["MAE__TRACKING__URI"]
+    assert http_status(f"{uri}/api/2.0/mlflow/experiments/get?experiment_id=0", *login) == 200
 
 
 @pytest.mark.services
@@ -252,6 +320,8 @@ def test_a_run_is_recorded_with_its_artifacts_in_the_object_store(
     env: dict[str, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     uri = env["MAE__TRACKING__URI"]
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
     # More than a server takes in one request.
     params = {f"param.{i}": str(i) for i in range(250)}
     run_id = tracking.start_run(
@@ -268,8 +338,6 @@ def test_a_run_is_recorded_with_its_artifacts_in_the_object_store(
     tracking.end_run(uri, run_id, "FINISHED")
     # stdout is for a command's result; MLflow would write links to it.
     assert capsys.readouterr().out == ""
-    for name, value in env.items():
-        monkeypatch.setenv(name, value)
     assert storage.read_bytes(f"s3://mlflow/1/{run_id}/artifacts/hello.txt") == b"hello"
 
 

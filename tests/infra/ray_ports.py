@@ -1,0 +1,56 @@
+"""The ports of a running Ray, and what each of them says to a caller without its token."""
+
+import http.client
+from collections.abc import Iterator
+from contextlib import closing
+
+import grpc
+import psutil
+
+# A call of each of Ray's services, none of which may be done without the token.
+CALLS = (
+    "/ray.rpc.InternalKVGcsService/InternalKVGet",
+    "/ray.rpc.NodeManagerService/RequestWorkerLease",
+    "/ray.rpc.ObjectManagerService/Pull",
+    "/ray.rpc.CoreWorkerService/PushTask",
+    "/ray.rpc.ReporterService/ReportMetrics",
+)
+# What may be said without the token: nothing at all, or numbers that are only read.
+REFUSALS = {"UNAUTHENTICATED", "UNIMPLEMENTED", "401", "metrics only"}
+
+
+def listening(root: psutil.Process) -> Iterator[tuple[psutil.Process, str, int]]:
+    """Every TCP port of a process and all that it started."""
+    for process in [root, *root.children(recursive=True)]:
+        try:
+            connections = process.net_connections(kind="inet")
+        except psutil.NoSuchProcess:
+            continue
+        for connection in connections:
+            if connection.status == psutil.CONN_LISTEN:
+                address = connection.laddr.ip.removeprefix("::ffff:")
+                yield process, address, connection.laddr.port
+
+
+def ask(port: int) -> set[str]:
+    """What a port says to a call of each of Ray's services, or to HTTP, without the token."""
+    told = set()
+    wrong = [("authorization", "Bearer " + "0" * 64)]
+    with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+        for call in CALLS:
+            for metadata in (None, wrong):
+                try:
+                    channel.unary_unary(call)(b"", timeout=10, metadata=metadata)
+                    told.add(f"DONE {call}")
+                except grpc.RpcError as error:
+                    told.add(error.code().name)
+    if told != {"UNAVAILABLE"}:
+        return told
+    for path in ("/get_or_create_runtime_env", "/api/job_agent/jobs/"):
+        with closing(http.client.HTTPConnection("127.0.0.1", port, timeout=10)) as connection:
+            connection.request("POST", path, b"{}")
+            response = connection.getresponse()
+            text = response.read()
+        only_metrics = response.status == 405 and b"use OPTIONS or GET" in text
+        told.add("metrics only" if only_metrics else str(response.status))
+    return told - {"UNAVAILABLE"}
