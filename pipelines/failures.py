@@ -58,6 +58,16 @@ LASTING_TEXTS = (
 )
 
 
+OUT_OF_MEMORY = (
+    "this machine, or what it gives the run, ran out of memory; the same command goes on from the "
+    "last checkpoint. If it happens again: a smaller optim.micro_batch_size or "
+    "data.shuffle_window, fewer scaling.num_workers, or more memory"
+)
+NOT_STARTED = (
+    "the training workers did not start in time; the machine or the cluster may be busy: try again"
+)
+
+
 class Told(NamedTuple):
     """An error in the words of the command line."""
 
@@ -70,12 +80,17 @@ class Told(NamedTuple):
 
 def tell(error: BaseException) -> Told:
     """Say what an error is, by the first one that we know among it and what caused it."""
-    for link in chain(error):
+    links = chain(error)
+    # First, since a worker that was killed for its memory also looks like one that crashed.
+    if any(_is_out_of_memory(link) for link in links):
+        return Told(5, INFRASTRUCTURE, OUT_OF_MEMORY, True)
+    for link in links:
         if (known := _known(link)) is not None:
             return Told(*EXIT_CODES[_kind(known)], str(known), _is_passing(known))
-        # CUDA has an OutOfMemoryError, too, which the same step meets again.
-        if _is_from(link, "ray") and type(link).__name__ in PASSING_TYPES:
-            return Told(5, INFRASTRUCTURE, f"{type(link).__name__}: {_first_line(link)}", True)
+        if names := _names_of_ray(link) & PASSING_TYPES:
+            is_late = "WorkerGroupStartupTimeoutError" in names
+            message = NOT_STARTED if is_late else f"{type(link).__name__}: {_first_line(link)}"
+            return Told(5, INFRASTRUCTURE, message, True)
     return Told(1, "error", f"{type(error).__name__}: {error}", False)
 
 
@@ -109,8 +124,10 @@ def chain(error: BaseException) -> list[BaseException]:
         found.append(link)
         workers = getattr(link, "worker_failures", None)
         waiting += list(workers.values()) if isinstance(workers, dict) else []
-        # Ray keeps what a task raised in `cause`, and what its controller met in the second.
-        waiting += [getattr(link, "cause", None), getattr(link, "controller_failure", None)]
+        # Ray keeps what a task raised in `cause`, what its controller met in the second, and what a
+        # worker's own code raised in the third.
+        inner = ("cause", "controller_failure", "_base_exc")
+        waiting += [getattr(link, name, None) for name in inner]
         waiting += [link.__cause__, link.__context__]
     return found
 
@@ -118,6 +135,16 @@ def chain(error: BaseException) -> list[BaseException]:
 def _kind(error: BaseException) -> str:
     """The name of the first class that has an exit code; "" without one."""
     return next((x.__name__ for x in type(error).__mro__ if x.__name__ in EXIT_CODES), "")
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    # CUDA has an OutOfMemoryError, too, which the same step meets again.
+    return isinstance(error, MemoryError) or "OutOfMemoryError" in _names_of_ray(error)
+
+
+def _names_of_ray(error: BaseException) -> set[str]:
+    """The names of an error's classes that are Ray's, which joins its own and that of the cause."""
+    return {x.__name__ for x in type(error).__mro__ if x.__module__.split(".")[0] == "ray"}
 
 
 def _is_from(error: BaseException, *packages: str) -> bool:

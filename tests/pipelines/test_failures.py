@@ -5,6 +5,10 @@ from collections.abc import Callable
 
 import pytest
 import ray.exceptions
+from ray.train.v2._internal.exceptions import (
+    UserExceptionWithTraceback,
+    WorkerGroupStartupTimeoutError,
+)
 from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 
 from infra.lease import HeldError
@@ -13,7 +17,14 @@ from mae_core.checkpoint import CorruptCheckpointError
 from mae_core.data.samples import DataError
 from mae_core.train_step import NonFiniteLossError
 from pipelines.config import ConfigError, RefusedError
-from pipelines.failures import PASSING_TYPES, can_pass, lasting_error, tell
+from pipelines.failures import (
+    NOT_STARTED,
+    OUT_OF_MEMORY,
+    PASSING_TYPES,
+    can_pass,
+    lasting_error,
+    tell,
+)
 
 
 def caused(outer: Exception, inner: BaseException) -> Exception:
@@ -90,7 +101,7 @@ class TaskError(Exception):
         (
             ray.exceptions.OutOfMemoryError("killed\n" + 700 * "noise\n"),
             5,
-            "infrastructure error: OutOfMemoryError: killed",
+            f"infrastructure error: {OUT_OF_MEMORY}",
         ),
         (KeyError("x"), 1, "error: KeyError: 'x'"),
         (PermissionError(errno.EACCES, "no"), 1, "error: PermissionError: [Errno 13] no"),
@@ -134,6 +145,35 @@ def test_memory_of_a_gpu_is_not_rays() -> None:
         pass
 
     assert not can_pass(OutOfMemoryError("CUDA out of memory"))
+
+
+def task_error(cause: Exception) -> Exception:
+    """As the driver gets it: of a class that Ray makes of its own and that of the cause."""
+    return ray.exceptions.RayTaskError("read", "traceback\n" * 90, cause).as_instanceof_cause()
+
+
+OUT = ray.exceptions.OutOfMemoryError("Task was killed due to the node running low.\n" * 90)
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (OUT, OUT_OF_MEMORY),
+        (task_error(OUT), OUT_OF_MEMORY),
+        (WorkerGroupError("trace\n" * 90, {0: UserExceptionWithTraceback(OUT, "")}), OUT_OF_MEMORY),
+        (
+            WorkerGroupError("trace", {0: ray.exceptions.ActorDiedError(), 1: OUT}),
+            OUT_OF_MEMORY,
+        ),
+        (WorkerGroupError("trace", {1: MemoryError()}), OUT_OF_MEMORY),
+        (ControllerError(WorkerGroupStartupTimeoutError(2)), NOT_STARTED),
+    ],
+)
+def test_memory_and_a_start_that_took_too_long_are_told_in_one_line(
+    error: Exception, told: str
+) -> None:
+    assert tell(error) == (5, "infrastructure error", told, True)
+    assert len(told.splitlines()) == 1
 
 
 def test_errors_in_a_circle_end() -> None:
