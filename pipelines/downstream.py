@@ -10,7 +10,7 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 import ray.train
 import torch
-from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.torch import TorchTrainer
 from torch import nn
 
 from infra import storage, tracking
@@ -37,6 +37,7 @@ from pipelines.datasets import (
 from pipelines.downstream_config import DownstreamConfig, TuningOptimConfig
 from pipelines.downstream_worker import TuningJob, remaining_data, tuning_worker
 from pipelines.fingerprints import fingerprint
+from pipelines.process_group import OneAddressTorchConfig
 from pipelines.recording import (
     earlier_record,
     ended_in_mlflow,
@@ -354,7 +355,7 @@ def _train(config: DownstreamConfig, job: TuningJob) -> None:
         datasets={"train": partial(remaining_data, job)} if job.is_trained else {},
         dataset_config=ray.train.DataConfig(enable_shard_locality=False),
         # The others wait while the first worker measures an arm.
-        torch_config=TorchConfig(timeout_s=MEASURING_TIMEOUT_S),
+        torch_config=OneAddressTorchConfig(timeout_s=MEASURING_TIMEOUT_S),
     )
     trainer.fit()
 

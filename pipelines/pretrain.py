@@ -55,6 +55,7 @@ from pipelines.datasets import (
 from pipelines.export import log_encoder
 from pipelines.fingerprints import fingerprint
 from pipelines.knn import METRICS_PREFIX, check_labels
+from pipelines.process_group import OneAddressTorchConfig
 from pipelines.recording import (
     earlier_record,
     ended_in_mlflow,
@@ -344,6 +345,7 @@ def _train(config: PretrainConfig, plan: Plan, task: TrainTask) -> Exception | N
         # Called before each start of the workers, so a recovery reads from its own position on.
         datasets={"train": partial(remaining_data, task)},
         dataset_config=ray.train.DataConfig(enable_shard_locality=False),
+        torch_config=OneAddressTorchConfig(),
     )
     try:
         trainer.fit()
