@@ -4,7 +4,6 @@ import argparse
 import json
 import logging
 import math
-import os
 import re
 import sys
 import tempfile
@@ -16,7 +15,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from infra import storage, tracking
+from infra import machine, storage, tracking
 from infra.lease import lease
 from pipelines import driver, report
 from pipelines.chain_config import Chain, PromoteSpec, base_and_point, load_chain
@@ -183,12 +182,12 @@ def _wanted_nodes(plans: list[Planned], forced: Forced) -> list[Node]:
 
 
 def _capacity() -> Capacity:
-    if os.environ.get("RAY_ADDRESS"):
+    if driver.cluster_address():
         # By name: only here does the pipeline's own process need Ray.
         cpus, gpus = import_module("pipelines.launch").cluster_capacity()
         return Capacity(cpus, gpus)
     # Each stage has a Ray of its own that takes the first GPUs: one that uses any runs alone.
-    return Capacity(float(os.cpu_count() or 1), 0.0)
+    return Capacity(float(machine.count_cpus()), 0.0)
 
 
 def _open(chain: Chain, plans: list[Planned], words: tuple[str, ...]) -> PipelineRun:

@@ -7,7 +7,6 @@ Exit code 0, or 5 if something failed. A server that is down or hangs costs seco
 
 import argparse
 import json
-import os
 import platform
 import shutil
 import subprocess
@@ -23,7 +22,7 @@ from pathlib import Path
 from packaging.requirements import Requirement
 from pydantic import Field
 
-from infra import storage
+from infra import machine, storage
 from infra.config import StorageConfig, TrackingConfig
 from mae_core.config import StrictConfig
 from pipelines.config_loading import load_config
@@ -122,7 +121,7 @@ def run_checks(
 
 
 def check_python() -> Finding:
-    version = f"{platform.python_version()} on {platform.platform()}, {os.cpu_count()} CPUs"
+    version = f"{platform.python_version()} on {platform.platform()}, {machine.count_cpus()} CPUs"
     return Finding("ok", version)
 
 

@@ -21,6 +21,13 @@ def ray_job_id() -> str | None:
     return json.loads(raw).get("metadata", {}).get("job_submission_id") if raw else None
 
 
+def cluster_address() -> str | None:
+    """Return the address of the cluster to join, or None where a run starts a Ray of its own."""
+    address = os.environ.get("RAY_ADDRESS")
+    # Ray's own word for a new Ray on this machine, which must be a guarded one, too.
+    return None if address in (None, "", "local") else address
+
+
 def check_paths(uris: Iterable[tuple[str, str]]) -> None:
     """Refuse what is no path of ours; in a Ray job, relative paths, too.
 

@@ -2,24 +2,22 @@
 
 import logging
 import os
-import shutil
-import subprocess
-import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
 import ray
 from ray._private.state import state
 from ray.train import FailureConfig, RunConfig
 from ray.train import ScalingConfig as RayScalingConfig
 
-from infra import storage
-from pipelines import worker_logging
+from infra import machine, storage
+from pipelines import local_ray, worker_logging
 from pipelines.config import ConfigError, ScalingConfig
 from pipelines.datasets import READ_CPUS, configure_ray_data
-from pipelines.driver import ROOT
+from pipelines.driver import ROOT, cluster_address
 
 logger = logging.getLogger(__name__)
 
@@ -59,9 +57,9 @@ def running_ray(scaling: ScalingConfig) -> Iterator[None]:
 
     Raises:
         ConfigError: the workers do not fit.
-        StorageError: the cluster can't be reached.
+        StorageError: the cluster can't be reached, or no Ray starts here.
     """
-    address = os.environ.get("RAY_ADDRESS")
+    address = cluster_address()
     with ExitStack() as stack:
         if ray.is_initialized():
             logger.debug("Ray runs already")
@@ -69,10 +67,13 @@ def running_ray(scaling: ScalingConfig) -> Iterator[None]:
             _join(address)
             stack.callback(ray.shutdown)
         else:
-            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mae-")))
-            _start_local(scaling, folder / "workers.log")
-            stack.enter_context(worker_logging.shown(folder / "workers.log"))
-            stack.callback(ray.shutdown)
+            cpus, gpus = machine.count_cpus(), machine.count_gpus()
+            check_resources(scaling, cpus, gpus, "this machine")
+            folder = stack.enter_context(local_ray.private_folder())
+            log = folder / "workers.log"
+            stack.enter_context(worker_logging.shown(log))
+            given = local_resources(scaling, log, cpus, gpus)
+            stack.enter_context(local_ray.running(folder, given))
         worker_logging.set_up()  # the driver's own loggers, now that Ray has made them
         if address:
             check_resources(scaling, *_cluster_capacity(), f"the cluster {address}")
@@ -81,6 +82,7 @@ def running_ray(scaling: ScalingConfig) -> Iterator[None]:
 
 
 def _join(address: str) -> None:
+    local_ray.read_environment()
     try:
         ray.init(address, runtime_env=WORKER_SETUP)
     except ConnectionError as error:
@@ -90,38 +92,35 @@ def _join(address: str) -> None:
         ) from error
 
 
-def _start_local(scaling: ScalingConfig, worker_log: Path) -> None:
-    cores = os.cpu_count() or 1
-    gpus = _count_gpus()
-    check_resources(scaling, cores, gpus, "this machine")
-    # "local": never join another Ray that happens to run here. The loopback needs no token.
-    os.environ.setdefault("RAY_AUTH_MODE", "disabled")
-    # Ray's default of 15 would make training wait for all else that runs here.
-    os.environ.setdefault("RAY_worker_niceness", "0")
-    ray.init(
-        "local",
-        num_cpus=max(cores, scaling.num_workers * scaling.cpus_per_worker) + SPARE_CPUS,
+def local_resources(scaling: ScalingConfig, log: Path, cpus: int, gpus: int) -> local_ray.LocalRay:
+    """Return what a Ray on this machine gets; its processes write what we say to `log`."""
+    return local_ray.LocalRay(
+        num_cpus=max(cpus, scaling.num_workers * scaling.cpus_per_worker) + SPARE_CPUS,
         num_gpus=gpus,
-        include_dashboard=False,
-        logging_level=logging.WARNING,
-        object_store_memory=1 << 30,
-        log_to_driver=False,  # Ray's own processes say much; ours write to `worker_log`
+        object_store_bytes=machine.object_store_bytes(machine.memory_bytes()),
         runtime_env={
             "env_vars": {
                 "PYTHONPATH": str(ROOT),
-                worker_logging.LOG_FILE_VARIABLE: str(worker_log),
+                worker_logging.LOG_FILE_VARIABLE: str(log),
+                **_loopback_for_workers(),
             },
             **WORKER_SETUP,
         },
     )
 
 
-def _count_gpus() -> int:
-    """GPUs by the driver's own tool: importing torch here would take seconds."""
-    if shutil.which("nvidia-smi") is None:
-        return 0
-    listing = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False)
-    return sum(line.startswith("GPU ") for line in listing.stdout.splitlines())
+def _loopback_for_workers() -> dict[str, str]:
+    """Return the variables that keep what training workers say to each other on the loopback.
+
+    Without them, torch takes the interface of the host's name, which is often the network's.
+    """
+    names = [
+        name
+        for name, addresses in psutil.net_if_addrs().items()
+        if any(address.address == "127.0.0.1" for address in addresses)
+    ]
+    variables = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
+    return {name: os.environ.get(name, names[0]) for name in variables} if names else {}
 
 
 def ray_scaling(scaling: ScalingConfig) -> RayScalingConfig:
@@ -152,7 +151,9 @@ def ray_run(run_uri: str, scaling: ScalingConfig) -> RunConfig:
 
 def cluster_capacity() -> tuple[float, float]:
     """CPUs and GPUs for training of the cluster that RAY_ADDRESS names."""
-    _join(os.environ["RAY_ADDRESS"])
+    address = cluster_address()
+    assert address is not None
+    _join(address)
     try:
         return _cluster_capacity()
     finally:

@@ -4,7 +4,6 @@ import base64
 import io
 import json
 import math
-import os
 import platform
 import time
 from collections import Counter
@@ -14,13 +13,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import matplotlib
-import psutil
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
 from markupsafe import Markup
 from matplotlib.figure import Figure
 from PIL import Image
 
-from infra import storage, tracking
+from infra import machine, storage, tracking
 from pipelines.chain_config import substitute
 from pipelines.chain_plan import shown_time, text_graph, versions
 from pipelines.config import StageResult
@@ -285,11 +283,11 @@ def _recoveries(run: PipelineRun) -> str:
 
 
 def _facts_of_machine() -> list[tuple[str, str]]:
-    memory = psutil.virtual_memory().total / 2**30
+    memory = machine.memory_bytes() / 2**30
     facts = {
         **versions(),
         "system": f"{platform.system()} {platform.release()}",
-        "CPUs": str(os.cpu_count()),
+        "CPUs": str(machine.count_cpus()),
         "memory": f"{memory:.0f} GiB",
     }
     commit = git_commit()

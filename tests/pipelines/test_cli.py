@@ -146,7 +146,7 @@ def test_more_workers_than_cpus_are_refused(
     mae: Callable[..., Told], tmp_path: Path, foreign: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(launch.ray, "is_initialized", lambda: False)
-    monkeypatch.setattr(launch.os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(launch.machine, "count_cpus", lambda: 2)
     told = mae(
         *words(tmp_path, foreign, "scaling.num_workers=4", "optim.micro_batch_size=2"),
         "optim.epochs=4",

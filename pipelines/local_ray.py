@@ -1,0 +1,138 @@
+"""The one place that starts a Ray on this machine, so that nobody else can run code in it.
+
+Ray runs what it is told to run, for anyone who reaches one of its ports. So the Ray that is started
+here asks every caller for a random token that only its own processes know, listens on the loopback
+only, and keeps its Unix sockets and files in a folder that only this user may enter.
+docs/guides/security.md lists each port and what guards it.
+"""
+
+import logging
+import os
+import secrets
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import ray
+from ray._private import ray_constants
+from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
+
+from infra.storage import StorageError
+
+# The path of a Unix socket has at most 107 characters, of which Ray's own part takes 65.
+MAX_FOLDER_CHARACTERS = 40
+
+
+class LocalRay(NamedTuple):
+    """What a Ray on this machine gets."""
+
+    num_cpus: int
+    num_gpus: int
+    object_store_bytes: int
+    runtime_env: dict[str, Any]
+
+
+@contextmanager
+def private_folder() -> Iterator[Path]:
+    """Inside, there is a folder for a Ray's sockets, logs and token that only this user may enter.
+
+    It stays behind if Ray does not start, since only Ray's own logs say why.
+    """
+    parent = os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()
+    if len(parent) + len("/mae-12345678") > MAX_FOLDER_CHARACTERS:
+        parent = "/tmp"
+    folder = Path(tempfile.mkdtemp(prefix="mae-", dir=parent))
+    try:
+        yield folder
+    except RayStartError:
+        raise
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+class RayStartError(StorageError):
+    """No Ray could be started on this machine; the same command may succeed later."""
+
+
+@contextmanager
+def running(folder: Path, given: LocalRay) -> Iterator[None]:
+    """Inside, this process has a Ray of its own, which keeps its files in `folder`.
+
+    Raises:
+        RayStartError: Ray did not start; names the folder with its logs.
+    """
+    with _guarded(folder):
+        try:
+            ray.init(
+                "local",  # never join another Ray that happens to run here
+                num_cpus=given.num_cpus,
+                num_gpus=given.num_gpus,
+                object_store_memory=given.object_store_bytes,
+                include_dashboard=False,
+                logging_level=logging.WARNING,
+                log_to_driver=False,  # Ray's own processes say much
+                runtime_env=given.runtime_env,
+                _temp_dir=str(folder / "ray"),
+            )
+        except Exception as error:
+            ray.shutdown()
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise RayStartError(
+                f"Ray did not start on this machine: {reason} Its logs are in {folder / 'ray'}; "
+                "the machine may be busy: try again"
+            ) from error
+        try:
+            yield
+        finally:
+            ray.shutdown()
+
+
+@contextmanager
+def _guarded(folder: Path) -> Iterator[None]:
+    """Inside, a Ray that this process starts has a token of its own and uses the loopback only.
+
+    Ray's processes inherit the name of the token's file from the environment, so it is in no
+    process's arguments.
+    """
+    # Ray's default of 15 would make training wait for all else that runs here.
+    os.environ.setdefault("RAY_worker_niceness", "0")
+    token_file = folder / "ray-token"
+    token_file.touch(mode=0o600)
+    token_file.write_text(secrets.token_hex(32))
+    guards = {
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": str(token_file),
+        # Ray takes the loopback for its address only where it believes that it has no cluster.
+        ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR: "0",
+    }
+    before = {name: os.environ.get(name) for name in (*guards, "RAY_AUTH_TOKEN")}
+    os.environ.pop("RAY_AUTH_TOKEN", None)  # Ray would prefer it to the file
+    os.environ.update(guards)
+    has_cluster = ray_constants.ENABLE_RAY_CLUSTER
+    # Ray has read its environment when it was imported (2.60): it must read it again.
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    read_environment()
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = has_cluster
+        _restore(before)
+
+
+def read_environment() -> None:
+    """Make Ray use the token that the environment names now, whichever it has used before."""
+    Config.initialize("")
+    AuthenticationTokenLoader.instance().reset_cache()
+
+
+def _restore(before: Mapping[str, str | None]) -> None:
+    for name, value in before.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
