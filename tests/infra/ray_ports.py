@@ -13,7 +13,8 @@ CALLS = (
     "/ray.rpc.NodeManagerService/RequestWorkerLease",
     "/ray.rpc.ObjectManagerService/Pull",
     "/ray.rpc.CoreWorkerService/PushTask",
-    "/ray.rpc.ReporterService/ReportMetrics",
+    "/ray.rpc.ReporterService/GetTraceback",
+    "/opentelemetry.proto.collector.metrics.v1.MetricsService/Export",
 )
 # What may be said without the token: nothing at all, or numbers that are only read.
 REFUSALS = {"UNAUTHENTICATED", "UNIMPLEMENTED", "401", "metrics only"}
