@@ -7,6 +7,7 @@ Exit code 0, or 5 if something failed. A server that is down or hangs costs seco
 
 import argparse
 import json
+import os
 import platform
 import shutil
 import subprocess
@@ -170,6 +171,10 @@ def check_gpu() -> Finding:
     names = (cards or "").strip().splitlines()
     if not names and not count:
         return Finding("ok", f"none: training runs on the CPU ({built})")
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if not count and chosen is not None and machine.count_gpus() == 0:
+        hidden = f"CUDA_VISIBLE_DEVICES={chosen} names none of {'; '.join(names)}"
+        return Finding("ok", f"none: training runs on the CPU ({hidden}; {built})")
     if not count:
         fix = "install torch's CUDA build, and a driver as new as its CUDA asks for (nvidia-smi)"
         return Finding("FAIL", f"{'; '.join(names)}: not seen by {built}", fix)

@@ -365,6 +365,21 @@ def test_a_gpu_that_torch_does_not_see_is_told(
     assert (finding.level, message in finding.what) == (level, True)
 
 
+def test_gpus_that_cuda_visible_devices_hides_are_no_failure(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    program = tmp_path / "nvidia-smi"
+    program.write_text("#!/bin/sh\necho 'GPU 0: NVIDIA H100 (UUID: GPU-1)'\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setattr(doctor, "TORCH_PROBE", """print('["2.14.1", "13.0", 0]')""")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
+    finding = check_gpu()
+    assert (finding.level, "CUDA_VISIBLE_DEVICES=-1 names none of" in finding.what) == ("ok", True)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    assert check_gpu().level == "FAIL"
+
+
 def test_little_room_is_a_warning(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(doctor, "MIN_FREE_BYTES", 2**60)
     monkeypatch.setattr(doctor, "MIN_SHM_BYTES", 2**60)
