@@ -8,7 +8,6 @@ Compares by ratios, both sides in one run. Prints Markdown tables.
 import gc
 import io
 import logging
-import os
 import resource
 import sys
 import tempfile
@@ -30,7 +29,7 @@ from PIL import Image
 from torchvision.transforms import InterpolationMode, RandomResizedCrop
 from torchvision.transforms import functional as TF
 
-from infra import storage
+from infra import machine, storage
 from mae_core.config import MaskingConfig
 from mae_core.data.decode import encode_jpeg
 from mae_core.data.manifest import Manifest, ShardInfo, parse_manifest
@@ -149,7 +148,7 @@ def make_plan(manifest: Manifest, num_images: int) -> SequencePlan:
 
 
 def decoder() -> BatchDecoder:
-    return BatchDecoder(SPEC, MaskingConfig(), (14, 14), os.cpu_count() or 1)
+    return BatchDecoder(SPEC, MaskingConfig(), (14, 14), machine.count_cpus())
 
 
 def bare_loop(manifest: Manifest, num_images: int) -> Iterator[int]:
@@ -181,7 +180,7 @@ def webdataset_loader(manifest: Manifest, num_images: int) -> Iterator[int]:
 
     stages = wds.WebDataset(urls, shardshuffle=False, resampled=True).to_tuple("jpg")
     dataset = stages.map_tuple(view).batched(MICRO).with_epoch(num_images // MICRO)
-    loader = torch.utils.data.DataLoader(dataset, batch_size=None, num_workers=os.cpu_count() or 1)
+    loader = torch.utils.data.DataLoader(dataset, batch_size=None, num_workers=machine.count_cpus())
     for number, (batch,) in enumerate(loader):
         if number * MICRO >= num_images:
             return
@@ -231,7 +230,7 @@ def bench_stream(manifest: Manifest, num_images: int) -> None:
     base = float(np.median(next(iter(rates.values()))))
     rows = [f"{name} | {spread(r)} | {np.median(r) / base:.2f}" for name, r in rates.items()]
     table(
-        f"Shards to batches: {num_images} images, {os.cpu_count()} cores",
+        f"Shards to batches: {num_images} images, {machine.count_cpus()} cores",
         "way | images/s (range) | share of the bare loop",
         rows,
     )
