@@ -50,9 +50,13 @@ def run(config: PrepareConfig, *, fresh: bool) -> StageResult:
     old = None
     if storage.exists(manifest_uri):
         old = parse_manifest(storage.read_bytes(manifest_uri), manifest_uri)
-        covered = {shard.path for shard in old.shards} == set(names)
+        sizes = {name: storage.file_size(storage.join(folder, name)) for name in names}
+        covered = {shard.path: shard.num_bytes for shard in old.shards} == sizes
         if config.existing == "index" and covered and not fresh:
-            raise ConfigError(f"{manifest_uri} covers these tars already; --fresh indexes anew")
+            raise ConfigError(
+                f"{manifest_uri} covers tars of these names and sizes already; --fresh reads and "
+                "indexes them anew"
+            )
     found: dict[str, _Indexed] = {}
     for name, one in _index_all(folder, names, config):
         found[name] = one

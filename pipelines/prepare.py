@@ -112,6 +112,11 @@ def run(config: PrepareConfig, *, fresh: bool) -> StageResult:
 def _plan(config: PrepareConfig) -> list[SetPlan]:
     """Say which image goes where, before any pixel is read."""
     if config.source is not None:
+        if "://" in config.source:
+            raise ConfigError(
+                f"source={config.source}: images are read from folders of this machine; fetch them "
+                "first. The output may be s3://bucket/prefix"
+            )
         return [_plan_source(config, Path(config.source).expanduser())]
     plans = []
     for split, first, count in (

@@ -177,17 +177,20 @@ def _describe_others(others: Sequence[Path], images: Sequence[Path]) -> str:
     """Count the files that are neither images nor beside one."""
     stems = {(image.parent, image.stem) for image in images}
     counts: Counter[str] = Counter()
+    dead = ""
     for path in others:
         extension = _companion_extension(path.name)
         if extension and (path.parent, path.name[: -len(extension) - 1]) in stems:
             continue  # a companion
         if path.is_symlink() and not path.exists():
             counts["link to nowhere"] += 1
+            dead = dead or f" (such as {printable(str(path))})"
         elif extension is not None:
             counts[f".{extension} that belongs to no image"] += 1
         else:
             counts[path.suffix.lower() or "no extension"] += 1
-    return ", ".join(f"{count} {suffix}" for suffix, count in counts.most_common(_SHOWN))
+    listed = ", ".join(f"{count} {suffix}" for suffix, count in counts.most_common(_SHOWN))
+    return listed + dead
 
 
 def _companion_extension(name: str) -> str | None:

@@ -7,7 +7,6 @@ index pass, kept beside the run.
 
 import hashlib
 import io
-import logging
 import math
 import zlib
 from collections import Counter
@@ -23,11 +22,8 @@ from mae_core.config import StrictConfig
 from mae_core.data.pixels import Pixels
 from mae_core.data.samples import DataError
 
-log = logging.getLogger(__name__)
-
 MANIFEST_NAME = "manifest.json"
 _FULL_SCALE = 65_535
-_SHOWN = 5
 
 
 class ChannelStats(StrictConfig):
@@ -165,16 +161,11 @@ def sum_pixels(parts: Iterable[PixelSums]) -> PixelSums:
 def merge_manifests(manifests: Sequence[Manifest]) -> Manifest:
     """Put sets together that are used as one; their paths must be full ones.
 
-    Names of classes are kept where all sets that have any have the same: otherwise the same number
-    means another class in each, and none has a name. Channel statistics are those of all images,
-    each image counted alike.
+    Names of classes are kept where all sets that have any have the same. Otherwise a number means
+    another class in each set, and only the sets' own manifests have the names. Channel statistics
+    are those of all images, each image counted alike.
     """
     named = {manifest.classes for manifest in manifests} - {None}
-    if len(named) > 1:
-        log.warning(
-            "the sets number their classes otherwise, so their labels can't be used together: %s",
-            "; ".join(", ".join(names[:_SHOWN]) for names in sorted(filter(None, named))),
-        )
     return Manifest(
         shards=tuple(shard for manifest in manifests for shard in manifest.shards),
         classes=named.pop() if len(named) == 1 else None,

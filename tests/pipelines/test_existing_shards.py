@@ -71,7 +71,7 @@ def test_statistics_are_over_all_pixels_of_all_images(
 
 def test_a_manifest_that_is_there_is_not_replaced_for_nothing(foreign: Path) -> None:
     index(foreign)
-    with pytest.raises(ConfigError, match="covers these tars already"):
+    with pytest.raises(ConfigError, match="covers tars of these names and sizes already"):
         index(foreign)
     config = PrepareConfig(existing="index", output=str(foreign), workers=1)
     assert prepare.run(config, fresh=True).metrics["num_samples"] == 16
@@ -120,3 +120,15 @@ def test_the_command_takes_the_folder_as_a_word(
     told = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert (told["status"], told["metrics"]["num_measured"]) == ("done", 16)
     assert cli.main(["prepare", "index", str(foreign), "workers=1"]) == 2
+
+
+def test_tars_that_were_replaced_are_indexed_anew(
+    foreign: Path, tmp_path: Path, write_tar: Callable[..., Path], make_png: Callable[[int], bytes]
+) -> None:
+    index(foreign)
+    with pytest.raises(ConfigError, match="names and sizes already; --fresh"):
+        index(foreign)
+    name = sorted(tar.name for tar in foreign.glob("*.tar"))[0]
+    write_tar(foreign / name, {f"{i}.png": make_png(i) for i in range(20)})
+    index(foreign)
+    assert manifest_of(foreign).shards[0].num_samples == 20

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from mae_core.data.samples import DataError
-from pipelines import cli
-from pipelines.config import ConfigError
+from pipelines import cli, prepare
+from pipelines.config import ConfigError, PrepareConfig, load_config
 from tests.pipelines.packing import (
     BLACK,
     WHITE,
@@ -207,6 +207,15 @@ def test_a_set_without_names_gives_no_numbers(flat: Path, tmp_path: Path) -> Non
     pack(flat, tmp_path / "out")
     with pytest.raises(ConfigError, match="has no names of classes or categories"):
         pack(flat, tmp_path / "val", classes=str(tmp_path / "out"))
+
+
+def test_a_source_that_is_no_folder_of_this_machine_is_told(tmp_path: Path) -> None:
+    words = ["source=s3://bucket/photos", f"output={tmp_path}"]
+    config = load_config(PrepareConfig, [], words, environment={})
+    with pytest.raises(
+        ConfigError, match="s3://bucket/photos: images are read from folders of this"
+    ):
+        prepare.run(config, fresh=False)
 
 
 @pytest.mark.parametrize("workers", [1, 2])

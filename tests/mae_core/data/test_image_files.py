@@ -311,6 +311,7 @@ def test_companions_that_belong_to_no_image_are_told(
     assert "1 .json that belongs to no image" in caplog.text
     assert "1 .txt that belongs to no image" in caplog.text
     assert "1 link to nowhere" in caplog.text
+    assert f"(such as {tmp_path}/cats)" in caplog.text
 
 
 def test_a_class_from_two_places_is_refused(tmp_path: Path) -> None:
