@@ -365,13 +365,14 @@ def _finish(
 ) -> StageResult:
     """Bring the arms' results together; then the run is done."""
     uri, run_id = config.tracking.uri, job.run_id
-    found = {arm: folder.read_arm(arm.label) for arm in job.arms}
-    if missing := [arm.label for arm in found if not folder.has_arm(arm.label)]:
-        raise storage.StorageError(f"{folder.uri}: no result of {', '.join(missing)} is there")
+    found = {arm: folder.read_arm(arm.label) for arm in job.arms if folder.has_arm(arm.label)}
+    missing = {a.label: folder.read_arm_failure(a.label) for a in job.arms if a not in found}
+    if lost := [label for label, why in missing.items() if why is None]:
+        raise storage.StorageError(f"{folder.uri}: no result of {', '.join(lost)} is there")
     metrics = mean_metrics(found)
     metrics["data/left_out"] = len(log_bad_samples(uri, run_id, folder))
     tracking.log_final_metrics(uri, run_id, metrics, max(arm.steps for arm in job.arms))
-    for arm in job.arms:
+    for arm in found:
         for name, content in folder.read_arm_files(arm.label).items():
             tracking.log_artifact_bytes(uri, run_id, content, f"{arm.label}/{name}")
     summary = stage.summarize(config, info, found)
@@ -382,6 +383,12 @@ def _finish(
     for name, picture in summary.pictures.items():
         logger.info("%s: %s", name, folder.write_picture_file(name, picture))
         tracking.log_picture(uri, run_id, picture, name, 0)
+    if missing:
+        raise DataError(
+            f"{len(missing)} of {len(job.arms)} arms could not be measured; the others are "
+            f"recorded in {folder.uri}, and the same command measures only these again: "
+            + "; ".join(f"{label}: {why}" for label, why in missing.items())
+        )
     kept = _kept_arm(job.arms)
     output = folder.uri if kept is None else folder.model_uri(kept.label)
     say_where_to_compare(uri)

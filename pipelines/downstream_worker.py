@@ -1,8 +1,6 @@
 """One process that trains the arms of a downstream run and measures each."""
 
-import json
 import logging
-import math
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -37,7 +35,6 @@ from mae_core.data.manifest import ShardInfo
 from mae_core.data.order import ChainedOrder, RunOrder
 from mae_core.data.pixels import CorruptSampleError
 from mae_core.data.randomness import named_generator
-from mae_core.data.samples import DataError
 from mae_core.model.encoder import build_encoder
 from mae_core.optim import warmup_cosine
 from mae_core.train_step import optimizer_step
@@ -58,7 +55,7 @@ from pipelines.datasets import (
     sequence_dataset,
 )
 from pipelines.downstream_config import DownstreamConfig
-from pipelines.measuring import Measurer, to_images
+from pipelines.measuring import Measurer, NotMeasuredError, to_images, write_evaluation
 from pipelines.reporting import (
     RunSize,
     StepReporter,
@@ -210,6 +207,11 @@ class _Worker:
                 if found is not None and arm.first_step < done <= arm.last_step:
                     load_weights(found.folder, model)
                     load_training_state(found.folder, model, optimizer)
+                elif arm.steps and done > arm.last_step:  # trained, and not measured
+                    kept = fetch_checkpoint(
+                        self.job.folder.model_uri(arm.label), workspace / arm.label
+                    )
+                    load_weights(kept.folder, model)
                 self._train(arm, model, optimizer, decoded, trace, max(done, arm.first_step))
                 self._finish(arm, model)
 
@@ -449,7 +451,34 @@ class _Worker:
         )
 
     def _finish(self, arm: Arm, model: nn.Module) -> None:
-        """Measure an arm, and keep its model; a start that was cut here does it again."""
+        """Keep an arm's model, and measure it; a start that was cut here does it again.
+
+        What can't be measured is noted, and costs the other arms nothing.
+        """
+        folder = self.job.folder
+        if self.rank == 0 and arm.steps:
+            with tempfile.TemporaryDirectory() as local:
+                record = self._record(arm, arm.last_step)
+                save_checkpoint(Path(local), record, model=model, optimizer=None)
+                uri = folder.model_uri(arm.label)
+                transfers.upload_folder(
+                    Path(local), uri, last="manifest.json", before_last=folder.check_start
+                )
+        try:
+            evaluation = self._evaluation(arm, model)
+        except (NotMeasuredError, ValueError) as error:  # such as too few images for a penalty
+            logger.error("%s can't be measured: %s", arm.label, error)
+            folder.write_arm_failure(arm.label, str(error))
+        else:
+            if evaluation is not None:
+                write_evaluation(folder, arm, evaluation)
+                shown = ", ".join(f"{name}={x:.3f}" for name, x in evaluation.metrics.items())
+                logger.info("%s: %s", arm.label, shown)
+        if self.world_size > 1:  # nobody asks for the result before it is there
+            torch.distributed.barrier()
+
+    def _evaluation(self, arm: Arm, model: nn.Module) -> Evaluation | None:
+        """Measure an arm; None on the workers that only help."""
         training: list[Any] | None = []
         if arm.steps:
             predictions = self.measurer.predictions(model, self.job.val_shards, None)
@@ -457,39 +486,13 @@ class _Worker:
             number = self.job.arms.index(arm)
             training = self.measurer.features(model, self.job.train_shards, self.job.rows[number])
             predictions = self.measurer.features(model, self.job.val_shards, None)
-        if predictions is not None and training is not None:
-            try:
-                read = partial(self.measurer.example_at, self.job.val_shards)
-                evaluation = self.task.evaluate(predictions, arm, read, training)
-            except ValueError as error:  # such as too few images to choose a penalty on
-                raise DataError(f"arm {arm.label} can't be measured: {error}") from error
-            folder = self.job.folder
-            if arm.steps:
-                with tempfile.TemporaryDirectory() as local:
-                    record = self._record(arm, arm.last_step)
-                    save_checkpoint(Path(local), record, model=model, optimizer=None)
-                    uri = folder.model_uri(arm.label)
-                    transfers.upload_folder(
-                        Path(local), uri, last="manifest.json", before_last=folder.check_start
-                    )
-            _write_evaluation(folder, arm, evaluation)
-            shown = ", ".join(f"{name}={x:.3f}" for name, x in evaluation.metrics.items())
-            logger.info("%s: %s", arm.label, shown)
-        if self.world_size > 1:  # nobody asks for the result before it is there
-            torch.distributed.barrier()
+        if predictions is None or training is None:
+            return None
+        read = partial(self.measurer.example_at, self.job.val_shards)
+        return self.task.evaluate(predictions, arm, read, training)
 
 
 def _seed(*names: int | str) -> int:
     first, *rest = names
     assert isinstance(first, int)
     return int(named_generator(first, *rest).integers(2**62))
-
-
-def _write_evaluation(folder: RunFolder, arm: Arm, evaluation: Evaluation) -> None:
-    for name, picture in evaluation.pictures.items():
-        folder.write_arm_picture(arm.label, name, picture)
-    for name, text in evaluation.texts.items():
-        folder.write_arm_file(arm.label, name, text.encode())
-    # NaN: there was nothing to measure, such as a class that no sample has.
-    measured = {name: x for name, x in evaluation.metrics.items() if not math.isnan(x)}
-    folder.write_arm(arm.label, json.dumps(measured))

@@ -1,6 +1,8 @@
 """Predictions of a model for whole shards, shared out among the workers."""
 
+import json
 import logging
+import math
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -19,13 +21,18 @@ from mae_core.data.samples import DataError, Sample
 from mae_core.data.transforms import stack_pixels
 from mae_core.data.views import normalize
 from pipelines.datasets import BrokenSample, Rows, read_chosen, read_samples, target_of
-from pipelines.task import EncodedSample, Example, Task
+from pipelines.run_folder import RunFolder
+from pipelines.task import Arm, EncodedSample, Evaluation, Example, Task
 
 logger = logging.getLogger(__name__)
 
 ROWS_PER_READ = 32
 
 Shards = tuple[ShardInfo, ...]
+
+
+class NotMeasuredError(DataError):
+    """Too few samples could be measured; raised once all workers have done their part."""
 
 
 def to_images(
@@ -85,12 +92,12 @@ class Measurer:
         total = sum(map(len, chosen))
         num_bad, ratio = total - len(predictions), self.max_bad_ratio
         if num_bad > ratio * max(total, 1000):
-            raise DataError(
+            raise NotMeasuredError(
                 f"{num_bad} of {total} samples of {shards[0].path} and the shards beside it can't "
                 f"be measured, more than data.max_bad_ratio={ratio:g}; the log names them"
             )
         if not predictions:
-            raise DataError(f"{shards[0].path}: none of the images can be decoded")
+            raise NotMeasuredError(f"{shards[0].path}: none of the images can be decoded")
         return predictions
 
     def _predict_piece(
@@ -135,3 +142,14 @@ class Measurer:
         except CorruptSampleError as error:
             logger.warning("not measured: shard=%s key=%s reason=%s", path, row.key, error)
             return None
+
+
+def write_evaluation(folder: RunFolder, arm: Arm, evaluation: Evaluation) -> None:
+    """Keep what came of an arm; its metrics last, for they say that it is done."""
+    for name, picture in evaluation.pictures.items():
+        folder.write_arm_picture(arm.label, name, picture)
+    for name, text in evaluation.texts.items():
+        folder.write_arm_file(arm.label, name, text.encode())
+    # NaN: there was nothing to measure, such as a class that no sample has.
+    measured = {name: x for name, x in evaluation.metrics.items() if not math.isnan(x)}
+    folder.write_arm(arm.label, json.dumps(measured))

@@ -167,7 +167,16 @@ class RunFolder:
 
     def write_arm(self, label: str, metrics: str) -> None:
         """Written last of an arm: it is done."""
+        storage.delete_file(self._file(f"arms/{label}/failed.txt"))
         self._write(f"arms/{label}/metrics.json", metrics.encode())
+
+    def read_arm_failure(self, label: str) -> str | None:
+        """Why an arm could not be measured; None where that is not known."""
+        text = self._read(f"arms/{label}/failed.txt")
+        return None if text is None else text.decode()
+
+    def write_arm_failure(self, label: str, why: str) -> None:
+        self._write(f"arms/{label}/failed.txt", why.encode())
 
     def write_arm_file(self, label: str, name: str, data: bytes) -> None:
         self._write(f"arms/{label}/{name}", data)

@@ -1,16 +1,23 @@
 """What a downstream run plans and how it brings results together, without any training."""
 
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from mae_core.data.manifest import Manifest, ShardInfo
+from mae_core.data.samples import DataError
 from pipelines.config import ConfigError
 from pipelines.config_loading import load_config
-from pipelines.downstream import _kept_arm, _plan_arms, arms_table, mean_metrics
+from pipelines.downstream import _finish, _kept_arm, _plan_arms, arms_table, mean_metrics
 from pipelines.downstream_config import ClassifyConfig, DetectConfig, SegmentConfig
-from pipelines.task import Arm, arm_of_step
+from pipelines.downstream_worker import _Worker
+from pipelines.measuring import NotMeasuredError
+from pipelines.run_folder import RunFolder
+from pipelines.task import Arm, Evaluation, arm_of_step
 
 NEEDED = ["init_from=c", "data.train=t", "data.val=v"]
 
@@ -155,3 +162,70 @@ def test_where_it_runs_is_not_what_it_is() -> None:
     assert make_config("scaling.num_workers=1", "checkpoint.every_steps=7").run_name == name
     assert make_config("classify.seeds=[1]").run_name != name
     assert make_config("init_from=other").run_name != name
+
+
+class StubMeasurer:
+    """Fails to measure one model, as if too few of its images could be decoded."""
+
+    def __init__(self, failing: object) -> None:
+        self.failing = failing
+
+    def predictions(self, model: object, shards: object, rows: object) -> list[object]:
+        if model is self.failing:
+            raise NotMeasuredError("a.tar: none of the images can be decoded")
+        return []
+
+    features = predictions
+
+    def example_at(self) -> None:
+        """Nothing is drawn."""
+
+
+def worker_of(folder: RunFolder, failing: object, evaluate: Any) -> Any:
+    """A worker that has trained, without Ray."""
+    worker: Any = object.__new__(_Worker)
+    worker.job = SimpleNamespace(folder=folder, arms=[], val_shards=(), train_shards=(), rows=())
+    worker.rank, worker.world_size = 0, 1
+    worker.measurer = StubMeasurer(failing)
+    worker.task = SimpleNamespace(evaluate=evaluate)
+    return worker
+
+
+def test_an_arm_that_can_not_be_measured_costs_the_others_nothing(tmp_path: Path) -> None:
+    folder = RunFolder(str(tmp_path))
+    bad, good = make_arm("knn", seed=1, steps=0), make_arm("knn", seed=2, steps=0)
+    models = {bad: torch.nn.Linear(1, 1), good: torch.nn.Linear(1, 1)}
+    worker = worker_of(folder, models[bad], lambda *_: Evaluation({"top1": 0.5}, {}, {}))
+    worker.job.arms, worker.job.rows = [bad, good], ((), ())
+    for arm, model in models.items():
+        worker._finish(arm, model)
+    assert folder.read_arm_failure(bad.label) == "a.tar: none of the images can be decoded"
+    assert not folder.has_arm(bad.label)
+    assert folder.read_arm(good.label) == {"top1": 0.5}
+
+    stage = SimpleNamespace(summarize=lambda *_: Evaluation({}, {}, {"summary.md": "| knn |"}))
+    job = SimpleNamespace(run_id=None, arms=(bad, good))
+    finish: Any = _finish
+    with pytest.raises(DataError, match=r"1 of 2 arms could not be measured.* knn-1-seed1: a\.tar"):
+        finish(make_config(), stage, None, job, folder)
+    assert (tmp_path / "summary.md").read_text() == "| knn |"
+    assert folder.read_result() is None  # The same command measures the other one again.
+
+
+def test_an_arm_that_is_measured_at_last_is_no_failure_any_more(tmp_path: Path) -> None:
+    folder = RunFolder(str(tmp_path))
+    folder.write_arm_failure("knn-1-seed0", "why")
+    folder.write_arm("knn-1-seed0", "{}")
+    assert folder.read_arm_failure("knn-1-seed0") is None
+
+
+def test_scores_that_can_not_be_computed_are_a_failure_of_their_arm(tmp_path: Path) -> None:
+    def evaluate(*_: object) -> Evaluation:
+        raise ValueError("too few images to choose a penalty")
+
+    folder = RunFolder(str(tmp_path))
+    arm = make_arm("logistic", steps=0)
+    worker = worker_of(folder, None, evaluate)
+    worker.job.arms, worker.job.rows = [arm], ((),)
+    worker._finish(arm, torch.nn.Linear(1, 1))
+    assert folder.read_arm_failure(arm.label) == "too few images to choose a penalty"
