@@ -5,9 +5,11 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 from mlflow import MlflowClient
+from mlflow.entities import LoggedModel, LoggedModelStatus
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
+from infra.mlflow_client import client_of
 from infra.storage import StorageError
 
 
@@ -39,7 +41,7 @@ def alias_holder(uri: str, model: str, alias: str) -> Version | None:
     """
     with _as_storage_errors(uri):
         try:
-            return _version(MlflowClient(uri).get_model_version_by_alias(model, alias))
+            return _version(client_of(uri).get_model_version_by_alias(model, alias))
         except MlflowException as error:
             if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
                 return None
@@ -60,7 +62,7 @@ def register(uri: str, model: str, run_id: str, source: str, tags: Mapping[str, 
     Raises:
         StorageError: MLflow can't be used.
     """
-    client = MlflowClient(uri)
+    client = client_of(uri)
     with _as_storage_errors(uri):
         try:
             client.create_registered_model(model)
@@ -72,24 +74,34 @@ def register(uri: str, model: str, run_id: str, source: str, tags: Mapping[str, 
                 for key, value in tags.items():
                     client.set_model_version_tag(model, found.version, key, value)
                 return Version(str(found.version), run_id, {**found.tags, **tags})
-        model_id = _logged_model(client, run_id)
         made = client.create_model_version(
-            model,
-            source=f"models:/{model_id}" if model_id else source,
-            run_id=run_id,
-            tags=dict(tags),
-            model_id=model_id,
+            model, run_id=run_id, tags=dict(tags), **_source(client, run_id, source)
         )
         return _version(made)
 
 
-def _logged_model(client: MlflowClient, run_id: str) -> str | None:
+def _source(client: MlflowClient, run_id: str, otherwise: str) -> dict[str, str]:
+    """Return where the version's files are, and the logged model that they belong to, if any.
+
+    The source is a place and never `models:/ID`: MLflow looks such a name up through the tracking
+    URI of the process, and not through that of the client.
+    """
+    logged = _logged_model(client, run_id)
+    if logged is None:
+        # A server takes no local folder, for it could not be its own.
+        is_taken = "://" in otherwise or not client.tracking_uri.startswith("http")
+        return {"source": otherwise if is_taken else f"runs:/{run_id}/checkpoint"}
+    return {"source": logged.artifact_location, "model_id": logged.model_id}
+
+
+def _logged_model(client: MlflowClient, run_id: str) -> LoggedModel | None:
     experiment = client.get_run(run_id).info.experiment_id
     models = client.search_logged_models([experiment], filter_string=f"source_run_id = '{run_id}'")
-    return models[0].model_id if models else None
+    whole = [found for found in models if found.status != LoggedModelStatus.FAILED]
+    return whole[0] if whole else None
 
 
 def set_alias(uri: str, model: str, alias: str, number: str) -> None:
     """Raises: StorageError: MLflow can't be used."""
     with _as_storage_errors(uri):
-        MlflowClient(uri).set_registered_model_alias(model, alias, number)
+        client_of(uri).set_registered_model_alias(model, alias, number)

@@ -7,36 +7,24 @@ seconds, not the run. So no function here raises for a server that is down, and 
 
 import json
 import logging
-import os
 import re
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import lru_cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
-
-from infra.config import TrackingConfig
-
-# MLflow reads the first two while it is imported. The others bound a call to a server that is
-# down: its own defaults (7 retries of 120 s) take 246 s.
-os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
-os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
-os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
-os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-# stdout is for a command's result.
-os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
-
 from mlflow import MlflowClient
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
+from numpy.typing import NDArray
+
+from infra.config import TrackingConfig
+from infra.mlflow_client import artifact_location, client_of
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 RunStatus = Literal["FINISHED", "FAILED", "KILLED", "RUNNING", "SCHEDULED", "MISSING", "UNKNOWN"]
@@ -51,17 +39,6 @@ MAX_DIGEST_CHARS = 36
 _REFUSALS = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST", "RESOURCE_DOES_NOT_EXIST", "INVALID_STATE")
 
 _REFUSED_CHARACTERS = re.compile(r"[^\w\-. :/]")  # in the name of a metric
-
-SQLITE_SCHEME = "sqlite:///"
-
-
-@lru_cache(maxsize=4)
-def _client(uri: str) -> MlflowClient:
-    if uri.startswith(SQLITE_SCHEME):
-        Path(uri.removeprefix(SQLITE_SCHEME)).parent.mkdir(parents=True, exist_ok=True)
-    # It would warn of each retry of a request; we warn once that the server is down.
-    logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)
-    return MlflowClient(tracking_uri=uri)
 
 
 @contextmanager
@@ -96,7 +73,7 @@ def start_run(
     becomes the tag `resumed_with.<param>`.
     """
     try:
-        client = _client(tracking.uri)
+        client = client_of(tracking.uri)
         run = _reopen_run(client, run_id) if run_id else None
         if run is None:
             experiment_id = _experiment_id(client, tracking)
@@ -142,7 +119,7 @@ def _experiment_id(client: MlflowClient, tracking: TrackingConfig) -> str:
     experiment = client.get_experiment_by_name(tracking.experiment)
     if experiment is None:
         try:
-            return client.create_experiment(tracking.experiment, _artifact_location(tracking.uri))
+            return client.create_experiment(tracking.experiment, artifact_location(tracking.uri))
         except MlflowException as error:
             # Another run may have created it since.
             experiment = client.get_experiment_by_name(tracking.experiment)
@@ -151,18 +128,10 @@ def _experiment_id(client: MlflowClient, tracking: TrackingConfig) -> str:
     return str(experiment.experiment_id)
 
 
-def _artifact_location(uri: str) -> str | None:
-    """Beside a sqlite store, for MLflow's default is the folder where the program started."""
-    if not uri.startswith(SQLITE_SCHEME):
-        return None
-    store = Path(uri.removeprefix(SQLITE_SCHEME)).absolute()
-    return (store.parent / "mlartifacts").as_uri()
-
-
 def end_run(uri: str, run_id: str | None, status: Status) -> None:
     if run_id is not None:
         with _or_warn(f"end run {run_id} as {status}", uri):
-            _client(uri).set_terminated(run_id, status)
+            client_of(uri).set_terminated(run_id, status)
 
 
 def run_status(uri: str, run_id: str | None) -> RunStatus:
@@ -170,7 +139,7 @@ def run_status(uri: str, run_id: str | None) -> RunStatus:
     if run_id is None:
         return "MISSING"
     try:
-        run = _client(uri).get_run(run_id)
+        run = client_of(uri).get_run(run_id)
     except MlflowException as error:
         return "MISSING" if error.error_code == "RESOURCE_DOES_NOT_EXIST" else "UNKNOWN"
     except Exception as error:
@@ -182,7 +151,7 @@ def run_status(uri: str, run_id: str | None) -> RunStatus:
 def run_link(uri: str, run_id: str) -> str:
     """Address of a run in the UI: below a page of the UI, wherever that is served."""
     with _or_warn(f"find run {run_id}", uri):
-        return f"#/experiments/{_client(uri).get_run(run_id).info.experiment_id}/runs/{run_id}"
+        return f"#/experiments/{client_of(uri).get_run(run_id).info.experiment_id}/runs/{run_id}"
     return ""
 
 
@@ -190,7 +159,7 @@ def set_tags(uri: str, run_id: str | None, tags: Mapping[str, str]) -> None:
     """`mlflow.note.content` is the description, in Markdown."""
     if run_id is not None:
         with _or_warn("set tags", uri):
-            _client(uri).log_batch(run_id, tags=[RunTag(k, v) for k, v in tags.items()])
+            client_of(uri).log_batch(run_id, tags=[RunTag(k, v) for k, v in tags.items()])
 
 
 Points = list[tuple[int, float]]  # step and value
@@ -201,7 +170,7 @@ def histories(uri: str, run_id: str | None, ends: tuple[str, ...]) -> dict[str, 
     found: dict[str, Points] = {}
     if run_id is not None:
         with _or_warn(f"read the metrics of run {run_id}", uri):
-            client = _client(uri)
+            client = client_of(uri)
             for key in client.get_run(run_id).data.metrics:
                 if key.endswith(ends):
                     points = client.get_metric_history(run_id, key)
@@ -223,19 +192,19 @@ def log_dataset(
     )
     tag = InputTag("mlflow.data.context", context)
     with _or_warn(f"log data set {name}", uri):
-        _client(uri).log_inputs(run_id, [DatasetInput(dataset, [tag])])
+        client_of(uri).log_inputs(run_id, [DatasetInput(dataset, [tag])])
 
 
 def log_artifact_text(uri: str, run_id: str | None, text: str, artifact_file: str) -> None:
     if run_id is not None:
         with _or_warn(f"log {artifact_file}", uri):
-            _client(uri).log_text(run_id, text, artifact_file)
+            client_of(uri).log_text(run_id, text, artifact_file)
 
 
 def log_artifact_file(uri: str, run_id: str | None, file: Path, folder: str | None = None) -> None:
     if run_id is not None:
         with _or_warn(f"log {file}", uri):
-            _client(uri).log_artifact(run_id, str(file), folder)
+            client_of(uri).log_artifact(run_id, str(file), folder)
 
 
 def log_artifact_bytes(uri: str, run_id: str | None, data: bytes, artifact_file: str) -> None:
@@ -255,7 +224,7 @@ def log_picture(
     """Log an (H, W, 3) image; the MLflow UI shows those of one key with a slider over steps."""
     if run_id is not None:
         with _or_warn(f"log picture {key}", uri):
-            _client(uri).log_image(run_id, image, key=key, step=step, synchronous=True)
+            client_of(uri).log_image(run_id, image, key=key, step=step, synchronous=True)
 
 
 def log_final_metrics(
@@ -264,14 +233,14 @@ def log_final_metrics(
     if run_id is not None:
         with _or_warn("log the final metrics", uri):
             points = _to_points(_now_ms(), step, metrics)
-            _client(uri).log_batch(run_id, metrics=points)
+            client_of(uri).log_batch(run_id, metrics=points)
 
 
 def last_logged_step(uri: str, run_id: str | None, metric: str) -> int:
     """The highest step that a run has a value of `metric` for; -1 if there is none."""
     if run_id is not None:
         with _or_warn(f"read the history of {metric}", uri):
-            history = _client(uri).get_metric_history(run_id, metric)
+            history = client_of(uri).get_metric_history(run_id, metric)
             return max((point.step for point in history), default=-1)
     return -1
 
@@ -475,7 +444,7 @@ class MetricWriter:
         return True
 
     def _send_once(self, run_id: str, entries: list[_Entry]) -> None:
-        client = _client(self._uri)
+        client = client_of(self._uri)
         points: list[Metric] = []
         for entry in entries:
             if isinstance(entry, _StepEntry):

@@ -13,11 +13,12 @@ from pipelines.config import ConfigError, StageResult
 
 logger = logging.getLogger(__name__)
 
-VALUE_TAG, METRIC_TAG, DATA_TAG, VERDICT_TAG = (
+VALUE_TAG, METRIC_TAG, DATA_TAG, VERDICT_TAG, OUTPUT_TAG = (
     "eval.value",
     "eval.metric",
     "eval.data",
     "verdict",
+    "output",
 )
 
 
@@ -105,6 +106,7 @@ def promote(
         METRIC_TAG: spec.metric,
         DATA_TAG: data,
         VERDICT_TAG: "refused" if verdict.is_refused else "promoted",
+        OUTPUT_TAG: candidate.output,
     }
     if holder is not None and holder.run_id == candidate.run_id:
         logger.info("promote: %s", verdict.text)

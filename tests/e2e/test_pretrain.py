@@ -59,9 +59,8 @@ def test_a_finished_run_is_in_mlflow_with_all_that_belongs_to_it(
     run_folder = Path(result["output"]).parents[1]
     with Image.open(run_folder / "reconstruction.png") as picture:
         assert picture.width > 16
-    mlflow.set_tracking_uri(place.tracking_uri)
     (model,) = client.search_logged_models([run.info.experiment_id])
-    encoder = mlflow.pytorch.load_model(f"models:/{model.model_id}")
+    encoder = mlflow.pytorch.load_model(model.artifact_location)
     for batch in (1, 5):
         features = encoder(torch.zeros(batch, 3, 16, 16))
         assert features.shape == (batch, 17, 192)  # a class token and 4 x 4 patches

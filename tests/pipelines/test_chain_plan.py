@@ -12,6 +12,7 @@ from mlflow import MlflowClient
 
 from infra import tracking
 from infra.config import StorageConfig, TrackingConfig
+from infra.mlflow_client import client_of
 from mae_core.config import StrictConfig
 from pipelines import chain_plan
 from pipelines.chain_config import Chain, ChainConfig, Stage, StageSpec, dotted
@@ -346,7 +347,7 @@ def test_a_committed_result_outlives_what_mlflow_missed(finished: Chain, status:
     plan = plan_chain(finished, Forced())[0]
     assert plan.done is not None
     uri = finished.config.tracking.uri
-    tracking._client(uri).update_run(plan.done.run_id, status=status)
+    client_of(uri).update_run(plan.done.run_id, status=status)
     again = plan_chain(finished, Forced())[0]
     assert again.decision.action is Action.REBUILD
     assert again.decision.why == f"result is there, its run is {status} in MLflow: put right"

@@ -1,10 +1,13 @@
 """The gate: what takes the alias, what is refused, what is not to be compared."""
 
+from pathlib import Path
+
 import pytest
 from mlflow import MlflowClient
 
 from infra import registry, tracking
 from infra.config import TrackingConfig
+from infra.mlflow_client import client_of
 from infra.registry import Version
 from infra.storage import StorageError
 from pipelines.chain_config import PromoteSpec
@@ -82,6 +85,38 @@ def test_the_alias_moves_only_to_what_is_better(track: TrackingConfig) -> None:
     # The verdict on what was refused is written, too.
     refused = MlflowClient(track.uri).get_model_version("m", "2")
     assert refused.tags["verdict"] == "refused"
+
+
+@pytest.mark.parametrize("variable", ["MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI"])
+def test_a_logged_model_is_promoted_in_its_own_store_whatever_mlflow_is_told_elsewhere(
+    track: TrackingConfig,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    variable: str,
+) -> None:
+    results = made(track, 0.5)
+    run_id = results[0].run_id
+    assert run_id is not None
+    client = client_of(track.uri)
+    logged = client.create_logged_model(
+        client.get_run(run_id).info.experiment_id, name="encoder", source_run_id=run_id
+    )
+    client.finalize_logged_model(logged.model_id, "READY")
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    monkeypatch.setattr("mlflow.tracking._tracking_service.utils._tracking_uri", None)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setenv(variable, f"sqlite:///{elsewhere}/other.db")
+    client_of.cache_clear()
+    verdict = promote(SPEC, track, *results, "d1")
+    assert (verdict.is_refused, verdict.version) == (False, "1")
+    made_version = client.get_model_version("m", "1")
+    assert (
+        made_version.source == f"file://{tmp_path}/mlartifacts/models/{logged.model_id}/artifacts"
+    )
+    assert made_version.tags["output"] == "/runs/model"
+    assert list(elsewhere.iterdir()) == []
 
 
 def test_the_same_model_again_makes_no_other_version(track: TrackingConfig) -> None:

@@ -1,0 +1,36 @@
+"""Clients of MLflow, each bound to the store that it is told.
+
+MLflow keeps a tracking URI and a registry URI for the whole process, in variables and in
+MLFLOW_TRACKING_URI and MLFLOW_REGISTRY_URI, and falls back to files in the working folder. Nothing
+in this project reads or sets them: whoever talks to MLflow takes a client from here, and calls no
+function of `mlflow` that has no client.
+"""
+
+import logging
+from functools import lru_cache
+from pathlib import Path
+
+from mlflow import MlflowClient
+
+SQLITE_SCHEME = "sqlite:///"
+
+
+@lru_cache(maxsize=4)
+def client_of(uri: str) -> MlflowClient:
+    """Return the client of the store at `uri`, for its runs as well as its model registry."""
+    if uri.startswith(SQLITE_SCHEME):
+        Path(uri.removeprefix(SQLITE_SCHEME)).parent.mkdir(parents=True, exist_ok=True)
+    # It would warn of each retry of a request; we warn once that the server is down.
+    logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)
+    return MlflowClient(tracking_uri=uri, registry_uri=uri)
+
+
+def artifact_location(uri: str) -> str | None:
+    """Return the folder beside a sqlite store; None lets a server decide.
+
+    MLflow's default for a sqlite store is the folder where the program started.
+    """
+    if not uri.startswith(SQLITE_SCHEME):
+        return None
+    store = Path(uri.removeprefix(SQLITE_SCHEME)).absolute()
+    return (store.parent / "mlartifacts").as_uri()
