@@ -74,13 +74,12 @@ def register(uri: str, model: str, run_id: str, source: str, tags: Mapping[str, 
                 for key, value in tags.items():
                     client.set_model_version_tag(model, found.version, key, value)
                 return Version(str(found.version), run_id, {**found.tags, **tags})
-        made = client.create_model_version(
-            model, run_id=run_id, tags=dict(tags), **_source(client, run_id, source)
-        )
+        place, model_id = _source(client, run_id, source)
+        made = client.create_model_version(model, place, run_id, dict(tags), model_id=model_id)
         return _version(made)
 
 
-def _source(client: MlflowClient, run_id: str, otherwise: str) -> dict[str, str]:
+def _source(client: MlflowClient, run_id: str, otherwise: str) -> tuple[str, str | None]:
     """Return where the version's files are, and the logged model that they belong to, if any.
 
     The source is a place and never `models:/ID`: MLflow looks such a name up through the tracking
@@ -90,8 +89,8 @@ def _source(client: MlflowClient, run_id: str, otherwise: str) -> dict[str, str]
     if logged is None:
         # A server takes no local folder, for it could not be its own.
         is_taken = "://" in otherwise or not client.tracking_uri.startswith("http")
-        return {"source": otherwise if is_taken else f"runs:/{run_id}/checkpoint"}
-    return {"source": logged.artifact_location, "model_id": logged.model_id}
+        return otherwise if is_taken else f"runs:/{run_id}/checkpoint", None
+    return logged.artifact_location, logged.model_id
 
 
 def _logged_model(client: MlflowClient, run_id: str) -> LoggedModel | None:
