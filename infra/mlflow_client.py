@@ -11,6 +11,12 @@ from functools import lru_cache
 from pathlib import Path
 
 from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
+
+from infra.config import TrackingConfig
+
+# Without a kind, MLflow 3 opens an experiment as one of GenAI, on its traces.
+EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
 
 SQLITE_SCHEME = "sqlite:///"
 
@@ -34,3 +40,21 @@ def artifact_location(uri: str) -> str | None:
         return None
     store = Path(uri.removeprefix(SQLITE_SCHEME)).absolute()
     return (store.parent / "mlartifacts").as_uri()
+
+
+def experiment_of(client: MlflowClient, tracking: TrackingConfig) -> str:
+    """Return the id of the experiment, which is created if it is not there."""
+    experiment = client.get_experiment_by_name(tracking.experiment)
+    if experiment is None:
+        location = artifact_location(tracking.uri)
+        try:
+            return client.create_experiment(tracking.experiment, location, EXPERIMENT_TAGS)
+        except MlflowException as error:
+            # Another run may have created it since.
+            experiment = client.get_experiment_by_name(tracking.experiment)
+            if experiment is None:
+                raise error
+    for key, value in EXPERIMENT_TAGS.items():
+        if key not in experiment.tags:
+            client.set_experiment_tag(experiment.experiment_id, key, value)
+    return str(experiment.experiment_id)

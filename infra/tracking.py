@@ -8,6 +8,7 @@ seconds, not the run. So no function here raises for a server that is down, and 
 import json
 import logging
 import re
+import shlex
 import threading
 import time
 from collections import deque
@@ -24,7 +25,8 @@ from mlflow.exceptions import MlflowException
 from numpy.typing import NDArray
 
 from infra.config import TrackingConfig
-from infra.mlflow_client import artifact_location, client_of
+from infra.mlflow_client import SQLITE_SCHEME, client_of, experiment_of
+from infra.run_names import name_with_differences
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 RunStatus = Literal["FINISHED", "FAILED", "KILLED", "RUNNING", "SCHEDULED", "MISSING", "UNKNOWN"]
@@ -34,6 +36,8 @@ logger = logging.getLogger(__name__)
 # What a server takes in one request; its client cuts what is longer.
 MAX_METRICS_PER_BATCH = 1000
 MAX_DIGEST_CHARS = 36
+
+LOCAL_UI = "http://127.0.0.1:5000"  # where `mlflow ui` serves, if it is told nothing else
 
 # Answers that the same request would get again.
 _REFUSALS = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST", "RESOURCE_DOES_NOT_EXIST", "INVALID_STATE")
@@ -66,17 +70,31 @@ def start_run(
     params: dict[str, str],
     tags: dict[str, str],
     run_id: str | None,
+    unnamed: tuple[str, ...] | None = None,
 ) -> str | None:
     """Start a run, or reopen `run_id`; None, after one warning, where the store does not answer.
 
     A param cannot change once it is logged: where a reopened run has another value, the new one
     becomes the tag `resumed_with.<param>`.
+
+    Args:
+        tracking: the store, and the experiment that the run joins.
+        run_name: of the first run of its kind; of a later one it is followed by what differs.
+        params: the config.
+        tags: for searching; `stage` is the kind of run.
+        run_id: of the run to reopen.
+        unnamed: how the keys of params begin that a name never tells; None keeps `run_name`.
     """
     try:
         client = client_of(tracking.uri)
         run = _reopen_run(client, run_id) if run_id else None
         if run is None:
-            experiment_id = _experiment_id(client, tracking)
+            experiment_id = experiment_of(client, tracking)
+            if unnamed is not None:
+                told = {k: v for k, v in params.items() if not k.startswith(unnamed)}
+                stage = tags.get("stage", "")
+                first = _first_params(client, experiment_id, run_name, stage)
+                run_name = name_with_differences(run_name, told, first)
             run = client.create_run(experiment_id, run_name=run_name)
         logged = run.data.params
         changed = {
@@ -101,6 +119,19 @@ def start_run(
     return str(run.info.run_id)
 
 
+def _first_params(
+    client: MlflowClient, experiment_id: str, run_name: str, stage: str
+) -> dict[str, str] | None:
+    """Return the params of the oldest run that has the bare name; None if there is none."""
+    runs = client.search_runs(
+        [experiment_id],
+        f"attributes.run_name = '{run_name}' and tags.stage = '{stage}'",
+        max_results=1,
+        order_by=["attributes.start_time ASC"],
+    )
+    return dict(runs[0].data.params) if runs else None
+
+
 def _reopen_run(client: MlflowClient, run_id: str) -> Any:
     try:
         run = client.get_run(run_id)
@@ -113,19 +144,6 @@ def _reopen_run(client: MlflowClient, run_id: str) -> Any:
         return None
     client.update_run(run_id, status="RUNNING")
     return run
-
-
-def _experiment_id(client: MlflowClient, tracking: TrackingConfig) -> str:
-    experiment = client.get_experiment_by_name(tracking.experiment)
-    if experiment is None:
-        try:
-            return client.create_experiment(tracking.experiment, artifact_location(tracking.uri))
-        except MlflowException as error:
-            # Another run may have created it since.
-            experiment = client.get_experiment_by_name(tracking.experiment)
-            if experiment is None:
-                raise error
-    return str(experiment.experiment_id)
 
 
 def end_run(uri: str, run_id: str | None, status: Status) -> None:
@@ -153,6 +171,14 @@ def run_link(uri: str, run_id: str) -> str:
     with _or_warn(f"find run {run_id}", uri):
         return f"#/experiments/{client_of(uri).get_run(run_id).info.experiment_id}/runs/{run_id}"
     return ""
+
+
+def how_to_open(uri: str, run_id: str) -> str:
+    """Return the address of a run's page, or the command that serves it and then the address."""
+    link = run_link(uri, run_id)
+    if not uri.startswith(SQLITE_SCHEME):
+        return f"{uri.rstrip('/')}/{link}"
+    return f"mlflow ui --backend-store-uri {shlex.quote(uri)}, then {LOCAL_UI}/{link}"
 
 
 def set_tags(uri: str, run_id: str | None, tags: Mapping[str, str]) -> None:

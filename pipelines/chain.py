@@ -17,6 +17,7 @@ from typing import Any
 
 from infra import machine, storage, tracking
 from infra.lease import lease
+from infra.run_names import name_with_differences
 from pipelines import driver, report
 from pipelines.chain_config import Chain, PromoteSpec, base_and_point, load_chain
 from pipelines.chain_plan import (
@@ -32,6 +33,7 @@ from pipelines.config import ConfigError, StageResult
 from pipelines.fingerprints import fingerprint
 from pipelines.pipeline_run import PipelineRun, pipeline_folder, pipeline_tracking
 from pipelines.promote import Verdict, promote
+from pipelines.recording import say_run_page
 from pipelines.stage_try import StageTry, resolved, reuse
 from pipelines.stages import (
     Action,
@@ -132,6 +134,7 @@ def _run(chain: Chain, forced: Forced, words: Sequence[str]) -> int:
             _close(run, "FINISHED" if exit_code in (0, REFUSED) else "FAILED")
     seconds = round(time.monotonic() - started_s, 1)
     _say(json.dumps(_summary(run, exit_code, seconds)))
+    say_run_page(chain.config, run.run_id)
     return exit_code
 
 
@@ -205,7 +208,7 @@ def _open(chain: Chain, plans: list[Planned], words: tuple[str, ...]) -> Pipelin
     params = {k: v for k, v in given.items() if k.split(".")[0] not in ("storage", "tracking")}
     run.run_id = tracking.start_run(
         track,
-        run_name=f"{name[:10]} {name[11:13]}:{name[13:15]} {chain.config.name}",
+        run_name=_shown_name(chain.config.name, name, params),
         params=params,
         tags=driver.run_tags("pipeline", seed="", output=run.uri),
         run_id=earlier["run_id"] if earlier else None,
@@ -215,6 +218,12 @@ def _open(chain: Chain, plans: list[Planned], words: tuple[str, ...]) -> Pipelin
     tracking.log_artifact_text(track.uri, run.run_id, mermaid_graph(chain, states), "graph.mmd")
     tracking.log_artifact_text(track.uri, run.run_id, plan_table(plans), "plan.txt")
     return run
+
+
+def _shown_name(pipeline: str, name: str, params: Mapping[str, str]) -> str:
+    """Return the run's name in MLflow: which pipeline, when, and what was given over its file."""
+    when = f"{name[:10]} {name[11:13]}:{name[13:15]}"
+    return name_with_differences(f"{pipeline} {when}", params, dict.fromkeys(params, ""))
 
 
 def _name_of_now() -> str:
@@ -273,9 +282,9 @@ def _notify(run: PipelineRun, stage: StageRun) -> None:
     elif state in (State.DONE, State.REUSED) and stage.result is not None:
         logger.info("%s: %s in %.0f s: %s", name, state.value, stage.seconds, stage.result.output)
     elif state is State.WAITING and stage.failure is not None:
-        logger.warning("%s: failed, is tried again: %s", name, stage.failure.message)
+        logger.warning("%s: failed, is tried again: %s", name, stage.failure.line)
     elif stage.failure is not None:
-        logger.error("%s: %s: %s", name, state.value, stage.failure.message)
+        logger.error("%s: %s: %s", name, state.value, stage.failure.line)
     run.stages[name] = stage
 
 

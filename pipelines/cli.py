@@ -70,6 +70,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     result = result._replace(metrics=metrics)
     fields = {**result._asdict(), "seconds": round(time.monotonic() - started_s, 1)}
     print(json.dumps(fields), flush=True)
+    # By name: not every stage has loaded MLflow.
+    if sys.stdout.isatty() and result.run_id is not None:
+        importlib.import_module("pipelines.recording").say_run_page(config, result.run_id)
     return 0
 
 

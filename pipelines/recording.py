@@ -2,6 +2,8 @@
 
 import json
 import logging
+import os
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -9,7 +11,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 from uuid import uuid4
 
-from infra import storage, tracking
+from infra import processes, storage, tracking
 from infra.config import TrackingConfig
 from mae_core.config import StrictConfig
 from mae_core.data.samples import DataError
@@ -22,6 +24,20 @@ from pipelines.run_folder import RunFolder, RunRecord
 logger = logging.getLogger(__name__)
 
 
+# Sections and fields that say where and how, and paths that a pipeline fills in.
+UNNAMED = (
+    "name",
+    "storage.",
+    "tracking.",
+    "scaling.",
+    "checkpoint.",
+    "reporting.",
+    "debug.",
+    "init_from",
+    "query",
+)
+
+
 class RunConfig(Protocol):
     """What every stage's config has."""
 
@@ -29,7 +45,7 @@ class RunConfig(Protocol):
     def tracking(self) -> TrackingConfig: ...
 
     @property
-    def run_name(self) -> str: ...
+    def name(self) -> str: ...
 
 
 class Taken(NamedTuple):
@@ -103,10 +119,11 @@ def take_over(
     reopened = earlier.run_id if earlier else None
     run_id = tracking.start_run(
         config.tracking,
-        run_name=config.run_name,
+        run_name=config.name or tags["stage"],
         params=flatten(config),
         tags=tags,
         run_id=reopened,
+        unnamed=UNNAMED,
     )
     start = uuid4().hex
     folder.write_record(
@@ -178,6 +195,9 @@ def log_bad_samples(uri: str, run_id: str | None, folder: RunFolder) -> list[dic
 
 
 def say_where_to_compare(uri: str) -> None:
+    """Log how to look at the runs, unless this is a stage of a pipeline, which says it once."""
+    if os.environ.get(processes.PARENT_VARIABLE):
+        return
     if uri.startswith("sqlite:"):
         logger.info("to compare runs: mlflow ui --backend-store-uri %s", uri)
     else:
@@ -189,3 +209,10 @@ def tell_evaluation(uri: str, run_id: str | None, failure: Exception | None) -> 
     lines = str(failure).splitlines() or [type(failure).__name__]
     text = "done" if failure is None else f"failed: {lines[0][:300]}"
     tracking.set_tags(uri, run_id, {"evaluation": text})
+
+
+def say_run_page(config: object, run_id: str | None) -> None:
+    """Tell a person at a terminal how to open the run's page, as the last line of a command."""
+    track = getattr(config, "tracking", None)
+    if track is not None and run_id is not None and sys.stdout.isatty():
+        sys.stderr.write(f"the run's page: {tracking.how_to_open(track.uri, run_id)}\n")

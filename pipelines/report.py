@@ -3,8 +3,10 @@
 import base64
 import io
 import json
+import logging
 import math
 import platform
+import re
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -14,13 +16,13 @@ from typing import Any, NamedTuple
 
 import matplotlib
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
-from markupsafe import Markup
+from markupsafe import Markup, escape
 from matplotlib.figure import Figure
 from PIL import Image
 
 from infra import machine, storage, tracking
 from pipelines.chain_config import substitute
-from pipelines.chain_plan import shown_time, text_graph, versions
+from pipelines.chain_plan import Planned, shown_time, text_graph, versions
 from pipelines.config import StageResult
 from pipelines.driver import git_commit
 from pipelines.pipeline_run import PipelineRun
@@ -31,6 +33,8 @@ MAX_PICTURES = 60  # of a stage
 MAX_PICTURE_PX = 1400
 JPEG_QUALITY = 85
 MAX_EXAMPLE_CHARS = 120
+COUNTS = ("left_out", "bad_samples")  # metrics that are whole, besides those named num_...
+LARGE, SMALL = 1000, 0.0005  # where three decimals show too much, or nothing
 # What people look at first; the rest is folded away.
 FIRST_PICTURES = (
     "reconstruction.png",
@@ -40,6 +44,8 @@ FIRST_PICTURES = (
     "finetune-1-seed0/segmentation.png",
 )
 CURVES = {"train/loss": "loss", "data/images_per_s": "images/s"}
+# It tells of each font that it finds at its first start.
+logging.getLogger("matplotlib").setLevel(logging.WARNING)
 INK = "#7d8794"  # legible on a light and on a dark page
 
 
@@ -76,7 +82,7 @@ def render(run: PipelineRun) -> str:
                 if x.failure is not None
             ],
             trouble=run.trouble,
-            headline=[(name, _number(value)) for name, value in run.headline.items()],
+            headline=[(_breakable(name), number(name, x)) for name, x in run.headline.items()],
             stages=[_stage_row(run, stage) for stage in run.stages.values()],
             graph=text_graph(run.chain),
             root=storage.absolute(run.chain.config.storage.root),
@@ -91,12 +97,19 @@ def render(run: PipelineRun) -> str:
 
 @lru_cache(maxsize=1)
 def _environment() -> Environment:
-    return Environment(
+    environment = Environment(
         loader=FileSystemLoader(TEMPLATES),
         autoescape=select_autoescape(["html"]),
         undefined=StrictUndefined,
         trim_blocks=False,
     )
+    environment.filters["breakable"] = _breakable
+    return environment
+
+
+def _breakable(name: str) -> Markup:
+    """Let a name or a path break after its marks, and not within its words."""
+    return Markup(re.sub(r"([/_@=.-])", r"\1<wbr>", str(escape(name))))
 
 
 def _status(run: PipelineRun) -> str:
@@ -122,34 +135,64 @@ def _stage_row(run: PipelineRun, stage: StageRun) -> dict[str, Any]:
         "name": name,
         "state": stage.state.value,
         "why": plan.decision.why,
-        "time": f"{shown_time(seconds)}{' then' if is_reused else ''}" if seconds else "",
+        "made": _made(plan, stage),
+        "time": shown_time(seconds) if seconds else "",
         "tries": 0 if is_reused else stage.tries,
         "output": stage.result.output.removeprefix(f"{root}/") if stage.result else "",
     }
 
 
+def _made(plan: Planned, stage: StageRun) -> str:
+    """Return when a result was made that this run found; empty where this run made it."""
+    if stage.state is not State.REUSED or plan.done is None:
+        return ""
+    return time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(plan.done.finished_at))
+
+
 def stage_table(run: PipelineRun) -> str:
-    """Markdown for the description in MLflow, with links to the stages' runs."""
+    """Markdown for the description in MLflow: why the run failed, then the stages with links."""
     uri = run.chain.config.tracking.uri
-    lines = ["| stage | state | why | time | result |", "|---|---|---|---|---|"]
+    lines = [
+        *_why_it_failed(run),
+        "| stage | state | why | time | result |",
+        "|---|---|---|---|---|",
+    ]
     for stage in run.stages.values():
         row = _stage_row(run, stage)
         result = stage.result
         link = tracking.run_link(uri, result.run_id) if result and result.run_id else ""
         name = f"[{row['name']}]({link})" if link else row["name"]
         metrics = [
-            f"{key.removeprefix(row['name'] + '/')} {_number(value)}"
+            f"{key.removeprefix(row['name'] + '/')} {number(key, value)}"
             for key, value in run.headline.items()
             if key.startswith(f"{row['name']}/")
         ]
         why = row["why"].replace("|", "\\|")
-        lines.append(f"| {name} | {row['state']} | {why} | {row['time']} | {', '.join(metrics)} |")
+        cells = [name, row["state"], why, row["made"], row["time"], ", ".join(metrics)]
+        lines.append(f"| {' | '.join(cells)} |")
     if run.verdict is not None:
         lines += [
             "",
             f"**{'Refused' if run.verdict.is_refused else 'Promotion'}**: {run.verdict.text}",
         ]
     return "\n".join(lines)
+
+
+def _why_it_failed(run: PipelineRun) -> list[str]:
+    """Return a paragraph for each failure; what only waited for a failed stage has none."""
+    reasons = [
+        f"**{stage.node.name} {stage.state.value}**: {_plain(stage.failure.line)}"
+        for stage in run.stages.values()
+        if stage.failure is not None and stage.state in (State.FAILED, State.CANCELLED)
+    ]
+    if run.trouble:
+        reasons.append(f"**failed**: {_plain(run.trouble)}")
+    return [line for reason in reasons for line in (reason, "")]
+
+
+def _plain(text: str) -> str:
+    """Return text in which Markdown and HTML mean nothing."""
+    return re.sub(r"([\\`*_<>\[\]|])", r"\\\1", text)
 
 
 def _charts(run: PipelineRun) -> Iterator[Chart]:
@@ -193,8 +236,10 @@ def _result(run: PipelineRun, name: str, result: StageResult) -> dict[str, Any]:
     pictures = list(_pictures(run, name))
     first = [p for end, p in pictures if end.endswith(FIRST_PICTURES)]
     more = [p for end, p in pictures if not end.endswith(FIRST_PICTURES)]
+    plan = next(plan for plan in run.plans if plan.stage.name == name)
     return {
         "name": name,
+        "made": _made(plan, run.stages[name]),
         "table": _metric_table(result.metrics),
         "pictures": first,
         "more_pictures": more,
@@ -213,11 +258,17 @@ def _metric_table(metrics: Mapping[str, float]) -> Table:
         names = [name for name in names if not name.endswith("_std")]
         rows = [[arm, *(_cell(metrics, f"{arm}/{name}") for name in names)] for arm in arms]
         return Table(["", *names], rows)
-    return Table(["metric", "value"], [[key, _number(value)] for key, value in metrics.items()])
+    return Table(["metric", "value"], [[key, number(key, value)] for key, value in metrics.items()])
 
 
-def _number(value: float) -> str:
-    return f"{value:,.0f}" if value == round(value) else f"{value:.4g}"
+def number(key: str, value: float) -> str:
+    """Return a metric as all pages show it: counts whole, all else with three decimals."""
+    if not math.isfinite(value):
+        return "not defined" if math.isnan(value) else str(value)
+    name = key.rsplit("/", 1)[-1]
+    if name.startswith("num_") or name in COUNTS or abs(value) >= LARGE:
+        return f"{value:,.0f}"
+    return f"{value:.3f}" if value == 0 or abs(value) >= SMALL else f"{value:.1e}"
 
 
 def _cell(metrics: Mapping[str, float], key: str) -> str:
@@ -225,7 +276,7 @@ def _cell(metrics: Mapping[str, float], key: str) -> str:
     if value is None or math.isnan(value):
         return ""
     spread = metrics.get(f"{key}_std")
-    return f"{value:.3f}" if spread is None else f"{value:.3f} ± {spread:.3f}"
+    return number(key, value) if spread is None else f"{number(key, value)} ± {spread:.3f}"
 
 
 def _pictures(run: PipelineRun, name: str) -> Iterator[tuple[str, Picture]]:
@@ -315,7 +366,7 @@ def model_card(run: PipelineRun, name: str) -> str | None:
         "MLflow run": result.run_id,
         "checkpoint": result.output,
     }
-    metrics = {k: f"{v:.4g}" for k, v in run.headline.items()}
+    metrics = {k: number(k, v) for k, v in run.headline.items()}
     data = {key: config["data"][key] for key in ("train", "val") if config["data"].get(key)}
     return (
         _environment()

@@ -14,6 +14,7 @@ import logging
 import os
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
@@ -48,8 +49,13 @@ def command(words: Sequence[str]) -> int:
     name = getattr(arguments, "name", None)
     chosen = [find_schedule(schedules, name)] if name else schedules
     if arguments.action == "once":
-        for line in once(schedules, arguments.root, name, is_patient=arguments.wait):
+        lines = once(schedules, arguments.root, name, is_patient=arguments.wait)
+        has_done = False
+        for line in lines:
             _say(line)
+            has_done = True
+        if not has_done:
+            _say(_nothing_due(chosen, arguments.root))
         return 0
     if arguments.action == "backfill":
         return _backfill(chosen[0], arguments.root, arguments.start, arguments.end)
@@ -132,6 +138,29 @@ def _next_rows(schedules: Iterable[Schedule], root: str, count: int) -> Iterator
             fires_at = at + jitter(schedule, at)
             local = fires_at.astimezone(zone)
             yield [schedule.name, f"{local:%a %Y-%m-%d %H:%M:%S %z}", _utc(fires_at), note]
+
+
+def _nothing_due(schedules: Iterable[Schedule], root: str) -> str:
+    """Say why a pass did nothing: what is off or paused, and which schedule fires next."""
+    counts: Counter[str] = Counter()
+    ticks: list[tuple[datetime, str]] = []
+    for schedule in schedules:
+        note = _note(schedule, read_pause(root, schedule.name))
+        if note:
+            counts[note.split()[0]] += 1
+        elif schedule.new_data is not None:
+            counts["without new data"] += 1
+        else:
+            coming = next_ticks(schedule, now_utc(), 1)
+            ticks += [(at + jitter(schedule, at), schedule.name) for at in coming]
+    parts = [
+        f"{count} schedule{' is' if count == 1 else 's are'} {state}"
+        for state, count in counts.items()
+    ]
+    if ticks:
+        at, name = min(ticks)
+        parts.append(f"next is {name} at {_utc(at)}")
+    return "; ".join(["nothing due", *parts])
 
 
 def _note(schedule: Schedule, pause: Pause) -> str:

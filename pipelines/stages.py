@@ -24,6 +24,7 @@ from pipelines.config import ConfigError, StageResult
 POLL_S = 0.05
 MAX_BACKOFF_S = 60.0
 KEY_CHARS = 16
+MAX_LINE_CHARS = 300
 
 
 @dataclass(frozen=True)
@@ -151,6 +152,12 @@ class Failure(NamedTuple):
     message: str
     exit_code: int
     can_pass: bool  # trying again may help
+
+    @property
+    def line(self) -> str:
+        """What is said of it where there is place for one line."""
+        first = self.message.strip().partition("\n")[0]
+        return first if len(first) <= MAX_LINE_CHARS else f"{first[: MAX_LINE_CHARS - 1]}…"
 
 
 class Running(Protocol):

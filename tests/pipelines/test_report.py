@@ -19,6 +19,7 @@ from pipelines.chain_plan import Forced, plan_chain
 from pipelines.config import PretrainConfig, StageResult
 from pipelines.pipeline_run import PipelineRun
 from pipelines.promote import Verdict
+from pipelines.stage_folder import Done
 from pipelines.stage_kinds import StageKind
 from pipelines.stages import Failure, StageRun, State
 
@@ -110,7 +111,7 @@ def test_the_page_says_what_became_of_each_stage(run: PipelineRun) -> None:
     assert "bad failed never ran 0m03s 1" in words
     assert "after blocked" in words
     assert "needs bad" in words
-    assert "good/finetune/top1 0.5" in words
+    assert "good/ finetune/ top1 0.500" in words
     assert "finetune 0.500 ± 0.010 scratch 0.400" in words
     assert "good truncated 2 a.tar: x" in words
     assert "Tried again: good (2 tries)." in words
@@ -137,11 +138,56 @@ def test_the_description_for_mlflow_links_runs(run: PipelineRun) -> None:
     lines = report.stage_table(run).splitlines()
     run_id = run.results["good"].run_id
     assert re.match(
-        rf"\| \[good\]\(#/experiments/\d+/runs/{run_id}\) \| done \| never ran \| 1m15s \| "
-        r"finetune/top1 0.5, scratch/top1 0.4 \|",
-        lines[2],
+        rf"\| \[good\]\(#/experiments/\d+/runs/{run_id}\) \| done \| never ran \|  \| 1m15s \| "
+        r"finetune/top1 0.500, scratch/top1 0.400 \|",
+        lines[4],
     )
-    assert lines[3] == "| bad | failed | never ran | 0m03s |  |"
+    assert lines[5] == "| bad | failed | never ran |  | 0m03s |  |"
+
+
+def test_the_description_begins_with_why_the_run_failed(run: PipelineRun) -> None:
+    failure = Failure("out of memory |\nand much more", 5, can_pass=True)
+    run.stages["bad"] = replace(run.stages["bad"], failure=failure)
+    run.trouble = "promote: refused"
+    lines = report.stage_table(run).splitlines()
+    assert lines[:4] == [
+        "**bad failed**: out of memory \\|",
+        "",
+        "**failed**: promote: refused",
+        "",
+    ]
+
+
+def test_the_page_says_when_what_it_reuses_was_made(run: PipelineRun) -> None:
+    done = Done(output="o", run_id=None, metrics={}, files={}, seconds=75.0, finished_at=1e9)
+    run.plans[0] = replace(run.plans[0], done=done)
+    run.stages["good"] = replace(run.stages["good"], state=State.REUSED)
+    words = " ".join(re.sub(r"<[^>]+>", " ", report.render(run)).split())
+    assert "good reused never ran 2001-09-09 01:46 UTC 1m15s" in words
+    assert "good made 2001-09-09 01:46 UTC" in words
+    assert "| never ran | 2001-09-09 01:46 UTC | 1m15s |" in report.stage_table(run)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "shown"),
+    [
+        ("knn/top1", 0.08333, "0.083"),
+        ("detect/ap", 0.0, "0.000"),
+        ("a/loss", 1e-5, "1.0e-05"),
+        ("num_bytes", 2037760.0, "2,037,760"),
+        ("data/left_out", 3.0, "3"),
+        ("images_per_s", 12345.6, "12,346"),
+        ("classify/auroc", float("nan"), "not defined"),
+    ],
+)
+def test_a_number_looks_the_same_wherever_it_is_shown(key: str, value: float, shown: str) -> None:
+    assert report.number(key, value) == shown
+
+
+def test_names_break_after_their_marks_only(run: PipelineRun) -> None:
+    page = report.render(run)
+    assert "good/<wbr>finetune/<wbr>top1" in page
+    assert "overflow-wrap: anywhere" not in page[page.index(".tile {") : page.index(".why {")]
 
 
 def test_without_mlflow_there_is_a_page_without_curves(run: PipelineRun) -> None:
@@ -176,4 +222,4 @@ def test_the_model_card_says_where_data_and_model_lie(run: PipelineRun, tmp_path
     assert f'folder = Path("{checkpoint}")\nencoder, manifest = load_encoder(folder)' in card
     assert "64x96 pixels in 4 channels" in card
     assert "left out in training: 3." in card
-    assert "| good/finetune/top1 | 0.5 |" in card
+    assert "| good/finetune/top1 | 0.500 |" in card

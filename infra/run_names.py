@@ -1,0 +1,26 @@
+"""Names of runs in a list: what a run is, and what it has that others have not."""
+
+import re
+from collections.abc import Mapping
+
+# Values in the name of a run, and characters of each.
+MAX_NAMED = 3
+MAX_NAMED_CHARS = 24
+
+
+def name_with_differences(
+    run_name: str, params: Mapping[str, str], first: Mapping[str, str] | None
+) -> str:
+    """Return the name, with the values that differ from those of the first run of that name."""
+    changed = {} if first is None else {k: v for k, v in params.items() if first.get(k, v) != v}
+    shown = [f"{key.rsplit('.', 1)[-1]}={_brief(value)}" for key, value in changed.items()]
+    more = [f"+{len(shown) - MAX_NAMED}"] if len(shown) > MAX_NAMED else []
+    return " ".join([run_name, *shown[:MAX_NAMED], *more])
+
+
+def _brief(value: str) -> str:
+    """Return a param's value without JSON's marks; of a path the last two names."""
+    text = re.sub(r'[\[\]"{} ]', "", value)
+    if "/" in text:
+        text = "/".join(text.rstrip("/").split("/")[-2:])
+    return text if len(text) <= MAX_NAMED_CHARS else f"{text[: MAX_NAMED_CHARS - 1]}…"
