@@ -37,6 +37,8 @@ logger = logging.getLogger(__name__)
 MAX_METRICS_PER_BATCH = 1000
 MAX_DIGEST_CHARS = 36
 
+# Without it a browser that has not chosen yet shows MLflow's side for GenAI.
+WORKSPACE = "workflowType=machine_learning"
 LOCAL_UI = "http://127.0.0.1:5000"  # where `mlflow ui` serves, if it is told nothing else
 
 # Answers that the same request would get again.
@@ -169,7 +171,8 @@ def run_status(uri: str, run_id: str | None) -> RunStatus:
 def run_link(uri: str, run_id: str) -> str:
     """Address of a run in the UI: below a page of the UI, wherever that is served."""
     with _or_warn(f"find run {run_id}", uri):
-        return f"#/experiments/{client_of(uri).get_run(run_id).info.experiment_id}/runs/{run_id}"
+        experiment = client_of(uri).get_run(run_id).info.experiment_id
+        return f"#/experiments/{experiment}/runs/{run_id}?{WORKSPACE}"
     return ""
 
 

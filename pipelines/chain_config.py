@@ -39,7 +39,8 @@ class StageSpec(StrictConfig):
     """What runs: a stage of `mae --help`, or a .py file with `Config` and `run`; else what the
     name says."""
     files: tuple[str, ...] = ()
-    """Config files, merged left to right, relative to the working folder."""
+    """Config files, merged left to right. They are looked for from the working folder, then from
+    each folder above the pipeline's file."""
     set: dict[str, Annotated[Any, Written]] = Field(default_factory=dict)
     """Values by dotted key, over the files. `{pretrain}` is the output of the stage pretrain."""
     needs: tuple[str, ...] = ()
@@ -220,7 +221,7 @@ def _build(
 ) -> Stage:
     file = source.file
     kind_name = spec.stage or name
-    own_file = Path(kind_name) if kind_name.endswith(".py") else None
+    own_file = _found(file, kind_name) if kind_name.endswith(".py") else None
     if own_file is not None:
         kind = _own_kind(file, name, own_file)
     elif kind_name in KINDS:
@@ -240,7 +241,8 @@ def _build(
     if "storage" in kind.config_type.model_fields:
         given.append(Given("storage.root", f"{{{SELF}}}", str(file)))
     try:
-        config, _ = load_with_origins(kind.config_type, [Path(x) for x in spec.files], given)
+        files = [_found(file, x) for x in spec.files]
+        config, _ = load_with_origins(kind.config_type, files, given)
     except ConfigError as error:
         raise ConfigError(
             "\n".join(f"stages.{name}: {x}" for x in str(error).splitlines())
@@ -262,6 +264,15 @@ def _of_set(source: _Source, name: str, spec: StageSpec) -> Iterator[Given]:
                 )
             seen[inner] = origin
         yield Given(key, value, origin)
+
+
+def _found(chain_file: Path, name: str) -> Path:
+    """Return where a file is that a pipeline names, whatever the working folder.
+
+    It is looked for from the working folder on, then from each folder above the pipeline's file.
+    """
+    places = [Path(name), *(folder / name for folder in chain_file.resolve().parents)]
+    return next((place for place in places if place.is_file()), places[0])
 
 
 def _own_kind(chain_file: Path, name: str, file: Path) -> StageKind:

@@ -11,7 +11,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 from uuid import uuid4
 
-from infra import processes, storage, tracking
+from infra import storage, tracking
 from infra.config import TrackingConfig
 from mae_core.config import StrictConfig
 from mae_core.data.samples import DataError
@@ -23,6 +23,8 @@ from pipelines.run_folder import RunFolder, RunRecord
 
 logger = logging.getLogger(__name__)
 
+
+STAGE_VARIABLE = "MAE_STAGE"  # names the stage of a pipeline that this process is
 
 # Sections and fields that say where and how, and paths that a pipeline fills in.
 UNNAMED = (
@@ -196,7 +198,7 @@ def log_bad_samples(uri: str, run_id: str | None, folder: RunFolder) -> list[dic
 
 def say_where_to_compare(uri: str) -> None:
     """Log how to look at the runs, unless this is a stage of a pipeline, which says it once."""
-    if os.environ.get(processes.PARENT_VARIABLE):
+    if os.environ.get(STAGE_VARIABLE):
         return
     if uri.startswith("sqlite:"):
         logger.info("to compare runs: mlflow ui --backend-store-uri %s", uri)

@@ -55,7 +55,8 @@ def command(words: Sequence[str]) -> int:
             _say(line)
             has_done = True
         if not has_done:
-            _say(_nothing_due(chosen, arguments.root))
+            # Not on stdout: cron would send a mail at each of its calls.
+            logger.info("%s", _nothing_due(chosen, arguments.root))
         return 0
     if arguments.action == "backfill":
         return _backfill(chosen[0], arguments.root, arguments.start, arguments.end)

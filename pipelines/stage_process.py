@@ -18,6 +18,7 @@ import psutil
 from infra import processes
 from pipelines.config import StageResult
 from pipelines.config_loading import ENVIRONMENT_PREFIX
+from pipelines.recording import STAGE_VARIABLE
 from pipelines.stages import Failure
 
 logger = logging.getLogger(__name__)
@@ -40,8 +41,14 @@ class StageProcess:
         path = os.pathsep.join(filter(None, [str(ROOT), env.get("PYTHONPATH")]))
         self._name = name
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "pipelines.cli", *words],
-            env={**env, "PYTHONPATH": path, processes.PARENT_VARIABLE: str(os.getpid())},
+            # Not from the working folder: a module there must not take the place of one of ours.
+            [sys.executable, "-P", "-m", "pipelines.cli", *words],
+            env={
+                **env,
+                "PYTHONPATH": path,
+                processes.PARENT_VARIABLE: str(os.getpid()),
+                STAGE_VARIABLE: name,
+            },
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

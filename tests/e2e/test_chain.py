@@ -63,6 +63,10 @@ def run(config: Config, *, fresh: bool) -> StageResult:
     if how == "store":
         behave.unlink()
         raise StorageError("cannot read s3://x: NETWORK_CONNECTION")
+    if how == "memory":
+        from ray.exceptions import OutOfMemoryError
+        behave.unlink()
+        raise OutOfMemoryError("a worker was killed\\nand 700 lines more")
     if how == "die":
         behave.unlink()
         os.kill(os.getpid(), 9)
@@ -212,7 +216,7 @@ def test_a_failed_stage_reruns_alone_with_what_it_blocked(chain: Path) -> None:
     assert sorted(log(chain)) == ["b", "d"]
 
 
-@pytest.mark.parametrize("how", ["store", "die"])
+@pytest.mark.parametrize("how", ["store", "die", "memory"])
 def test_what_may_pass_is_tried_again(chain: Path, how: str) -> None:
     behave(chain, "a", how)
     assert run(chain)["stages"]["a"] == "done"
@@ -388,7 +392,7 @@ def test_the_record_has_one_level_and_links_what_was_reused(chain: Path) -> None
     assert sum(parent == second["run_id"] for parent in parents.values()) == 1
     tags = client.get_run(second["run_id"]).data.tags
     assert tags["reused.a"] in children
-    assert f"/runs/{tags['reused.a']})" in tags["mlflow.note.content"]
+    assert f"/runs/{tags['reused.a']}?" in tags["mlflow.note.content"]
     assert "config number 1000 -> 2000" in tags["mlflow.note.content"]
     files = {f.path for f in client.list_artifacts(second["run_id"])}
     assert {"graph.mmd", "plan.txt", "report.html"} <= files
@@ -409,3 +413,59 @@ def test_mistakes_cost_exit_code_2_and_run_nothing(chain: Path) -> None:
     assert "no stage 'x'" in run(chain, "--force", "x", exit_code=2)["stderr"]
     assert "nmber" in run(chain, "a.nmber=1", exit_code=2)["stderr"]
     assert log(chain) == []
+
+
+DEMO_WORDS = (
+    "prepare.num_train=64",
+    "prepare.num_val=32",
+    "prepare.samples_per_shard=32",
+    "pretrain.optim.max_steps=2",
+    "classify.optim.max_steps=1",
+    "classify.classify.arms=[logistic]",
+    "detect.optim.max_steps=1",
+    "detect.detect.arms=[finetune]",
+    "segment.optim.max_steps=1",
+    "segment.segment.arms=[finetune]",
+)
+
+
+def run_demo(folder: Path, command: str, *words: str) -> str:
+    """Run the README's pipeline as a command that has nothing but a PATH and a home."""
+    home = folder.parent / "home"
+    home.mkdir(exist_ok=True)
+    demo = str(ROOT / "configs/chain/demo.yaml")
+    process = subprocess.run(
+        [sys.executable, "-P", "-m", "pipelines.cli", command, demo, *DEMO_WORDS, *words],
+        cwd=folder,
+        env={"PATH": os.defpath, "HOME": str(home), "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=900,
+        check=False,
+    )
+    assert process.returncode == 0, process.stderr
+    return process.stdout
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_the_demo_makes_a_champion_in_an_empty_environment_and_again_reuses_all(
+    tmp_path: Path,
+) -> None:
+    folder = tmp_path / "elsewhere"
+    folder.mkdir()
+    assert json.loads(run_demo(folder, "run").splitlines()[-1])["status"] == "done"
+    assert [path.name for path in folder.iterdir()] == ["runs"]
+    client = MlflowClient(f"sqlite:///{folder}/runs/mlflow.db")
+    assert client.get_model_version_by_alias("mae-demo", "champion").version == "1"
+
+    assert json.loads(run_demo(folder, "run").splitlines()[-1])["status"] == "reused"
+    assert [path.name for path in folder.iterdir()] == ["runs"]
+
+    plan = run_demo(folder, "plan", "--set", "segment.optim.max_steps=2")
+    rows = [line.split()[:2] for line in plan.splitlines()]
+    actions = {row[0]: row[1] for row in rows if row[-1] in ("run", "reuse")}
+    assert actions == {
+        **dict.fromkeys(["prepare", "validate", "pretrain", "classify", "detect"], "reuse"),
+        "segment": "run",
+    }

@@ -15,6 +15,7 @@ from mlflow import MlflowClient
 
 from infra import tracking
 from infra.config import TrackingConfig
+from infra.run_names import name_with_differences
 from infra.tracking import MetricWriter, _StepEntry
 
 DEAD_URI = "http://127.0.0.1:9"
@@ -55,6 +56,61 @@ def test_a_run_holds_its_name_params_and_tags(uri: str) -> None:
     assert run.data.tags["stage"] == "pretrain"
     assert run.info.run_name == "test"
     assert run.info.status == "RUNNING"
+
+
+def test_an_experiment_opens_as_model_training_also_one_that_was_there(uri: str) -> None:
+    client = MlflowClient(uri)
+    old = client.create_experiment("old")
+    for name in ("old", "new"):
+        config = TrackingConfig(uri=uri, experiment=name)
+        tracking.start_run(config, run_name="r", params={}, tags={}, run_id=None)
+        experiment = client.get_experiment_by_name(name)
+        assert experiment is not None
+        assert experiment.tags["mlflow.experimentKind"] == "custom_model_development"
+    assert client.get_experiment(old).name == "old"
+
+
+def test_a_later_run_is_named_by_what_differs_from_the_first(uri: str) -> None:
+    config = TrackingConfig(uri=uri, experiment="names")
+    first = {"name": "a", "m.ratio": "0.75", "arms": '["knn"]', "storage.root": "/x", "seed": "0"}
+    changes: list[dict[str, str]] = [
+        {},
+        {"m.ratio": "0.5"},
+        {"storage.root": "/y"},
+        {"arms": '["knn", "probe"]', "seed": "1"},
+    ]
+    names = []
+    for change in changes:
+        run_id = tracking.start_run(
+            config,
+            run_name="a",
+            params={**first, **change},
+            tags={"stage": "pretrain"},
+            run_id=None,
+            unnamed=("name", "storage."),
+        )
+        names.append(MlflowClient(uri).get_run(str(run_id)).info.run_name)
+    assert names == ["a", "a ratio=0.5", "a", "a arms=knn,probe seed=1"]
+
+
+@pytest.mark.parametrize(
+    ("params", "name"),
+    [
+        ({"data.train": "/long/way/to/cifar10/train"}, "a train=cifar10/train"),
+        ({"x": "v" * 30}, f"a x={'v' * 23}…"),
+        ({f"k{i}": "1" for i in range(5)}, "a k0=1 k1=1 k2=1 +2"),
+    ],
+)
+def test_a_name_stays_short(params: dict[str, str], name: str) -> None:
+    assert name_with_differences("a", params, dict.fromkeys(params, "")) == name
+
+
+def test_a_runs_page_is_an_address_or_the_command_that_serves_it(uri: str, run_id: str) -> None:
+    experiment = MlflowClient(uri).get_run(run_id).info.experiment_id
+    link = f"#/experiments/{experiment}/runs/{run_id}?workflowType=machine_learning"
+    assert tracking.how_to_open(uri, run_id) == (
+        f"mlflow ui --backend-store-uri {uri}, then http://127.0.0.1:5000/{link}"
+    )
 
 
 def test_a_class_of_any_name_can_be_part_of_a_metric(uri: str, run_id: str) -> None:

@@ -263,3 +263,18 @@ def test_what_a_pipelines_file_says_twice_or_wrongly_is_told_by_its_line(
     with pytest.raises(ConfigError) as caught:
         load_chain(file)
     assert told in str(caught.value)
+
+
+@pytest.mark.parametrize("elsewhere", ["", "elsewhere"])
+def test_files_are_found_from_any_working_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, elsewhere: str
+) -> None:
+    folder = tmp_path / "clone/configs/chain"
+    folder.mkdir(parents=True)
+    own = tmp_path / "clone/configs/own.yaml"
+    own.write_text("synthetic: shapes\noutput: o\nimg_size: 32\n")
+    file = write(folder, {"prepare": {"files": ["configs/own.yaml"]}})
+    here = tmp_path / "clone" if not elsewhere else tmp_path / elsewhere
+    here.mkdir(exist_ok=True)
+    monkeypatch.chdir(here)
+    assert load_chain(file)["prepare"].config.model_dump()["img_size"] == 32

@@ -138,8 +138,8 @@ def test_the_description_for_mlflow_links_runs(run: PipelineRun) -> None:
     lines = report.stage_table(run).splitlines()
     run_id = run.results["good"].run_id
     assert re.match(
-        rf"\| \[good\]\(#/experiments/\d+/runs/{run_id}\) \| done \| never ran \|  \| 1m15s \| "
-        r"finetune/top1 0.500, scratch/top1 0.400 \|",
+        rf"\| \[good\]\(#/experiments/\d+/runs/{run_id}\?workflowType=machine_learning\) "
+        r"\| done \| never ran \|  \| 1m15s \| finetune/top1 0.500, scratch/top1 0.400 \|",
         lines[4],
     )
     assert lines[5] == "| bad | failed | never ran |  | 0m03s |  |"

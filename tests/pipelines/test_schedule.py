@@ -285,6 +285,26 @@ def test_once_fires_what_is_due_and_list_shows_it(
 
 
 @pytest.mark.usefixtures("stub")
+def test_once_says_that_nothing_is_due_and_why(
+    clock: Callable[[datetime], None], caplog: pytest.LogCaptureFixture
+) -> None:
+    write(
+        {"cron": "0 13 * * *"},
+        {"name": "weekly", "cron": "0 14 * * *", "enabled": False},
+        {"name": "yearly", "cron": "0 15 * * *", "enabled": False},
+        {"name": "later", "cron": "0 16 * * *"},
+    )
+    clock(NOW)
+    command("pause", "later")
+    with caplog.at_level(logging.INFO):
+        assert command("once") == 0
+    assert caplog.messages == [
+        "nothing due; 2 schedules are off; 1 schedule is paused; "
+        "next is nightly at 2027-03-28T13:00:00Z"
+    ]
+
+
+@pytest.mark.usefixtures("stub")
 def test_once_with_wait_stays_until_nothing_waits(
     clock: Callable[[datetime], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
