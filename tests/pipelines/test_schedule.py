@@ -1,5 +1,6 @@
 """`mae schedule`: its words, its passes, two of it at once."""
 
+import logging
 import os
 import signal
 import subprocess
