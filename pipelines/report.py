@@ -264,7 +264,7 @@ def _metric_table(metrics: Mapping[str, float]) -> Table:
 def number(key: str, value: float) -> str:
     """Return a metric as all pages show it: counts whole, all else with three decimals."""
     if not math.isfinite(value):
-        return "not defined" if math.isnan(value) else str(value)
+        return "-" if math.isnan(value) else str(value)
     name = key.rsplit("/", 1)[-1]
     if name.startswith("num_") or name in COUNTS or abs(value) >= LARGE:
         return f"{value:,.0f}"
@@ -273,7 +273,7 @@ def number(key: str, value: float) -> str:
 
 def _cell(metrics: Mapping[str, float], key: str) -> str:
     value = metrics.get(key)
-    if value is None or math.isnan(value):
+    if value is None:
         return ""
     spread = metrics.get(f"{key}_std")
     return number(key, value) if spread is None else f"{number(key, value)} ± {spread:.3f}"

@@ -177,7 +177,7 @@ def test_the_page_says_when_what_it_reuses_was_made(run: PipelineRun) -> None:
         ("num_bytes", 2037760.0, "2,037,760"),
         ("data/left_out", 3.0, "3"),
         ("images_per_s", 12345.6, "12,346"),
-        ("classify/auroc", float("nan"), "not defined"),
+        ("classify/auroc", float("nan"), "-"),
     ],
 )
 def test_a_number_looks_the_same_wherever_it_is_shown(key: str, value: float, shown: str) -> None:
