@@ -43,7 +43,7 @@ FIRST_PICTURES = (
     "finetune-1-seed0/detections.png",
     "finetune-1-seed0/segmentation.png",
 )
-CURVES = {"train/loss": "loss", "data/images_per_s": "images/s"}
+CURVES = {"train/loss": "loss", "worker/images_per_s": "images/s"}
 # It tells of each font that it finds at its first start.
 logging.getLogger("matplotlib").setLevel(logging.WARNING)
 INK = "#7d8794"  # legible on a light and on a dark page

@@ -109,9 +109,9 @@ class StepReporter:
                 "train/grad_norm": float(grad_norm),
                 "train/epoch": epoch,
                 "train/samples_seen": seen,
-                "data/images_per_s": images_per_s,
-                "data/wait_share": wait_share,
-                "data/bad_samples": totals.num_bad,
+                "worker/images_per_s": images_per_s,
+                "worker/wait_share": wait_share,
+                "worker/bad_samples": totals.num_bad,
             }
             self.writer.write({self.prefix + key: x for key, x in metrics.items()}, step)
             left_s = (self.size.total_steps - step) * self.size.global_batch_size / images_per_s

@@ -218,7 +218,7 @@ def test_broken_images_are_left_out_and_named(place: Any, local_ray: Path) -> No
     assert "left out: shard=" in local_ray.read_text()
     assert result.metrics["data/left_out"] == 1
     client = MlflowClient(place.tracking_uri)
-    assert client.get_run(result.run_id).data.metrics["data/bad_samples"] == 1.0
+    assert client.get_run(result.run_id).data.metrics["worker/bad_samples"] == 1.0
     mlflow.set_tracking_uri(place.tracking_uri)
     listed = mlflow.artifacts.load_text(f"runs:/{result.run_id}/bad_samples.jsonl")
     (line,) = map(json.loads, listed.splitlines())
