@@ -11,7 +11,7 @@ import pytest
 
 from mae_core.data.samples import DataError
 from pipelines import cli, prepare
-from pipelines.config import ConfigError, PrepareConfig, load_config
+from pipelines.config import ConfigError, PrepareConfig
 from tests.pipelines.packing import (
     BLACK,
     WHITE,
@@ -210,8 +210,7 @@ def test_a_set_without_names_gives_no_numbers(flat: Path, tmp_path: Path) -> Non
 
 
 def test_a_source_that_is_no_folder_of_this_machine_is_told(tmp_path: Path) -> None:
-    words = ["source=s3://bucket/photos", f"output={tmp_path}"]
-    config = load_config(PrepareConfig, [], words, environment={})
+    config = PrepareConfig(source="s3://bucket/photos", output=str(tmp_path))
     with pytest.raises(
         ConfigError, match="s3://bucket/photos: images are read from folders of this"
     ):
