@@ -4,34 +4,18 @@ Exit codes: 0 done, 2 config, 3 a gate refused, 4 data, 5 infrastructure, 6 trai
 stopped, 1 anything else (docs/guides/run.md).
 """
 
-import argparse
 import importlib
 import json
 import logging
 import os
 import sys
-import textwrap
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
 from infra.processes import end_with_parent
-from mae_core.config import StrictConfig
-from pipelines.chain_config import load_stage_file
-from pipelines.config import ConfigError, StageResult
-from pipelines.config_fields import describe
-from pipelines.config_loading import Given, load_config
+from pipelines.command_line import COMMANDS, load_own_stage, make_parser, parse, read_config
+from pipelines.config import StageResult
 from pipelines.failures import tell
-from pipelines.stage_kinds import KINDS
-
-# Words that are no stage, and the module whose `command` takes what follows.
-COMMANDS = {
-    "run": ("chain", "Run a pipeline: the stages that changed, in parallel where they can."),
-    "plan": ("chain", "Say what `run` would do, and why."),
-    "schedule": ("schedule", "Run pipelines at times, or when there is new data."),
-    "doctor": ("doctor", "Check this machine, the store, MLflow and Ray."),
-    "config": ("config_command", "Show where each value of a config comes from; its JSON Schema."),
-}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -46,12 +30,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     if words and words[0] in COMMANDS:
         return _run_command(words)
-    arguments = _parse(words)
+    if not words:
+        make_parser().print_help()
+        return 2
+    if words == ["--version"]:
+        print(f"mae {_version()}")
+        return 0
+    arguments = parse(words)
     started_s = time.monotonic()
     try:
-        config = _config(arguments)
+        config = read_config(arguments)
         if arguments.stage == "stage":
-            stage = load_stage_file(Path(arguments.file))
+            stage = load_own_stage(arguments.file)
         else:
             # By name: a wrong config is told before torch and Ray are loaded.
             stage = importlib.import_module(f"pipelines.{arguments.stage}")
@@ -76,6 +66,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _version() -> str:
+    try:
+        return importlib.import_module("importlib.metadata").version("mae-pipeline")
+    except ModuleNotFoundError:  # PackageNotFoundError is one: a copy that is not installed
+        return "of a copy that is not installed"
+
+
 def _run_command(words: list[str]) -> int:
     module, _ = COMMANDS[words[0]]
     # Those of `chain` begin with which of the two is meant.
@@ -85,114 +82,6 @@ def _run_command(words: list[str]) -> int:
     except BaseException as error:
         return _tell(error, debug="--debug" in words)
     return code
-
-
-def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Options may stand anywhere among the words, which argparse alone does not allow here."""
-    parser = _parser()
-    arguments, rest = parser.parse_known_args(argv)
-    unknown = [word for word in rest if word.startswith("-")]
-    if unknown:
-        parser.error(f"unknown option {unknown[0]}; `mae {arguments.stage} --help` lists them")
-    arguments.words = [*arguments.words, *rest]
-    return arguments
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="mae", description="Masked-autoencoder pretraining on WebDataset shards."
-    )
-    stages = parser.add_subparsers(dest="stage", required=True, metavar="STAGE")
-    for name, (_, summary) in COMMANDS.items():
-        stages.add_parser(name, help=summary)
-    own = stages.add_parser("stage", help="Run a stage of your own: a .py file.")
-    own.add_argument(
-        "file", metavar="FILE.py", help="with Config and run, see docs/guides/chain.md"
-    )
-    _add_stage_arguments(own)
-    for name, kind in KINDS.items():
-        stage = stages.add_parser(
-            name,
-            help=kind.summary,
-            description=kind.summary,
-            epilog=_fields_help(kind.config_type),
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
-        _add_stage_arguments(stage)
-        if name == "prepare":
-            stage.add_argument(
-                "--synthetic",
-                choices=["shapes"],
-                help="draw scenes: mae prepare --synthetic shapes OUT",
-            )
-    return parser
-
-
-def _add_stage_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "words",
-        nargs="*",
-        metavar="FILE.yaml | section.key=value",
-        help="files are merged left to right, then the values",
-    )
-    parser.add_argument("--fresh", action="store_true", help="delete what is there; start over")
-    parser.add_argument("--debug", action="store_true", help="show tracebacks")
-
-
-def _fields_help(config_type: type[StrictConfig]) -> str:
-    lines = ["fields (key, type, default):"]
-    for key, kind, default, meaning in describe(config_type):
-        lines.append(f"  {key}  {kind}  [{default}]")
-        lines += textwrap.wrap(meaning, 92, initial_indent=" " * 6, subsequent_indent=" " * 6)
-    return "\n".join(lines)
-
-
-def _config(arguments: argparse.Namespace) -> StrictConfig:
-    config_type = (
-        load_stage_file(Path(arguments.file)).Config
-        if arguments.stage == "stage"
-        else KINDS[arguments.stage].config_type
-    )
-    values = {word for word in arguments.words if _is_value(word, config_type)}
-    files = [Path(word) for word in arguments.words if word not in values and _is_file(word)]
-    overrides: list[str | Given] = [word for word in arguments.words if word in values]
-    bare = [word for word in arguments.words if word not in values and not _is_file(word)]
-    if arguments.stage == "prepare":
-        overrides += _prepare_words(bare, arguments.synthetic)
-    elif arguments.stage == "embed" and len(bare) == 2 and bare[0] == "search":
-        overrides.append(_bare("query", bare[1]))
-    elif bare:
-        raise ConfigError(f"{bare[0]!r} is neither a .yaml file nor section.key=value")
-    return load_config(config_type, files, overrides)
-
-
-def _is_value(word: str, config_type: type[StrictConfig]) -> bool:
-    """Whether it is `key=value`, and not the path of something that has such a name."""
-    key, separator, _ = word.partition("=")
-    is_known = key.partition(".")[0] in config_type.model_fields
-    return bool(separator) and (is_known or not Path(word).exists())
-
-
-def _is_file(word: str) -> bool:
-    return word.endswith((".yaml", ".yml")) and not Path(word).is_dir()
-
-
-def _prepare_words(bare: list[str], synthetic: str | None) -> list[Given]:
-    """`mae prepare SOURCE OUT`, `--synthetic shapes OUT`, `index TARS` and such as key=value."""
-    if bare and bare[0] in ("index", "stats") and not synthetic:
-        return [_bare("existing", bare[0]), *_prepare_words(bare[1:], "")]
-    keys = ["source", "output"] if synthetic is None else ["output"]
-    if len(bare) > len(keys):
-        raise ConfigError(f"too many words: {' '.join(bare)}; expected {' '.join(keys).upper()}")
-    given = [_bare(key, word) for key, word in zip(keys, bare, strict=False)]
-    return [*given, *([_bare("synthetic", synthetic)] if synthetic else [])]
-
-
-def _bare(key: str, word: str) -> Given:
-    """A word without `key=` is taken as it was typed."""
-    if not word:
-        raise ConfigError(f"{key}: is empty")
-    return Given(key, word, "command line")
 
 
 def _tell(error: BaseException, *, debug: bool) -> int:

@@ -96,7 +96,7 @@ def type_in_words(annotation: Any) -> str:
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
         return type_in_words(arguments[0])
-    if origin in (Union, types.UnionType):
+    if _is_union(annotation):
         return _listed([word for x in arguments for word in _choices(x)])
     if origin is Literal:
         return _listed(_choices(annotation))
@@ -109,6 +109,20 @@ def type_in_words(annotation: Any) -> str:
     if hasattr(annotation, "model_fields"):
         return "section"
     return _WORDS.get(annotation, getattr(annotation, "__name__", str(annotation)))
+
+
+def choices_of(annotation: Any) -> list[str]:
+    """The words that a field takes; none where it takes others, too."""
+    options = get_args(annotation) if _is_union(annotation) else [annotation]
+    if annotation is bool:
+        return ["true", "false"]
+    if not all(get_origin(x) is Literal or x is types.NoneType for x in options):
+        return []
+    return [word for x in options for word in _choices(x)]
+
+
+def _is_union(annotation: Any) -> bool:
+    return get_origin(annotation) in (Union, types.UnionType)
 
 
 def _choices(annotation: Any) -> list[str]:

@@ -3,9 +3,8 @@
 The classes are told by their names: neither torch nor Ray is imported to tell what went wrong.
 """
 
-from typing import NamedTuple
-
-from infra import storage
+import importlib
+from typing import Any, NamedTuple
 
 OURS = ("infra", "mae_core", "pipelines")
 INFRASTRUCTURE = "infrastructure error"
@@ -158,13 +157,17 @@ def _known(error: BaseException) -> Exception | None:
     if isinstance(error, PermissionError):
         return None
     file = getattr(error, "filename", None)
-    return storage.disk_error(f"write {file}" if file else "write", error)
+    # By name: a mistake in a config is told before Arrow, which storage needs, is loaded.
+    disk_error: Any = importlib.import_module("infra.storage").disk_error
+    found: Exception | None = disk_error(f"write {file}" if file else "write", error)
+    return found
 
 
 def _is_passing(error: Exception) -> bool:
-    if not isinstance(error, storage.StorageError):
+    if _kind(error) != "StorageError":
         return False
-    return not (error.is_lasting or any(text in str(error) for text in LASTING_TEXTS))
+    is_lasting: bool = getattr(error, "is_lasting", False)
+    return not (is_lasting or any(text in str(error) for text in LASTING_TEXTS))
 
 
 def _first_line(error: BaseException) -> str:

@@ -1,8 +1,10 @@
 """What a person sees: exit codes, words on stderr, one line of JSON on stdout."""
 
+import importlib.metadata
 import json
 import logging
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -13,6 +15,7 @@ import pytest
 
 from infra.services import object_store
 from pipelines import cli, driver, launch, prepare, pretrain
+from pipelines.command_line import STAGE_WORDS
 from pipelines.config import PrepareConfig, PretrainConfig, StageResult
 from pipelines.config_fields import describe
 from pipelines.stage_kinds import KINDS
@@ -289,10 +292,74 @@ def test_help_lists_every_field(mae: Callable[..., Told], stage: str) -> None:
 def test_an_unknown_option_or_stage_is_exit_code_2(mae: Callable[..., Told]) -> None:
     told = mae("pretrain", "--frsh")
     assert told.code == 2
-    assert "unknown option --frsh; `mae pretrain --help` lists them" in told.err
-    assert "prepare" in mae("pretrian").err
-    assert mae("pretrian").code == 2
-    assert mae().code == 2
+    assert "unknown option --frsh; did you mean --fresh?" in told.err
+    told = mae("pretrain", "--zzz")
+    assert "unknown option --zzz; `mae pretrain --help` lists them" in told.err
+    told = mae("pretrian")
+    assert told.code == 2
+    assert "there is no stage 'pretrian'; did you mean pretrain? `mae` lists them" in told.err
+    assert "there is no stage 'xyz'; `mae` lists them" in mae("xyz").err
+
+
+def test_without_a_word_every_stage_is_listed_with_a_line(mae: Callable[..., Told]) -> None:
+    told = mae()
+    assert told.code == 2
+    lines = {line.split()[0]: line for line in told.out.splitlines() if line.startswith("    ")}
+    assert set(STAGE_WORDS) <= set(lines)
+    assert lines["prepare"].endswith("Pack images into shards, or draw a small data set.")
+
+
+def test_the_version_is_the_packages(mae: Callable[..., Told]) -> None:
+    told = mae("--version")
+    assert (told.code, told.out) == (0, f"mae {importlib.metadata.version('mae-pipeline')}\n")
+
+
+def test_help_shows_what_can_stand_without_a_key(mae: Callable[..., Told]) -> None:
+    told = mae("prepare", "--help").out
+    assert "mae prepare PICTURES OUT" in told
+    assert "mae prepare index TARS" in told
+    assert "mae prepare stats TARS" in told
+    assert "mae embed search IMAGE init_from=CHECKPOINT" in mae("embed", "--help").out
+
+
+@pytest.mark.parametrize("stage", sorted(KINDS))
+def test_help_tells_types_in_words(mae: Callable[..., Told], stage: str) -> None:
+    told = mae(stage, "--help").out
+    assert not re.search(r"Optional|Literal|tuple|dict|Union|\bstr\b|\bNone\b", told)
+
+
+def test_help_and_a_config_error_import_nothing_heavy(tmp_path: Path) -> None:
+    code = (
+        "import sys; from pipelines import cli\n"
+        "try: cli.main(sys.argv[1:])\n"
+        "except SystemExit: pass\n"
+        "heavy = ('torch', 'ray', 'mlflow', 'numpy', 'pyarrow', 'boto3', 'PIL')\n"
+        "print([name for name in heavy if name in sys.modules], file=sys.stderr)"
+    )
+    for words in (["--help"], ["completion", "bash"], ["pretrain", "data.train=/d", "a=1"]):
+        done = subprocess.run(
+            [sys.executable, "-c", code, *words], cwd=tmp_path, capture_output=True, text=True
+        )
+        assert done.stderr.splitlines()[-1] == "[]"
+
+
+def test_a_path_with_an_equals_sign_is_a_path(
+    mae: Callable[..., Told], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[PrepareConfig] = []
+
+    def run(config: PrepareConfig, *, fresh: bool) -> StageResult:
+        seen.append(config)
+        return StageResult("prepare", "done", None, config.output, {})
+
+    monkeypatch.setattr(prepare, "run", run)
+    Path("split=1").mkdir()
+    Path("a.yaml").mkdir()
+    assert mae("prepare", "split=1", "a.yaml").code == 2, "a key is a key"
+    Path("lr=1").mkdir()
+    assert mae("prepare", "lr=1", "a.yaml").code == 0
+    assert (seen[0].source, seen[0].output) == ("lr=1", "a.yaml")
+    assert "source: is empty" in mae("prepare", "", "out").err
 
 
 @pytest.mark.parametrize(
