@@ -115,7 +115,7 @@ def start_run(
             "MLflow at %s cannot be used, so this run is not recorded: %s. %s, or set tracking.uri",
             tracking.uri,
             _reason(error),
-            "Start it (make up)" if tracking.uri.startswith("http") else "Check the path",
+            _remedy(tracking.uri, error),
         )
         return None
     return str(run.info.run_id)
@@ -132,6 +132,19 @@ def _first_params(
         order_by=["attributes.start_time ASC"],
     )
     return dict(runs[0].data.params) if runs else None
+
+
+def _remedy(uri: str, error: Exception) -> str:
+    if not uri.startswith("http"):
+        return "Check the path"
+    # The server is there, and refuses: MLflow has a status for some of these, text for others.
+    refused = ("UNAUTHENTICATED", "PERMISSION_DENIED", "401", "403")
+    if any(word in f"{getattr(error, 'error_code', '')} {error}" for word in refused):
+        return (
+            "It refuses: check MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or "
+            "MLFLOW_TRACKING_TOKEN"
+        )
+    return "Start it (make up)"
 
 
 def _reopen_run(client: MlflowClient, run_id: str) -> Any:

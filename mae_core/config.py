@@ -20,6 +20,13 @@ class StrictConfig(BaseModel):
     )
 
 
+def as_square(raw: object) -> object:
+    """Both sides, where a size is given by one number: `224` or `[224]`."""
+    if isinstance(raw, list | tuple) and len(raw) == 1:
+        raw = raw[0]
+    return (raw, raw) if isinstance(raw, int) and not isinstance(raw, bool) else raw
+
+
 class EncoderShape(NamedTuple):
     embed_dim: int
     depth: int
@@ -70,8 +77,8 @@ class ModelConfig(StrictConfig):
     @model_validator(mode="before")
     @classmethod
     def _one_number_is_a_square(cls, raw: object) -> object:
-        if isinstance(raw, dict) and isinstance(raw.get("img_size"), int):
-            return {**raw, "img_size": (raw["img_size"], raw["img_size"])}
+        if isinstance(raw, dict) and "img_size" in raw:
+            return {**raw, "img_size": as_square(raw["img_size"])}
         return raw
 
     @model_validator(mode="after")

@@ -10,7 +10,7 @@ import re
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from infra import storage, transfers
 from infra.file_names import UnsafeNameError
@@ -21,9 +21,13 @@ from mae_core.checkpoint import (
     read_manifest,
     verify_checkpoint,
 )
+from mae_core.config import StrictConfig
 from pipelines.config import ConfigError
 
 logger = logging.getLogger(__name__)
+
+ConfigT = TypeVar("ConfigT", bound=StrictConfig)
+MAX_NAMED = 8  # folders in a message
 
 
 class FoundCheckpoint(NamedTuple):
@@ -90,6 +94,37 @@ def fetch_checkpoint(uri: str, folder: Path) -> FoundCheckpoint:
     except (FileNotFoundError, UnsafeNameError, transfers.WrongSizeError) as error:
         raise CorruptCheckpointError(f"{uri}: {error}") from error
     return FoundCheckpoint(uri, folder, verify_checkpoint(folder))
+
+
+def at_newest_checkpoint(config: ConfigT) -> ConfigT:
+    """The config with the newest checkpoint for an `init_from` that is a run's folder.
+
+    So the checkpoint, and not where it was looked for, is what names the run.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    given: str | None = config.model_dump(include={"init_from"})["init_from"]
+    if given is None or storage.exists(storage.join(storage.absolute(given), MANIFEST_FILE)):
+        return config
+    for folder in (storage.join(given.rstrip("/"), "checkpoints"), given.rstrip("/")):
+        for step in _steps_in(storage.absolute(folder)):
+            uri = storage.join(folder, f"step-{step:08d}")
+            if storage.exists(storage.join(storage.absolute(uri), MANIFEST_FILE)):
+                logger.info("init_from=%s: takes its newest checkpoint, %s", given, uri)
+                return config.model_copy(update={"init_from": uri})
+    there = storage.list_folders(storage.absolute(given))
+    hint = f"; it holds {', '.join(sorted(there)[:MAX_NAMED])}" if there else ""
+    raise ConfigError(
+        f"init_from={given}: is no whole checkpoint, nor the folder of a run that has one{hint}"
+    )
+
+
+def _steps_in(uri: str) -> list[int]:
+    """Steps that have a folder there, newest first."""
+    names = storage.list_folders(uri)
+    found = (re.fullmatch(r"step-(\d+)", name) for name in names)
+    return sorted((int(match[1]) for match in found if match), reverse=True)
 
 
 def fetch_manifest(uri: str) -> CheckpointManifest:

@@ -4,7 +4,7 @@ Imports no torch, Ray or MLflow: a mistake in a config is reported within a seco
 """
 
 from pathlib import Path
-from typing import Literal, NamedTuple, Self
+from typing import Any, Literal, NamedTuple, Self, TypeVar
 
 from pydantic import Field, field_validator, model_validator
 
@@ -42,7 +42,8 @@ class DataConfig(StrictConfig):
     decode: Literal["worker", "cluster"] = "worker"
     """Where images are decoded: in the training workers, or in Ray Data tasks on CPU nodes."""
     shuffle_window: int = Field(default=1024, gt=0)
-    """Samples permuted together, after the shards are permuted; a multiple of the micro batch."""
+    """Samples permuted together, after the shards are permuted; a multiple of the micro batch. The
+    default is rounded up to one."""
     crop_scale: tuple[float, float] = (0.2, 1.0)
     """Share of the image's area that a random crop covers, from and to."""
     flip: bool = True
@@ -102,6 +103,40 @@ class DebugConfig(StrictConfig):
         return None if path is None else str(Path(path).absolute())
 
 
+ModelT = TypeVar("ModelT", bound=StrictConfig)
+
+
+def fitted_batches(optim: ModelT, num_workers: int, crops_per_image: int) -> ModelT:
+    """The section with the batch sizes that were not set such that they divide.
+
+    A global batch is rounded up; a micro batch is the largest of at most its default.
+    """
+    values: Any = optim
+    is_set, micro, batch = (
+        optim.model_fields_set,
+        values.micro_batch_size,
+        values.global_batch_size,
+    )
+    if "micro_batch_size" not in is_set and micro % crops_per_image:
+        micro = max(micro // crops_per_image, 1) * crops_per_image
+    if "global_batch_size" not in is_set:
+        batch = -(-batch // (micro * num_workers)) * micro * num_workers
+    elif "micro_batch_size" not in is_set and batch % num_workers == 0:
+        share = batch // num_workers
+        sizes = range(crops_per_image, micro + 1, crops_per_image)
+        micro = max((size for size in sizes if share % size == 0), default=micro)
+    return optim.model_copy(update={"micro_batch_size": micro, "global_batch_size": batch})
+
+
+def fitted_window(data: ModelT, images_per_micro_batch: int) -> ModelT:
+    """The section with a `shuffle_window` that was not set as a multiple of the micro batch."""
+    if "shuffle_window" in data.model_fields_set or images_per_micro_batch < 1:
+        return data
+    default_window: int = data.model_dump(include={"shuffle_window"})["shuffle_window"]
+    window = -(-default_window // images_per_micro_batch) * images_per_micro_batch
+    return data.model_copy(update={"shuffle_window": window})
+
+
 class PretrainConfig(StrictConfig):
     name: str = Field(default="pretrain", pattern=NAME_PATTERN)
     """Starts the run's name; a hash of what determines the result ends it."""
@@ -119,8 +154,18 @@ class PretrainConfig(StrictConfig):
     storage: StorageConfig = StorageConfig()
     tracking: TrackingConfig = Field(default_factory=TrackingConfig)
     init_from: str | None = None
-    """Checkpoint folder or URI whose weights (only) the run starts from."""
+    """Checkpoint whose weights (only) the run starts from, or a run's folder, whose newest
+    checkpoint is taken; a folder or URI."""
     debug: DebugConfig = DebugConfig()
+
+    @model_validator(mode="after")
+    def _defaults_fit(self) -> Self:
+        """Fit what the user did not set to what they did: a default is never the mistake."""
+        optim = fitted_batches(self.optim, self.scaling.num_workers, self.data.crops_per_image)
+        object.__setattr__(self, "optim", optim)  # the model is frozen from here on
+        images = optim.micro_batch_size // self.data.crops_per_image
+        object.__setattr__(self, "data", fitted_window(self.data, images))
+        return self
 
     @model_validator(mode="after")
     def _batches_divide(self) -> Self:

@@ -23,7 +23,7 @@ from mae_core.data.samples import DataError, Sample
 from mae_core.model.classifier import layer_scales
 from mae_core.optim import fine_tuning_groups
 from pipelines import driver, launch
-from pipelines.checkpoints import fetch_manifest
+from pipelines.checkpoints import at_newest_checkpoint, fetch_manifest
 from pipelines.class_names import Numbers
 from pipelines.config import ConfigError, StageResult
 from pipelines.datasets import (
@@ -96,6 +96,7 @@ def run(config: DownstreamConfig, stage: Stage, *, fresh: bool) -> StageResult:
     """
     driver.check_paths(_paths(config))
     driver.check_tracking(config.tracking.uri)
+    config = at_newest_checkpoint(config)
     root = storage.absolute(config.storage.root)
     folder = RunFolder(storage.join(root, config.stage, config.run_name))
     pretrained = fetch_manifest(config.init_from)

@@ -5,8 +5,15 @@ from typing import Annotated, ClassVar, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from infra.config import StorageConfig, TrackingConfig
-from mae_core.config import StrictConfig
-from pipelines.config import NAME_PATTERN, CheckpointConfig, DebugConfig, ScalingConfig
+from mae_core.config import StrictConfig, as_square
+from pipelines.config import (
+    NAME_PATTERN,
+    CheckpointConfig,
+    DebugConfig,
+    ScalingConfig,
+    fitted_batches,
+    fitted_window,
+)
 from pipelines.field_roles import identity_digest
 
 Share = float  # in (0, 1]
@@ -20,7 +27,8 @@ class LabelledDataConfig(StrictConfig):
     val: str | tuple[str, ...]
     """Labelled shards that the result is measured on; likewise."""
     shuffle_window: int = Field(default=1024, gt=0)
-    """Samples permuted together, after the shards are permuted; a multiple of the micro batch."""
+    """Samples permuted together, after the shards are permuted; a multiple of the micro batch. The
+    default is rounded up to one."""
     max_bad_ratio: float = Field(default=0.01, ge=0, le=1)
     """The run stops when a larger share of the samples can't be used."""
 
@@ -98,8 +106,8 @@ class DownstreamConfig(StrictConfig):
     name: str = Field(default="", pattern=r"^([A-Za-z0-9][A-Za-z0-9_.-]*)?$")
     """Starts the run's name, else the stage does; a hash of what determines the result ends it."""
     init_from: str
-    """Checkpoint folder or URI of the pretrained encoder: its size, channels and channel
-    statistics are used."""
+    """Checkpoint of the pretrained encoder, whose size, channels and channel statistics are used,
+    or a run's folder, whose newest checkpoint is taken; a folder or URI."""
     data: LabelledDataConfig
     img_size: tuple[int, int] | None = None
     """Height and width of the images that are trained on, in pixels; one number means a square.
@@ -117,7 +125,15 @@ class DownstreamConfig(StrictConfig):
     @field_validator("img_size", mode="before")
     @classmethod
     def _one_number_is_a_square(cls, raw: object) -> object:
-        return (raw, raw) if isinstance(raw, int) else raw
+        return as_square(raw)
+
+    @model_validator(mode="after")
+    def _defaults_fit(self) -> Self:
+        """Fit what the user did not set to what they did: a default is never the mistake."""
+        optim = fitted_batches(self.optim, self.scaling.num_workers, 1)
+        object.__setattr__(self, "optim", optim)  # the model is frozen from here on
+        object.__setattr__(self, "data", fitted_window(self.data, optim.micro_batch_size))
+        return self
 
     @model_validator(mode="after")
     def _batches_divide(self) -> Self:
@@ -316,7 +332,7 @@ class EmbedConfig(StrictConfig):
     name: str = Field(default="embed", pattern=NAME_PATTERN)
     """Starts the run's name; a hash of what determines the result ends it."""
     init_from: str
-    """Checkpoint folder or URI of the encoder."""
+    """Checkpoint of the encoder, or a run's folder, whose newest is taken; a folder or URI."""
     data: str | tuple[str, ...]
     """Shards whose images are embedded."""
     features: Literal["mean", "cls", "grid"] = "mean"
@@ -340,7 +356,7 @@ class EmbedConfig(StrictConfig):
     @field_validator("img_size", mode="before")
     @classmethod
     def _one_number_is_a_square(cls, raw: object) -> object:
-        return (raw, raw) if isinstance(raw, int) else raw
+        return as_square(raw)
 
     @property
     def run_name(self) -> str:

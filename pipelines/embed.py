@@ -42,7 +42,7 @@ from mae_core.evaluation.classification import encode_features
 from mae_core.evaluation.retrieval import cosine_similarity, retrieval_picture
 from mae_core.model.encoder import MaskedEncoder
 from pipelines import driver, launch
-from pipelines.checkpoints import fetch_checkpoint, fetch_manifest
+from pipelines.checkpoints import at_newest_checkpoint, fetch_checkpoint, fetch_manifest
 from pipelines.config import ConfigError, StageResult
 from pipelines.datasets import open_shards, read_rows, read_samples
 from pipelines.downstream_config import EmbedConfig
@@ -87,6 +87,7 @@ def run(config: EmbedConfig, *, fresh: bool) -> StageResult:
     """
     driver.check_paths(_paths(config))
     driver.check_tracking(config.tracking.uri)
+    config = at_newest_checkpoint(config)
     root = storage.absolute(config.storage.root)
     folder = RunFolder(storage.join(root, STAGE, config.run_name))
     encoder = fetch_manifest(config.init_from)

@@ -38,7 +38,7 @@ from mae_core.data.samples import DataError
 from mae_core.data.transforms import center_crop, stack_pixels
 from mae_core.masking import draw_noise
 from pipelines import driver, launch
-from pipelines.checkpoints import fetch_manifest, find_checkpoint, list_steps
+from pipelines.checkpoints import at_newest_checkpoint, fetch_manifest, find_checkpoint, list_steps
 from pipelines.class_names import (
     Classes,
     classes_by_name,
@@ -98,6 +98,7 @@ def run(config: PretrainConfig, *, fresh: bool) -> StageResult:
     """
     driver.check_paths(_paths(config))
     driver.check_tracking(config.tracking.uri)
+    config = at_newest_checkpoint(config)
     folder = RunFolder(storage.join(storage.absolute(config.storage.root), STAGE, config.run_name))
     if fresh:
         storage.delete_folder(folder.index_uri)

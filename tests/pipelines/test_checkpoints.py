@@ -11,12 +11,15 @@ from torch import nn
 from mae_core.checkpoint import CheckpointRecord, CorruptCheckpointError, save_checkpoint
 from mae_core.config import LossConfig, MaskingConfig, ModelConfig
 from pipelines.checkpoints import (
+    at_newest_checkpoint,
     commit_checkpoint,
     fetch_checkpoint,
     find_checkpoint,
     list_steps,
     resume_position,
 )
+from pipelines.config import ConfigError
+from pipelines.downstream_config import EmbedConfig
 from pipelines.run_folder import SupersededError
 
 
@@ -186,3 +189,29 @@ def test_only_what_the_manifest_lists_is_copied(saved: dict[int, Path], tmp_path
         "model.safetensors",
         "training_state.safetensors",
     ]
+
+
+def test_a_runs_folder_stands_for_its_newest_checkpoint(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = tmp_path / "run"
+    for step in (5, 200, 1000):
+        (run / f"checkpoints/step-{step:08d}").mkdir(parents=True)
+    for step in (5, 200):  # the newest was cut off
+        (run / f"checkpoints/step-{step:08d}/manifest.json").write_text("{}")
+    newest = f"{run}/checkpoints/step-00000200"
+    caplog.set_level("INFO")
+    by_run = []
+    for given in (newest, str(run), f"{run}/", f"{run}/checkpoints"):
+        config = EmbedConfig(init_from=given, data="/d")
+        found = at_newest_checkpoint(config)
+        assert found.init_from == newest
+        by_run.append(found.run_name)
+    assert len(set(by_run)) == 1
+    assert f"init_from={run}: takes its newest checkpoint, {newest}" in caplog.text
+
+
+def test_a_folder_without_a_checkpoint_is_told_with_what_it_holds(tmp_path: Path) -> None:
+    (tmp_path / "pretrain-1").mkdir()
+    with pytest.raises(ConfigError, match=r"is no whole checkpoint, nor .*; it holds pretrain-1"):
+        at_newest_checkpoint(EmbedConfig(init_from=str(tmp_path), data="/d"))

@@ -140,7 +140,12 @@ def test_an_empty_file_changes_nothing(tmp_path: Path) -> None:
 
 
 def test_a_batch_that_does_not_divide_is_told_in_numbers() -> None:
-    assert mistake("data.train=/d", "optim.global_batch_size=100", "scaling.num_workers=2") == (
+    assert mistake(
+        "data.train=/d",
+        "optim.global_batch_size=100",
+        "optim.micro_batch_size=64",
+        "scaling.num_workers=2",
+    ) == (
         "config: optim.global_batch_size=100 is not a multiple of "
         "optim.micro_batch_size=64 x scaling.num_workers=2"
     )
@@ -148,7 +153,7 @@ def test_a_batch_that_does_not_divide_is_told_in_numbers() -> None:
         "config: data.shuffle_window=100 is not a multiple of the images of a micro batch, 64: "
         "optim.micro_batch_size=64 / data.crops_per_image=1"
     )
-    assert mistake(*NEEDED, "data.crops_per_image=3") == (
+    assert mistake(*NEEDED, "data.crops_per_image=3", "optim.micro_batch_size=64") == (
         "config: optim.micro_batch_size=64 is not a multiple of data.crops_per_image=3"
     )
 
@@ -253,3 +258,39 @@ def test_a_config_loads_without_torch_and_ray() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "batch", "micro", "window"),
+    [
+        (["optim.micro_batch_size=50"], 4100, 50, 1050),
+        (["optim.global_batch_size=100", "scaling.num_workers=2"], 100, 50, 1050),
+        (["optim.global_batch_size=32"], 32, 32, 1024),
+        (["scaling.num_workers=3"], 4224, 64, 1024),
+        (["data.crops_per_image=3"], 4158, 63, 1029),
+        (["optim.global_batch_size=96", "data.crops_per_image=3"], 96, 48, 1024),
+        (["optim.global_batch_size=512", "optim.micro_batch_size=32"], 512, 32, 1024),
+    ],
+)
+def test_what_was_not_set_fits_what_was(
+    words: list[str], batch: int, micro: int, window: int
+) -> None:
+    config = load_config(PretrainConfig, [], ["data.train=/d", *words], {})
+    assert config.optim.global_batch_size == batch
+    assert config.optim.micro_batch_size == micro
+    assert config.data.shuffle_window == window
+    assert PretrainConfig.model_validate(config.model_dump(mode="json")) == config
+
+
+def test_what_was_set_is_never_changed() -> None:
+    assert "data.shuffle_window=1024 is not a multiple" in mistake(
+        "data.train=/d", "optim.micro_batch_size=50", "data.shuffle_window=1024"
+    )
+    assert "optim.global_batch_size=64 is not a multiple" in mistake(
+        *NEEDED, "optim.micro_batch_size=50"
+    )
+
+
+@pytest.mark.parametrize("size", ["32", "[32]", "[32, 32]"])
+def test_a_square_is_given_by_one_side(size: str) -> None:
+    assert make_config(f"model.img_size={size}").model.img_size == (32, 32)
