@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mae_core.data.decode import decode_image, jpeg_header
+from mae_core.data.decode_limits import memory_in_flight
 from mae_core.data.pixels import CorruptSampleError, Pixels
 from mae_core.data.randomness import named_generator, sample_generator
 from mae_core.data.transforms import cut_view, largest_shrink, random_crop
@@ -32,11 +33,21 @@ def training_view(image: bytes, epoch: int, key: str, spec: ViewSpec) -> Pixels:
 def training_views(
     image: bytes, epoch: int, key: str, spec: ViewSpec, num_views: int
 ) -> list[Pixels]:
-    """Random resized crops of one sample, each mirrored half of the time; decoded once.
+    """Cut random resized crops of one sample, each mirrored half of the time; decode it once.
 
     Raises:
         CorruptSampleError: the bytes are no image.
     """
+    try:
+        with memory_in_flight():
+            return _training_views(image, epoch, key, spec, num_views)
+    except MemoryError as error:
+        raise CorruptSampleError("takes more memory than there is", "memory") from error
+
+
+def _training_views(
+    image: bytes, epoch: int, key: str, spec: ViewSpec, num_views: int
+) -> list[Pixels]:
     generators = [view_generator(spec.seed, epoch, key, view) for view in range(num_views)]
     header = jpeg_header(image)
     pixels = None
