@@ -8,19 +8,21 @@ written to disk under a member's name.
 Source: the WebDataset format, https://github.com/webdataset/webdataset.
 """
 
-import tarfile
 import zlib
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import BinaryIO, Literal, NamedTuple, cast
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-_READ_BUFFER_BYTES = 2**20
+from mae_core.data.tar_members import Member, TarDamageError, TarReader
+
 # In order of preference, where a sample has more than one.
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "tif", "tiff", "dcm")
+LABEL_MAP = "seg.png"  # no picture of its own
+_NUM_EXAMPLES = 5
 MAX_MEMBER_BYTES = 2**30  # of a tar; a header can claim anything
 
 
@@ -42,8 +44,11 @@ class ShardIndex(NamedTuple):
     """Where the samples of one tar lie: sample i is the bytes [offsets[i], offsets[i + 1])."""
 
     offsets: npt.NDArray[np.int64]  # (num_samples + 1,)
-    left_out: Counter[str]  # groups that are no samples, by reason: no_image, duplicate_key, cut
+    # Groups that are no samples, by reason: no_image, duplicate_key, cut; and unused_picture: those
+    # beside the one that is their sample's image, or in a group without one.
+    left_out: Counter[str]
     damage: DataError | None = None  # where a tar that is not whole ends
+    unused: tuple[str, ...] = ()  # extensions of unused pictures, some of them
 
     @property
     def num_samples(self) -> int:
@@ -73,15 +78,11 @@ def iter_samples(stream: BinaryIO, shard: str, *, lenient: bool = False) -> Iter
     Raises:
         DataError: the tar is cut or damaged, or the members of a key are not next to each other.
     """
-    source = stream if stream.seekable() else _TailReader(stream)
-    with _open_tar(source, shard) as tar:
+    tar = TarReader(stream)
+    with _data_errors(shard):
         for group in _groups(tar, shard, contents=True, duplicates=Counter() if lenient else None):
             if _has_image(group):
                 yield group
-        end = tar.offset
-    # tarfile takes a damaged header for the end; a slice just stops, a whole tar has zeros.
-    if _block_at(source, end).strip(b"\0"):
-        raise _cut_or_damaged(shard, end)
 
 
 def index_shard(stream: BinaryIO, shard: str, *, lenient: bool = False) -> ShardIndex:
@@ -97,31 +98,50 @@ def index_shard(stream: BinaryIO, shard: str, *, lenient: bool = False) -> Shard
         DataError: as `iter_samples`; also for a tar without the end marker, which is how a tar
             that was cut between two members looks. Never if `lenient`: that is then `damage`.
     """
-    groups: list[tuple[int, bool]] = []  # offset, and whether it has an image
+    groups: list[tuple[int, bool, list[str]]] = []  # offset, whether it has an image, unused ones
     duplicates: Counter[str] | None = Counter() if lenient else None
     damage: DataError | None = None
-    end = 0
-    source = stream if stream.seekable() else _TailReader(stream)
+    tar = TarReader(stream)
     try:
-        with _open_tar(source, shard) as tar:
-            found = _groups(tar, shard, contents=False, duplicates=duplicates)
-            groups.extend((group.offset, _has_image(group)) for group in found)
-            end = tar.offset
-        # tarfile takes a damaged or missing header for the end; only a block of zeros is the end.
-        if _block_at(source, end) != bytes(tarfile.BLOCKSIZE):
-            raise _cut_or_damaged(shard, end)
+        with _data_errors(shard):
+            groups.extend(
+                (group.offset, _has_image(group), _unused_pictures(group))
+                for group in _groups(tar, shard, contents=False, duplicates=duplicates)
+            )
+            if not tar.has_end_marker:
+                raise TarDamageError(f"it has no end marker, at byte {tar.position}")
+        end = tar.position
     except DataError as error:
         if not lenient:
             raise
         damage = error
+        end = 0
         if groups:
-            end, _ = groups.pop()  # it may lack members
-    offsets = [offset for offset, has_image in groups if has_image]
-    left_out = Counter({"no_image": len(groups) - len(offsets), "cut": int(damage is not None)}) + (
-        duplicates or Counter()
-    )
+            end, *_ = groups.pop()  # it may lack members
+    offsets = [offset for offset, has_image, _ in groups if has_image]
+    unused = [extension for *_, extensions in groups for extension in extensions]
+    left_out = Counter(
+        {
+            "no_image": len(groups) - len(offsets),
+            "cut": int(damage is not None),
+            "unused_picture": len(unused),
+        }
+    ) + (duplicates or Counter())
     offsets = [*offsets, end] if offsets else [0]
-    return ShardIndex(np.asarray(offsets, dtype=np.int64), left_out, damage)
+    examples = tuple(sorted(set(unused))[:_NUM_EXAMPLES])
+    return ShardIndex(np.asarray(offsets, dtype=np.int64), left_out, damage, examples)
+
+
+def describe_unused(extensions: tuple[str, ...]) -> str:
+    """Say why pictures under these extensions are nobody's image, and what to do; or nothing."""
+    if not extensions:
+        return ""
+    names = ", ".join(f".{name}" for name in extensions)
+    return (
+        f"; pictures that are not used have the extensions {names}: a sample has one image, and "
+        "what follows the first dot of a name is its extension. `mae prepare` packs folders of "
+        "pictures and replaces dots"
+    )
 
 
 def sample_checksums(
@@ -138,65 +158,34 @@ def sample_checksums(
     return np.asarray([zlib.crc32(view[a - first : b - first]) for a, b in pairs], dtype=np.int64)
 
 
-def _cut_or_damaged(shard: str, end: int) -> DataError:
-    return DataError(f"{shard}: cut or damaged at byte {end}; fetch or pack it again")
-
-
 def _has_image(sample: Sample) -> bool:
     return any(extension in sample.parts for extension in IMAGE_EXTENSIONS)
 
 
-class _TailReader:
-    """Counts what is read from a stream and remembers the last of it."""
-
-    def __init__(self, stream: BinaryIO) -> None:
-        self._stream = stream
-        self._chunks: deque[bytes] = deque()
-        self._num_kept = 0
-        self.position = 0
-
-    def seekable(self) -> bool:
-        return False
-
-    def read(self, size: int = -1) -> bytes:
-        data = self._stream.read(size)
-        self._chunks.append(data)
-        self._num_kept += len(data)
-        self.position += len(data)
-        # tarfile reads at most one buffer ahead, but a socket gives it in many small pieces.
-        while self._num_kept - len(self._chunks[0]) >= 2 * _READ_BUFFER_BYTES:
-            self._num_kept -= len(self._chunks.popleft())
-        return data
-
-    def tail_from(self, start: int) -> bytes:
-        tail = b"".join(self._chunks)
-        return tail[max(0, start - (self.position - len(tail))) :]
-
-
-def _block_at(source: BinaryIO | _TailReader, offset: int) -> bytes:
-    if isinstance(source, _TailReader):
-        return source.tail_from(offset)[: tarfile.BLOCKSIZE]
-    source.seek(offset)
-    return source.read(tarfile.BLOCKSIZE)
+def _unused_pictures(sample: Sample) -> list[str]:
+    """Extensions of the pictures of a group that are nobody's image."""
+    names = [
+        name
+        for name in sample.parts
+        if name.rpartition(".")[2] in IMAGE_EXTENSIONS and name != LABEL_MAP
+    ]
+    image = next((name for name in IMAGE_EXTENSIONS if name in names), None)
+    return [name for name in names if name != image]
 
 
 @contextmanager
-def _open_tar(stream: BinaryIO | _TailReader, shard: str) -> Iterator[tarfile.TarFile]:
-    mode: Literal["r:", "r|"] = "r:" if stream.seekable() else "r|"
+def _data_errors(shard: str) -> Iterator[None]:
     try:
-        with tarfile.open(
-            fileobj=cast(BinaryIO, stream), mode=mode, bufsize=_READ_BUFFER_BYTES
-        ) as tar:
-            yield tar
-    except (tarfile.TarError, EOFError) as error:
+        yield
+    except TarDamageError as error:
         raise DataError(
             f"{shard}: not a whole tar file ({error}); fetch or pack it again"
         ) from error
 
 
-def _name_of(member: tarfile.TarInfo, shard: str) -> tuple[str, str] | None:
+def _name_of(member: Member, shard: str) -> tuple[str, str] | None:
     """Key and extension; None for what is no part of a sample."""
-    if not member.isreg() or member.issparse():  # sparse: a kilobyte may claim any size
+    if not member.is_file:
         return None
     name = split_name(member.name)
     if name is not None and member.size > MAX_MEMBER_BYTES:
@@ -207,7 +196,7 @@ def _name_of(member: tarfile.TarInfo, shard: str) -> tuple[str, str] | None:
 
 
 def _groups(
-    tar: tarfile.TarFile,
+    tar: TarReader,
     shard: str,
     *,
     contents: bool,
@@ -221,7 +210,6 @@ def _groups(
     seen: set[str] = set()
     skipped = ""  # the key that is being left out
     for member in tar:
-        tar.members = []  # type: ignore[attr-defined]  # webdataset#97: they pile up otherwise
         name = _name_of(member, shard)
         if name is None:
             continue
@@ -247,7 +235,6 @@ def _groups(
                 raise DataError(f"{shard}: {key}.{extension} comes twice")
             duplicates["duplicate_key"] += 1
             continue
-        file = tar.extractfile(member) if contents else None
-        current.parts[extension] = file.read() if file is not None else b""
+        current.parts[extension] = tar.content() if contents else b""
     if current is not None:
         yield current
