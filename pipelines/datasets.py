@@ -41,6 +41,7 @@ from mae_core.data.samples import (
     IMAGE_EXTENSIONS,
     DataError,
     Sample,
+    describe_unused,
     iter_samples,
     sample_checksums,
 )
@@ -112,10 +113,11 @@ def open_shards(
         raise ConfigError(str(error)) from error
     manifest = read_manifests(shards, cache_uri)
     _index.cache_clear()  # an index may have been written anew
+    unused = describe_unused(manifest.unused_extensions)
     if manifest.num_samples == 0:
         raise DataError(
             f"{spec}: {len(shards)} tars, but no sample with an image "
-            f"({' '.join('.' + name for name in IMAGE_EXTENSIONS)}) in them"
+            f"({' '.join('.' + name for name in IMAGE_EXTENSIONS)}) in them{unused}"
         )
     for shard, damage in manifest.damaged.items():
         logger.warning("only the samples before the damage are used: %s", damage)
@@ -126,7 +128,7 @@ def open_shards(
             )
     if manifest.left_out:
         counts = ", ".join(f"{n} x {kind}" for kind, n in sorted(manifest.left_out.items()))
-        logger.warning("left out of the shards: %s", counts)
+        logger.warning("left out of the shards: %s%s", counts, unused)
     return manifest
 
 

@@ -26,6 +26,8 @@ from pydantic import Field
 from infra import machine, storage
 from infra.config import StorageConfig, TrackingConfig
 from mae_core.config import StrictConfig
+from mae_core.data.dicom_images import missing_syntaxes
+from mae_core.data.tiff_images import missing_codecs
 from pipelines.config_loading import load_config
 from pipelines.driver import ROOT
 from pipelines.service_checks import (
@@ -68,6 +70,7 @@ def command(words: Sequence[str]) -> int:
     checks: dict[str, Callable[[], Finding]] = {
         "python": check_python,
         "packages": partial(check_packages, ROOT),
+        "codecs": check_codecs,
         "gpu": check_gpu,
         "ray": check_ray,
         "storage": partial(check_storage, config.storage.root),
@@ -158,6 +161,21 @@ def check_packages(folder: Path) -> Finding:
 def _lock_lines(lock: Path) -> list[str]:
     lines = lock.read_text().splitlines() if lock.is_file() else []
     return [line for line in lines if line.strip() and not line.startswith(("#", "-"))]
+
+
+def check_codecs() -> Finding:
+    """Name the compressions of TIFF and DICOM that can't be read here.
+
+    A picture in one of them is left out as `unsupported`.
+    """
+    tiff, dicom = missing_codecs(), missing_syntaxes()
+    if tiff:
+        fix = "pip install imagecodecs"
+        return Finding("FAIL", f"TIFFs compressed by {', '.join(tiff)} can't be read", fix)
+    what = "JPEG, PNG, WebP, and TIFF with LZW, deflate, zstd, LZMA, PackBits, JPEG and CCITT"
+    if dicom:
+        return Finding("ok", f"{what}; not DICOM with {', '.join(dicom)} (pylibjpeg adds them)")
+    return Finding("ok", f"{what}; DICOM with all common compressions")
 
 
 def check_gpu() -> Finding:

@@ -20,7 +20,14 @@ from mae_core.data.manifest import (
     sum_pixels,
 )
 from mae_core.data.pixels import CorruptSampleError
-from mae_core.data.samples import DataError, index_shard, iter_samples
+from mae_core.data.samples import (
+    DataError,
+    ShardIndex,
+    describe_unused,
+    index_shard,
+    iter_samples,
+    some_extensions,
+)
 from pipelines.config import ConfigError, PrepareConfig, StageResult
 from pipelines.packing import write_index
 from pipelines.process_pool import process_pool
@@ -30,8 +37,7 @@ log = logging.getLogger(__name__)
 
 class _Indexed(NamedTuple):
     shard: ShardInfo
-    left_out: Counter[str]
-    damage: str | None
+    found: ShardIndex
     pixels: PixelSums
 
 
@@ -74,9 +80,13 @@ def run(config: PrepareConfig, *, fresh: bool) -> StageResult:
         shards=tuple(one.shard for one in ordered),
         classes=old.classes if old else None,
         channel_stats=pixels.channel_stats(),
-        left_out=sum((one.left_out for one in ordered), Counter()),
-        damaged={one.shard.path: one.damage for one in ordered if one.damage is not None},
+        left_out=sum((one.found.left_out for one in ordered), Counter()),
+        unused_extensions=some_extensions(one.found for one in ordered),
+        damaged={
+            one.shard.path: str(one.found.damage) for one in ordered if one.found.damage is not None
+        },
     )
+    _say_left_out(folder, manifest)
     text = manifest.model_dump_json(indent=2) + "\n"
     storage.write_bytes(manifest_uri, text.encode())
     metrics: dict[str, float] = {
@@ -87,6 +97,22 @@ def run(config: PrepareConfig, *, fresh: bool) -> StageResult:
         "num_measured": pixels.num_images,
     }
     return StageResult("prepare", "done", None, folder, metrics)
+
+
+def _say_left_out(folder: str, manifest: Manifest) -> None:
+    """Warn of what is no sample.
+
+    Raises:
+        DataError: nothing is one.
+    """
+    counts = ", ".join(f"{n} x {kind}" for kind, n in sorted(manifest.left_out.items()))
+    unused = describe_unused(manifest.unused_extensions)
+    for damage in manifest.damaged.values():
+        log.warning("only the samples before the damage are indexed: %s", damage)
+    if counts:
+        log.warning("left out of %s: %s%s", folder, counts, unused)
+    if not manifest.num_samples:
+        raise DataError(f"{folder}: no tar has a sample with an image{unused}")
 
 
 def _index_all(
@@ -118,4 +144,4 @@ def _index_one(folder: str, name: str, in_chans: int | None) -> _Indexed:
                 pixels += PixelSums.of(decode_image(sample.image, in_chans))
             except CorruptSampleError as error:
                 log.warning("not measured: %s in %s: %s", sample.key, uri, error)
-    return _Indexed(info, found.left_out, str(found.damage) if found.damage else None, pixels)
+    return _Indexed(info, found, pixels)

@@ -16,7 +16,7 @@ from mae_core.data.manifest import (
     merge_manifests,
     parse_manifest,
 )
-from mae_core.data.samples import IMAGE_EXTENSIONS, ShardIndex, index_shard
+from mae_core.data.samples import IMAGE_EXTENSIONS, ShardIndex, index_shard, some_extensions
 from pipelines.fingerprints import shard_facts
 
 logger = logging.getLogger(__name__)
@@ -109,6 +109,7 @@ def _indexed_manifest(shards: list[str], cache_uri: str) -> Manifest:
     manifest = Manifest(
         shards=infos,
         left_out=sum((found.left_out for _, found in indexed), Counter()),
+        unused_extensions=some_extensions(found for _, found in indexed),
         damaged={
             path: str(found.damage)
             for path, (_, found) in zip(shards, indexed, strict=True)

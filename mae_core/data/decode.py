@@ -37,7 +37,14 @@ _MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")  # that is none of the coded 
 # to a dozen scans; extended XMP and colour profiles take up to a few hundred segments.
 _MAX_SCANS, _MAX_SEGMENTS = 200, 2000
 # What the readers say where data inflates to more than there is room for.
-_INFLATES_FURTHER = ("too large", "Too much memory", "Z_BUF_ERROR", "SUFFICIENT_SPACE", "too small")
+_INFLATES_FURTHER = (
+    "data too large",
+    "Too much memory",
+    "Z_BUF_ERROR",
+    "SUFFICIENT_SPACE",
+    "TOO_SMALL",
+    "too small",
+)
 _LUMA = np.asarray([0.299, 0.587, 0.114])  # ITU-R 601
 
 logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # what is wrong with a file is raised

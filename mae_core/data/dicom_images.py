@@ -66,7 +66,11 @@ class _Window(NamedTuple):
 
 def missing_syntaxes() -> list[str]:
     """Name the compressions of DICOM, of those that are common, that can't be read here."""
-    return [syntax.name for syntax in _OFTEN_COMPRESSED_BY if not get_decoder(syntax).is_available]
+    return [
+        syntax.name.partition(",")[0]
+        for syntax in _OFTEN_COMPRESSED_BY
+        if not get_decoder(syntax).is_available
+    ]
 
 
 def decode_dicom(data: bytes) -> Pixels:
@@ -77,7 +81,8 @@ def decode_dicom(data: bytes) -> Pixels:
     """
     if _is_deflated(data):  # pydicom inflates it without a limit
         raise CorruptSampleError(
-            f"is a deflated DICOM, which is not read; {_WAY_OUT}", "unsupported"
+            "is a deflated DICOM, which is not read; gdcmconv --raw writes one that is",
+            "unsupported",
         )
     dataset = pydicom.dcmread(WatchedBytes(data))
     samples = int(dataset.get("SamplesPerPixel", 1))

@@ -69,7 +69,9 @@ class Manifest(StrictConfig):
     """Names of the classes, in the order of the `.cls` numbers."""
     channel_stats: ChannelStats | None = None
     left_out: dict[str, int] = Field(default_factory=dict)
-    """Groups of tar members that are no samples, by reason."""
+    """Groups of tar members that are no samples, by reason, and pictures that are not used."""
+    unused_extensions: tuple[str, ...] = ()
+    """Some of the extensions that those pictures have."""
     damaged: dict[str, str] = Field(default_factory=dict)
     """Tars that are not whole, and where they end; the samples before that are in `shards`."""
 

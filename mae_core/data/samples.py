@@ -10,7 +10,7 @@ Source: the WebDataset format, https://github.com/webdataset/webdataset.
 
 import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import BinaryIO, NamedTuple
 
@@ -130,6 +130,11 @@ def index_shard(stream: BinaryIO, shard: str, *, lenient: bool = False) -> Shard
     offsets = [*offsets, end] if offsets else [0]
     examples = tuple(sorted(set(unused))[:_NUM_EXAMPLES])
     return ShardIndex(np.asarray(offsets, dtype=np.int64), left_out, damage, examples)
+
+
+def some_extensions(indexes: Iterable[ShardIndex]) -> tuple[str, ...]:
+    """Examples of the extensions of unused pictures in a set of tars."""
+    return tuple(sorted({name for index in indexes for name in index.unused}))[:_NUM_EXAMPLES]
 
 
 def describe_unused(extensions: tuple[str, ...]) -> str:

@@ -13,8 +13,10 @@ from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
+import imagecodecs
 import pytest
 
 from infra.services import object_store
@@ -22,6 +24,7 @@ from pipelines import doctor, service_checks
 from pipelines.config import ConfigError
 from pipelines.doctor import (
     check_clock,
+    check_codecs,
     check_disk,
     check_gpu,
     check_packages,
@@ -106,10 +109,30 @@ def test_a_machine_alone_is_fine(
     monkeypatch.setenv("PATH", "")
     assert command([]) == 0
     lines = capsys.readouterr().out.splitlines()
-    names = ["python", "packages", "gpu", "ray", "storage", "mlflow", "disk", "shm", "clock"]
+    names = [
+        "python",
+        "packages",
+        "codecs",
+        "gpu",
+        "ray",
+        "storage",
+        "mlflow",
+        "disk",
+        "shm",
+        "clock",
+    ]
     assert [line.split()[1] for line in lines[:-1] if "fix:" not in line] == names
     assert lines[-1].endswith("0 FAIL")
     assert not Path("runs").exists()  # looking makes nothing
+
+
+def test_codecs_that_are_missing_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert check_codecs().level == "ok"
+    assert "not DICOM with JPEG Lossless" in check_codecs().what
+    monkeypatch.setattr(imagecodecs, "LZW", SimpleNamespace(available=False))
+    assert check_codecs() == Finding(
+        "FAIL", "TIFFs compressed by LZW can't be read", "pip install imagecodecs"
+    )
 
 
 def test_what_fails_is_exit_code_5_with_a_fix(
