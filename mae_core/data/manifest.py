@@ -173,6 +173,9 @@ def merge_manifests(manifests: Sequence[Manifest]) -> Manifest:
         classes=named.pop() if len(named) == 1 else None,
         channel_stats=_pooled_stats([manifest.channel_stats for manifest in manifests]),
         left_out=sum((Counter(manifest.left_out) for manifest in manifests), Counter()),
+        unused_extensions=tuple(
+            sorted({name for manifest in manifests for name in manifest.unused_extensions})
+        )[:_SHOWN],
         damaged={path: why for m in manifests for path, why in m.damaged.items()},
     )
 

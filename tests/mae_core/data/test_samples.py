@@ -15,6 +15,7 @@ from mae_core.data.samples import (
     MAX_MEMBER_BYTES,
     DataError,
     Sample,
+    describe_unused,
     index_shard,
     iter_samples,
     sample_checksums,
@@ -271,6 +272,17 @@ def test_of_a_member_that_comes_twice_the_first_is_taken() -> None:
     assert (index.num_samples, index.left_out) == (2, {"duplicate_key": 1})
     samples = iter_samples(io.BytesIO(data), "s.tar", lenient=True)
     assert [(s.key, s.image) for s in samples] == [("a", b"1"), ("b", b"3")]
+
+
+def test_pictures_that_are_nobody_s_image_are_counted() -> None:
+    names = ["a.jpg", "a.1.jpg", "a.2.JPG", "a.seg.png", "b.jpg", "b.1.jpg", "c.jpg", "c.png"]
+    index = index_shard(io.BytesIO(make_tar([(name, b"x") for name in names])), "s.tar")
+    assert (index.num_samples, index.left_out) == (3, {"unused_picture": 4})
+    assert index.unused == ("1.jpg", "2.jpg", "png")
+    dotted = make_tar([(f"IMG.10.{i}.jpg", b"x") for i in range(3)])
+    index = index_shard(io.BytesIO(dotted), "s.tar", lenient=True)
+    assert index.left_out == {"no_image": 1, "unused_picture": 3}
+    assert "extensions .10.0.jpg, .10.1.jpg, .10.2.jpg" in describe_unused(index.unused)
 
 
 def test_a_sparse_member_is_no_sample() -> None:
