@@ -175,7 +175,7 @@ def merge_manifests(manifests: Sequence[Manifest]) -> Manifest:
         left_out=sum((Counter(manifest.left_out) for manifest in manifests), Counter()),
         unused_extensions=tuple(
             sorted({name for manifest in manifests for name in manifest.unused_extensions})
-        )[:_SHOWN],
+        )[:5],
         damaged={path: why for m in manifests for path, why in m.damaged.items()},
     )
 
