@@ -53,6 +53,7 @@ _IDENTITY: dict[str, tuple[str, ...]] = {
         "source",
         "synthetic",
         "annotations",
+        "classes",
         "existing",
         "split",
         "seed",

@@ -44,7 +44,7 @@ KINDS: dict[str, StageKind] = {
         PrepareConfig,
         "Pack images into shards, or draw a small data set.",
         ("pipelines.prepare", "pipelines.packing", "pipelines.existing_shards"),
-        ("source", "annotations"),
+        ("source", "annotations", "classes"),
         without_effect("prepare"),
     ),
     "validate": StageKind(
