@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from infra.config import TrackingConfig
 from infra.mlflow_client import SQLITE_SCHEME, client_of, experiment_of
 from infra.run_names import name_with_differences
+from infra.tracking_remedies import remedy
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 RunStatus = Literal["FINISHED", "FAILED", "KILLED", "RUNNING", "SCHEDULED", "MISSING", "UNKNOWN"]
@@ -115,7 +116,7 @@ def start_run(
             "MLflow at %s cannot be used, so this run is not recorded: %s. %s, or set tracking.uri",
             tracking.uri,
             _reason(error),
-            _remedy(tracking.uri, error),
+            remedy(tracking.uri, error),
         )
         return None
     return str(run.info.run_id)
@@ -132,19 +133,6 @@ def _first_params(
         order_by=["attributes.start_time ASC"],
     )
     return dict(runs[0].data.params) if runs else None
-
-
-def _remedy(uri: str, error: Exception) -> str:
-    if not uri.startswith("http"):
-        return "Check the path"
-    # The server is there, and refuses: MLflow has a status for some of these, text for others.
-    refused = ("UNAUTHENTICATED", "PERMISSION_DENIED", "401", "403")
-    if any(word in f"{getattr(error, 'error_code', '')} {error}" for word in refused):
-        return (
-            "It refuses: check MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or "
-            "MLFLOW_TRACKING_TOKEN"
-        )
-    return "Start it (make up)"
 
 
 def _reopen_run(client: MlflowClient, run_id: str) -> Any:
