@@ -183,7 +183,7 @@ def test_a_stages_run_is_shown_below_its_pipelines(uri: str, run_id: str) -> Non
     assert child is not None
     tags = MlflowClient(uri).get_run(child).data.tags
     assert tags["mlflow.parentRunId"] == run_id
-    assert tracking.run_link(uri, child).endswith(f"/runs/{child}")
+    assert f"/runs/{child}?" in tracking.run_link(uri, child)
 
 
 def test_a_data_set_is_an_input_of_the_run(uri: str, run_id: str) -> None:
