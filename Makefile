@@ -4,9 +4,17 @@ BIN := $(VENV)/bin
 PYTHON := $(BIN)/python
 SYSTEM_PYTHON ?= python3
 STAMP := $(VENV)/.installed
+NUM_PACKAGES = $(shell grep -c '==' requirements.lock)
 # A test run leaves no usage report and asks no server for one.
 export RAY_USAGE_STATS_ENABLED := 0
 export MLFLOW_DISABLE_TELEMETRY := true
+
+# Says every four seconds that a command which is silent still runs: $(call told,what it does,command)
+define told
+@echo "$(1) ..." >&2; \
+(t=0; while sleep 4 > /dev/null; do t=$$((t + 4)); echo "still $(1), $$t s" >&2; done) & beat=$$!; \
+trap 'kill $$beat' EXIT; $(2)
+endef
 
 .PHONY: help
 help:  ## Show this list
@@ -15,9 +23,11 @@ help:  ## Show this list
 $(STAMP): requirements.lock pyproject.toml
 	@$(SYSTEM_PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "Python 3.11 or newer is needed; set SYSTEM_PYTHON=/path/to/python3.11"; exit 2; }
-	$(SYSTEM_PYTHON) -m venv $(VENV)
-	$(PYTHON) -m pip install --quiet --disable-pip-version-check -r requirements.lock
-	PYTHONWARNINGS=ignore $(PYTHON) -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	$(call told,making $(VENV),$(SYSTEM_PYTHON) -m venv $(VENV))
+	$(call told,installing the $(NUM_PACKAGES) packages of requirements.lock (about two minutes),\
+	  $(PYTHON) -m pip install --quiet --disable-pip-version-check -r requirements.lock)
+	$(call told,installing mae,\
+	  PYTHONWARNINGS=ignore $(PYTHON) -m pip install --quiet --disable-pip-version-check --no-deps --editable .)
 	@touch $@
 
 .PHONY: install
@@ -52,11 +62,11 @@ test-fast: $(STAMP)  ## Tests that start no Ray and no service
 
 .PHONY: up
 up: $(STAMP)  ## Start an object store, MLflow and a Ray head on loopback
-	$(PYTHON) -m infra.services up
+	$(call told,starting the services,$(PYTHON) -m infra.services up)
 
 .PHONY: down
 down: $(STAMP)  ## Stop what `make up` started, and nothing else
-	$(PYTHON) -m infra.services down
+	$(call told,stopping the services,$(PYTHON) -m infra.services down)
 
 .PHONY: mlflow-ui
 mlflow-ui: $(STAMP)  ## Open the local MLflow store on http://127.0.0.1:5000
@@ -68,7 +78,11 @@ render: $(STAMP)  ## Kubernetes manifests of configs/cluster/kuberay.yaml
 
 .PHONY: bench-data
 bench-data: $(STAMP)  ## How fast images come, and where the rest goes; DATA="a.tar b.tar" for yours
-	$(PYTHON) benchmarks/data.py $(DATA)
+	$(call told,measuring,$(PYTHON) benchmarks/data.py $(DATA))
+
+.PHONY: chaos
+chaos: $(STAMP)  ## Stop and kill runs at random steps: what each lost; TIMES=10 of each
+	$(PYTHON) benchmarks/stopping.py $(or $(TIMES),3)
 
 .PHONY: docs
 docs: $(STAMP)  ## Write docs/reference from the configs' fields

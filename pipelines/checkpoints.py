@@ -63,6 +63,15 @@ def list_steps(run_uri: str) -> list[int]:
     return sorted(int(m.group(1)) for m in (re.fullmatch(r"step-(\d+)", n) for n in names) if m)
 
 
+def newest_step(run_uri: str) -> int | None:
+    """The step of the newest committed checkpoint; its files are not read."""
+    for step in reversed(list_steps(run_uri)):
+        uri = storage.join(checkpoints_uri(run_uri), f"step-{step:08d}")
+        if storage.exists(storage.join(uri, MANIFEST_FILE)):
+            return step
+    return None
+
+
 def find_checkpoint(run_uri: str, workspace: Path) -> FoundCheckpoint | None:
     """Download the newest checkpoint that is whole; a broken one costs a warning.
 

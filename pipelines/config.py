@@ -69,7 +69,16 @@ class ScalingConfig(StrictConfig):
     """How many lost workers a run survives before it gives up; the same command then resumes."""
 
 
-class CheckpointConfig(StrictConfig):
+class SavingConfig(StrictConfig):
+    every_minutes: float = Field(default=10, gt=0)
+    """Most minutes between two savings of what is done."""
+    grace_s: float = Field(default=30, gt=0)
+    """Seconds that a run which is stopped may take to finish its step and save it. In a Ray job
+    `ray job stop` kills after RAY_JOB_STOP_WAIT_TIME_S, three seconds unless the cluster sets
+    another; the run then ends just before that."""
+
+
+class CheckpointConfig(SavingConfig):
     every_steps: int = Field(default=500, gt=0)
     """Optimizer steps between checkpoints; there is always one at the end."""
     keep: int = Field(default=2, gt=0)

@@ -35,18 +35,21 @@ from pipelines.datasets import (
     target_of,
 )
 from pipelines.downstream_config import DownstreamConfig, TuningOptimConfig
-from pipelines.downstream_worker import TuningJob, remaining_data, tuning_worker
+from pipelines.downstream_worker import tuning_worker
 from pipelines.fingerprints import fingerprint
 from pipelines.process_group import OneAddressTorchConfig
 from pipelines.recording import (
     earlier_record,
     ended_in_mlflow,
     log_bad_samples,
+    run_until_stopped,
+    saved_steps,
     say_where_to_compare,
     take_over,
 )
 from pipelines.run_folder import RunFolder
 from pipelines.task import Arm, Evaluation, Task, TaskInfo
+from pipelines.tuning_job import TuningJob, remaining_data
 
 logger = logging.getLogger(__name__)
 
@@ -153,10 +156,12 @@ def run(config: DownstreamConfig, stage: Stage, *, fresh: bool) -> StageResult:
             encoder=encoder,
             pretrained=pretrained.model,
         )
-        with ended_in_mlflow(config.tracking.uri, taken.run_id, taken.folder):
-            taken.folder.forget_failure()
-            _train(config, job)
-            return _finish(config, stage, info, job, taken.folder)
+        saved = partial(saved_steps, folder.uri, job.channel, job.total_steps)
+        folder, run_id = taken
+        with ended_in_mlflow(config.tracking.uri, run_id, folder, what_is_saved=saved) as stopper:
+            folder.forget_failure()
+            _train(config, job, stopper)
+            return _finish(config, stage, info, job, folder)
 
 
 def _tags(
@@ -347,7 +352,7 @@ def _rows(
     )
 
 
-def _train(config: DownstreamConfig, job: TuningJob) -> None:
+def _train(config: DownstreamConfig, job: TuningJob, stopper: driver.Stopper) -> None:
     trainer = TorchTrainer(
         tuning_worker,
         train_loop_config={"job": job},
@@ -358,7 +363,7 @@ def _train(config: DownstreamConfig, job: TuningJob) -> None:
         # The others wait while the first worker measures an arm.
         torch_config=OneAddressTorchConfig(timeout_s=MEASURING_TIMEOUT_S),
     )
-    trainer.fit()
+    run_until_stopped(stopper, trainer.fit, job.channel, config.checkpoint)
 
 
 def _finish(

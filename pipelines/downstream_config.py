@@ -10,6 +10,7 @@ from pipelines.config import (
     NAME_PATTERN,
     CheckpointConfig,
     DebugConfig,
+    SavingConfig,
     ScalingConfig,
     fitted_batches,
     fitted_window,
@@ -350,6 +351,7 @@ class EmbedConfig(StrictConfig):
     max_bad_ratio: float = Field(default=0.01, ge=0, le=1)
     """The stage fails when a larger share of the images can't be used."""
     scaling: ScalingConfig = ScalingConfig()
+    checkpoint: SavingConfig = SavingConfig()
     storage: StorageConfig = StorageConfig()
     tracking: TrackingConfig = Field(default_factory=TrackingConfig)
 

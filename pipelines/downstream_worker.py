@@ -3,10 +3,9 @@
 import logging
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,16 +22,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 from infra import tracking, transfers
 from mae_core.checkpoint import (
-    CheckpointManifest,
     CheckpointRecord,
     load_encoder,
     load_training_state,
     load_weights,
     save_checkpoint,
 )
-from mae_core.config import ModelConfig
-from mae_core.data.manifest import ShardInfo
-from mae_core.data.order import ChainedOrder, RunOrder
 from mae_core.data.pixels import CorruptSampleError
 from mae_core.data.randomness import named_generator
 from mae_core.model.encoder import build_encoder
@@ -43,106 +38,28 @@ from pipelines.checkpoints import (
     commit_checkpoint,
     fetch_checkpoint,
     find_checkpoint,
-    resume_position,
 )
 from pipelines.config import ConfigError
 from pipelines.datasets import (
-    Rows,
-    SequencePlan,
-    configure_ray_data,
     micro_batches,
-    passes_per_block,
-    sequence_dataset,
 )
-from pipelines.downstream_config import DownstreamConfig
 from pipelines.measuring import Measurer, NotMeasuredError, to_images, write_evaluation
 from pipelines.reporting import (
+    After,
     RunSize,
     StepReporter,
     bad_samples_error,
-    save_bad_samples,
     too_many_bad,
 )
-from pipelines.run_folder import RunFolder
 from pipelines.sample_trace import SampleTrace
-from pipelines.task import Arm, Batch, EncodedSample, Evaluation, Example, Task, arm_of_step
+from pipelines.stopping import Decision, Phase, StepEnds
+from pipelines.task import Arm, Batch, EncodedSample, Evaluation, Example, arm_of_step
+from pipelines.tuning_job import TuningJob
 
 logger = logging.getLogger(__name__)
 
 BATCHES_AHEAD = 2
-FLUSH_TIMEOUT_S = 5.0  # what a checkpoint waits for a slow MLflow; for one that is down, once
 LOSS_METRIC = "train/loss"
-
-
-class TuningJob(NamedTuple):
-    """All that a worker is told."""
-
-    config_type: type[DownstreamConfig]
-    raw_config: dict[str, Any]
-    make_task: Callable[[], Task]
-    targets: tuple[str, ...]  # extensions that hold an image's label
-    classes: tuple[str, ...]
-    init_uri: str  # of the pretrained checkpoint
-    run_uri: str
-    start: str  # see RunFolder
-    run_id: str | None  # MLflow's
-    arms: tuple[Arm, ...]
-    rows: tuple[tuple[Rows, ...], ...]  # of each arm, of each training shard
-    train_shards: tuple[ShardInfo, ...]
-    val_shards: tuple[ShardInfo, ...]
-    data_digest: str
-    encoder: CheckpointManifest  # with the image size that is trained on
-    pretrained: ModelConfig  # as it was pretrained: its positions are stretched over other sizes
-
-    @property
-    def folder(self) -> RunFolder:
-        return RunFolder(self.run_uri, self.start)
-
-    @property
-    def config(self) -> DownstreamConfig:
-        return self.config_type.model_validate(self.raw_config)
-
-    @property
-    def is_trained(self) -> bool:
-        return any(arm.steps for arm in self.arms)
-
-    @property
-    def total_steps(self) -> int:
-        return self.arms[-1].last_step
-
-
-def remaining_data(job: TuningJob) -> ray.data.Dataset:
-    """The arms' sequences, one after the other, from the newest whole checkpoint on."""
-    job.folder.check_start()
-    job.folder.raise_failure()
-    job.folder.check_writable()
-    configure_ray_data()
-    # Nothing is read while an arm is measured, however long that takes.
-    ray.data.DataContext.get_current().execution_no_progress_timeout_s = -1
-    config = job.config
-    trained = [(arm, rows) for arm, rows in zip(job.arms, job.rows, strict=True) if arm.steps]
-    order = ChainedOrder(
-        tuple(
-            RunOrder(
-                counts=np.asarray([len(part) for part in rows], dtype=np.int64),
-                seed=arm.seed,
-                window=config.data.shuffle_window,
-                num_samples=arm.steps * config.optim.global_batch_size,
-            )
-            for arm, rows in trained
-        )
-    )
-    plan = SequencePlan(
-        job.train_shards,
-        order,
-        resume_position(job.run_uri),
-        config.optim.micro_batch_size,
-        num_workers=config.scaling.num_workers,
-        rows=tuple(part for _, rows in trained for part in rows),
-        targets=job.targets,
-    )
-    size = sum(s.num_bytes for s in job.train_shards) / sum(s.num_samples for s in job.train_shards)
-    return sequence_dataset(replace(plan, passes_per_block=passes_per_block(plan, size)))
 
 
 def tuning_worker(arguments: dict[str, TuningJob]) -> None:
@@ -173,6 +90,12 @@ class _Worker:
         self.task = job.make_task()
         self.pool = ThreadPoolExecutor(config.scaling.cpus_per_worker, thread_name_prefix="decode")
         self.autocast_dtype = autocast_dtype(config.optim.precision, self.device)
+        self.ends = StepEnds(
+            job.channel,
+            every_minutes=config.checkpoint.every_minutes,
+            rank=self.rank,
+            world_size=self.world_size,
+        )
         self.measurer = Measurer(
             task=self.task,
             encoder=job.encoder,
@@ -183,6 +106,7 @@ class _Worker:
             device=self.device,
             rank=self.rank,
             world_size=self.world_size,
+            tell=self.ends.measured,
         )
         self.num_passes = 0  # micro batches of this worker since it started
 
@@ -212,7 +136,9 @@ class _Worker:
                         self.job.folder.model_uri(arm.label), workspace / arm.label
                     )
                     load_weights(kept.folder, model)
-                self._train(arm, model, optimizer, decoded, trace, max(done, arm.first_step))
+                begin = max(done, arm.first_step)
+                if not self._train(arm, model, optimizer, decoded, trace, begin):
+                    return
                 self._finish(arm, model)
 
     def _build(self, arm: Arm, pretrained: Path) -> tuple[nn.Module, torch.optim.Optimizer]:
@@ -237,26 +163,33 @@ class _Worker:
         decoded: Iterator[_DecodedBatch],
         trace: SampleTrace,
         done: int,
-    ) -> None:
+    ) -> bool:
+        """Train the arm to its end; False if the run is to stop before that."""
         if done >= arm.last_step:
-            return
+            return True
         wrapped = self._wrap(model)
         wrapped.train()
         with ExitStack() as stack:
             reporter = self._reporter(arm, done, stack)
+            self.ends.tell(Phase.TRAINING)
             for step in range(done + 1, arm.last_step + 1):
                 torch.manual_seed(_seed(arm.seed, "step", step, self.rank))
                 self._step(arm, wrapped, optimizer, step, decoded, reporter, trace)
-                is_last = step == arm.last_step
-                if is_last or (step - arm.first_step) % self.config.checkpoint.every_steps == 0:
-                    if reporter.writer is not None and not reporter.writer.is_failing:
-                        # These steps are not trained again, so nobody would report them again.
-                        reporter.writer.flush(FLUSH_TIMEOUT_S)
-                    save_bad_samples(reporter, self.job.folder, self.rank, self.world_size)
+                every = self.config.checkpoint.every_steps
+                is_due = step == arm.last_step or (step - arm.first_step) % every == 0
+                decision = self.ends.decide(is_due=is_due)
+                if decision is not Decision.GO_ON:
+                    hurried = decision is Decision.STOP
+                    reporter.settle(self.job.folder, self.rank, self.world_size, is_hurried=hurried)
                     self._checkpoint(arm, model, optimizer, step)
+                if decision is Decision.STOP:
+                    self.ends.tell(Phase.STOPPED, step)
+                    return False
+        self.ends.tell(Phase.MEASURING)
         if self.world_size > 1:  # measured with the statistics of the model that is kept
             for buffer in model.buffers():
                 torch.distributed.broadcast(buffer, 0)
+        return True
 
     def _wrap(self, model: nn.Module) -> nn.Module:
         if self.world_size == 1 or not any(p.requires_grad for p in model.parameters()):
@@ -280,8 +213,10 @@ class _Worker:
             stack.callback(writer.close)
         batch = config.optim.global_batch_size
         size = RunSize(arm.steps, batch, arm.num_samples, 1)
+        after = After((job.total_steps - arm.last_step) + job.measuring_steps(arm))
+        begin = done - arm.first_step
         reporter = StepReporter(
-            size, config.reporting.every_steps, done - arm.first_step, writer, prefix
+            size, config.reporting.every_steps, begin, writer, self.ends, prefix, after
         )
         if self.rank == 0:
             logger.info(
@@ -323,19 +258,18 @@ class _Worker:
             autocast_dtype=self.autocast_dtype,
             max_grad_norm=optim.max_grad_norm,
         )
+        reporter.add(own_step, metrics)
         if not reporter.is_due(own_step):
             return
         totals = reporter.report(
             own_step,
-            loss=metrics.loss,
-            num_samples=metrics.num_samples,
             learning_rate=learning_rate,
             grad_norm=metrics.grad_norm,
         )
         seen = (own_step - reporter.first_step) * optim.global_batch_size
         ratio = self.config.data.max_bad_ratio
         if too_many_bad(totals, seen, ratio):
-            save_bad_samples(reporter, self.job.folder, self.rank, self.world_size)
+            reporter.save_bad_samples(self.job.folder, self.rank, self.world_size)
             raise bad_samples_error(totals, seen, ratio, self.job.folder)
 
     # Data

@@ -5,6 +5,8 @@ import os
 import shutil
 import signal
 import subprocess
+import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +15,11 @@ from infra import storage
 from pipelines.config import ConfigError
 
 ROOT = Path(__file__).resolve().parents[1]
+
+POLL_S = 0.1
+JOB_STOP_WAIT_S = 3.0  # Ray's own default
+MARKING_S = 0.5  # for MLflow, where all of the time is up
+JOB_STOP_MARGIN_S = 1.0  # in which the end is told
 
 
 def ray_job_id() -> str | None:
@@ -93,30 +100,106 @@ class CancelledError(BaseException):
         self.exit_code = 128 + signal_number
 
 
-@contextmanager
-def cancel_on_signals(first: Callable[[], None]) -> Iterator[None]:
-    """Inside, SIGTERM and SIGINT call `first` and end in CancelledError.
+class Stopper:
+    """What the driver does about SIGTERM and SIGINT; see `cancel_on_signals`."""
 
-    `first` comes at once: `ray job stop` kills three seconds after it asked.
-    """
-    received = signal.SIGINT  # inside `fit`, Ray takes this one for itself and leaves by sys.exit
-    called = False
+    def __init__(self, first: Callable[[], None]) -> None:
+        self.received: signal.Signals | None = None
+        self._first = first
+        self._is_listening = False  # `run` looks at `received` all the time
 
-    def handle(signal_number: int, _frame: object) -> None:
-        nonlocal received, called
-        if not called:
-            received, called = signal.Signals(signal_number), True
-            first()
-        # Not CancelledError: Ray's wait for a result lets only this one through.
+    def handle(self, signal_number: int, _frame: object) -> None:
+        is_first = self.received is None
+        self.received = self.received or signal.Signals(signal_number)
+        if not is_first and signal_number == signal.SIGTERM:
+            return  # only Ctrl-C is impatient: `ray job stop` and a chain both send a stage one
+        if is_first and self._is_listening:
+            return
+        if is_first:
+            self._first()
+        # Not CancelledError: Ray's waits let only this one through.
         raise KeyboardInterrupt
 
-    before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
+    def run(
+        self,
+        work: Callable[[], object],
+        *,
+        ask: Callable[[], None],
+        is_worth_waiting: Callable[[], bool],
+        grace_s: float,
+    ) -> None:
+        """Run `work` in a thread; after a signal, ask it to stop and wait for what it saves.
+
+        In the main thread, Ray's waits hear of a signal within a second, of the three that
+        `ray job stop` gives, and `fit` takes SIGINT for itself.
+
+        Args:
+            work: returns soon after it was asked to stop.
+            ask: asks it.
+            is_worth_waiting: whether it can still save something.
+            grace_s: how long it may take.
+
+        Raises:
+            KeyboardInterrupt: there was a signal.
+        """
+        errors: list[BaseException] = []
+
+        def target() -> None:
+            try:
+                work()
+            except BaseException as error:
+                errors.append(error)
+
+        # A daemon: when nobody waits for it any more, it must not keep the process alive.
+        thread = threading.Thread(target=target, name="workers", daemon=True)
+        self._is_listening = True
+        try:
+            thread.start()
+            while thread.is_alive() and self.received is None:
+                thread.join(POLL_S)
+            if self.received is not None:
+                until_s = time.monotonic() + grace_s
+                # In a thread: an MLflow that hangs must not take the time of a checkpoint.
+                marking = threading.Thread(target=self._first, name="first", daemon=True)
+                marking.start()
+                ask()
+                while thread.is_alive() and time.monotonic() < until_s and is_worth_waiting():
+                    thread.join(POLL_S)
+                marking.join(max(until_s - time.monotonic(), MARKING_S))
+                raise KeyboardInterrupt
+        finally:
+            self._is_listening = False
+        if errors:
+            raise errors[0]
+
+
+@contextmanager
+def cancel_on_signals(first: Callable[[], None]) -> Iterator[Stopper]:
+    """Inside, SIGTERM and SIGINT call `first` and end in CancelledError.
+
+    They do so at once, or inside `Stopper.run` after what its work may save. `first` comes at
+    once: `ray job stop` kills three seconds after it asked.
+    """
+    stopper = Stopper(first)
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    before = {number: signal.signal(number, stopper.handle) for number in numbers}
     try:
-        yield
+        yield stopper
     except (SystemExit, KeyboardInterrupt) as error:
-        if not called:
+        if stopper.received is None:  # raised by a library that took the signal for itself
             first()
-        raise CancelledError(received) from error
+        raise CancelledError(stopper.received or signal.SIGINT) from error
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def grace_s(wanted_s: float) -> float:
+    """How long a stopped run may take: as wanted, or what `ray job stop` leaves it."""
+    if ray_job_id() is None:
+        return wanted_s
+    try:
+        given_s = float(os.environ.get("RAY_JOB_STOP_WAIT_TIME_S", ""))
+    except ValueError:
+        given_s = JOB_STOP_WAIT_S
+    return min(wanted_s, max(given_s - JOB_STOP_MARGIN_S, 0.0))

@@ -21,6 +21,7 @@ import logging
 import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -41,7 +42,7 @@ from mae_core.data.transforms import center_crop
 from mae_core.evaluation.classification import encode_features
 from mae_core.evaluation.retrieval import cosine_similarity, retrieval_picture
 from mae_core.model.encoder import MaskedEncoder
-from pipelines import driver, launch
+from pipelines import driver, launch, progress
 from pipelines.checkpoints import at_newest_checkpoint, fetch_checkpoint, fetch_manifest
 from pipelines.config import ConfigError, StageResult
 from pipelines.datasets import open_shards, read_rows, read_samples
@@ -52,14 +53,17 @@ from pipelines.recording import (
     Taken,
     earlier_record,
     ended_in_mlflow,
+    run_until_stopped,
     say_where_to_compare,
     take_over,
 )
 from pipelines.run_folder import RunFolder
+from pipelines.stopping import Decision, Phase, StepEnds, StopChannel, Told
 
 logger = logging.getLogger(__name__)
 
 STAGE = "embed"
+NEXT_ROW = b"next_row"  # in the metadata of an unfinished file
 
 
 class Piece(NamedTuple):
@@ -69,6 +73,11 @@ class Piece(NamedTuple):
     start: int
     stop: int
     uri: str
+    part_uri: str  # of what is done of it, until it is done
+
+    @property
+    def name(self) -> str:
+        return self.uri.rpartition("/")[2]
 
 
 class EmbedJob(NamedTuple):
@@ -77,6 +86,7 @@ class EmbedJob(NamedTuple):
     config: EmbedConfig
     init_uri: str
     img_size: tuple[int, int]
+    channel: StopChannel
 
 
 def run(config: EmbedConfig, *, fresh: bool) -> StageResult:
@@ -105,7 +115,7 @@ def run(config: EmbedConfig, *, fresh: bool) -> StageResult:
     digest = f"{data.digest[:16]}-{encoder.files[WEIGHTS_FILE].sha256[:16]}"
     inputs = {key: fingerprint(getattr(config, key)) for key in ("data", "init_from")}
     earlier = None if fresh else earlier_record(folder, digest, inputs)
-    job = EmbedJob(config, storage.absolute(config.init_from), img_size)
+    job = EmbedJob(config, storage.absolute(config.init_from), img_size, StopChannel(""))
     done = None if fresh else folder.read_result()
     if done is None:
         with launch.running_ray(config.scaling):
@@ -122,6 +132,7 @@ def run(config: EmbedConfig, *, fresh: bool) -> StageResult:
                 },
                 data={"data": (data.digest, str(config.data))},
             )
+            job = job._replace(channel=StopChannel(taken.start))
             done = _embed(config, job, data, taken)
     else:
         logger.info("%s is done: not embedded again (--fresh starts over)", folder.uri)
@@ -142,9 +153,21 @@ def _paths(config: EmbedConfig) -> Iterator[tuple[str, str]]:
 
 def _embed(config: EmbedConfig, job: EmbedJob, data: Manifest, taken: Taken) -> StageResult:
     uri, (folder, run_id) = config.tracking.uri, taken
-    with ended_in_mlflow(uri, run_id, folder):
+    pieces = list(_pieces(config, data, folder))
+    saved = partial(_what_is_saved, pieces, data.num_samples, folder)
+    with ended_in_mlflow(uri, run_id, folder, what_is_saved=saved) as stopper:
         folder.forget_failure()
-        bad = _run_actors(config, job, data, folder)
+        there = set(storage.list_files(folder.features_uri))
+        missing = [piece for piece in pieces if piece.name not in there]
+        logger.info("%d of %d files are to be written", len(missing), len(pieces))
+        if missing:
+            run_until_stopped(
+                stopper,
+                partial(_run_actors, config, job, missing),
+                job.channel,
+                config.checkpoint,
+            )
+        bad = _count_bad(config, data, pieces)
         metrics = {"num_images": float(data.num_samples - bad), "data/left_out": float(bad)}
         tracking.log_final_metrics(uri, run_id, metrics, 0)
         say_where_to_compare(uri)
@@ -153,28 +176,45 @@ def _embed(config: EmbedConfig, job: EmbedJob, data: Manifest, taken: Taken) -> 
         return result
 
 
-def _run_actors(config: EmbedConfig, job: EmbedJob, data: Manifest, folder: RunFolder) -> int:
-    """Write the files that are missing; how many images of all files can't be used.
+def _what_is_saved(pieces: list[Piece], num_images: int, folder: RunFolder) -> str:
+    """For the user of a run that was stopped."""
+    whole, begun = (set(storage.list_files(uri)) for uri in (folder.features_uri, folder.parts_uri))
+    done = 0
+    for piece in pieces:
+        if piece.name in whole:
+            done += piece.stop - piece.start
+        elif piece.part_uri.rpartition("/")[2] in begun:
+            done += _read_part(piece)[0] - piece.start
+    if done == 0:
+        return "before anything was written: the same command starts over"
+    return f"after {done} of {num_images} images; the same command goes on from there"
+
+
+def _run_actors(config: EmbedConfig, job: EmbedJob, missing: list[Piece]) -> None:
+    """Write the files that are missing."""
+    numbers = ray.data.from_items([{"number": i} for i in range(len(missing))])
+    written = numbers.repartition(len(missing)).map_batches(
+        _Embedder,
+        fn_constructor_args=(job, missing),
+        batch_size=1,
+        compute=ray.data.ActorPoolStrategy(size=config.scaling.num_workers),
+        num_cpus=config.scaling.cpus_per_worker,
+        num_gpus=1 if config.scaling.use_gpu else 0,
+    )
+    for number, row in enumerate(written.iter_rows(), start=1):
+        if row["is_whole"]:
+            if not progress.shows_bar():
+                logger.info("file %d of %d: %d images", number, len(missing), row["num_images"])
+            job.channel.tell(Told(Phase.TRAINING, number, len(missing), "embedding, files"))
+    job.channel.tell(Told(Phase.STOPPED if job.channel.is_asked() else Phase.MEASURING))
+
+
+def _count_bad(config: EmbedConfig, data: Manifest, pieces: list[Piece]) -> int:
+    """How many images of all files can't be used.
 
     Raises:
         DataError: more than `max_bad_ratio`.
     """
-    pieces = list(_pieces(config, data, folder))
-    there = set(storage.list_files(folder.features_uri))
-    missing = [piece for piece in pieces if piece.uri.rpartition("/")[2] not in there]
-    logger.info("%d of %d files are to be written", len(missing), len(pieces))
-    if missing:
-        numbers = ray.data.from_items([{"number": i} for i in range(len(missing))])
-        written = numbers.repartition(len(missing)).map_batches(
-            _Embedder,
-            fn_constructor_args=(job, missing),
-            batch_size=1,
-            compute=ray.data.ActorPoolStrategy(size=config.scaling.num_workers),
-            num_cpus=config.scaling.cpus_per_worker,
-            num_gpus=1 if config.scaling.use_gpu else 0,
-        )
-        for number, row in enumerate(written.iter_rows(), start=1):
-            logger.info("file %d of %d: %d images", number, len(missing), row["num_images"])
     num_written = sum(_num_rows(piece.uri) for piece in pieces)
     bad = data.num_samples - num_written
     if bad > config.max_bad_ratio * max(data.num_samples, 1000):
@@ -190,7 +230,9 @@ def _pieces(config: EmbedConfig, data: Manifest, folder: RunFolder) -> Iterator[
         for start in range(0, shard.num_samples, config.rows_per_file):
             stop = min(start + config.rows_per_file, shard.num_samples)
             name = f"part-{number:06d}-{start:08d}.parquet"
-            yield Piece(shard, start, stop, storage.join(folder.features_uri, name))
+            uri = storage.join(folder.features_uri, name)
+            part_uri = storage.join(folder.parts_uri, name.replace(".parquet", ".arrow"))
+            yield Piece(shard, start, stop, uri, part_uri)
 
 
 def _num_rows(uri: str) -> int:
@@ -203,23 +245,76 @@ class _Embedder:
     def __init__(self, job: EmbedJob, pieces: list[Piece]) -> None:
         self.reader = FeatureReader(job)
         self.pieces = pieces
+        self.channel = job.channel
+        self.ends = StepEnds(
+            job.channel, every_minutes=job.config.checkpoint.every_minutes, rank=0, world_size=1
+        )
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[int]]:
+        if self.channel.told().phase is Phase.STARTING:
+            self.channel.tell(Told(Phase.TRAINING, what="embedding"))
         counts = [self._write(self.pieces[int(number)]) for number in batch["number"]]
-        return {"num_images": counts}
+        return {
+            "num_images": [0 if count is None else count for count in counts],
+            "is_whole": [count is not None for count in counts],
+        }
 
-    def _write(self, piece: Piece) -> int:
-        tables = []
-        for start in range(piece.start, piece.stop, self.reader.batch_size):
+    def _write(self, piece: Piece) -> int | None:
+        """Write the piece's file; None where the run is to stop first, with what is done kept."""
+        if self.ends.is_asked:
+            return None
+        begin, tables = _read_part(piece)
+        for start in range(begin, piece.stop, self.reader.batch_size):
             stop = min(start + self.reader.batch_size, piece.stop)
             rows = read_samples(piece.shard, start, stop)
             numbered = [(start + i, row) for i, row in enumerate(rows) if isinstance(row, Sample)]
             tables += self.reader.table(piece.shard.path, numbered)
-        table = pa.concat_tables(tables) if tables else _table([], "", np.zeros((0, 1)))
-        buffer = io.BytesIO()
-        pq.write_table(table, buffer, compression="zstd")
-        storage.write_bytes(piece.uri, buffer.getvalue())
+            decision = self.ends.decide(is_due=False)
+            if decision is not Decision.GO_ON and stop < piece.stop:
+                _write_part(piece, stop, tables)
+            if decision is Decision.STOP and stop < piece.stop:
+                return None
+        table = _whole(tables)
+        storage.write_bytes(piece.uri, _parquet(table))
+        storage.delete_file(piece.part_uri)
         return len(table)
+
+
+# A part of a file that is not finished: what a run keeps when it is stopped, and by the clock.
+
+
+def _write_part(piece: Piece, stop: int, tables: list[pa.Table]) -> None:
+    """Keep the rows of a piece up to `stop`."""
+    table = _whole(tables).replace_schema_metadata({NEXT_ROW: str(stop)})
+    buffer = io.BytesIO()
+    with pa.ipc.new_file(buffer, table.schema) as writer:
+        writer.write_table(table)
+    storage.write_bytes(piece.part_uri, buffer.getvalue())
+
+
+def _read_part(piece: Piece) -> tuple[int, list[pa.Table]]:
+    """The row to go on from, and what is there of the rows before it."""
+    try:
+        table = pa.ipc.open_file(storage.read_bytes(piece.part_uri)).read_all()
+        row = int(table.schema.metadata[NEXT_ROW])
+    except FileNotFoundError:
+        return piece.start, []
+    except (pa.ArrowException, ValueError, KeyError, TypeError) as error:
+        logger.warning("%s is damaged (%s); its images are embedded again", piece.part_uri, error)
+        return piece.start, []
+    return row, [table.replace_schema_metadata(None)] if len(table) else []
+
+
+def _whole(tables: list[pa.Table]) -> pa.Table:
+    """Of one chunk: the file's bytes do not tell where a run was stopped."""
+    joined = pa.concat_tables(tables) if tables else _table([], "", np.zeros((0, 1)))
+    return joined.combine_chunks()
+
+
+def _parquet(table: pa.Table) -> bytes:
+    buffer = io.BytesIO()
+    pq.write_table(table, buffer, compression="zstd")
+    return buffer.getvalue()
 
 
 class FeatureReader:

@@ -19,6 +19,7 @@ from torch import nn
 
 from infra.mlflow_client import client_of
 from mae_core.checkpoint import load_encoder
+from pipelines import progress
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +45,8 @@ def log_encoder(uri: str, run_id: str | None, checkpoint: Path) -> None:
         "patch_size": manifest.model.patch_size,
     }
     try:
-        _log_model(uri, run_id, encoder.eval(), example, signature, metadata)
+        with progress.doing("logging the encoder to MLflow"):
+            _log_model(uri, run_id, encoder.eval(), example, signature, metadata)
     except Exception as error:  # whatever MLflow or the export raises
         logger.warning("the encoder could not be logged to MLflow as a model: %s", error)
 

@@ -24,7 +24,8 @@ _SCALING = (
     "scaling.max_failures",
 )
 _PLACES = ("storage.root", "tracking.uri", "tracking.experiment", "tracking.parent_run_id")
-_TRAINING = ("checkpoint.every_steps", "checkpoint.keep", "reporting.every_steps")
+_SAVING = ("checkpoint.every_minutes", "checkpoint.grace_s")
+_TRAINING = (*_SAVING, "checkpoint.every_steps", "checkpoint.keep", "reporting.every_steps")
 _TRAINING_PLACES = ("name", *_SCALING, *_PLACES, *_TRAINING, "debug.sample_trace")
 
 _TUNING_IDENTITY = (
@@ -182,6 +183,7 @@ _NO_EFFECT: dict[str, tuple[str, ...]] = {
         "name",
         *_SCALING,
         *_PLACES,
+        *_SAVING,
         "query",
         "num_neighbours",
         "batch_size",

@@ -4,7 +4,7 @@ They are warm, have the GPUs, and share the images out among them; rank 0 gather
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from types import MappingProxyType
 from typing import NamedTuple
@@ -63,16 +63,28 @@ def knn_metrics(
     val: Sequence[ShardInfo],
     reader: ImageReader,
     config: KnnConfig,
+    tell: Callable[[int, int], None],
 ) -> dict[str, float] | None:
     """`knn/NAME` for each encoder; None on the ranks that only help.
 
     Samples without a label that can be used are left out, and counted in `knn/left_out`.
+    `tell` is given how many pieces are encoded, and of how many.
 
     Raises:
         DataError: no sample of a set has both a label and an image that can be decoded.
     """
-    bank = _shared_features(encoders, spread_slices(train, config.max_train), reader)
-    queries = _shared_features(encoders, spread_slices(val, config.max_val), reader)
+    bank_slices = spread_slices(train, config.max_train)
+    slices = spread_slices(val, config.max_val)
+    total = len(bank_slices) + len(slices)
+
+    def tell_bank(done: int) -> None:
+        tell(done, total)
+
+    def tell_queries(done: int) -> None:
+        tell(len(bank_slices) + done, total)
+
+    bank = _shared_features(encoders, bank_slices, reader, tell_bank)
+    queries = _shared_features(encoders, slices, reader, tell_queries)
     if bank is None or queries is None:
         return None
     k = min(config.k, len(bank.labels))
@@ -123,14 +135,20 @@ def spread_slices(shards: Sequence[ShardInfo], limit: int) -> list[Slice]:
 
 
 def _shared_features(
-    encoders: Mapping[str, MaskedEncoder], slices: list[Slice], reader: ImageReader
+    encoders: Mapping[str, MaskedEncoder],
+    slices: list[Slice],
+    reader: ImageReader,
+    tell: Callable[[int], None],
 ) -> LabelledFeatures | None:
     """Features of all slices on rank 0; each rank encodes its part of them."""
     rank, world_size = 0, 1
     if torch.distributed.is_initialized():
         rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
     with ThreadPoolExecutor(reader.num_threads) as pool:
-        mine = [_encode_slice(encoders, piece, reader, pool) for piece in slices[rank::world_size]]
+        mine = []
+        for place, piece in enumerate(slices[rank::world_size]):
+            tell(place * world_size)
+            mine.append(_encode_slice(encoders, piece, reader, pool))
     parts: list[list[LabelledFeatures]] = [mine]
     if world_size > 1:
         parts = [[] for _ in range(world_size)]

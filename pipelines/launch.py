@@ -14,7 +14,7 @@ from ray.train import FailureConfig, RunConfig
 from ray.train import ScalingConfig as RayScalingConfig
 
 from infra import machine, storage
-from pipelines import local_ray, worker_logging
+from pipelines import local_ray, progress, worker_logging
 from pipelines.config import ConfigError, ScalingConfig
 from pipelines.datasets import READ_CPUS, configure_ray_data
 from pipelines.driver import ROOT, cluster_address
@@ -71,9 +71,10 @@ def running_ray(scaling: ScalingConfig) -> Iterator[None]:
             check_resources(scaling, cpus, gpus, "this machine")
             folder = stack.enter_context(local_ray.private_folder())
             log = folder / "workers.log"
-            stack.enter_context(worker_logging.shown(log))
+            stack.enter_context(worker_logging.shown(log, progress.write))
             given = local_resources(scaling, log, cpus, gpus)
-            stack.enter_context(local_ray.running(folder, given))
+            with progress.doing("starting Ray"):
+                stack.enter_context(local_ray.running(folder, given))
         worker_logging.set_up()  # the driver's own loggers, now that Ray has made them
         if address:
             check_resources(scaling, *_cluster_capacity(), f"the cluster {address}")
@@ -102,6 +103,7 @@ def local_resources(scaling: ScalingConfig, log: Path, cpus: int, gpus: int) -> 
             "env_vars": {
                 "PYTHONPATH": str(ROOT),
                 worker_logging.LOG_FILE_VARIABLE: str(log),
+                worker_logging.BAR_VARIABLE: "1" if progress.shows_bar() else "",
                 **_loopback_for_workers(),
             },
             **WORKER_SETUP,

@@ -3,7 +3,7 @@
 import json
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -56,6 +56,7 @@ class Measurer:
     device: torch.device
     rank: int
     world_size: int
+    tell: Callable[[str, int, int], None]  # what is measured, how many pieces of how many
     _kept: dict[Shards, tuple[Any, list[Any] | None]] = field(default_factory=dict)
 
     def features(
@@ -79,7 +80,10 @@ class Measurer:
         ]
         was_training = model.training
         model.eval()
-        mine = [self._predict_piece(model, *x) for x in pieces[self.rank :: self.world_size]]
+        mine = []
+        for place, piece in enumerate(pieces[self.rank :: self.world_size]):
+            self.tell("measuring", place * self.world_size, len(pieces))
+            mine.append(self._predict_piece(model, *piece))
         model.train(was_training)
         parts = [mine]
         if self.world_size > 1:

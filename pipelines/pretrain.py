@@ -60,6 +60,8 @@ from pipelines.recording import (
     earlier_record,
     ended_in_mlflow,
     log_bad_samples,
+    run_until_stopped,
+    saved_steps,
     say_where_to_compare,
     take_over,
     tell_evaluation,
@@ -125,9 +127,11 @@ def run(config: PretrainConfig, *, fresh: bool) -> StageResult:
             tags=driver.run_tags(STAGE, seed=config.seed, output=folder.uri),
             data={"train": (digest, str(config.data.train))},
         )
-        with ended_in_mlflow(config.tracking.uri, run_id, folder):
+        task = _task(config, plan, folder, run_id)
+        saved = partial(saved_steps, folder.uri, task.channel, plan.size.total_steps)
+        with ended_in_mlflow(config.tracking.uri, run_id, folder, what_is_saved=saved) as stopper:
             folder.forget_failure()
-            failure = _train(config, plan, _task(config, plan, folder, run_id))
+            failure = _train(config, plan, task, stopper)
             result = _finish(config, plan, folder, run_id, earlier=done)
             if config.data.val is not None:
                 tell_evaluation(config.tracking.uri, run_id, failure)
@@ -332,7 +336,9 @@ def _pictures(config: PretrainConfig, manifest: Manifest) -> Pictures:
     return Pictures(stack_pixels(pixels), np.stack(noise))
 
 
-def _train(config: PretrainConfig, plan: Plan, task: TrainTask) -> Exception | None:
+def _train(
+    config: PretrainConfig, plan: Plan, task: TrainTask, stopper: driver.Stopper
+) -> Exception | None:
     """Train and evaluate.
 
     Returns:
@@ -349,7 +355,7 @@ def _train(config: PretrainConfig, plan: Plan, task: TrainTask) -> Exception | N
         torch_config=OneAddressTorchConfig(),
     )
     try:
-        trainer.fit()
+        run_until_stopped(stopper, trainer.fit, task.channel, config.checkpoint)
     except Exception as error:
         task.folder.check_start()
         # A step beyond the last one is none of this run's: then nothing was evaluated.

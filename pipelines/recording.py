@@ -4,7 +4,7 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import partial
 from types import MappingProxyType
@@ -15,11 +15,15 @@ from infra import storage, tracking
 from infra.config import TrackingConfig
 from mae_core.config import StrictConfig
 from mae_core.data.samples import DataError
-from pipelines import driver
+from pipelines import driver, progress
+from pipelines.checkpoints import newest_step
+from pipelines.config import SavingConfig
 from pipelines.config_fields import flatten
+from pipelines.driver import Stopper
 from pipelines.failures import known_error
 from pipelines.reporting import count_kinds
 from pipelines.run_folder import RunFolder, RunRecord
+from pipelines.stopping import Phase, StopChannel, Told
 
 logger = logging.getLogger(__name__)
 
@@ -152,8 +156,13 @@ def take_over(
 
 
 @contextmanager
-def ended_in_mlflow(uri: str, run_id: str | None, folder: RunFolder) -> Iterator[None]:
-    """Mark the run as it ends: finished, failed, or killed and resumable."""
+def ended_in_mlflow(
+    uri: str, run_id: str | None, folder: RunFolder, *, what_is_saved: Callable[[], str]
+) -> Iterator[Stopper]:
+    """Mark the run as it ends: finished, failed, or killed and resumable.
+
+    `what_is_saved` says it to the user of a run that was stopped.
+    """
 
     def end(status: tracking.Status) -> None:
         if not folder.is_superseded():
@@ -163,10 +172,13 @@ def ended_in_mlflow(uri: str, run_id: str | None, folder: RunFolder) -> Iterator
         # Without asking whose the run is: the storage may be what hangs, and `ray job stop` waits
         # for three seconds.
         killed = partial(tracking.end_run, uri, run_id, "KILLED")
-        with driver.cancel_on_signals(killed):
-            yield
+        with driver.cancel_on_signals(killed) as stopper:
+            yield stopper
     except driver.CancelledError:
-        logger.info("stopped; the same command goes on from the last checkpoint in %s", folder.uri)
+        try:
+            logger.info("stopped %s", what_is_saved())
+        except storage.StorageError as error:
+            logger.warning("stopped; what is saved can't be looked up: %s", error)
         raise
     except BaseException as error:
         folder.check_start()
@@ -182,6 +194,59 @@ def ended_in_mlflow(uri: str, run_id: str | None, folder: RunFolder) -> Iterator
             raise
         raise known from error
     end("FINISHED")
+
+
+def saved_steps(run_uri: str, channel: StopChannel, total_steps: int) -> str:
+    """Where a stopped run goes on: after "stopped", for the user."""
+    told = channel.told()
+    step = newest_step(run_uri)
+    if step is None:
+        return "before the first checkpoint was written: the same command starts over"
+    if told.phase is Phase.STOPPED and told.step == step:
+        return (
+            f"at step {step} of {total_steps}; checkpoint written; the same command goes on from "
+            "there"
+        )
+    if step == total_steps:
+        return f"after all {total_steps} steps; the same command goes on from there"
+    return (
+        f"before its next checkpoint was written; the newest is of step {step} of {total_steps}, "
+        "and the same command goes on from there"
+    )
+
+
+def run_until_stopped(
+    stopper: Stopper, fit: Callable[[], object], channel: StopChannel, saving: SavingConfig
+) -> None:
+    """Run Ray's workers by `fit`, and show how far they are.
+
+    After a signal, they finish their step and save it.
+    """
+
+    def ask() -> None:
+        if channel.told().phase is Phase.TRAINING:
+            logger.info("stopping after this step, with a checkpoint (Ctrl-C again: at once)")
+        channel.ask()
+
+    with progress.doing("starting the workers", lambda: _state(channel.told())):
+        stopper.run(
+            fit,
+            ask=ask,
+            is_worth_waiting=lambda: channel.told().phase is Phase.TRAINING,
+            grace_s=driver.grace_s(saving.grace_s),
+        )
+
+
+def _state(told: Told) -> progress.State:
+    """What the workers said, for the user."""
+    what = {
+        Phase.STARTING: "starting the workers",
+        Phase.TRAINING: told.what or "reading the first images",
+        Phase.MEASURING: told.what or "measuring",
+        Phase.STOPPED: "stopping the workers",
+    }[told.phase]
+    is_counted = told.phase in (Phase.TRAINING, Phase.MEASURING)
+    return progress.State(what, told.step, told.total if is_counted else 0, told.detail)
 
 
 def log_bad_samples(uri: str, run_id: str | None, folder: RunFolder) -> list[dict[str, Any]]:

@@ -16,12 +16,20 @@ from torch import Tensor
 
 from infra.tracking import MetricWriter
 from mae_core.data.samples import DataError
+from mae_core.train_step import StepMetrics
+from pipelines import worker_logging
 from pipelines.batches import BadSample
+from pipelines.progress import format_seconds, silence_limit_s
 from pipelines.run_folder import RunFolder
+from pipelines.stopping import Phase, StepEnds, Told
 
 logger = logging.getLogger(__name__)
 
 SHOWN_BAD_SAMPLES = 20  # in the log, of one worker
+PACE_WEIGHT = 0.05  # of the newest step in the moving average
+# What a checkpoint waits for a slow MLflow; for one that is down, once.
+FLUSH_TIMEOUT_S = 5.0
+HURRIED_FLUSH_TIMEOUT_S = 0.5  # of a run that is stopped: `ray job stop` kills after three seconds
 MAX_UNSAVED_BAD = 10_000  # kept for bad_samples.jsonl between two checkpoints, of one worker
 
 
@@ -46,8 +54,36 @@ class RunSize(NamedTuple):
 class Totals(NamedTuple):
     """Sums over all workers."""
 
-    loss: float  # mean over the samples of the last step
+    loss: float  # mean over the samples since the last report
     num_bad: int  # samples that could not be decoded, since this start
+
+
+class After(NamedTuple):
+    """What follows the steps, for the time that is left: evaluations and exports."""
+
+    steps: float = 0.0  # that take as long
+    seconds: float = 0.0
+
+
+NOTHING = After()
+
+
+@dataclass
+class Pace:
+    """Seconds a step, as a moving average without the first step, which waits for the start."""
+
+    mean_s: float = 0.0
+    num_steps: int = -1
+    _ended_at_s: float = 0.0
+
+    def step_ended(self) -> None:
+        now_s = time.monotonic()
+        self.num_steps += 1
+        if self.num_steps > 0:
+            # The plain mean first, then a moving one.
+            weight = max(1 / self.num_steps, PACE_WEIGHT)
+            self.mean_s += weight * (now_s - self._ended_at_s - self.mean_s)
+        self._ended_at_s = now_s
 
 
 @dataclass
@@ -58,13 +94,23 @@ class StepReporter:
     every_steps: int
     first_step: int
     writer: MetricWriter | None  # rank 0 has one
+    ends: StepEnds | None = None  # to which it is told how far the run is
     prefix: str = ""  # of the metrics' names
+    after: After = NOTHING
     num_bad: int = 0
     unsaved_bad: list[BadSample] = field(default_factory=list)  # since the last checkpoint
     waited_s: float = 0.0
-    _since: float = field(default_factory=time.monotonic)
+    pace: Pace = field(default_factory=Pace)
+    _has_bar: bool = field(default_factory=worker_logging.has_bar)
+    _detail: str = ""  # of the last report
+    _began_s: float = field(default_factory=lambda: time.monotonic())
+    _said_at_s: float = field(default_factory=lambda: time.monotonic())
+    _num_steps: int = 0  # since the last report
+    _since: float = field(default_factory=lambda: time.monotonic())
     _since_step: int = -1
     _shown: int = 0
+    _loss: Tensor | None = None  # sums since the last report, on the device: nothing waits for it
+    _num_samples: Tensor | None = None
 
     def __post_init__(self) -> None:
         self._since_step = self.first_step
@@ -81,20 +127,43 @@ class StepReporter:
     def is_due(self, step: int) -> bool:
         return step % self.every_steps == 0 or step == self.size.total_steps
 
-    def report(
-        self,
-        step: int,
-        *,
-        loss: Tensor,
-        num_samples: Tensor,
-        learning_rate: float,
-        grad_norm: Tensor,
-    ) -> Totals:
-        """Sum over the ranks and tell. Every rank calls it at the same steps.
+    def add(self, step: int, metrics: StepMetrics) -> None:
+        """Take a step's loss into the mean that is reported next; reads nothing from the device."""
+        self.pace.step_ended()
+        if self.pace.num_steps == 0 and not self.is_due(step):
+            # Speed is measured from here on: the first step waited for the start.
+            self._since, self._since_step, self.waited_s = time.monotonic(), step, 0.0
+        self._num_steps += 1
+        loss, num_samples = metrics.loss.detach().double(), metrics.num_samples.detach().double()
+        self._loss = loss if self._loss is None else self._loss + loss
+        self._num_samples = (
+            num_samples if self._num_samples is None else self._num_samples + num_samples
+        )
+        if self.writer is not None:
+            self._tell(step)
 
-        `loss` is the rank's share of the global batch's mean, as `StepMetrics` has it.
-        """
-        totals = self._sum_over_ranks(loss, num_samples)
+    def _tell(self, step: int) -> None:
+        total, what = self.size.total_steps, self.prefix.rstrip("/") or "training"
+        detail = f"{self._detail} eta={self._eta(step)}".strip()
+        if self.ends is not None:
+            self.ends.tell_progress(Told(Phase.TRAINING, step, total, what, detail))
+        now_s = time.monotonic()
+        limit_s = silence_limit_s(now_s - self._began_s)
+        if not (self._has_bar or self.is_due(step)) and now_s - self._said_at_s > limit_s:
+            self._said_at_s = now_s
+            logger.info("%sstep %d/%d eta=%s", self.prefix, step, total, self._eta(step))
+
+    def _eta(self, step: int) -> str:
+        """Of all that is left: the steps, the evaluation, the export."""
+        if self.pace.num_steps < 1:
+            return "?"
+        steps = self.size.total_steps - step + self.after.steps
+        return format_seconds(steps * self.pace.mean_s + self.after.seconds)
+
+    def report(self, step: int, *, learning_rate: float, grad_norm: Tensor) -> Totals:
+        """Sum over the ranks and tell. Every rank calls it at the same steps."""
+        totals = self._sum_over_ranks(self._num_steps)
+        self._num_steps = 0
         now = time.monotonic()
         elapsed = max(now - self._since, 1e-9)
         images_per_s = (step - self._since_step) * self.size.global_batch_size / elapsed
@@ -114,39 +183,54 @@ class StepReporter:
                 "worker/bad_samples": totals.num_bad,
             }
             self.writer.write({self.prefix + key: x for key, x in metrics.items()}, step)
-            left_s = (self.size.total_steps - step) * self.size.global_batch_size / images_per_s
-            logger.info(
-                "%sstep %d/%d epoch=%.2f loss=%.4f lr=%.2e images/s=%.0f data_wait=%.0f%% bad=%d "
-                "eta=%s",
-                self.prefix,
-                step,
-                self.size.total_steps,
-                epoch,
-                totals.loss,
-                learning_rate,
-                images_per_s,
-                100 * wait_share,
-                totals.num_bad,
-                format_seconds(left_s),
+            self._detail = (
+                f"epoch={epoch:.2f} loss={totals.loss:.4f} lr={learning_rate:.2e} "
+                f"images/s={images_per_s:.0f} data_wait={100 * wait_share:.0f}% "
+                f"bad={totals.num_bad}"
             )
+            if not self._has_bar:
+                self._said_at_s = now
+                total, eta = self.size.total_steps, self._eta(step)
+                logger.info("%sstep %d/%d %s eta=%s", self.prefix, step, total, self._detail, eta)
         return totals
 
-    def _sum_over_ranks(self, loss: Tensor, num_samples: Tensor) -> Totals:
-        sums = torch.stack(
-            [
-                loss.detach().double(),
-                num_samples.detach().double(),
-                torch.tensor(float(self.num_bad), device=loss.device, dtype=torch.float64),
-            ]
-        )
+    def _sum_over_ranks(self, num_steps: int) -> Totals:
+        assert self._loss is not None
+        assert self._num_samples is not None
+        num_bad = torch.tensor(float(self.num_bad), device=self._loss.device, dtype=torch.float64)
+        sums = torch.stack([self._loss, self._num_samples, num_bad])
+        self._loss = self._num_samples = None
         world_size = 1
         if torch.distributed.is_initialized():
             torch.distributed.all_reduce(sums)
             world_size = torch.distributed.get_world_size()
-        loss_sum, counted, num_bad = sums.tolist()
+        loss_sum, counted, all_bad = sums.tolist()
         # The step divides by the nominal batch; shown is the mean over the samples that came.
-        share_that_came = counted / self.size.global_batch_size
-        return Totals(loss_sum / world_size / max(share_that_came, 1e-9), int(num_bad))
+        share_that_came = counted / (num_steps * self.size.global_batch_size)
+        mean = loss_sum / num_steps / world_size / max(share_that_came, 1e-9)
+        return Totals(mean, int(all_bad))
+
+    def settle(self, folder: RunFolder, rank: int, world_size: int, *, is_hurried: bool) -> None:
+        """Bring metrics and bad samples to where they are kept; every rank calls it.
+
+        A checkpoint is written next. Its steps are not trained again after a resumption, so nobody
+        would report them again.
+        """
+        if self.writer is not None and not self.writer.is_failing:
+            self.writer.flush(HURRIED_FLUSH_TIMEOUT_S if is_hurried else FLUSH_TIMEOUT_S)
+        self.save_bad_samples(folder, rank, world_size)
+
+    def save_bad_samples(self, folder: RunFolder, rank: int, world_size: int) -> None:
+        """What was left out since the last call, of all ranks. Every rank calls it."""
+        found = [[sample._asdict() for sample in self.unsaved_bad]]
+        self.unsaved_bad.clear()
+        if world_size > 1:
+            found *= world_size
+            torch.distributed.all_gather_object(found, found[rank])
+        if rank == 0 and any(found):
+            folder.add_bad_samples(sample for part in found for sample in part)
+        if world_size > 1:  # the file is there when the first rank reads it
+            torch.distributed.barrier()
 
 
 def too_many_bad(totals: Totals, seen: int, max_bad_ratio: float) -> bool:
@@ -157,7 +241,7 @@ def too_many_bad(totals: Totals, seen: int, max_bad_ratio: float) -> bool:
 def bad_samples_error(
     totals: Totals, seen: int, max_bad_ratio: float, folder: RunFolder
 ) -> DataError:
-    """Say what is wrong with how many, after `save_bad_samples`."""
+    """Say what is wrong with how many, after `StepReporter.save_bad_samples`."""
     bad = folder.read_bad_samples()
     return DataError(
         f"{totals.num_bad} of {max(seen, 1000)} samples can't be used, more than "
@@ -167,26 +251,7 @@ def bad_samples_error(
     )
 
 
-def save_bad_samples(reporter: StepReporter, folder: RunFolder, rank: int, world_size: int) -> None:
-    """What was left out since the last call, of all ranks. Every rank calls it."""
-    found = [[sample._asdict() for sample in reporter.unsaved_bad]]
-    reporter.unsaved_bad.clear()
-    if world_size > 1:
-        found *= world_size
-        torch.distributed.all_gather_object(found, found[rank])
-    if rank == 0 and any(found):
-        folder.add_bad_samples(sample for part in found for sample in part)
-    if world_size > 1:  # the file is there when the first rank reads it
-        torch.distributed.barrier()
-
-
 def count_kinds(bad: Iterable[Mapping[str, str]]) -> str:
     """Such as "2 x truncated, 1 x empty"."""
     counts = Counter(sample["kind"] for sample in bad)
     return ", ".join(f"{count} x {kind}" for kind, count in counts.most_common())
-
-
-def format_seconds(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{rest:02d}s"

@@ -8,6 +8,7 @@ evaluation.json   the kNN accuracies, and a name of all that they were computed 
 bad_samples.jsonl   a line for each sample that was left out: epoch, shard, key, kind, reason
 arms/             of a downstream run, a folder an arm: metrics.json (last), pictures, tables
 features/         the Parquet files of an embed run
+parts/            what is done of files that an embed run has not finished
 models/           the tuned model of each arm, as a checkpoint without optimizer
 failed.json       why trying again is pointless, while that is so
 result.json       written last: the run is done
@@ -153,6 +154,11 @@ class RunFolder:
     def features_uri(self) -> str:
         """Of the Parquet files of an embed run."""
         return self._file("features")
+
+    @property
+    def parts_uri(self) -> str:
+        """Of those Parquet files that are not finished."""
+        return self._file("parts")
 
     def model_uri(self, label: str) -> str:
         """Where the tuned model of an arm lies."""

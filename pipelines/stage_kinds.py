@@ -36,6 +36,7 @@ TUNING = (
     "pipelines.downstream_worker",
     "pipelines.measuring",
     "pipelines.task",
+    "pipelines.tuning_job",
 )
 TUNING_DATA = ("data.train", "data.val", "init_from")
 

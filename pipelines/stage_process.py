@@ -24,8 +24,7 @@ from pipelines.stages import Failure
 logger = logging.getLogger(__name__)
 
 ROOT = Path(__file__).resolve().parents[1]
-# `ray job stop` kills three seconds after it asked; a stage marks its run within one.
-STOP_GRACE_S = 20.0
+STOP_GRACE_S = 40.0  # a stage takes `checkpoint.grace_s` to save what it has done
 MEMORY_EVERY_S = 2.0
 TAIL_LINES = 8
 CANCELLED = (128 + signal.SIGINT, 128 + signal.SIGTERM)

@@ -62,19 +62,20 @@ from pipelines.datasets import (
 )
 from pipelines.knn import ImageReader, knn_metrics
 from pipelines.reporting import (
+    After,
     RunSize,
     StepReporter,
     bad_samples_error,
-    save_bad_samples,
     too_many_bad,
 )
 from pipelines.run_folder import RunFolder
 from pipelines.sample_trace import SampleTrace
+from pipelines.stopping import Decision, Phase, StepEnds, StopChannel
 
 logger = logging.getLogger(__name__)
 
 BATCHES_AHEAD = 2
-FLUSH_TIMEOUT_S = 5.0  # what a checkpoint waits for a slow MLflow; for one that is down, once
+EXPORT_S = 10.0  # about what it takes to log the encoder to MLflow
 LOSS_METRIC = "train/loss"
 
 
@@ -106,6 +107,10 @@ class TrainTask(NamedTuple):
     @property
     def folder(self) -> RunFolder:
         return RunFolder(self.run_uri, self.start)
+
+    @property
+    def channel(self) -> StopChannel:
+        return StopChannel(self.start)
 
 
 def remaining_data(task: TrainTask) -> ray.data.Dataset:
@@ -194,26 +199,50 @@ class _Worker:
                 self.device.type,
                 "bf16" if self.autocast_dtype else "fp32",
             )
-        reporter = StepReporter(task.size, config.reporting.every_steps, first_step, writer)
+        ends = StepEnds(
+            task.channel,
+            every_minutes=config.checkpoint.every_minutes,
+            rank=self.rank,
+            world_size=self.world_size,
+        )
+        reporter = StepReporter(
+            task.size,
+            config.reporting.every_steps,
+            first_step,
+            writer,
+            ends,
+            after=After(self._evaluation_steps(), EXPORT_S),
+        )
         with ExitStack() as stack:
             if writer is not None:
                 stack.callback(writer.close)
             trace = stack.enter_context(SampleTrace(config.debug.sample_trace, self.rank))
             batches = self._micro_batches(first_step, reporter, trace)
+            ends.tell(Phase.TRAINING)
             for step in range(first_step + 1, task.size.total_steps + 1):
                 self._step(model, step, batches, reporter)
-                if reporter.writer is not None and self._is_due(
-                    step, config.reporting.picture_every_steps
-                ):
-                    self._show(reporter.writer, step)
-                if self._is_due(step, config.checkpoint.every_steps):
-                    if writer is not None and not writer.is_failing:
-                        # These steps are not trained again, so nobody would report them again.
-                        writer.flush(FLUSH_TIMEOUT_S)
-                    save_bad_samples(reporter, task.folder, self.rank, self.world_size)
+                if writer is not None and self._is_due(step, config.reporting.picture_every_steps):
+                    self._show(writer, step)
+                decision = ends.decide(is_due=self._is_due(step, config.checkpoint.every_steps))
+                if decision is not Decision.GO_ON:
+                    hurried = decision is Decision.STOP
+                    reporter.settle(task.folder, self.rank, self.world_size, is_hurried=hurried)
                     self._checkpoint(step)
+                if decision is Decision.STOP:
+                    ends.tell(Phase.STOPPED, step)
+                    return
+            ends.tell(Phase.MEASURING)
             if task.val_shards:
-                self._evaluate()
+                self._evaluate(ends)
+
+    def _evaluation_steps(self) -> float:
+        """How many steps the closing evaluation about takes: its images seen as training ones."""
+        task, config = self.task, self.config
+        if not task.val_shards:
+            return 0.0
+        limits = ((task.train_shards, config.knn.max_train), (task.val_shards, config.knn.max_val))
+        images = sum(min(sum(s.num_samples for s in shards), limit) for shards, limit in limits)
+        return images / task.size.global_batch_size
 
     def _is_due(self, step: int, every_steps: int) -> bool:
         return step % every_steps == 0 or step == self.task.size.total_steps
@@ -265,18 +294,17 @@ class _Worker:
             learning_rate=learning_rate,
             autocast_dtype=self.autocast_dtype,
         )
+        reporter.add(step, metrics)
         if not reporter.is_due(step):
             return
         totals = reporter.report(
             step,
-            loss=metrics.loss,
-            num_samples=metrics.num_samples,
             learning_rate=learning_rate,
             grad_norm=metrics.grad_norm,
         )
         seen = (step - reporter.first_step) * size.images_per_step
         if too_many_bad(totals, seen, config.data.max_bad_ratio):
-            save_bad_samples(reporter, self.task.folder, self.rank, self.world_size)
+            reporter.save_bad_samples(self.task.folder, self.rank, self.world_size)
             raise bad_samples_error(totals, seen, config.data.max_bad_ratio, self.task.folder)
 
     def _micro_batches(
@@ -324,7 +352,7 @@ class _Worker:
         images = ((scaled - self.mean) / self.std).permute(0, 3, 1, 2).contiguous()
         return MicroBatch(images, move(batch.noise), move(batch.weights))
 
-    def _evaluate(self) -> None:
+    def _evaluate(self, ends: StepEnds) -> None:
         """Nearest neighbours of the frozen encoder, and of the one that the run began with."""
         task, config = self.task, self.config
         torch.manual_seed(config.seed)
@@ -341,6 +369,7 @@ class _Worker:
                 task.class_numbers,
             ),
             config.knn,
+            partial(ends.measured, "kNN evaluation"),
         )
         if metrics is not None:
             task.folder.write_evaluation(task.evaluation_key, metrics)

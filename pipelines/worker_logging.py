@@ -8,14 +8,16 @@ import logging
 import os
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 LOG_FILE_VARIABLE = "MAE_WORKER_LOG"
+BAR_VARIABLE = "MAE_PROGRESS_BAR"  # set where the driver draws bars, so workers need not say lines
 OURS = ("mae_core", "infra", "pipelines")
 # Its notes at every report say nothing to a user.
 _QUIET = ("ray", "ray.data", "ray.train", "ray.tune")
+_SILENT = ("ray.data._internal.progress",)  # warns that its bars are off, which we did
 POLL_S = 0.2
 
 
@@ -30,20 +32,37 @@ def set_up() -> None:
         ours.setLevel(logging.INFO)
     for name in _QUIET:
         logging.getLogger(name).setLevel(logging.WARNING)
+    for name in _SILENT:
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def has_bar() -> bool:
+    """Whether the driver of this worker draws a bar."""
+    return bool(os.environ.get(BAR_VARIABLE))
+
+
+_num_shown = 0
+
+
+def num_lines_shown() -> int:
+    """How often `shown` has copied something: whether the workers have said anything."""
+    return _num_shown
 
 
 @contextmanager
-def shown(file: Path) -> Iterator[None]:
-    """Inside, lines that arrive in `file` are copied to stderr as they come."""
+def shown(file: Path, write: Callable[[str], None]) -> Iterator[None]:
+    """Inside, lines that arrive in `file` are given to `write` as they come."""
     file.touch()
     ended = threading.Event()
 
     def copy() -> None:
+        global _num_shown  # of the process: there is one local Ray
         with file.open() as stream:
             while True:
                 last = ended.is_set()  # asked before the read: what came until then is shown
-                sys.stderr.write(stream.read())
-                sys.stderr.flush()
+                if text := stream.read():
+                    _num_shown += 1
+                    write(text)
                 if last:
                     return
                 ended.wait(POLL_S)

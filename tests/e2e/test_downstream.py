@@ -7,6 +7,8 @@ import hashlib
 import io
 import json
 import os
+import re
+import signal
 import tarfile
 import threading
 from collections import Counter
@@ -251,22 +253,28 @@ def test_a_killed_worker_costs_nothing_but_time(
 
 
 @pytest.mark.parametrize(
-    ("config_type", "words"),
-    [(DetectConfig, [*DETECT, "img_size=[24,16]"]), (SegmentConfig, SEGMENT)],
-    ids=["detect", "segment"],
+    ("config_type", "words", "number"),
+    [
+        (DetectConfig, [*DETECT, "img_size=[24,16]"], signal.SIGKILL),
+        (SegmentConfig, SEGMENT, signal.SIGTERM),
+    ],
+    ids=["detect-killed", "segment-stopped"],
 )
-def test_a_killed_driver_leaves_a_run_that_the_same_command_finishes(
+def test_a_driver_that_ended_leaves_a_run_that_the_same_command_finishes(
     downstream: Downstream,
     config_type: type[DownstreamConfig],
     words: list[str],
+    number: int,
     started_downstream: Callable[..., Any],
     local_ray: Path,
 ) -> None:
     words = [*words, f"{config_type.stage}.arms=[finetune]"]
     process = started_downstream(config_type.stage, *downstream.words(*words))
     downstream.place.wait_for_step(7)  # after the checkpoint of step 5
-    process.kill()
-    process.wait()
+    process.send_signal(number)
+    process.wait(60)
+    told = re.search(r"stopped at step (\d+) of 12; checkpoint written", downstream.place.stderr())
+    assert (told is not None) is (number == signal.SIGTERM)
     result = downstream.run(config_type, *words)
     assert sorted(downstream.losses(result.run_id)) == list(range(1, 13))
     encoder, manifest = load_encoder(Path(result.output))
@@ -276,7 +284,8 @@ def test_a_killed_driver_leaves_a_run_that_the_same_command_finishes(
     original, _ = load_encoder(Path(downstream.encoder_uri))
     assert not torch.equal(encoder.blocks[5].mlp.fc1.weight, original.blocks[5].mlp.fc1.weight)
     trace = downstream.place.trace()
-    assert all(line["step"] > 5 for line in trace if line["attempt"] == 2)
+    done = 5 if told is None else int(told[1])
+    assert all(line["step"] > done for line in trace if line["attempt"] == 2)
     assert len(MlflowClient(downstream.place.tracking_uri).search_runs(["1"])) == 1
 
 

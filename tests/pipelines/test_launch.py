@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import threading
 import time
 from pathlib import Path
 
@@ -154,6 +155,111 @@ def test_without_a_signal_nothing_is_called() -> None:
         raise ValueError("mine")
     assert calls == []
     assert {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)} == before
+
+
+class Work:
+    """What runs in the workers: it ends `seconds` after it was asked to."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+        self.asked = threading.Event()
+        self.is_saved = False
+
+    def __call__(self) -> None:
+        assert self.asked.wait(20)
+        time.sleep(self.seconds)
+        self.is_saved = True
+
+
+def stop(work: Work, *numbers: int, grace_s: float = 20, is_worth_waiting: bool = True) -> int:
+    """Run the work and send the signals; returns the exit code."""
+
+    def send() -> None:
+        for number in numbers:
+            os.kill(os.getpid(), number)
+            work.asked.wait(20)
+
+    def run() -> None:
+        with driver.cancel_on_signals(lambda: None) as stopper:
+            threading.Timer(0.05, send).start()
+            stopper.run(
+                work,
+                ask=work.asked.set,
+                is_worth_waiting=lambda: is_worth_waiting,
+                grace_s=grace_s,
+            )
+
+    with pytest.raises(driver.CancelledError) as caught:
+        run()
+    return caught.value.exit_code
+
+
+@pytest.mark.parametrize(
+    ("numbers", "exit_code"),
+    [((signal.SIGTERM,), 143), ((signal.SIGINT,), 130), ((signal.SIGTERM, signal.SIGTERM), 143)],
+    ids=["term", "ctrl-c", "job-and-chain"],
+)
+def test_work_that_is_asked_to_stop_may_save_first(
+    numbers: tuple[int, ...], exit_code: int
+) -> None:
+    work = Work(0.2)
+    assert stop(work, *numbers) == exit_code
+    assert work.is_saved
+
+
+def test_a_second_ctrl_c_does_not_wait() -> None:
+    work = Work(30)
+    assert stop(work, signal.SIGINT, signal.SIGINT) == 130
+    assert not work.is_saved
+
+
+def test_work_is_left_when_its_time_is_up_or_it_has_nothing_to_save() -> None:
+    late, idle = Work(30), Work(30)
+    assert stop(late, signal.SIGTERM, grace_s=0.2) == 143
+    assert stop(idle, signal.SIGTERM, is_worth_waiting=False) == 143
+    assert not late.is_saved
+    assert not idle.is_saved
+
+
+def test_an_mlflow_that_hangs_takes_no_time_from_what_is_saved() -> None:
+    work = Work(0.2)
+    release = threading.Event()
+
+    def run() -> None:
+        with driver.cancel_on_signals(lambda: release.wait(20) and None) as stopper:
+            threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGTERM)).start()
+            stopper.run(work, ask=work.asked.set, is_worth_waiting=lambda: True, grace_s=1)
+
+    with pytest.raises(driver.CancelledError):
+        run()
+    release.set()
+    assert work.is_saved
+
+
+def test_what_work_raises_comes_out() -> None:
+    def work() -> None:
+        raise ValueError("mine")
+
+    with pytest.raises(ValueError, match="mine"), driver.cancel_on_signals(lambda: None) as stopper:
+        stopper.run(work, ask=lambda: None, is_worth_waiting=lambda: True, grace_s=1)
+
+
+@pytest.mark.parametrize(("given", "seconds"), [(None, 2.0), ("60", 25.0), ("soon", 2.0)])
+@pytest.mark.usefixtures("in_job")
+def test_a_ray_job_has_what_job_stop_leaves_it(
+    monkeypatch: pytest.MonkeyPatch, given: str | None, seconds: float
+) -> None:
+    monkeypatch.delenv("RAY_JOB_STOP_WAIT_TIME_S", raising=False)
+    if given is not None:
+        monkeypatch.setenv("RAY_JOB_STOP_WAIT_TIME_S", given)
+    assert driver.grace_s(25.0) == seconds
+
+
+def test_outside_of_a_job_the_config_says_how_long_a_stop_may_take(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("RAY_JOB_CONFIG_JSON_ENV_VAR", raising=False)
+    assert driver.grace_s(25.0) == 25.0
 
 
 def test_ray_keeps_its_bookkeeping_in_the_run_s_folder(tmp_path: Path) -> None:

@@ -54,6 +54,7 @@ def make_measurer(task: FakeTask, *, rank: int = 0, max_bad_ratio: float = 0.01)
         device=torch.device("cpu"),
         rank=rank,
         world_size=1,
+        tell=lambda *_: None,
     )
 
 

@@ -1,0 +1,152 @@
+"""How the workers hear that their run is to stop, and agree on the step after which they do.
+
+The driver gets the signal and asks through Ray's key-value store. Rank 0 looks there, decides at
+the end of each step, and tells the other ranks, so that all of them leave after the same step
+(docs/adr/0018).
+"""
+
+import json
+import logging
+import threading
+import time
+from enum import Enum
+from typing import NamedTuple
+
+import torch
+import torch.distributed
+from ray.experimental import internal_kv
+
+logger = logging.getLogger(__name__)
+
+NAMESPACE = "mae"
+POLL_S = 0.1
+TELL_EVERY_S = 0.5
+
+
+class Phase(Enum):
+    STARTING = "starting"
+    TRAINING = "training"  # the end of each step can be saved
+    MEASURING = "measuring"  # what was trained is saved already
+    STOPPED = "stopped"  # a checkpoint of the step is written
+
+
+class Told(NamedTuple):
+    """What the workers said last."""
+
+    phase: Phase = Phase.STARTING
+    step: int = 0
+    total: int = 0  # of the steps, or of the images that are measured; 0 where nothing is counted
+    what: str = ""  # is done now, such as an arm's name
+    detail: str = ""
+
+
+class StopChannel(NamedTuple):
+    """Between the driver and the workers of one start of a run."""
+
+    start: str  # see RunFolder
+
+    def ask(self) -> None:
+        """Ask the workers to stop after the step that they are in."""
+        self._put("stop", b"1")
+
+    def is_asked(self) -> bool:
+        return self._get("stop") is not None
+
+    def tell(self, told: Told) -> None:
+        """Tell the driver how far the workers are."""
+        self._put("told", json.dumps([told.phase.value, *told[1:]]).encode())
+
+    def told(self) -> Told:
+        text = self._get("told")
+        if text is None:
+            return Told()
+        phase, *rest = json.loads(text)
+        return Told(Phase(phase), *rest)
+
+    # Private to Ray, whose version is pinned: a store that every process is connected to already.
+    # The public way, an actor, costs a process.
+
+    def _put(self, key: str, value: bytes) -> None:
+        internal_kv._internal_kv_put(f"{self.start}-{key}", value, namespace=NAMESPACE)
+
+    def _get(self, key: str) -> bytes | None:
+        return internal_kv._internal_kv_get(f"{self.start}-{key}", namespace=NAMESPACE)
+
+
+class Decision(Enum):
+    GO_ON = 0
+    SAVE = 1
+    STOP = 2  # with a checkpoint
+
+
+class StepEnds:
+    """Decides at the end of each step whether to save and whether to stop, alike on all ranks.
+
+    Args:
+        channel: to the driver.
+        every_minutes: time between checkpoints.
+        rank: this worker's.
+        world_size: the number of workers.
+    """
+
+    def __init__(
+        self, channel: StopChannel, *, every_minutes: float, rank: int, world_size: int
+    ) -> None:
+        self._channel = channel
+        self._every_s = 60 * every_minutes
+        self._rank = rank
+        # On CPUs: the device does not wait for the answer.
+        self._group: torch.distributed.ProcessGroup | None = None
+        if world_size > 1:
+            group = torch.distributed.new_group(backend="gloo")
+            assert isinstance(group, torch.distributed.ProcessGroup)
+            self._group = group
+        self._saved_at_s = time.monotonic()
+        self._told_at_s = 0.0
+        self.is_asked = False  # to stop; only rank 0 knows
+        if rank == 0:
+            # A thread of its own looks: a step costs no request.
+            threading.Thread(target=self._watch, name="stop-watch", daemon=True).start()
+
+    def _watch(self) -> None:
+        while not self.is_asked:
+            try:
+                self.is_asked = self._channel.is_asked()
+            except Exception as error:  # Ray ends, or its store is away for a moment
+                logger.debug("could not look for a wish to stop: %s", error)
+            time.sleep(POLL_S)
+
+    def tell(self, phase: Phase, step: int = 0) -> None:
+        if self._rank == 0:
+            self._channel.tell(Told(phase, step))
+
+    def tell_progress(self, told: Told) -> None:
+        """Twice a second at most: it is called in loops."""
+        if self._rank == 0 and time.monotonic() - self._told_at_s > TELL_EVERY_S:
+            self._told_at_s = time.monotonic()
+            self._channel.tell(told)
+
+    def measured(self, what: str, done: int, total: int) -> None:
+        """Tell how far the measuring is, in images or pieces of them."""
+        self.tell_progress(Told(Phase.MEASURING, done, total, what))
+
+    def decide(self, *, is_due: bool) -> Decision:
+        """Every rank calls it after the same steps, and gets the same answer.
+
+        Args:
+            is_due: whether a checkpoint is due at this step, whatever the clock says.
+        """
+        decision = self._of_this_rank(is_due)
+        if self._group is not None:
+            word = torch.tensor(decision.value)
+            torch.distributed.broadcast(word, 0, group=self._group)
+            decision = Decision(int(word))
+        if decision is not Decision.GO_ON:
+            self._saved_at_s = time.monotonic()
+        return decision
+
+    def _of_this_rank(self, is_due: bool) -> Decision:
+        if self.is_asked:
+            return Decision.STOP
+        is_due = is_due or time.monotonic() - self._saved_at_s >= self._every_s
+        return Decision.SAVE if is_due else Decision.GO_ON
