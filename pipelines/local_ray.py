@@ -40,11 +40,21 @@ def private_folder() -> Iterator[Path]:
     """Inside, there is a folder for a Ray's sockets, logs and token that only this user may enter.
 
     It stays behind if Ray does not start, since only Ray's own logs say why.
+
+    Raises:
+        StorageError: there is no place for it.
     """
     parent = os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()
     if len(parent) + len("/mae-12345678") > MAX_FOLDER_CHARACTERS:
         parent = "/tmp"
-    folder = Path(tempfile.mkdtemp(prefix="mae-", dir=parent))
+    try:
+        folder = Path(tempfile.mkdtemp(prefix="mae-", dir=parent))
+    except OSError as error:
+        raise StorageError(
+            f"no folder for Ray's files can be made in {parent}: {error.strerror}; "
+            "set RAY_TMPDIR to a folder that you may write to",
+            is_lasting=True,
+        ) from error
     try:
         yield folder
     except RayStartError:

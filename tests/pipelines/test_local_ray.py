@@ -152,6 +152,31 @@ def test_the_folder_of_a_long_path_is_elsewhere(
     assert not folder.exists()
 
 
+def test_a_folder_that_cannot_be_made_names_the_variable(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_TMPDIR", "/no/such")
+    with (
+        pytest.raises(storage.StorageError, match=r"in /no/such: .*; set RAY_TMPDIR") as caught,
+        local_ray.private_folder(),
+    ):
+        pass
+    assert not can_pass(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("given", "joined"),
+    [(None, None), ("", None), ("local", None), ("auto", "auto"), ("10.0.0.1:6379",) * 2],
+)
+def test_only_a_cluster_s_address_is_joined(
+    given: str | None, joined: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    if given is not None:
+        monkeypatch.setenv("RAY_ADDRESS", given)
+    assert driver.cluster_address() == joined
+
+
 def calls_of_init(file: Path) -> list[str]:
     """Every place in a file that may start a Ray: `ray.init`, however it is called."""
     found = []
