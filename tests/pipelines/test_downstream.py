@@ -141,7 +141,11 @@ def test_the_output_is_the_fine_tuned_model_if_there_is_one(names: list[str], ke
         (ClassifyConfig, ["classify.label_fraction=[0.1,1.5]"], "must be above 0, at most 1"),
         (ClassifyConfig, ["classify.seeds=[1,1]"], "give different numbers"),
         (ClassifyConfig, ["classify.labels=many"], "knn and logistic need labels=one"),
-        (ClassifyConfig, ["optim.micro_batch_size=48"], "is not a multiple of"),
+        (
+            ClassifyConfig,
+            ["optim.micro_batch_size=48", "optim.global_batch_size=64"],
+            "is not a multiple of",
+        ),
         (ClassifyConfig, ["classify.arms=[finetun]"], "Input should be"),
         (DetectConfig, ["detect.hed=fcos"], "did you mean detect.head"),
         (SegmentConfig, ["segment.head=fpn"], "segment.names is needed"),
@@ -155,6 +159,11 @@ def test_the_output_is_the_fine_tuned_model_if_there_is_one(names: list[str], ke
 def test_a_mistake_in_a_config_is_told(config_type: Any, words: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         load_config(config_type, [], [*NEEDED, *words], {})
+
+
+def test_batches_that_were_not_set_fit_the_one_that_was() -> None:
+    config = load_config(ClassifyConfig, [], [*NEEDED, "optim.micro_batch_size=48"], {})
+    assert (config.optim.global_batch_size, config.data.shuffle_window) == (1056, 1056)
 
 
 def test_where_it_runs_is_not_what_it_is() -> None:
