@@ -44,7 +44,12 @@ KINDS: dict[str, StageKind] = {
     "prepare": StageKind(
         PrepareConfig,
         "Pack images into shards, or draw a small data set.",
-        ("pipelines.prepare", "pipelines.packing", "pipelines.existing_shards"),
+        (
+            "pipelines.prepare",
+            "pipelines.packing",
+            "pipelines.packed_classes",
+            "pipelines.existing_shards",
+        ),
         ("source", "annotations", "classes"),
         without_effect("prepare"),
     ),
