@@ -28,10 +28,12 @@ import pyarrow as pa
 from pyarrow import fs as pafs
 
 from infra.patience import ObjectStream, fill_patiently, patiently
+from infra.redaction import redact_bytes
 
 logger = logging.getLogger(__name__)
 
 S3_SCHEME = "s3://"
+TEXT_SUFFIXES = (".json", ".jsonl", ".html", ".md", ".txt", ".csv", ".mmd", ".yaml", ".log")
 
 # A request is sent up to 8 times, with 3.2 s of back-off; a server that hangs costs
 # 8 * READ_TIMEOUT_S. Not AwsStandardS3RetryStrategy: pyarrow does not give its quota back, so that
@@ -299,8 +301,11 @@ def open_random(uri: str) -> BinaryIO:
 
 
 def write_bytes(uri: str, data: bytes) -> None:
-    """Write a whole file: a reader sees the old one or the new one, never a part."""
-    write_chunks(uri, [data])
+    """Write a whole file: a reader sees the old one or the new one, never a part.
+
+    Secrets are taken out of what is text, by its name: records, tables, pages.
+    """
+    write_chunks(uri, [redact_bytes(data) if uri.endswith(TEXT_SUFFIXES) else data])
 
 
 def write_chunks(uri: str, chunks: Iterable[bytes]) -> None:

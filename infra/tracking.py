@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 
 from infra.config import TrackingConfig
 from infra.mlflow_client import SQLITE_SCHEME, client_of, experiment_of
+from infra.redaction import redact, redact_texts
 from infra.run_names import name_with_differences
 from infra.tracking_remedies import remedy
 
@@ -88,6 +89,7 @@ def start_run(
         run_id: of the run to reopen.
         unnamed: how the keys of params begin that a name never tells; None keeps `run_name`.
     """
+    run_name, params, tags = redact(run_name), redact_texts(params), redact_texts(tags)
     try:
         client = client_of(tracking.uri)
         run = _reopen_run(client, run_id) if run_id else None
@@ -189,7 +191,8 @@ def set_tags(uri: str, run_id: str | None, tags: Mapping[str, str]) -> None:
     """`mlflow.note.content` is the description, in Markdown."""
     if run_id is not None:
         with _or_warn("set tags", uri):
-            client_of(uri).log_batch(run_id, tags=[RunTag(k, v) for k, v in tags.items()])
+            texts = redact_texts(tags)
+            client_of(uri).log_batch(run_id, tags=[RunTag(k, v) for k, v in texts.items()])
 
 
 Points = list[tuple[int, float]]  # step and value
@@ -218,7 +221,7 @@ def log_dataset(
         name=name,
         digest=digest[:MAX_DIGEST_CHARS],
         source_type="s3" if source.startswith("s3://") else "local",
-        source=json.dumps({"uri": source}),
+        source=json.dumps({"uri": redact(source)}),
     )
     tag = InputTag("mlflow.data.context", context)
     with _or_warn(f"log data set {name}", uri):
@@ -228,7 +231,7 @@ def log_dataset(
 def log_artifact_text(uri: str, run_id: str | None, text: str, artifact_file: str) -> None:
     if run_id is not None:
         with _or_warn(f"log {artifact_file}", uri):
-            client_of(uri).log_text(run_id, text, artifact_file)
+            client_of(uri).log_text(run_id, redact(text), artifact_file)
 
 
 def log_artifact_file(uri: str, run_id: str | None, file: Path, folder: str | None = None) -> None:

@@ -15,8 +15,12 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from typing_extensions import TypedDict
+
 from infra import machine, storage, tracking
 from infra.lease import lease
+from infra.own_files import read_or_none
+from infra.redaction import redact
 from infra.run_names import name_with_differences
 from pipelines import driver, report
 from pipelines.chain_config import Chain, PromoteSpec, base_and_point, load_chain
@@ -70,7 +74,7 @@ def command(words: Sequence[str]) -> int:
 
 
 def _say(text: str) -> None:
-    sys.stdout.write(f"{text.rstrip()}\n")
+    sys.stdout.write(f"{redact(text.rstrip())}\n")
     sys.stdout.flush()
 
 
@@ -232,7 +236,15 @@ def _name_of_now() -> str:
     return time.strftime("%Y-%m-%dT%H%M%S", time.gmtime(now_s)) + f".{int(now_s % 1 * 1000):03d}Z"
 
 
-def _unfinished(chain: Chain, keys: Mapping[str, str]) -> dict[str, Any] | None:
+class _RunState(TypedDict):
+    name: str
+    run_id: str | None
+    started_at: float
+    ended: str | None
+    keys: dict[str, str]
+
+
+def _unfinished(chain: Chain, keys: Mapping[str, str]) -> _RunState | None:
     """The state of the last run, if it was cut off with the same to do.
 
     Of others that were cut off nothing runs any more, for we hold the lease: they end as killed.
@@ -241,11 +253,8 @@ def _unfinished(chain: Chain, keys: Mapping[str, str]) -> dict[str, Any] | None:
     found = None
     for name in names:
         place = pipeline_folder(chain, name, "run.json")
-        try:
-            state = json.loads(storage.read_bytes(place))
-        except (FileNotFoundError, ValueError):
-            continue
-        if state["ended"] is not None:
+        state = read_or_none(place, _RunState, "that run counts as ended")
+        if state is None or state["ended"] is not None:
             continue
         if name == names[-1] and state["keys"] == dict(keys):
             found = state
@@ -256,7 +265,7 @@ def _unfinished(chain: Chain, keys: Mapping[str, str]) -> dict[str, Any] | None:
 
 
 def _write_state(run: PipelineRun, keys: Mapping[str, str], ended: str | None) -> None:
-    state = {
+    state: _RunState = {
         "name": run.name,
         "run_id": run.run_id,
         "started_at": run.started_at,

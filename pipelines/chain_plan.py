@@ -4,9 +4,8 @@ import hashlib
 import json
 import platform
 import re
-import time
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, NamedTuple
@@ -49,10 +48,10 @@ class Planned:
     parts: KeyParts
     folder: StageFolder
     decision: Decision
-    done: Done | None  # what is there
+    done: Done | None  # what is there and is kept
     notes: tuple[str, ...]
     cost: Cost
-    looked_at: float = field(default_factory=time.time)  # seconds since 1970
+    found: Done | None = None  # what was there when the plan was made, kept or not
 
     @property
     def output(self) -> str | None:
@@ -110,7 +109,7 @@ def plan_chain(chain: Chain, forced: Forced) -> list[Planned]:
         cost = Cost() if kept else _cost(stage, folder, outputs)
         notes = _notes(done) if done and kept else ()
         plans[stage.name] = Planned(
-            stage, parts, folder, decision, done if kept else None, notes, cost
+            stage, parts, folder, decision, done if kept else None, notes, cost, done
         )
     if forced.only is not None:
         _check_only(forced.only, plans)

@@ -13,6 +13,7 @@ import time
 from collections.abc import Sequence
 
 from infra.processes import end_with_parent
+from infra.redaction import redact, redact_logs
 from pipelines.command_line import COMMANDS, load_own_stage, make_parser, parse, read_config
 from pipelines.config import StageResult
 from pipelines.failures import tell
@@ -28,6 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    redact_logs()
     end_with_parent()
     words = list(sys.argv[1:] if argv is None else argv)
     if words and words[0] in COMMANDS:
@@ -55,13 +57,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             # Of an error that is not ours, the words alone: its class is on stderr.
             message = str(error) if told.exit_code == 1 else told.message
             failed = {"status": "failed", "error": message, "can_pass": told.can_pass}
-            print(json.dumps({"stage": arguments.stage, **failed}), flush=True)
+            print(redact(json.dumps({"stage": arguments.stage, **failed})), flush=True)
         return exit_code
     # A count stays one; numpy's numbers are none that JSON knows.
     metrics = {k: x if isinstance(x, int) else float(x) for k, x in result.metrics.items()}
     result = result._replace(metrics=metrics)
     fields = {**result._asdict(), "seconds": round(time.monotonic() - started_s, 1)}
-    print(json.dumps(fields), flush=True)
+    print(redact(json.dumps(fields)), flush=True)
     # By name: not every stage has loaded MLflow.
     if sys.stdout.isatty() and result.run_id is not None:
         importlib.import_module("pipelines.recording").say_run_page(config, result.run_id)
@@ -99,7 +101,7 @@ def _tell(error: BaseException, *, debug: bool) -> int:
         return error.code if isinstance(error.code, int) else 1
     told = tell(error)
     hint = "" if debug or told.exit_code != 1 else "; --debug shows where"
-    for line in f"{told.message}{hint}".splitlines():
+    for line in redact(f"{told.message}{hint}").splitlines():
         print(f"{told.title}: {line}", file=sys.stderr)
     return told.exit_code
 

@@ -18,6 +18,7 @@ from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 from infra.cluster import ClusterConfig
+from infra.redaction import redact
 from mae_core.config import StrictConfig
 from pipelines.chain_config import ChainConfig, load_stage_file
 from pipelines.config import ConfigError
@@ -42,7 +43,7 @@ def command(words: Sequence[str]) -> int:
         text = _show(arguments.stage, arguments.words, as_json=arguments.json)
     else:
         text = json.dumps(_schema(arguments.stage), indent=2)
-    sys.stdout.write(f"{text}\n")
+    sys.stdout.write(f"{redact(text)}\n")
     return 0
 
 

@@ -25,6 +25,7 @@ from pydantic import Field
 
 from infra import machine, storage
 from infra.config import StorageConfig, TrackingConfig
+from infra.redaction import redact
 from mae_core.config import StrictConfig
 from mae_core.data.dicom_images import missing_syntaxes
 from mae_core.data.tiff_images import missing_codecs
@@ -90,7 +91,7 @@ def command(words: Sequence[str]) -> int:
 
 
 def _say(text: str) -> None:
-    sys.stdout.write(f"{text}\n")
+    sys.stdout.write(f"{redact(text)}\n")
 
 
 def run_checks(

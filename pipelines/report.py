@@ -21,6 +21,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from infra import machine, storage, tracking
+from infra.own_files import read_lines
 from pipelines.chain_config import substitute
 from pipelines.chain_plan import Planned, shown_time, text_graph, versions
 from pipelines.config import StageResult
@@ -308,8 +309,8 @@ def _skipped(run: PipelineRun) -> Iterator[dict[str, Any]]:
             continue
         names = storage.list_tree(plan.folder.uri)
         for path in [n for n in names if n.endswith(("bad_samples.jsonl", "skipped.jsonl"))]:
-            text = storage.read_bytes(storage.join(plan.folder.uri, path)).decode()
-            lines = [json.loads(line) for line in text.splitlines()]
+            place = storage.join(plan.folder.uri, path)
+            lines = read_lines(place)
             kinds = Counter(str(x.get("kind") or x.get("reason", "")) for x in lines)
             for kind, count in kinds.most_common():
                 one = next(x for x in lines if kind in (x.get("kind"), x.get("reason")))

@@ -20,14 +20,16 @@ import logging
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
-from pydantic import Field, ValidationError
+from pydantic import Field
+from typing_extensions import TypedDict
 
 from infra import storage
+from infra.own_files import DamagedFileError, parse_own, read_or_none, read_own
 from mae_core.checkpoint import CorruptCheckpointError
 from mae_core.config import StrictConfig
 from mae_core.data.samples import DataError
@@ -69,6 +71,26 @@ class RunRecord(StrictConfig):
     """As it was resolved at the last start."""
 
 
+class _Result(TypedDict):
+    """A StageResult; a count stays a whole number."""
+
+    stage: str
+    status: Literal["done", "reused"]
+    run_id: str | None
+    output: str
+    metrics: dict[str, int | float]
+
+
+class _Evaluation(StrictConfig):
+    key: str
+    metrics: dict[str, float]
+
+
+class _Failed(StrictConfig):
+    kind: str
+    message: str
+
+
 @dataclass(frozen=True)
 class RunFolder:
     """The folder at `uri`, written to for one start of the command.
@@ -99,7 +121,7 @@ class RunFolder:
             return False
         try:
             record = self.read_record()
-        except (storage.StorageError, ValidationError):
+        except (storage.StorageError, DamagedFileError):
             return False
         return record is None or record.start != self.start
 
@@ -121,16 +143,17 @@ class RunFolder:
             storage.delete_file(self._file(name))
 
     def read_record(self) -> RunRecord | None:
-        text = self._read("run.json")
-        return None if text is None else RunRecord.model_validate_json(text)
+        way_out = "bring it back, or start over with --fresh: it says what the run began with"
+        return read_own(self._file("run.json"), RunRecord, way_out)
 
     def write_record(self, record: RunRecord) -> None:
         """Take the folder over for `record.start`."""
         storage.write_bytes(self._file("run.json"), record.model_dump_json(indent=1).encode())
 
     def read_result(self) -> StageResult | None:
-        text = self._read("result.json")
-        return None if text is None else StageResult(**json.loads(text))
+        anew = "the result is made again from what is there"
+        found = read_or_none(self._file("result.json"), _Result, anew)
+        return None if found is None else StageResult(**found)
 
     def read_whole_result(self) -> StageResult | None:
         """The result, if what it names is there; with a warning, None if that was deleted."""
@@ -165,11 +188,14 @@ class RunFolder:
         return self._file(f"models/{label}")
 
     def has_arm(self, label: str) -> bool:
-        return storage.exists(self._file(f"arms/{label}/metrics.json"))
+        return self._read_arm(label) is not None
 
     def read_arm(self, label: str) -> dict[str, float]:
-        text = self._read(f"arms/{label}/metrics.json")
-        return {} if text is None else json.loads(text)
+        return self._read_arm(label) or {}
+
+    def _read_arm(self, label: str) -> dict[str, float] | None:
+        place = self._file(f"arms/{label}/metrics.json")
+        return read_or_none(place, dict[str, float], "the arm is measured again")
 
     def write_arm(self, label: str, metrics: str) -> None:
         """Written last of an arm: it is done."""
@@ -208,11 +234,11 @@ class RunFolder:
 
     def read_evaluation(self, key: str) -> dict[str, float] | None:
         """Metrics of the evaluation that `key` names; none for "", and None if it is not there."""
-        text = self._read("evaluation.json")
         if not key:
             return {}
-        fields = {} if text is None else json.loads(text)
-        return fields["metrics"] if fields.get("key") == key else None
+        place = self._file("evaluation.json")
+        found = read_or_none(place, _Evaluation, "the model is measured again")
+        return found.metrics if found is not None and found.key == key else None
 
     def write_evaluation(self, key: str, metrics: dict[str, float]) -> None:
         """Keep the metrics under a name of all that they were computed from."""
@@ -224,16 +250,31 @@ class RunFolder:
         return self._file("bad_samples.jsonl")
 
     def read_bad_samples(self) -> list[dict[str, Any]]:
-        text = self._read("bad_samples.jsonl")
-        return [] if text is None else [json.loads(line) for line in text.splitlines()]
+        """The lines that are whole; a warning counts the others."""
+        return self._bad_samples()[0]
+
+    def _bad_samples(self) -> tuple[list[dict[str, Any]], list[bytes]]:
+        """The samples, and the lines that are damaged, as they are."""
+        samples, damaged = [], []
+        for line in (self._read("bad_samples.jsonl") or b"").splitlines():
+            try:
+                samples.append(parse_own(line, self.bad_samples_uri, dict[str, Any], ""))
+            except DamagedFileError:
+                damaged.append(line)
+        if damaged:
+            logger.warning(
+                "%s: %d lines are damaged and not counted", self.bad_samples_uri, len(damaged)
+            )
+        return [line for line in samples if {"shard", "key"} <= line.keys()], damaged
 
     def add_bad_samples(self, samples: Iterable[Mapping[str, Any]]) -> None:
         """Each sample once, whatever the epochs and attempts it was met in."""
-        known = {(line["shard"], line["key"]): line for line in self.read_bad_samples()}
+        there, damaged = self._bad_samples()
+        known = {(line["shard"], line["key"]): line for line in there}
         for sample in samples:
             known.setdefault((sample["shard"], sample["key"]), dict(sample))
-        lines = [json.dumps(line) + "\n" for line in known.values()]
-        self._write("bad_samples.jsonl", "".join(lines).encode())
+        lines = [json.dumps(line).encode() for line in known.values()]
+        self._write("bad_samples.jsonl", b"".join(line + b"\n" for line in [*lines, *damaged]))
 
     def forget_failure(self) -> None:
         """An earlier start's error must not stop this one."""
@@ -255,14 +296,13 @@ class RunFolder:
 
     def read_failure(self) -> Exception | None:
         """The lasting error that a worker met, if one did."""
-        text = self._read("failed.json")
-        if text is None:
+        failed = read_or_none(self._file("failed.json"), _Failed, "the workers are started again")
+        if failed is None:
             return None
-        failed = json.loads(text)
-        kind = LASTING_ERRORS.get(failed["kind"], DataError)
+        kind = LASTING_ERRORS.get(failed.kind, DataError)
         if kind is storage.StorageError:
-            return storage.StorageError(failed["message"], is_lasting=True)
-        return kind(failed["message"])
+            return storage.StorageError(failed.message, is_lasting=True)
+        return kind(failed.message)
 
     def raise_failure(self) -> None:
         """Raise the lasting error that a worker met, if one did."""

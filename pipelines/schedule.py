@@ -24,6 +24,7 @@ from infra import storage
 from infra.cluster import ClusterConfig, ClusterConfigError, load_cluster
 from infra.kuberay import dump, render_cron_job, render_ray_cron_job
 from infra.pods import Manifest
+from infra.redaction import redact
 from pipelines import driver
 from pipelines.config import ConfigError
 from pipelines.schedule_config import TICK_WORDS, Schedule, find_schedule, load_schedules
@@ -116,7 +117,7 @@ def _day(text: str) -> date:
 
 
 def _say(text: str) -> None:
-    sys.stdout.write(f"{text.rstrip()}\n")
+    sys.stdout.write(f"{redact(text.rstrip())}\n")
     sys.stdout.flush()
 
 

@@ -13,6 +13,7 @@ from cronsim import CronSim, CronSimError
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from infra import storage
+from infra.redaction import redact
 from infra.typed_text import typed
 from infra.yaml_files import YamlFileError
 from mae_core.config import StrictConfig
@@ -64,6 +65,19 @@ class Schedule(StrictConfig):
     """A tick waits up to so long, the same time whoever asks, so that not all start at once."""
     enabled: bool = True
     """Whether it fires."""
+
+    @field_validator("words")
+    @classmethod
+    def _hold_no_secret(cls, words: tuple[str, ...]) -> tuple[str, ...]:
+        """Refuse a password: words are arguments of a process, which all users can list."""
+        for number, word in enumerate(words):
+            if (shown := redact(word)) != word:
+                raise ValueError(
+                    f"word {number + 1} ({shown}) holds a password, which everyone on the machine "
+                    "would see; give it by the environment, such as MLFLOW_TRACKING_USERNAME and "
+                    "MLFLOW_TRACKING_PASSWORD"
+                )
+        return words
 
     @field_validator("cron")
     @classmethod

@@ -26,11 +26,13 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 from zoneinfo import ZoneInfo
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from infra import storage
 from infra.conditional import put_if
+from infra.own_files import read_own
 from infra.processes import PARENT_VARIABLE, find_process, start_process, stop_process
+from infra.redaction import redact
 from mae_core.config import StrictConfig
 from pipelines.driver import git_commit
 from pipelines.schedule_config import Schedule
@@ -110,15 +112,8 @@ def _write(uri: str, config: StrictConfig) -> None:
 
 
 def _read(uri: str, config_type: type[ConfigT]) -> ConfigT | None:
-    try:
-        return config_type.model_validate_json(storage.read_bytes(uri))
-    except FileNotFoundError:
-        return None
-    except ValidationError as error:
-        raise storage.StorageError(
-            f"{uri} is damaged ({error.errors()[0]['msg']}); delete it: its schedule then begins "
-            "anew, and no tick that ran runs again"
-        ) from error
+    way_out = "delete it: its schedule then begins anew, and no tick that ran runs again"
+    return read_own(uri, config_type, way_out)
 
 
 def submit(root: str, schedule: Schedule, tick: Tick) -> Submission | None:
@@ -150,6 +145,12 @@ def _command(schedule: Schedule, tick: Tick) -> list[str]:
 
 def _submit_to_ray(root: str, name: str, tick: Tick, words: list[str]) -> Submission | None:
     given = {key: value for key, value in os.environ.items() if key.startswith("MAE__")}
+    if leaks := [key for key, value in given.items() if redact(value) != value]:
+        raise storage.StorageError(
+            f"{leaks[0]} holds a password, which everyone who sees the job would see; give it to "
+            "the cluster, such as by MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD",
+            is_lasting=True,
+        )
     commit = git_commit()
     # No keys: whoever sees the job sees its environment, and the cluster has its own.
     variables = {**given, TICK_VARIABLE: tick.id, **({"MAE_GIT_COMMIT": commit} if commit else {})}

@@ -12,9 +12,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from infra import storage
+from infra.own_files import read_or_none
 from mae_core.config import StrictConfig
 from pipelines.config import StageResult
 from pipelines.stages import KeyParts
@@ -73,11 +74,8 @@ class StageFolder:
         storage.write_bytes(storage.join(self.uri, "key.json"), parts.to_json().encode())
 
     def read_done(self) -> Done | None:
-        text = self._read("done.json")
-        try:
-            return None if text is None else Done.model_validate_json(text)
-        except ValidationError:
-            return None
+        place = storage.join(self.uri, "done.json")
+        return read_or_none(place, Done, "the stage is run again")
 
     def commit(self, result: StageResult, **facts: Any) -> Done:
         """Note the sizes of all that is there; from then on it is a result."""

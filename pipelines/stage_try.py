@@ -80,7 +80,7 @@ class StageTry:
         is_fresh = planned.decision.fresh and not is_begun
         done = folder.read_done()
         is_whole = done is not None and folder.problem(done) is None
-        if done is not None and is_whole and (not is_fresh or done.finished_at > planned.looked_at):
+        if done is not None and is_whole and (not is_fresh or done != planned.found):
             # Another run of a pipeline has made it since.
             return StageResult(
                 planned.stage.kind_name, "reused", done.run_id, folder.output(done), done.metrics

@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from infra.redaction import RedactionFilter
+
 LOG_FILE_VARIABLE = "MAE_WORKER_LOG"
 BAR_VARIABLE = "MAE_PROGRESS_BAR"  # set where the driver draws bars, so workers need not say lines
 OURS = ("mae_core", "infra", "pipelines")
@@ -25,6 +27,7 @@ def set_up() -> None:
     """Show what we say; of Ray, warnings only."""
     file = os.environ.get(LOG_FILE_VARIABLE)
     handler = logging.FileHandler(file) if file else logging.StreamHandler(sys.stderr)
+    handler.addFilter(RedactionFilter())
     for name in OURS:  # not the root: Ray has put handlers of its own there
         ours = logging.getLogger(name)
         ours.handlers = [handler]

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from infra import storage
+from infra.own_files import DamagedFileError
 from infra.storage import StorageError
 from mae_core.checkpoint import CorruptCheckpointError
 from mae_core.data.samples import DataError
@@ -190,3 +191,48 @@ def test_a_result_whose_output_is_gone_is_made_again(
     output.unlink()
     assert folder.read_whole_result() is None
     assert "is gone: it is made again" in caplog.text
+
+
+DAMAGES = [b"", b"{", b"[]", b'"x"', b'{"stage": 1}', b"\xff\xfe"]
+
+
+@pytest.mark.parametrize("data", DAMAGES)
+def test_a_damaged_result_costs_a_warning_and_is_made_again(
+    data: bytes, folder: RunFolder, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder.write_file("result.json", b"{}")
+    Path(folder.uri, "result.json").write_bytes(data)
+    assert folder.read_result() is None
+    assert f"{folder.uri}/result.json is damaged" in caplog.text
+
+
+@pytest.mark.parametrize("data", DAMAGES)
+def test_a_damaged_record_is_named_and_not_written_over(data: bytes, folder: RunFolder) -> None:
+    folder.write_file("run.json", b"{}")
+    Path(folder.uri, "run.json").write_bytes(data)
+    with pytest.raises(DamagedFileError, match=r"run\.json is damaged .*start over with --fresh"):
+        folder.read_record()
+    assert Path(folder.uri, "run.json").read_bytes() == data
+
+
+@pytest.mark.parametrize("data", [b"", b"{", b"[]", b'{"top1": "high"}'])
+def test_a_damaged_arm_is_measured_again(data: bytes, folder: RunFolder) -> None:
+    folder.write_arm("knn", '{"top1": 0.5}')
+    assert folder.has_arm("knn")
+    Path(folder.uri, "arms/knn/metrics.json").write_bytes(data)
+    assert not folder.has_arm("knn")
+
+
+def test_a_damaged_line_of_bad_samples_is_kept_and_the_others_are_read(
+    folder: RunFolder, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder.write_file("bad_samples.jsonl", b'{"shard": "s", "key": "a"}\n{"sha\nnull\n')
+    folder.add_bad_samples([{"shard": "s", "key": "b"}])
+    assert [line["key"] for line in folder.read_bad_samples()] == ["a", "b"]
+    assert "2 lines are damaged" in caplog.text
+    assert b'\n{"sha\nnull\n' in Path(folder.uri, "bad_samples.jsonl").read_bytes()
+
+
+def test_a_damaged_failure_stops_no_start(folder: RunFolder) -> None:
+    folder.write_file("failed.json", b"{")
+    folder.raise_failure()

@@ -1,0 +1,130 @@
+"""Take passwords and keys out of text before it is written, wherever it is written to.
+
+Everything that leaves a process passes here: logs (a filter on each handler), the command line's
+own lines, what MLflow gets, and the small files of a run. Left out are known secrets from the
+environment, passwords in addresses, and the keys that sign an address or a request.
+"""
+
+import base64
+import logging
+import os
+import re
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import Any
+from urllib.parse import quote, quote_plus, urlsplit
+
+MASK = "***"
+# A shorter value may be part of any word, such as the password "test".
+MIN_SECRET_CHARS = 6
+# Whose values are secrets, by the end of the variable's name.
+_SECRET_VARIABLE = re.compile(
+    r"(SECRET|SECRETS|SECRET_KEY|SECRET_ACCESS_KEY|SESSION_TOKEN|SECURITY_TOKEN|TOKEN|PASSWORD|PASSWD"
+    r"|PGPASSWORD|PASSPHRASE|API_KEY|APIKEY|PRIVATE_KEY|CREDENTIALS|ACCOUNT_KEY)$"
+)
+_USER_INFO = re.compile(r"(?<=://)[^\s/?#\"'<>@]*@(?=[^\s/?#\"'<>]|$)")
+# With an @ in the password itself, which should have been written %40.
+_USER_INFO_WITH_AT = re.compile(r"(?<=://)[^\s/?#\"'<>:@]*:[^\s/?#\"'<>]*@")
+_QUERY = re.compile(
+    r"(?i)(?<=[?&;])((?:[\w.-]*(?:signature|credential|security-token|token|secret|password|passwd"
+    r"|api[_-]?key|access[_-]?key(?:[_-]?id)?)|sig|pwd|pass|auth)=)[^\s&;#\"'<>]+"
+)
+_HEADER = re.compile(
+    r"(?i)(\bauthorization[\"']?\s*[:=]\s*[\"']?(?:bearer|basic)\s+)[A-Za-z0-9._~+/=-]+"
+)
+_AWS_HEADER = re.compile(r"(?i)(\bSignature=)[0-9a-f]{16,}")
+
+
+def redact(text: str) -> str:
+    """Replace each secret in a text by `***`."""
+    for secret in _known_secrets(_environment()):
+        text = text.replace(secret, MASK)
+    text = _USER_INFO_WITH_AT.sub(f"{MASK}@", text)
+    text = _USER_INFO.sub(f"{MASK}@", text)
+    text = _QUERY.sub(rf"\g<1>{MASK}", text)
+    return _AWS_HEADER.sub(rf"\g<1>{MASK}", _HEADER.sub(rf"\g<1>{MASK}", text))
+
+
+def redact_value(value: Any) -> Any:
+    """Redact each text in what JSON can hold: its keys and values, at any depth."""
+    if isinstance(value, str):
+        return redact(value)
+    if isinstance(value, Mapping):
+        return {redact_value(key): redact_value(x) for key, x in value.items()}
+    if isinstance(value, list | tuple):
+        return [redact_value(x) for x in value]
+    return value
+
+
+def _environment() -> tuple[tuple[str, str], ...]:
+    """What in the environment may be or hold a secret; asked anew each time, for it may change."""
+    return tuple(
+        (name, value)
+        for name, value in os.environ.items()
+        if _SECRET_VARIABLE.search(name.upper()) or "://" in value
+    )
+
+
+@lru_cache(maxsize=8)
+def _known_secrets(variables: tuple[tuple[str, str], ...]) -> tuple[str, ...]:
+    """The secrets, longest first, as they are and as an address, a header or JSON spells them."""
+    secrets: set[str] = set()
+    for name, value in variables:
+        if _SECRET_VARIABLE.search(name.upper()):
+            secrets.add(value)
+        if "://" in value:
+            secrets |= _passwords_of(value)
+    spelled: set[str] = set()
+    for secret in secrets:
+        if len(secret) >= MIN_SECRET_CHARS:
+            escaped = secret.replace("\\", "\\\\").replace('"', '\\"')
+            coded = base64.b64encode(secret.encode(errors="surrogateescape")).decode()
+            spelled |= {secret, quote(secret, safe=""), quote_plus(secret), escaped, coded}
+    return tuple(sorted(spelled, key=len, reverse=True))
+
+
+def _passwords_of(address: str) -> set[str]:
+    """The password of an address, such as of MAE__TRACKING__URI, also where it stands alone."""
+    try:
+        password = urlsplit(address).password
+    except ValueError:
+        return set()
+    return {password} if password else set()
+
+
+class RedactionFilter(logging.Filter):
+    """Redact a record before its handler formats it; never drop one."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        try:
+            message = record.getMessage()
+        except (TypeError, ValueError):  # logging itself will tell of the mistake
+            return True
+        record.msg, record.args = redact(message), None
+        if record.exc_info and not record.exc_text:
+            record.exc_text = logging.Formatter().formatException(record.exc_info)
+        if record.exc_text:
+            record.exc_text = redact(record.exc_text)
+        return True
+
+
+def redact_logs() -> None:
+    """Put the filter on every handler that there is; a handler has it once."""
+    names = [None, *logging.root.manager.loggerDict]
+    for name in names:
+        for handler in logging.getLogger(name).handlers:
+            if not any(isinstance(found, RedactionFilter) for found in handler.filters):
+                handler.addFilter(RedactionFilter())
+
+
+def redact_texts(texts: Mapping[str, str]) -> dict[str, str]:
+    """Redact the values of params or tags."""
+    return {key: redact(text) for key, text in texts.items()}
+
+
+def redact_bytes(data: bytes) -> bytes:
+    """Redact a file of UTF-8 text; what is none stays as it is."""
+    try:
+        return redact(data.decode()).encode()
+    except UnicodeDecodeError:
+        return data
