@@ -125,7 +125,7 @@ def test_speed_and_time_left_leave_out_the_wait_for_the_first_step(
     caplog.set_level(logging.INFO)
     writer = Writer()
     run_steps(reporter_of(writer, 5), clock, [60.0, 2.0, 2.0, 2.0, 2.0])
-    assert writer.written[5]["data/images_per_s"] == 4.0
+    assert writer.written[5]["worker/images_per_s"] == 4.0
     assert caplog.messages[-1].endswith("eta=0m10s")  # five steps of two seconds
 
 
