@@ -111,8 +111,6 @@ def _guarded(folder: Path) -> Iterator[None]:
     """
     # Ray's default of 15 would make training wait for all else that runs here.
     os.environ.setdefault("RAY_worker_niceness", "0")
-    # Ray's default of 30 s did not do on two cores at a load of 27.
-    os.environ.setdefault("RAY_raylet_start_wait_time_s", "120")
     token_file = folder / "ray-token"
     token_file.touch(mode=0o600)
     token_file.write_text(secrets.token_hex(32))
