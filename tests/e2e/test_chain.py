@@ -464,7 +464,7 @@ def test_the_demo_makes_a_champion_in_an_empty_environment_and_again_reuses_all(
 
     plan = run_demo(folder, "plan", "--set", "segment.optim.max_steps=2")
     rows = [line.split()[:2] for line in plan.splitlines()]
-    actions = {row[0]: row[1] for row in rows if row[-1] in ("run", "reuse")}
+    actions = {row[0]: row[1] for row in rows if row[1:] in (["run"], ["reuse"])}
     assert actions == {
         **dict.fromkeys(["prepare", "validate", "pretrain", "classify", "detect"], "reuse"),
         "segment": "run",
