@@ -61,7 +61,8 @@ EVERYWHERE = {
     "tracking.experiment",
     "tracking.parent_run_id",
 }
-TRAINING = {"checkpoint.every_steps", "checkpoint.keep", "debug.sample_trace"}
+SAVING = {"checkpoint.every_minutes", "checkpoint.grace_s"}
+TRAINING = {"checkpoint.every_steps", "checkpoint.keep", "debug.sample_trace", *SAVING}
 TUNING = {
     *EVERYWHERE,
     *TRAINING,
@@ -85,7 +86,7 @@ HITS: dict[str, set[str]] = {
     "classify": TUNING,
     "detect": TUNING,
     "segment": TUNING,
-    "embed": {*EVERYWHERE, "batch_size", "max_bad_ratio", "query", "num_neighbours"},
+    "embed": {*EVERYWHERE, *SAVING, "batch_size", "max_bad_ratio", "query", "num_neighbours"},
 }
 FIELDS = [(name, key) for name, config in CONFIGS.items() for key, _ in dotted(config.model_dump())]
 

@@ -48,7 +48,9 @@ def shards(
 
 def measure(train: Shards, val: Shards, numbers: dict[str, dict[int, int]]) -> dict[str, float]:
     reader = ImageReader(MODEL, (0.5,) * 3, (0.3,) * 3, 1, numbers)
-    metrics = knn_metrics({"top1": Pixels()}, train, val, reader, KnnConfig(k=1))
+    metrics = knn_metrics(
+        {"top1": Pixels()}, train, val, reader, KnnConfig(k=1), lambda _done, _total: None
+    )
     assert metrics is not None
     return metrics
 
