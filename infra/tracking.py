@@ -1,8 +1,7 @@
 """Record runs in MLflow, off the training step's path.
 
-MLflow is the record and never a reason to stop: what cannot be recorded costs a warning and some
-seconds, not the run. So no function here raises for a server that is down, and each takes
-`run_id=None` (no run could be started) and then does nothing.
+MLflow is the record and never a reason to stop: a server that is down costs a warning and some
+seconds, and no function here raises. With `run_id=None` (no run could be started) each does nothing.
 """
 
 import json
