@@ -1,7 +1,7 @@
 """Record runs in MLflow, off the training step's path.
 
 MLflow is the record and never a reason to stop: a server that is down costs a warning and some
-seconds, and no function here raises. With `run_id=None` (no run could be started) each does nothing.
+seconds, and no function here raises. `run_id=None` (no run could be started) makes each do nothing.
 """
 
 import json
