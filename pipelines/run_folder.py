@@ -75,7 +75,7 @@ class _Result(TypedDict):
     """A StageResult; a count stays a whole number."""
 
     stage: str
-    status: Literal["done", "reused"]
+    status: Literal["done", "reused", "evaluated"]
     run_id: str | None
     output: str
     metrics: dict[str, int | float]

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 from zoneinfo import ZoneInfo
 
+import tenacity
 from pydantic import Field
 
 from infra import storage
@@ -44,6 +45,7 @@ RAY_VARIABLES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")  # as Ray itself looks
 TICK_VARIABLE = "MAE_SCHEDULE_TICK"
 # Not sent to the cluster; .gitignore is heeded beside it. With a slash: mae_core/data is code.
 EXCLUDES = ["/.venv", "/.git", "/runs", "/data", "/.services", "/tests", "/docs", "/benchmarks"]
+AGENT_WAIT_S = 60.0  # a node's agent answers some seconds after its head does
 STOP_GRACE_S = 60.0
 POLL_S = 0.5
 STARTING = timedelta(minutes=1)
@@ -165,17 +167,29 @@ def _submit_to_ray(root: str, name: str, tick: Tick, words: list[str]) -> Submis
     is_ours = True
     with _ray_errors(f"submit {tick.id}"):
         try:
-            _ray_client().submit_job(
-                entrypoint=shlex.join(["python", *words]),
-                submission_id=tick.id,
-                runtime_env=runtime_env,
-            )
+            for attempt in _until_an_agent_is_there():
+                with attempt:
+                    _ray_client().submit_job(
+                        entrypoint=shlex.join(["python", *words]),
+                        submission_id=tick.id,
+                        runtime_env=runtime_env,
+                    )
         except RuntimeError as error:
             if "already exists" not in str(error):
                 raise
             is_ours = False
     _create(_tick_file(root, name, tick.id), new)
     return new if is_ours else None
+
+
+def _until_an_agent_is_there() -> tenacity.Retrying:
+    """Try again while a head that has just started knows no node that could run a job."""
+    return tenacity.Retrying(
+        retry=tenacity.retry_if_exception_message(match=".*No available agent"),
+        stop=tenacity.stop_after_delay(AGENT_WAIT_S),
+        wait=tenacity.wait_fixed(1),
+        reraise=True,
+    )
 
 
 @contextmanager

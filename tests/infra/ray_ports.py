@@ -17,7 +17,7 @@ CALLS = (
     "/opentelemetry.proto.collector.metrics.v1.MetricsService/Export",
 )
 # What may be said without the token: nothing at all, or numbers that are only read.
-REFUSALS = {"UNAUTHENTICATED", "UNIMPLEMENTED", "401", "metrics only"}
+REFUSALS = {"UNAUTHENTICATED", "UNIMPLEMENTED", "401", "metrics only", "no answer"}
 
 
 def listening(root: psutil.Process) -> Iterator[tuple[psutil.Process, str, int]]:
@@ -49,9 +49,13 @@ def ask(port: int) -> set[str]:
         return told
     for path in ("/get_or_create_runtime_env", "/api/job_agent/jobs/"):
         with closing(http.client.HTTPConnection("127.0.0.1", port, timeout=10)) as connection:
-            connection.request("POST", path, b"{}")
-            response = connection.getresponse()
-            text = response.read()
+            try:
+                connection.request("POST", path, b"{}")
+                response = connection.getresponse()
+                text = response.read()
+            except (ConnectionError, http.client.HTTPException):
+                told.add("no answer")
+                continue
         only_metrics = response.status == 405 and b"use OPTIONS or GET" in text
         told.add("metrics only" if only_metrics else str(response.status))
     return told - {"UNAVAILABLE"}
