@@ -1,11 +1,12 @@
 """The ports of a running Ray, and what each of them says to a caller without its token."""
 
 import http.client
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import closing
 
 import grpc
 import psutil
+import ray
 
 # A call of each of Ray's services, none of which may be done without the token.
 CALLS = (
@@ -20,9 +21,21 @@ CALLS = (
 REFUSALS = {"UNAUTHENTICATED", "UNIMPLEMENTED", "401", "metrics only", "no answer"}
 
 
-def listening(root: psutil.Process) -> Iterator[tuple[psutil.Process, str, int]]:
-    """Every TCP port of a process and all that it started."""
-    for process in [root, *root.children(recursive=True)]:
+def family(root: psutil.Process) -> list[psutil.Process]:
+    """A process and all that it started, directly or not."""
+    return [root, *root.children(recursive=True)]
+
+
+def of_local_ray() -> list[psutil.Process]:
+    """This driver and what its Ray started; not what else the test session runs."""
+    infos = ray._private.worker._global_node.all_processes.values()
+    roots = [info.process.pid for group in infos for info in group]
+    return [psutil.Process(), *(p for pid in roots for p in family(psutil.Process(pid)))]
+
+
+def listening(processes: Iterable[psutil.Process]) -> Iterator[tuple[psutil.Process, str, int]]:
+    """Every TCP port of the processes."""
+    for process in processes:
         try:
             connections = process.net_connections(kind="inet")
         except psutil.NoSuchProcess:

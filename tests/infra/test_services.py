@@ -26,7 +26,7 @@ from infra.processes import (
     wait_until_ready,
 )
 from infra.services import Ports
-from tests.infra.ray_ports import REFUSALS, ask, listening
+from tests.infra.ray_ports import REFUSALS, ask, family, listening
 
 SLEEP = [sys.executable, "-c", "import time; time.sleep(600)"]
 # Starts a child in a session of its own, says so, and ignores SIGTERM, as the child does.
@@ -226,7 +226,7 @@ def test_no_port_of_the_ray_head_does_anything_without_the_token(
 ) -> None:
     root = find_process(state_dir, "ray")
     assert root is not None
-    answers = {port: ask(port) for _, _, port in listening(root)}
+    answers = {port: ask(port) for _, _, port in listening(family(root))}
     assert set().union(*answers.values()) <= REFUSALS, answers
     guarded = [port for port, told in answers.items() if told & {"UNAUTHENTICATED", "401"}]
     assert len(guarded) >= 6

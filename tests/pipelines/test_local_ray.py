@@ -7,6 +7,7 @@ import socket
 import stat
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -17,7 +18,7 @@ from ray._private.services import node_ip_address_from_perspective
 from infra import storage
 from pipelines import driver, local_ray
 from pipelines.failures import can_pass
-from tests.infra.ray_ports import REFUSALS, ask, listening
+from tests.infra.ray_ports import REFUSALS, ask, listening, of_local_ray
 
 # A process that knows nothing but the address asks Ray's head to run something.
 ATTACK = """
@@ -58,7 +59,7 @@ def test_a_bare_process_is_refused_without_the_token(local_ray: Path, tmp_path: 
 @pytest.mark.ray
 def test_a_local_ray_listens_on_the_loopback_only(local_ray: Path) -> None:
     ray.get(ray.remote(lambda: None).remote())  # a worker process is among them
-    found = list(listening(psutil.Process()))
+    found = list(listening(of_local_ray()))
     assert len(found) >= 7  # driver, head, two of the raylet, agents, worker
     assert {address for _, address, _ in found} == {"127.0.0.1"}
     host = node_ip_address_from_perspective()
@@ -70,7 +71,7 @@ def test_a_local_ray_listens_on_the_loopback_only(local_ray: Path) -> None:
 @pytest.mark.ray
 def test_no_port_of_a_local_ray_does_anything_without_the_token(local_ray: Path) -> None:
     ray.get(ray.remote(lambda: None).remote())
-    answers = {port: ask(port) for _, _, port in listening(psutil.Process())}
+    answers = {port: ask(port) for _, _, port in listening(of_local_ray())}
     assert set().union(*answers.values()) <= REFUSALS, answers
     guarded = [port for port, told in answers.items() if told & {"UNAUTHENTICATED", "401"}]
     assert len(guarded) >= 6
@@ -83,8 +84,9 @@ def test_the_token_is_in_a_private_file_and_in_no_process_s_arguments(local_ray:
     assert len(token) == 64
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
     assert stat.S_IMODE(file.parent.stat().st_mode) == 0o700
-    for process in [psutil.Process(), *psutil.Process().children(recursive=True)]:
-        assert token not in " ".join(process.cmdline())
+    for process in of_local_ray():
+        with suppress(psutil.NoSuchProcess):  # it has ended, or nobody has asked how
+            assert token not in " ".join(process.cmdline())
     logs = [path for path in (file.parent / "ray").rglob("*") if path.is_file()]
     assert logs
     assert not [path for path in logs if token.encode() in path.read_bytes()]

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from infra import storage
+from infra.own_files import DamagedFileError
 from infra.services import object_store
 from infra.storage import StorageError
 from pipelines import schedule_runs
@@ -186,7 +187,7 @@ def test_state_is_read_as_it_was_written_and_damage_is_told(tmp_path: Path) -> N
     write_state(root_of(tmp_path), "nightly", state)
     assert read_state(root_of(tmp_path), "nightly") == state
     (tmp_path / "runs/schedules/nightly/state.json").write_text("{")
-    with pytest.raises(StorageError, match=r"state\.json is damaged .* delete it"):
+    with pytest.raises(DamagedFileError, match=r"state\.json is damaged .* delete it"):
         read_state(root_of(tmp_path), "nightly")
 
 
