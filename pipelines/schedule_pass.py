@@ -10,6 +10,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from infra import storage
+from infra.own_files import DamagedFileError
 from pipelines.config import ConfigError
 from pipelines.schedule_config import Schedule, load_schedules
 from pipelines.schedule_runs import read_pause, read_state, status, stop, submit, write_state
@@ -160,7 +161,7 @@ def _pass_and_wake(
     now = now_utc()
     try:
         _log(run_pass(root, schedule, now, others=others)[1])
-    except (storage.StorageError, OSError) as error:
+    except (storage.StorageError, DamagedFileError, OSError) as error:
         _tell_once(told, schedule.name, str(error))
         return now + timedelta(seconds=PASS_S)
     told.pop(schedule.name, None)
@@ -195,19 +196,21 @@ def once(
     waiting = [schedule for schedule in schedules if name in (None, schedule.name)]
     while waiting:
         still, faults = [], []
+        is_lasting = False
         for schedule in waiting:
             now = now_utc()
             try:
                 others = others_of(schedule, schedules)
                 state, lines = run_pass(root, schedule, now, LATE, others)
-            except storage.StorageError as error:
+            except (storage.StorageError, DamagedFileError) as error:
                 faults.append(f"{schedule.name}: {error}")
+                is_lasting |= isinstance(error, DamagedFileError)
                 continue
             yield from lines
             if state.queued or _has_tick_in_jitter(schedule, state, now):
                 still.append(schedule)
         if faults:
-            raise storage.StorageError("\n".join(faults))
+            raise storage.StorageError("\n".join(faults), is_lasting=is_lasting)
         waiting = still if is_patient else []
         if waiting:
             time.sleep(ONCE_POLL_S)

@@ -16,6 +16,7 @@ import kubernetes_validate
 import pytest
 import yaml
 
+from infra.own_files import DamagedFileError
 from infra.storage import StorageError
 from pipelines import schedule, schedule_pass, schedule_runs
 from pipelines.config import ConfigError
@@ -319,14 +320,15 @@ def test_once_with_wait_stays_until_nothing_waits(
     assert [x[-7:] for x in ran()] == ["120000Z", "130000Z", "140000Z", "150000Z"]
 
 
+@pytest.mark.parametrize("fault", [StorageError, DamagedFileError])
 def test_a_fault_of_one_schedule_does_not_keep_the_others_from_their_turn(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, fault: type[Exception]
 ) -> None:
     turns: list[str] = []
 
     def run_pass_(_root: str, one: Schedule, *_: object, **__: object) -> None:
         turns.append(one.name)
-        raise StorageError("down")
+        raise fault("down")
 
     monkeypatch.setattr(schedule_pass, "run_pass", run_pass_)
     write({"cron": "0 * * * *"}, {"name": "other", "cron": "0 * * * *"})
