@@ -26,7 +26,10 @@ from pipelines.stopping import Phase, StepEnds, Told
 logger = logging.getLogger(__name__)
 
 SHOWN_BAD_SAMPLES = 20  # in the log, of one worker
-PACE_WEIGHT = 0.05  # of the newest step in the moving average
+# The moving average of the time of a step is over the last twenty steps, or over the last minute
+# where that has more of them: a few seconds say little of the minutes that are left.
+PACE_WEIGHT = 0.05
+PACE_OVER_S = 60.0
 # What a checkpoint waits for a slow MLflow; for one that is down, once.
 FLUSH_TIMEOUT_S = 5.0
 HURRIED_FLUSH_TIMEOUT_S = 0.5  # of a run that is stopped: `ray job stop` kills after three seconds
@@ -81,7 +84,7 @@ class Pace:
         self.num_steps += 1
         if self.num_steps > 0:
             # The plain mean first, then a moving one.
-            weight = max(1 / self.num_steps, PACE_WEIGHT)
+            weight = max(1 / self.num_steps, min(PACE_WEIGHT, self.mean_s / PACE_OVER_S))
             self.mean_s += weight * (now_s - self._ended_at_s - self.mean_s)
         self._ended_at_s = now_s
 

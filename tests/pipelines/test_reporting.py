@@ -146,6 +146,16 @@ def test_the_time_left_follows_the_last_steps(
     assert caplog.messages[-1].endswith("eta=5m00s")  # a hundred steps of three seconds
 
 
+def test_a_few_seconds_of_slow_steps_hardly_move_the_time_left(
+    clock: Clock, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    reporter = StepReporter(RunSize(3200, 8, 80, 1), 200, 0, cast(MetricWriter, Writer()))
+    run_steps(reporter, clock, [0.125] * 780 + [0.5] * 20)
+    # 2,400 steps of 0.125 s take five minutes; by the last twenty steps it would be twenty.
+    assert caplog.messages[-1].endswith("eta=5m39s")
+
+
 def test_slow_steps_are_told_between_two_reports(
     clock: Clock, caplog: pytest.LogCaptureFixture
 ) -> None:
