@@ -31,7 +31,11 @@ def found_lines(
     boxed = sum(file.boxes is not None for file in files)
     parts = [f"{count} .{extension}" for extension, count in sorted(beside.items())]
     parts += [f"boxes of {boxed} images from annotations"] if boxed else []
-    yield f"beside them: {', '.join(parts) or 'nothing'}"
+    yield (
+        f"beside them: {', '.join(parts)}"
+        if parts
+        else "no boxes, masks or other files beside them"
+    )
     if categories:
         boxes = Counter(box["category_id"] for file in files for box in _boxes(file))
         parts = [f"{number} {name} ({boxes[number]})" for number, name in categories.items()]

@@ -146,6 +146,14 @@ def test_what_was_found_is_said(
     assert "1 can't be read: 1 x a link to a file that is not there" in caplog.text
 
 
+def test_images_with_nothing_beside_them_are_told_in_words(
+    photos: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO):
+        pack(photos, tmp_path / "out")
+    assert "no boxes, masks or other files beside them" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("values", "told", "warned"),
     [
