@@ -11,9 +11,11 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 from infra.processes import end_with_parent
 from infra.redaction import redact, redact_logs
+from pipelines import progress
 from pipelines.command_line import COMMANDS, load_own_stage, make_parser, parse, read_config
 from pipelines.config import StageResult
 from pipelines.failures import tell
@@ -46,7 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             stage = load_own_stage(arguments.file)
         else:
             # By name: a wrong config is told before torch and Ray are loaded.
-            stage = importlib.import_module(f"pipelines.{arguments.stage}")
+            with _telling_that_it_loads():
+                stage = importlib.import_module(f"pipelines.{arguments.stage}")
         result: StageResult = stage.run(config, fresh=arguments.fresh)
     except BaseException as error:
         exit_code = _tell(error, debug=arguments.debug)
@@ -66,6 +69,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if sys.stdout.isatty() and result.run_id is not None:
         importlib.import_module("pipelines.recording").say_run_page(config, result.run_id)
     return 0
+
+
+def _telling_that_it_loads() -> AbstractContextManager[None]:
+    """Tell a person at a terminal that torch and Ray are being loaded, which takes seconds."""
+    return progress.doing("loading") if progress.shows_bar() else nullcontext()
 
 
 def _version() -> str:

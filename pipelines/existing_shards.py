@@ -28,6 +28,7 @@ from mae_core.data.samples import (
     iter_samples,
     some_extensions,
 )
+from pipelines import progress
 from pipelines.config import ConfigError, PrepareConfig, StageResult
 from pipelines.packing import write_index
 from pipelines.process_pool import process_pool
@@ -64,11 +65,15 @@ def run(config: PrepareConfig, *, fresh: bool) -> StageResult:
                 "indexes them anew"
             )
     found: dict[str, _Indexed] = {}
-    for name, one in _index_all(folder, names, config):
-        found[name] = one
-        log.info(
-            "indexed %s: %d samples (%d/%d)", name, one.shard.num_samples, len(found), len(names)
-        )
+
+    def reached() -> progress.State:
+        return progress.State("indexing tars", len(found), len(names))
+
+    with progress.doing("indexing tars", reached):
+        for name, one in _index_all(folder, names, config):
+            found[name] = one
+            num_samples = one.shard.num_samples
+            log.info("indexed %s: %d samples (%d/%d)", name, num_samples, len(found), len(names))
     ordered = [found[name] for name in names]
     pixels = sum_pixels(one.pixels for one in ordered)
     if config.existing == "stats" and not pixels.num_images:

@@ -43,7 +43,7 @@ from mae_core.data.manifest import MANIFEST_NAME, Manifest, sum_pixels
 from mae_core.data.randomness import named_generator
 from mae_core.data.samples import DataError
 from mae_core.data.synthetic import SHAPE_CLASSES, draw_scene, encode_scene
-from pipelines import existing_shards
+from pipelines import existing_shards, progress
 from pipelines.config import ConfigError, PrepareConfig, StageResult
 from pipelines.packing import (
     CATEGORIES_NAME,
@@ -134,7 +134,8 @@ def _plan(config: PrepareConfig) -> list[SetPlan]:
 
 def _plan_source(config: PrepareConfig, source: Path) -> SetPlan:
     given = GivenNumbers(None, {}) if config.classes is None else read_numbers(config.classes)
-    files, classes = find_images(source, given.classes)
+    with progress.doing(f"looking for images in {source}"):
+        files, classes = find_images(source, given.classes)
     categories: dict[int, str] = {}
     if config.annotations is not None:
         found = read_annotations(Path(config.annotations).expanduser())
@@ -267,19 +268,27 @@ def _pack_set(plan: SetPlan, config: PrepareConfig) -> PackedSet:
     skipped: list[SkippedImage] = []
     num_images = num_new = 0
     logged_at_s = started_at_s
-    for name, (record, is_new) in _pack_shards(plan, min(config.workers, len(plan.shards))):
-        records[name] = record
-        num_new += is_new
-        skipped += record.skipped
-        num_images += record.shard.num_samples
-        if finished is None and len(skipped) > config.max_bad_ratio * plan.num_items:
-            _refuse(plan, skipped, config.max_bad_ratio)
-        now_s = time.monotonic()
-        if now_s - logged_at_s >= PROGRESS_EVERY_S or len(records) == len(plan.shards):
-            logged_at_s = now_s
-            rate = num_images / max(now_s - started_at_s, 1e-9)
-            shown = f"shards={len(records)}/{len(plan.shards)} images={num_images}"
-            log.info("output=%s %s images_per_s=%.0f", plan.output, shown, rate)
+
+    def reached() -> progress.State:
+        elapsed = progress.format_seconds(time.monotonic() - started_at_s)
+        detail = f"images={num_images} {elapsed}"
+        return progress.State("packing shards", len(records), len(plan.shards), detail)
+
+    with progress.doing("packing shards", reached):
+        for name, (record, is_new) in _pack_shards(plan, min(config.workers, len(plan.shards))):
+            records[name] = record
+            num_new += is_new
+            skipped += record.skipped
+            num_images += record.shard.num_samples
+            if finished is None and len(skipped) > config.max_bad_ratio * plan.num_items:
+                _refuse(plan, skipped, config.max_bad_ratio)
+            now_s = time.monotonic()
+            is_due = now_s - logged_at_s >= PROGRESS_EVERY_S and not progress.shows_bar()
+            if is_due or len(records) == len(plan.shards):
+                logged_at_s = now_s
+                rate = num_images / max(now_s - started_at_s, 1e-9)
+                shown = f"shards={len(records)}/{len(plan.shards)} images={num_images}"
+                log.info("output=%s %s images_per_s=%.0f", plan.output, shown, rate)
     ordered = [records[shard.name] for shard in plan.shards]
     _tell_masks(plan, sum_masks(record.masks for record in ordered))
     if finished is not None and not num_new:

@@ -32,7 +32,7 @@ from mae_core.data.label_maps import check_same_size, decode_indices
 from mae_core.data.manifest import ChannelStats, PixelSums, ShardInfo, sum_pixels
 from mae_core.data.pixels import CorruptSampleError, Pixels
 from mae_core.data.samples import DataError, Sample
-from pipelines import driver
+from pipelines import driver, progress
 from pipelines.class_names import (
     folder_of,
     folders_of,
@@ -97,7 +97,14 @@ def run(config: ValidateConfig, *, fresh: bool) -> StageResult:
     driver.check_paths([*(("data", uri) for uri in uris), ("storage.root", config.storage.root)])
     place = storage.join(storage.absolute(config.storage.root), STAGE, config.run_name)
     shards, left_out = _open(config, place)
-    looks = list(_look_at(config, shards))
+    looks: list[Look] = []
+    total = sum(_num_looked_at(config, shards))
+
+    def reached() -> progress.State:
+        return progress.State("checking images", len(looks), total)
+
+    with progress.doing("checking images", reached):
+        looks.extend(_look_at(config, shards))
     profile = _profile(looks, _names(config, shards))
     checks = [
         *_checks(config, shards, left_out, looks),
@@ -125,14 +132,17 @@ def _open(config: ValidateConfig, place: str) -> tuple[list[ShardInfo], Counter[
     return list(manifest.shards), +left_out
 
 
+def _num_looked_at(config: ValidateConfig, shards: list[ShardInfo]) -> list[int]:
+    """How many samples of each shard are looked at."""
+    share = min(1.0, config.max_images / sum(shard.num_samples for shard in shards))
+    return [int(np.ceil(share * shard.num_samples)) for shard in shards]
+
+
 def _look_at(config: ValidateConfig, shards: list[ShardInfo]) -> Iterator[Look]:
     """About `max_images` samples: from the start of each shard, as many as its share."""
-    total = sum(shard.num_samples for shard in shards)
-    share = min(1.0, config.max_images / total)
     pieces = [
         (shard, start, min(start + ROWS_PER_READ, stop))
-        for shard in shards
-        for stop in [int(np.ceil(share * shard.num_samples))]
+        for shard, stop in zip(shards, _num_looked_at(config, shards), strict=True)
         for start in range(0, stop, ROWS_PER_READ)
     ]
 

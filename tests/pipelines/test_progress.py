@@ -5,11 +5,17 @@ import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
 
+import numpy as np
 import pytest
 
-from pipelines import progress, worker_logging
+from pipelines import existing_shards, prepare, progress, validate, worker_logging
+from pipelines.config import PrepareConfig
 from pipelines.progress import State
+from pipelines.validate_config import ValidateConfig
+from tests.pipelines.packing import pack, write_image
 
 
 class Terminal(io.StringIO):
@@ -72,6 +78,44 @@ def test_a_pipe_gets_lines(caplog: pytest.LogCaptureFixture) -> None:
     with progress.doing("starting the workers", lambda: state):
         wait_for_line("still kNN evaluation 3 of 12, 0m00s", caplog)
     assert caplog.messages[0] == "starting the workers ..."
+
+
+@pytest.mark.usefixtures("impatient")
+@pytest.mark.parametrize(
+    ("module", "slow", "told"),
+    [
+        (prepare, "_pack_shards", "still packing shards 0 of 2 images=0 0m00s, 0m00s"),
+        (existing_shards, "_index_all", "still indexing tars 0 of 2, 0m00s"),
+        (validate, "_look_at", "still checking images 0 of 8, 0m00s"),
+    ],
+)
+def test_what_reads_many_images_tells_how_far_it_is(
+    module: ModuleType,
+    slow: str,
+    told: str,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    caplog.set_level(logging.INFO)
+    at_once = getattr(module, slow)
+
+    def slowly(*arguments: object) -> Iterator[object]:
+        wait_for_line(told, caplog)
+        yield from at_once(*arguments)
+
+    monkeypatch.setattr(module, slow, slowly)
+    source, output = tmp_path / "source", tmp_path / "out"
+    for i in range(8):
+        write_image(source / f"{i}.png", np.full((8, 8, 3), i, np.uint8))
+    pack(source, output, samples_per_shard=4)
+    prepare.run(PrepareConfig(existing="index", output=str(output), workers=1), fresh=True)
+    validate.run(
+        ValidateConfig.model_validate(
+            {"data": str(output), "storage": {"root": str(tmp_path / "runs")}}
+        ),
+        fresh=False,
+    )
 
 
 @pytest.mark.usefixtures("impatient")
