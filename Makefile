@@ -88,10 +88,15 @@ chaos: $(STAMP)  ## Stop and kill runs at random steps: what each lost; TIMES=10
 docs: $(STAMP)  ## Write docs/reference from the configs' fields
 	$(PYTHON) docs/reference/generate.py
 
+.PHONY: docs-site
+docs-site: $(STAMP)  ## Build the documentation as a site with search: site/index.html
+	$(PYTHON) -m sphinx --quiet -n -W --keep-going docs site
+	@echo "Open site/index.html"
+
 .PHONY: ci
 ci: check test  ## What .ci/run runs
 
 .PHONY: clean
 clean:  ## Remove caches and the demo's data and runs; keeps .venv
-	rm -rf data runs mlruns .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache build *.egg-info
+	rm -rf data runs mlruns site .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache build *.egg-info
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
