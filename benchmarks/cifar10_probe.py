@@ -24,7 +24,7 @@ from mae_core.evaluation.classification import encode_features, knn_accuracy
 from mae_core.evaluation.linear_probe import linear_probe_accuracy
 from mae_core.model.encoder import MaskedEncoder
 from mae_core.model.mae import build_mae
-from pipelines.checkpoints import fetch_checkpoint
+from pipelines.training.checkpoints import fetch_checkpoint
 
 NUM_TRAIN, NUM_TEST = 10_000, 7_500
 BATCH = 500

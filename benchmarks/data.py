@@ -37,10 +37,10 @@ from mae_core.data.order import RunOrder
 from mae_core.data.randomness import sample_generator
 from mae_core.data.transforms import Pixels, random_crop
 from mae_core.data.views import ViewSpec, training_view
-from pipelines import launch, prepare
-from pipelines.batches import BatchDecoder
-from pipelines.config import PrepareConfig, ScalingConfig
-from pipelines.datasets import (
+from pipelines import prepare
+from pipelines.config.sections import PrepareConfig, ScalingConfig
+from pipelines.reading.batches import BatchDecoder
+from pipelines.reading.sequence import (
     SequencePlan,
     micro_batches,
     open_shards,
@@ -49,6 +49,7 @@ from pipelines.datasets import (
     read_window,
     sequence_dataset,
 )
+from pipelines.training import launch
 
 SIZE = (224, 224)
 SCALE = (0.2, 1.0)

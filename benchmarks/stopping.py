@@ -24,8 +24,8 @@ from typing import NamedTuple
 
 import pyarrow as pa
 
-from pipelines.checkpoints import newest_step
 from pipelines.embed import NEXT_ROW
+from pipelines.training.checkpoints import newest_step
 
 ROOT = Path(__file__).resolve().parents[1]
 STAGES = ("pretrain", "classify", "segment", "embed")

@@ -58,8 +58,19 @@ from mae_core.evaluation.linear_probe import linear_probe_accuracy
 from mae_core.model.classifier import build_classifier
 from mae_core.optim import build_lars
 from mae_core.train_step import BatchLoss
-from pipelines import downstream
-from pipelines.class_names import (
+from pipelines.config.downstream import ClassifyConfig, ClassifySection, DownstreamConfig
+from pipelines.config.sections import ConfigError, StageResult
+from pipelines.downstream import run as downstream
+from pipelines.downstream.run import (
+    LabelledData,
+    Stage,
+    Study,
+    adamw,
+    read_targets,
+    warn_of_absent,
+)
+from pipelines.downstream.task import Arm, Batch, EncodedSample, Evaluation, Example, TaskInfo
+from pipelines.reading.class_names import (
     CLASSES_FILE,
     Classes,
     classes_by_name,
@@ -68,17 +79,6 @@ from pipelines.class_names import (
     united_names,
     warn_of_unnamed,
 )
-from pipelines.config import ConfigError, StageResult
-from pipelines.downstream import (
-    LabelledData,
-    Stage,
-    Study,
-    adamw,
-    read_targets,
-    warn_of_absent,
-)
-from pipelines.downstream_config import ClassifyConfig, ClassifySection, DownstreamConfig
-from pipelines.task import Arm, Batch, EncodedSample, Evaluation, Example, TaskInfo
 
 MOST_WRONG = 16
 TUNED = ("finetune", "scratch")
@@ -161,7 +161,7 @@ class Prediction(NamedTuple):
 
 
 class ClassifyTask:
-    """See `pipelines.task.Task`."""
+    """See `pipelines.downstream.task.Task`."""
 
     def __init__(self, config: ClassifyConfig, info: TaskInfo) -> None:
         self.config = config

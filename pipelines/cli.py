@@ -15,10 +15,10 @@ from contextlib import AbstractContextManager, nullcontext
 
 from infra.processes import end_with_parent
 from infra.redaction import redact, redact_logs
-from pipelines import progress
-from pipelines.command_line import COMMANDS, load_own_stage, make_parser, parse, read_config
-from pipelines.config import StageResult
-from pipelines.failures import tell
+from pipelines.commands.arguments import COMMANDS, load_own_stage, make_parser, parse, read_config
+from pipelines.config.sections import StageResult
+from pipelines.outcome import tell
+from pipelines.terminal import progress
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(redact(json.dumps(fields)), flush=True)
     # By name: not every stage has loaded MLflow.
     if sys.stdout.isatty() and result.run_id is not None:
-        importlib.import_module("pipelines.recording").say_run_page(config, result.run_id)
+        importlib.import_module("pipelines.training.recording").say_run_page(config, result.run_id)
     return 0
 
 
@@ -86,7 +86,7 @@ def _version() -> str:
 def _run_command(words: list[str]) -> int:
     module, _ = COMMANDS[words[0]]
     # Those of `chain` begin with which of the two is meant.
-    own_words = words if module == "chain" else words[1:]
+    own_words = words if module == "chain.command" else words[1:]
     try:
         code: int = importlib.import_module(f"pipelines.{module}").command(own_words)
     except BaseException as error:

@@ -50,11 +50,10 @@ from mae_core.model.detector import (
 )
 from mae_core.model.feature_pyramid import MapEncoder
 from mae_core.train_step import BatchLoss
-from pipelines import downstream
-from pipelines.class_names import folder_of, folders_of, read_category_names
-from pipelines.config import ConfigError, StageResult
-from pipelines.datasets import BrokenSample, target_of
-from pipelines.downstream import (
+from pipelines.config.downstream import DetectConfig, DetectSection, DownstreamConfig
+from pipelines.config.sections import ConfigError, StageResult
+from pipelines.downstream import run as downstream
+from pipelines.downstream.run import (
     LabelledData,
     Stage,
     Study,
@@ -64,8 +63,9 @@ from pipelines.downstream import (
     picture_shape,
     warn_of_absent,
 )
-from pipelines.downstream_config import DetectConfig, DetectSection, DownstreamConfig
-from pipelines.task import Arm, Batch, EncodedSample, Evaluation, Example, TaskInfo
+from pipelines.downstream.task import Arm, Batch, EncodedSample, Evaluation, Example, TaskInfo
+from pipelines.reading.class_names import folder_of, folders_of, read_category_names
+from pipelines.reading.sequence import BrokenSample, target_of
 
 TARGETS = ("json",)
 NUM_PICTURES = 6
@@ -186,7 +186,7 @@ class Prediction(NamedTuple):
 
 
 class DetectTask:
-    """See `pipelines.task.Task`."""
+    """See `pipelines.downstream.task.Task`."""
 
     def __init__(self, config: DetectConfig, info: TaskInfo) -> None:
         self.config = config

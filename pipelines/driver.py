@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from infra import storage
-from pipelines.config import ConfigError
+from pipelines.config.sections import ConfigError
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -42,14 +42,16 @@ from mae_core.data.transforms import center_crop
 from mae_core.evaluation.classification import encode_features
 from mae_core.evaluation.retrieval import cosine_similarity, retrieval_picture
 from mae_core.model.encoder import MaskedEncoder
-from pipelines import driver, launch, progress
-from pipelines.checkpoints import at_newest_checkpoint, fetch_checkpoint, fetch_manifest
-from pipelines.config import ConfigError, StageResult
-from pipelines.datasets import open_shards, read_rows, read_samples
-from pipelines.downstream_config import EmbedConfig
-from pipelines.fingerprints import fingerprint
-from pipelines.measuring import to_images
-from pipelines.recording import (
+from pipelines import driver
+from pipelines.config.downstream import EmbedConfig
+from pipelines.config.sections import ConfigError, StageResult
+from pipelines.downstream.measuring import to_images
+from pipelines.reading.fingerprints import fingerprint
+from pipelines.reading.sequence import open_shards, read_rows, read_samples
+from pipelines.terminal import progress
+from pipelines.training import launch
+from pipelines.training.checkpoints import at_newest_checkpoint, fetch_checkpoint, fetch_manifest
+from pipelines.training.recording import (
     Taken,
     earlier_record,
     ended_in_mlflow,
@@ -57,8 +59,8 @@ from pipelines.recording import (
     say_where_to_compare,
     take_over,
 )
-from pipelines.run_folder import RunFolder
-from pipelines.stopping import Decision, Phase, StepEnds, StopChannel, Told
+from pipelines.training.run_folder import RunFolder
+from pipelines.training.stopping import Decision, Phase, StepEnds, StopChannel, Told
 
 logger = logging.getLogger(__name__)
 

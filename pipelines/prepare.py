@@ -43,9 +43,10 @@ from mae_core.data.manifest import MANIFEST_NAME, Manifest, sum_pixels
 from mae_core.data.randomness import named_generator
 from mae_core.data.samples import DataError
 from mae_core.data.synthetic import SHAPE_CLASSES, draw_scene, encode_scene
-from pipelines import existing_shards, progress
-from pipelines.config import ConfigError, PrepareConfig, StageResult
-from pipelines.packing import (
+from pipelines.packing import existing as existing_shards
+from pipelines.terminal import progress
+from pipelines.config.sections import ConfigError, PrepareConfig, StageResult
+from pipelines.packing.shard import (
     CATEGORIES_NAME,
     Item,
     MaskSummary,
@@ -59,10 +60,10 @@ from pipelines.packing import (
     pack_shard,
     sum_masks,
 )
-from pipelines.packed_output import SKIPPED_NAME, SetPlan, claim_output, finished_manifest
-from pipelines.packed_classes import GivenNumbers, read_numbers
-from pipelines.prepare_summary import found_lines, mask_line, mask_warnings
-from pipelines.process_pool import process_pool
+from pipelines.packing.output import SKIPPED_NAME, SetPlan, claim_output, finished_manifest
+from pipelines.packing.classes import GivenNumbers, read_numbers
+from pipelines.packing.summary import found_lines, mask_line, mask_warnings
+from pipelines.packing.process_pool import process_pool
 
 log = logging.getLogger(__name__)
 

@@ -37,26 +37,32 @@ from mae_core.data.randomness import named_generator
 from mae_core.data.samples import DataError
 from mae_core.data.transforms import center_crop, stack_pixels
 from mae_core.masking import draw_noise
-from pipelines import driver, launch
-from pipelines.checkpoints import at_newest_checkpoint, fetch_manifest, find_checkpoint, list_steps
-from pipelines.class_names import (
+from pipelines import driver
+from pipelines.training import launch
+from pipelines.training.checkpoints import (
+    at_newest_checkpoint,
+    fetch_manifest,
+    find_checkpoint,
+    list_steps,
+)
+from pipelines.reading.class_names import (
     Classes,
     classes_by_name,
     read_class_names,
     united_names,
     warn_of_unnamed,
 )
-from pipelines.config import ConfigError, PretrainConfig, StageResult
-from pipelines.datasets import (
+from pipelines.config.sections import ConfigError, PretrainConfig, StageResult
+from pipelines.reading.sequence import (
     measure_channel_stats,
     open_shards,
     read_rows,
 )
-from pipelines.export import log_encoder
-from pipelines.fingerprints import fingerprint
-from pipelines.knn import METRICS_PREFIX, check_labels
-from pipelines.process_group import OneAddressTorchConfig
-from pipelines.recording import (
+from pipelines.training.export import log_encoder
+from pipelines.reading.fingerprints import fingerprint
+from pipelines.training.knn import METRICS_PREFIX, check_labels
+from pipelines.training.process_group import OneAddressTorchConfig
+from pipelines.training.recording import (
     earlier_record,
     ended_in_mlflow,
     log_bad_samples,
@@ -66,9 +72,9 @@ from pipelines.recording import (
     take_over,
     tell_evaluation,
 )
-from pipelines.reporting import RunSize
-from pipelines.run_folder import RunFolder
-from pipelines.train_worker import Pictures, TrainTask, remaining_data, train_worker
+from pipelines.training.reporting import RunSize
+from pipelines.training.run_folder import RunFolder
+from pipelines.training.pretrain_worker import Pictures, TrainTask, remaining_data, train_worker
 
 logger = logging.getLogger(__name__)
 

@@ -57,10 +57,10 @@ from mae_core.model.segmenter import (
     sliding_window_logits,
 )
 from mae_core.train_step import BatchLoss
-from pipelines import downstream
-from pipelines.config import StageResult
-from pipelines.datasets import BrokenSample, target_of
-from pipelines.downstream import (
+from pipelines.config.downstream import DownstreamConfig, SegmentConfig, SegmentSection
+from pipelines.config.sections import StageResult
+from pipelines.downstream import run as downstream
+from pipelines.downstream.run import (
     LabelledData,
     Stage,
     Study,
@@ -69,8 +69,8 @@ from pipelines.downstream import (
     map_samples,
     picture_shape,
 )
-from pipelines.downstream_config import DownstreamConfig, SegmentConfig, SegmentSection
-from pipelines.task import Arm, Batch, EncodedSample, Evaluation, Example, TaskInfo
+from pipelines.downstream.task import Arm, Batch, EncodedSample, Evaluation, Example, TaskInfo
+from pipelines.reading.sequence import BrokenSample, target_of
 
 logger = logging.getLogger(__name__)
 
@@ -191,7 +191,7 @@ class Prediction(NamedTuple):
 
 
 class SegmentTask:
-    """See `pipelines.task.Task`."""
+    """See `pipelines.downstream.task.Task`."""
 
     def __init__(self, config: SegmentConfig, info: TaskInfo) -> None:
         self.config = config

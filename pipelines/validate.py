@@ -32,16 +32,17 @@ from mae_core.data.label_maps import check_same_size, decode_indices
 from mae_core.data.manifest import ChannelStats, PixelSums, ShardInfo, sum_pixels
 from mae_core.data.pixels import CorruptSampleError, Pixels
 from mae_core.data.samples import DataError, Sample
-from pipelines import driver, progress
-from pipelines.class_names import (
+from pipelines import driver
+from pipelines.config.sections import RefusedError, StageResult
+from pipelines.config.validate import ValidateConfig
+from pipelines.reading.class_names import (
     folder_of,
     folders_of,
     read_category_names,
     read_class_names,
 )
-from pipelines.config import RefusedError, StageResult
-from pipelines.datasets import BrokenSample, open_shards, read_samples
-from pipelines.validate_config import ValidateConfig
+from pipelines.reading.sequence import BrokenSample, open_shards, read_samples
+from pipelines.terminal import progress
 
 logger = logging.getLogger(__name__)
 

@@ -3,9 +3,9 @@
 from pathlib import Path
 
 from mae_core.config import StrictConfig
-from pipelines.chain_config import ChainConfig, PromoteSpec, StageSpec
-from pipelines.config_fields import describe
-from pipelines.stage_kinds import KINDS
+from pipelines.chain.config import ChainConfig, PromoteSpec, StageSpec
+from pipelines.chain.kinds import KINDS
+from pipelines.config.fields import describe
 
 FOLDER = Path(__file__).parent
 

@@ -4,14 +4,14 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.config import PrepareConfig, PretrainConfig
-from pipelines.config_loading import load_config
-from pipelines.downstream_config import (
+from pipelines.config.downstream import (
     ClassifyConfig,
     DetectConfig,
     DownstreamConfig,
     SegmentConfig,
 )
+from pipelines.config.loading import load_config
+from pipelines.config.sections import PrepareConfig, PretrainConfig
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 PRETRAIN = sorted((CONFIGS / "pretrain").glob("*.yaml"))

@@ -15,8 +15,8 @@ import pytest
 from mlflow import MlflowClient
 
 from pipelines import prepare, pretrain
-from pipelines.config import PrepareConfig, PretrainConfig, StageResult
-from pipelines.config_loading import load_config
+from pipelines.config.loading import load_config
+from pipelines.config.sections import PrepareConfig, PretrainConfig, StageResult
 
 ROOT = Path(__file__).parents[2]
 # 96 samples in global batches of 16: 6 steps an epoch, 30 in all.

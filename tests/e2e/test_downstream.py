@@ -25,16 +25,16 @@ from PIL import Image
 from mae_core.checkpoint import load_encoder, verify_checkpoint
 from mae_core.data.samples import DataError
 from pipelines import classify, detect, embed, segment
-from pipelines.config import ConfigError, StageResult
-from pipelines.config_loading import load_config
-from pipelines.datasets import open_shards, read_rows
-from pipelines.downstream_config import (
+from pipelines.config.downstream import (
     ClassifyConfig,
     DetectConfig,
     DownstreamConfig,
     EmbedConfig,
     SegmentConfig,
 )
+from pipelines.config.loading import load_config
+from pipelines.config.sections import ConfigError, StageResult
+from pipelines.reading.sequence import open_shards, read_rows
 from tests.e2e.conftest import assert_golden
 from tests.e2e.victims import train_workers
 

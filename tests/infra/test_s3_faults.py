@@ -12,9 +12,10 @@ import pytest
 from infra import patience, storage
 from infra.storage import StorageError
 from mae_core.data.order import RunOrder
-from pipelines import datasets, prepare
-from pipelines.config import PrepareConfig
-from pipelines.datasets import SequencePlan, open_shards, read_window
+from pipelines import prepare
+from pipelines.config.sections import PrepareConfig
+from pipelines.reading import sequence as datasets
+from pipelines.reading.sequence import SequencePlan, open_shards, read_window
 from tests.infra.fault_proxy import FaultProxy
 
 pytestmark = [pytest.mark.services, pytest.mark.timeout(120)]

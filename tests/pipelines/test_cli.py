@@ -14,11 +14,12 @@ from typing import Any
 import pytest
 
 from infra.services import object_store
-from pipelines import cli, driver, launch, prepare, pretrain
-from pipelines.command_line import STAGE_WORDS
-from pipelines.config import PrepareConfig, PretrainConfig, StageResult
-from pipelines.config_fields import describe
-from pipelines.stage_kinds import KINDS
+from pipelines import cli, driver, prepare, pretrain
+from pipelines.chain.kinds import KINDS
+from pipelines.commands.arguments import STAGE_WORDS
+from pipelines.config.fields import describe
+from pipelines.config.sections import PrepareConfig, PretrainConfig, StageResult
+from pipelines.training import launch
 
 ROOT = Path(__file__).parents[2]
 

@@ -9,11 +9,13 @@ import pytest
 
 from infra import storage, tracking
 from infra.config import TrackingConfig
-from pipelines import cli, schedule_runs, worker_logging
-from pipelines.config import StageResult
-from pipelines.run_folder import RunFolder, RunRecord
-from pipelines.schedule_config import Schedule
-from pipelines.schedule_times import Tick
+from pipelines import cli
+from pipelines.config.sections import StageResult
+from pipelines.schedule import runs as schedule_runs
+from pipelines.schedule.config import Schedule
+from pipelines.schedule.times import Tick
+from pipelines.terminal import worker_logging
+from pipelines.training.run_folder import RunFolder, RunRecord
 
 SECRET = "pl4nted-s3cret"
 ADDRESS = f"http://user:{SECRET}@127.0.0.1:9"

@@ -24,8 +24,8 @@ from mae_core.data.image_files import ImageFile
 from mae_core.data.manifest import index_from_bytes
 from mae_core.data.samples import DataError, iter_samples
 from pipelines import prepare
-from pipelines.config import ConfigError, PrepareConfig, StageResult
-from pipelines.config_loading import load_config
+from pipelines.config.loading import load_config
+from pipelines.config.sections import ConfigError, PrepareConfig, StageResult
 from tests.pipelines.packing import (
     BLACK,
     WHITE,

@@ -11,9 +11,9 @@ import pytest
 from PIL import Image
 
 from mae_core.data.decode import encode_jpeg
-from pipelines.config import RefusedError, StageResult
+from pipelines.config.sections import RefusedError, StageResult
+from pipelines.config.validate import ValidateConfig
 from pipelines.validate import run
-from pipelines.validate_config import ValidateConfig
 
 WriteTar = Callable[[Path, dict[str, bytes]], Path]
 MakePng = Callable[[int], bytes]

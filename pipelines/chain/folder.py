@@ -1,0 +1,132 @@
+"""Where the result of a stage lies, by its key: STORAGE/stages/KIND/KEY.
+
+key.json    what the key is a hash of, for the reasons of `mae plan`
+lease       held while a run of the pipeline makes the result
+done.json   written last: the result, and the size of each of its files
+all else    the stage's own
+"""
+
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import Field
+
+from infra import storage
+from infra.own_files import read_or_none
+from mae_core.config import StrictConfig
+from pipelines.chain.execute import KeyParts
+from pipelines.config.sections import StageResult
+
+OWN_FILES = ("key.json", "lease", "done.json")
+FOLDER = "{self}"  # in a result's output: the folder may be moved
+
+
+class Done(StrictConfig):
+    """A stage's result, as it was committed."""
+
+    output: str
+    run_id: str | None
+    metrics: dict[str, float]
+    files: dict[str, int]
+    """Bytes by path in the folder; by URI outside of it."""
+    seconds: float
+    peak_bytes: int = 0
+    """Memory of its processes at most, as far as they ran beside the driver."""
+    steps: int | None = None
+    """Optimizer steps that it took."""
+    finished_at: float = Field(default_factory=time.time)
+    """Seconds since 1970."""
+    made_with: dict[str, str] = Field(default_factory=dict)
+    """Versions of what it ran on, which are not in the key."""
+
+
+@dataclass(frozen=True)
+class StageFolder:
+    root: str
+    kind: str
+    key: str
+
+    @property
+    def uri(self) -> str:
+        return storage.join(storage.absolute(self.root), "stages", self.kind, self.key)
+
+    @property
+    def lease_uri(self) -> str:
+        return storage.join(self.uri, "lease")
+
+    def _read(self, name: str) -> bytes | None:
+        try:
+            return storage.read_bytes(storage.join(self.uri, name))
+        except FileNotFoundError:
+            return None
+
+    def read_parts(self) -> KeyParts | None:
+        text = self._read("key.json")
+        try:
+            return None if text is None else KeyParts.from_json(text)
+        except (ValueError, TypeError):
+            return None
+
+    def write_parts(self, parts: KeyParts) -> None:
+        storage.write_bytes(storage.join(self.uri, "key.json"), parts.to_json().encode())
+
+    def read_done(self) -> Done | None:
+        place = storage.join(self.uri, "done.json")
+        return read_or_none(place, Done, "the stage is run again")
+
+    def commit(self, result: StageResult, **facts: Any) -> Done:
+        """Note the sizes of all that is there; from then on it is a result."""
+        files = {name: facts.num_bytes for name, facts in storage.list_tree(self.uri).items()}
+        files = {name: size for name, size in files.items() if name not in OWN_FILES}
+        output = storage.absolute(result.output)
+        if not f"{output}/".startswith(f"{self.uri}/"):
+            outside = storage.list_tree(output)
+            files |= {storage.join(output, name): x.num_bytes for name, x in outside.items()}
+        done = Done(
+            output=output.replace(self.uri, FOLDER, 1),
+            run_id=result.run_id,
+            metrics=result.metrics,
+            files=files,
+            **facts,
+        )
+        self.write_done(done)
+        return done
+
+    def write_done(self, done: Done) -> None:
+        text = json.dumps(done.model_dump(mode="json"), indent=1)
+        storage.write_bytes(storage.join(self.uri, "done.json"), text.encode())
+
+    def output(self, done: Done) -> str:
+        return done.output.replace(FOLDER, self.uri, 1)
+
+    def problem(self, done: Done) -> str | None:
+        """The first file that is not there as it was committed."""
+        found = {name: facts.num_bytes for name, facts in storage.list_tree(self.uri).items()}
+        outside = [name for name in done.files if "://" in name or name.startswith("/")]
+        for folder in {name.rpartition("/")[0] for name in outside}:
+            listed = storage.list_tree(folder)
+            found |= {storage.join(folder, name): x.num_bytes for name, x in listed.items()}
+        for name, size in done.files.items():
+            if name not in found:
+                return f"{name} is gone"
+            if found[name] != size:
+                return f"{name} has {found[name]} bytes, not {size}"
+        return None
+
+    def clear(self) -> None:
+        """Delete the result; the lease stays, for it is held."""
+        storage.delete_file(storage.join(self.uri, "done.json"))
+        for name in storage.list_folders(self.uri):
+            storage.delete_folder(storage.join(self.uri, name))
+        for name in storage.list_files(self.uri):
+            if name != "lease":
+                storage.delete_file(storage.join(self.uri, name))
+
+
+def earlier_folders(root: str, kind: str) -> Iterator[StageFolder]:
+    """All results of a kind of stage that are or were there."""
+    for key in storage.list_folders(storage.join(storage.absolute(root), "stages", kind)):
+        yield StageFolder(root, kind, key)

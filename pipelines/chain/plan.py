@@ -1,0 +1,358 @@
+"""What a pipeline would do: for each stage run or reuse, why, and what it will cost."""
+
+import hashlib
+import json
+import platform
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any, NamedTuple
+
+from infra import tracking
+from pipelines.chain.code import code_digests
+from pipelines.chain.config import (
+    OWN_PLACES,
+    PIPELINE,
+    REFERENCE,
+    Chain,
+    Stage,
+    after,
+    base_and_point,
+    dotted,
+    substitute,
+)
+from pipelines.chain.execute import KEY_CHARS, Action, Decision, KeyParts, differences
+from pipelines.chain.folder import Done, StageFolder, earlier_folders
+from pipelines.config.sections import ConfigError
+from pipelines.reading.fingerprints import fingerprint, num_samples
+
+MAX_REASONS = 3
+_KEY_IN = re.compile(rf"\{{[0-9a-f]{{{KEY_CHARS}}}\}}")
+
+
+class Cost(NamedTuple):
+    """What a stage is expected to take; None where nothing tells."""
+
+    steps: int | None = None
+    samples: int | None = None
+    seconds: float | None = None
+    num_bytes: int | None = None
+    peak_bytes: int | None = None
+
+
+@dataclass(frozen=True)
+class Planned:
+    stage: Stage
+    parts: KeyParts
+    folder: StageFolder
+    decision: Decision
+    done: Done | None  # what is there and is kept
+    notes: tuple[str, ...]
+    cost: Cost
+    found: Done | None = None  # what was there when the plan was made, kept or not
+
+    @property
+    def output(self) -> str | None:
+        return None if self.done is None else self.folder.output(self.done)
+
+
+class Forced(NamedTuple):
+    """What the command line says to run again."""
+
+    stages: frozenset[str] = frozenset()
+    only: str | None = None
+
+    @classmethod
+    def of(
+        cls, chain: Chain, force: Collection[str], start: Collection[str], only: str | None
+    ) -> "Forced":
+        """`force` runs these stages again, `start` also those after them, `only` no other.
+
+        The name of a stage that a sweep copied means all of its points, but for `only`.
+
+        Raises:
+            ConfigError: there is no such stage.
+        """
+        names = [stage.name for stage in chain.stages]
+
+        def points(name: str) -> list[str]:
+            found = [other for other in names if name in (other, base_and_point(other)[0])]
+            if not found:
+                raise ConfigError(f"there is no stage {name!r}; the stages are {', '.join(names)}")
+            return found
+
+        if only is not None and points(only) != [only]:
+            raise ConfigError(f"--only {only}: choose one of {', '.join(points(only))}")
+        again = [other for name in force for other in points(name)]
+        first = [other for name in start for other in points(name)]
+        return cls(frozenset(again) | after(first, chain), only)
+
+
+def plan_chain(chain: Chain, forced: Forced) -> list[Planned]:
+    """Look at what is there; starts nothing and writes nothing.
+
+    Raises:
+        ConfigError: data is not there that no stage makes, or `only` needs what is not there.
+        StorageError: the store cannot be used.
+    """
+    plans: dict[str, Planned] = {}
+    for stage in chain.stages:
+        keys = {name: plan.folder.key for name, plan in plans.items()}
+        parts = key_parts(stage, keys, chain.config.name)
+        folder = StageFolder(chain.config.storage.root, stage.kind_name, parts.key)
+        done = folder.read_done()
+        decision = decide(chain.config.tracking.uri, stage, parts, folder, forced)
+        kept = decision.action in (Action.REUSE, Action.REBUILD)
+        outputs = {name: plan.output for name, plan in plans.items() if plan.output is not None}
+        cost = Cost() if kept else _cost(stage, folder, outputs)
+        notes = _notes(done) if done and kept else ()
+        plans[stage.name] = Planned(
+            stage, parts, folder, decision, done if kept else None, notes, cost, done
+        )
+    if forced.only is not None:
+        _check_only(forced.only, plans)
+    return list(plans.values())
+
+
+def _check_only(only: str, plans: Mapping[str, Planned]) -> None:
+    for need in plans[only].stage.references:
+        if plans[need].done is None:
+            raise ConfigError(
+                f"--only {only}: needs {need}, which is not there ({plans[need].decision.why}); "
+                "run the pipeline without --only"
+            )
+
+
+def key_parts(stage: Stage, keys: Mapping[str, str], pipeline: str = "") -> KeyParts:
+    """What the stage's key is made of; `keys` are those of the stages before.
+
+    `pipeline` is its name: what lies in its folder is another thing in another's.
+    """
+    values = dict(dotted(stage.config.model_dump(mode="json")))
+    inputs = {}
+    for key in [key for key in values if _is_under(key, stage.kind.data_keys)]:
+        value = values.pop(key)
+        entries = [value] if isinstance(value, str) else value or []
+        made = [entry for entry in entries if _references(entry)]
+        found = [entry for entry in entries if not _references(entry)]
+        if made:
+            values[key] = made
+        if found:
+            inputs[key] = _fingerprint(stage, key, found)
+    if values.get("existing") is not None:  # `mae prepare index`: its output is what it reads
+        inputs["output"] = _fingerprint(stage, "output", values["output"], by_time=True)
+    kept = {key: value for key, value in values.items() if not _is_under(key, stage.kind.unkeyed)}
+    texts = {name: f"{{{key}}}" for name, key in keys.items()} | {PIPELINE: pipeline}
+    files = [stage.file] if stage.file is not None else []
+    return KeyParts(
+        kind=stage.kind_name,
+        version=stage.kind.version,
+        code=code_digests([*stage.kind.modules, *files]),
+        config=substitute(kept, texts),
+        inputs=inputs,
+        # A stage that is only waited for, such as a gate, is no part of the result.
+        needs={name: keys[name] for name in stage.references},
+    )
+
+
+def measure_digest(parts: KeyParts) -> str:
+    """How a stage measures, whatever it measures: its config without what comes from others."""
+    own = {key: value for key, value in parts.config.items() if not _KEY_IN.search(str(value))}
+    return hashlib.sha256(json.dumps([parts.version, own], sort_keys=True).encode()).hexdigest()[:8]
+
+
+def _fingerprint(stage: Stage, key: str, value: Any, *, by_time: bool = False) -> str:
+    try:
+        return fingerprint(value, by_time=by_time)
+    except ConfigError as error:
+        raise ConfigError(f"stages.{stage.name}: {key}: {error}") from error
+
+
+def _is_under(key: str, sections: Collection[str]) -> bool:
+    return any(key == section or key.startswith(f"{section}.") for section in sections)
+
+
+def _references(value: Any) -> bool:
+    return any(name not in OWN_PLACES for name in REFERENCE.findall(str(value)))
+
+
+def decide(
+    tracking_uri: str, stage: Stage, parts: KeyParts, folder: StageFolder, forced: Forced
+) -> Decision:
+    """Whether the result is there, whole and recorded; else why it has to be made."""
+    if forced.only is not None and forced.only != stage.name:
+        done = folder.read_done()
+        if done is None or folder.problem(done):
+            return Decision(Action.RUN, "is not there")
+        return Decision(Action.REUSE, f"--only {forced.only}")
+    if stage.name in forced.stages:
+        return Decision(Action.RUN, "--force or --from asks for it", fresh=True)
+    done = folder.read_done()
+    if done is None:
+        if folder.read_parts() is not None:
+            return Decision(Action.RESUME, "was started and not finished")
+        return Decision(Action.RUN, why_new(stage, parts, folder))
+    if problem := folder.problem(done):
+        return Decision(Action.RUN, f"output changed: {problem}", fresh=True)
+    status = tracking.run_status(tracking_uri, done.run_id)
+    if status == "MISSING":
+        return Decision(Action.REBUILD, "result is there, its run is not in MLflow: recorded anew")
+    if status not in ("FINISHED", "UNKNOWN"):
+        # The result was committed: MLflow missed the end, which must not cost the result.
+        return Decision(
+            Action.REBUILD, f"result is there, its run is {status} in MLflow: put right"
+        )
+    return Decision(Action.REUSE, "nothing changed")
+
+
+def why_new(stage: Stage, parts: KeyParts, folder: StageFolder) -> str:
+    """What differs from the earlier result of this kind that is nearest."""
+    candidates = []
+    for other in earlier_folders(folder.root, stage.kind_name):
+        earlier = other.read_parts()
+        if earlier is not None:
+            done = other.read_done()
+            lines = differences(earlier, parts)
+            candidates.append((len(lines), -(done.finished_at if done else 0), lines))
+    if not candidates:
+        return "never ran"
+    lines = min(candidates, key=lambda candidate: candidate[:2])[2]
+    more = f" and {len(lines) - MAX_REASONS} more" if len(lines) > MAX_REASONS else ""
+    return "; ".join(lines[:MAX_REASONS]) + more
+
+
+@lru_cache(maxsize=1)
+def versions() -> dict[str, str]:
+    """Of what results may depend on a little, though it is not in their key."""
+    found = {"python": platform.python_version(), "machine": platform.machine()}
+    for package in ("torch", "torchvision", "ray", "numpy"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _notes(done: Done) -> tuple[str, ...]:
+    changed = [
+        f"{name} {before}, now {versions()[name]}"
+        for name, before in done.made_with.items()
+        if versions().get(name, before) != before
+    ]
+    return (f"was made with {', '.join(changed)}",) if changed else ()
+
+
+def _cost(stage: Stage, folder: StageFolder, outputs: Mapping[str, str]) -> Cost:
+    """From the config and the data, and from the latest result of this kind."""
+    samples = _num_samples(stage, outputs)
+    steps = _num_steps(stage.config, samples)
+    earlier = [d for f in earlier_folders(folder.root, stage.kind_name) if (d := f.read_done())]
+    if not earlier:
+        return Cost(steps, samples)
+    last = max(earlier, key=lambda done: done.finished_at)
+    scale = steps / last.steps if steps and last.steps else 1.0
+    return Cost(
+        steps, samples, last.seconds * scale, sum(last.files.values()), last.peak_bytes or None
+    )
+
+
+def _num_samples(stage: Stage, outputs: Mapping[str, str]) -> int | None:
+    values = dict(dotted(stage.config.model_dump(mode="json")))
+    drawn = values.get("num_train")
+    if values.get("synthetic"):
+        return int(drawn) + int(values["num_val"]) if isinstance(drawn, int) else None
+    spec = values.get("data.train", values.get("data"))
+    spec = substitute(spec, outputs)
+    return None if spec is None or _references(spec) else num_samples(spec)
+
+
+def _num_steps(config: Any, samples: int | None) -> int | None:
+    optim = getattr(config, "optim", None)
+    if optim is None or samples is None:
+        return None
+    per_arm = _steps_of(samples, optim)
+    section = getattr(config, "arms_config", None)
+    if section is None:
+        return per_arm
+    trained = [arm for arm in config.arms if arm not in ("knn", "logistic")]
+    per_share = [_steps_of(round(samples * share), optim) for share in section.label_fraction]
+    return len(trained) * len(section.seeds) * sum(per_share)
+
+
+def _steps_of(samples: int, optim: Any) -> int:
+    steps = int(optim.epochs * samples / optim.global_batch_size + 1e-9)
+    return min(steps, optim.max_steps or steps)
+
+
+def plan_table(plans: list[Planned]) -> str:
+    """A line for each stage, for a terminal."""
+    head = ("stage", "", "why", "steps", "samples", "time", "bytes", "memory")
+    rows: list[tuple[str, ...]] = [head]
+    for plan in plans:
+        runs = plan.decision.action in (Action.RUN, Action.RESUME)
+        cost = plan.cost if runs else Cost()
+        why = "; ".join([plan.decision.why, *plan.notes])
+        counts = ["" if x is None else f"{x:,}" for x in (cost.steps, cost.samples)]
+        sizes = [_size(cost.num_bytes), _size(cost.peak_bytes)]
+        row = (plan.stage.name, plan.decision.action.value, why, *counts, shown_time(cost.seconds))
+        rows.append((*row, *sizes))
+    widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
+    lines = [
+        "  ".join(
+            cell.rjust(width) if i > 2 else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
+    return "\n".join(lines)
+
+
+def shown_time(seconds: float | None) -> str:
+    if seconds is None:
+        return ""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}h{minutes % 60:02d}m" if minutes >= 60 else f"{minutes}m{rest:02d}s"
+
+
+def _size(num_bytes: int | None) -> str:
+    if num_bytes is None:
+        return ""
+    size = float(num_bytes)
+    for unit in ("B", "kB", "MB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}"
+        size /= 1000
+    return f"{size:.1f} GB"
+
+
+def text_graph(chain: Chain) -> str:
+    """The graph for a terminal: each stage below the last of those that it needs."""
+    order = [stage.name for stage in chain.stages]
+    above = {s.name: max(s.needs, key=order.index, default=None) for s in chain.stages}
+    lines: list[str] = []
+
+    def draw(name: str | None, indent: str) -> None:
+        below = [other for other in order if above[other] == name]
+        for i, other in enumerate(below):
+            is_last = i == len(below) - 1
+            mark = "" if name is None else "└─ " if is_last else "├─ "
+            lines.append(f"{indent}{mark}{other}")
+            draw(other, indent + ("" if name is None else "   " if is_last else "│  "))
+
+    draw(None, "")
+    return "\n".join(lines)
+
+
+def mermaid_graph(chain: Chain, states: Mapping[str, str]) -> str:
+    """The graph in Mermaid's words; `states` are shown below the names."""
+    numbers = {stage.name: f"s{i}" for i, stage in enumerate(chain.stages)}
+    lines = ["graph LR"]
+    for stage in chain.stages:
+        state = states.get(stage.name, "")
+        label = f"{stage.name}<br/>{state}" if state else stage.name
+        lines.append(f'  {numbers[stage.name]}["{label}"]')
+    for stage in chain.stages:
+        lines += [f"  {numbers[need]} --> {numbers[stage.name]}" for need in stage.needs]
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,365 @@
+"""Configs of the stages that train on a checkpoint: classify, detect, segment; and of embed."""
+
+from typing import Annotated, ClassVar, Literal, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from infra.config import StorageConfig, TrackingConfig
+from mae_core.config import StrictConfig, as_square
+from pipelines.config.roles import identity_digest
+from pipelines.config.sections import (
+    NAME_PATTERN,
+    CheckpointConfig,
+    DebugConfig,
+    SavingConfig,
+    ScalingConfig,
+    fitted_batches,
+    fitted_window,
+)
+
+Share = float  # in (0, 1]
+Value = Annotated[int, Field(ge=0, le=65_535)]  # of a mask's pixel
+
+
+class LabelledDataConfig(StrictConfig):
+    train: str | tuple[str, ...]
+    """Labelled training shards: a folder, an s3://bucket/prefix, a pattern with
+    {000000..000099}.tar, a tar, or a list of these."""
+    val: str | tuple[str, ...]
+    """Labelled shards that the result is measured on; likewise."""
+    shuffle_window: int = Field(default=1024, gt=0)
+    """Samples permuted together, after the shards are permuted; a multiple of the micro batch. The
+    default is rounded up to one."""
+    max_bad_ratio: float = Field(default=0.01, ge=0, le=1)
+    """The run stops when a larger share of the samples can't be used."""
+
+
+class TuningOptimConfig(StrictConfig):
+    """Defaults: fine-tuning of ViT-B in He et al. 2021, table 9."""
+
+    base_lr: float = Field(default=5e-4, gt=0)
+    """Learning rate at a global batch of 256; scaled linearly."""
+    global_batch_size: int = Field(default=1024, gt=0)
+    """Images per optimizer step, over all workers and accumulation."""
+    micro_batch_size: int = Field(default=64, gt=0)
+    """Images per worker and forward pass."""
+    epochs: float = Field(default=100, gt=0)
+    """Passes over the labelled samples, of each arm; a fraction ends mid-epoch."""
+    max_steps: int | None = Field(default=None, gt=0)
+    """Most optimizer steps of an arm: the same budget for much and for little data."""
+    warmup_epochs: float = Field(default=5, ge=0)
+    """Epochs in which the learning rate rises from 0; at most a fifth of the steps."""
+    min_lr_ratio: float = Field(default=0.0, ge=0, lt=1)
+    """Share of the learning rate that the cosine ends at."""
+    weight_decay: float = Field(default=0.05, ge=0)
+    """Applied to tensors of two and more dimensions."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW's decay rates for the two moments."""
+    layer_decay: float = Field(default=0.65, gt=0, le=1)
+    """Factor of the learning rate from each encoder block to the one below (BEiT, Bao et al.
+    2021); an encoder from scratch has the same rate everywhere."""
+    drop_path_rate: float = Field(default=0.1, ge=0, lt=1)
+    """Stochastic depth of the encoder's last block, rising from 0 at the first."""
+    max_grad_norm: float | None = Field(default=None, gt=0)
+    """Gradients are clipped to this norm."""
+    precision: Literal["fp32", "bf16"] = "bf16"
+    """bf16: autocast where the device has it (CUDA)."""
+
+    @property
+    def learning_rate(self) -> float:
+        """Linear scaling rule, Goyal et al. 2017, https://arxiv.org/abs/1706.02677."""
+        return self.base_lr * self.global_batch_size / 256
+
+
+class ArmsConfig(StrictConfig):
+    """What is trained and compared: each arm, with each share of the labels and each seed."""
+
+    label_fraction: tuple[Share, ...] = (1.0,)
+    """Shares of the labelled training samples, of each class alike; one arm of training each."""
+    seeds: tuple[int, ...] = (0,)
+    """Each chooses samples, order, augmentation and fresh weights; results get a spread."""
+
+    @field_validator("label_fraction")
+    @classmethod
+    def _shares(cls, fractions: tuple[float, ...]) -> tuple[float, ...]:
+        if not fractions or not all(0 < fraction <= 1 for fraction in fractions):
+            raise ValueError(f"label_fraction={list(fractions)}: each must be above 0, at most 1")
+        if len(set(fractions)) < len(fractions):
+            raise ValueError(f"label_fraction={list(fractions)}: each only once")
+        return fractions
+
+    @field_validator("seeds")
+    @classmethod
+    def _some_seeds(cls, seeds: tuple[int, ...]) -> tuple[int, ...]:
+        if not seeds or len(set(seeds)) < len(seeds) or min(seeds) < 0:
+            raise ValueError(f"seeds={list(seeds)}: give different numbers from 0 on")
+        return seeds
+
+
+class TuningReportConfig(StrictConfig):
+    every_steps: int = Field(default=10, gt=0)
+    """Optimizer steps between metrics."""
+
+
+class DownstreamConfig(StrictConfig):
+    """What classify, detect and segment have in common."""
+
+    name: str = Field(default="", pattern=r"^([A-Za-z0-9][A-Za-z0-9_.-]*)?$")
+    """Starts the run's name, else the stage does; a hash of what determines the result ends it."""
+    init_from: str
+    """Checkpoint of the pretrained encoder, whose size, channels and channel statistics are used,
+    or a run's folder, whose newest checkpoint is taken; a folder or URI."""
+    data: LabelledDataConfig
+    img_size: tuple[int, int] | None = None
+    """Height and width of the images that are trained on, in pixels; one number means a square.
+    The checkpoint's where it is left out; positions are interpolated."""
+    optim: TuningOptimConfig = TuningOptimConfig()
+    scaling: ScalingConfig = ScalingConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    reporting: TuningReportConfig = TuningReportConfig()
+    storage: StorageConfig = StorageConfig()
+    tracking: TrackingConfig = Field(default_factory=TrackingConfig)
+    debug: DebugConfig = DebugConfig()
+
+    stage: ClassVar[str]
+
+    @field_validator("img_size", mode="before")
+    @classmethod
+    def _one_number_is_a_square(cls, raw: object) -> object:
+        return as_square(raw)
+
+    @model_validator(mode="after")
+    def _defaults_fit(self) -> Self:
+        """Fit what the user did not set to what they did: a default is never the mistake."""
+        optim = fitted_batches(self.optim, self.scaling.num_workers, 1)
+        object.__setattr__(self, "optim", optim)  # the model is frozen from here on
+        object.__setattr__(self, "data", fitted_window(self.data, optim.micro_batch_size))
+        return self
+
+    @model_validator(mode="after")
+    def _batches_divide(self) -> Self:
+        optim, workers = self.optim, self.scaling.num_workers
+        if optim.global_batch_size % (optim.micro_batch_size * workers):
+            raise ValueError(
+                f"optim.global_batch_size={optim.global_batch_size} is not a multiple of "
+                f"optim.micro_batch_size={optim.micro_batch_size} x scaling.num_workers={workers}"
+            )
+        if self.data.shuffle_window % optim.micro_batch_size:
+            raise ValueError(
+                f"data.shuffle_window={self.data.shuffle_window} is not a multiple of "
+                f"optim.micro_batch_size={optim.micro_batch_size}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _each_arm_once(self) -> Self:
+        arms = self.arms if hasattr(self, "stage") else ("none",)
+        if not arms or len(set(arms)) < len(arms):
+            raise ValueError(f"{self.stage}.arms={list(arms)}: give one at least, each only once")
+        return self
+
+    @property
+    def arms_config(self) -> ArmsConfig:
+        """The stage's own section."""
+        section: ArmsConfig = getattr(self, self.stage)
+        return section
+
+    @property
+    def arms(self) -> tuple[str, ...]:
+        """Ways to train, of the stage's own section."""
+        arms: tuple[str, ...] = self.arms_config.model_dump()["arms"]
+        return arms
+
+    @property
+    def run_name(self) -> str:
+        """Name and a hash of all that determines the result: the same command, the same run."""
+        digest = identity_digest(self.stage, self.model_dump(mode="json"))
+        return f"{self.name or self.stage}-{digest}"
+
+
+class ClassifySection(ArmsConfig):
+    arms: tuple[Literal["knn", "logistic", "linear", "finetune", "scratch"], ...] = (
+        "knn",
+        "linear",
+        "finetune",
+    )
+    """knn: nearest neighbours of frozen features; logistic: logistic regression on them; linear:
+    the paper's linear probe (batch norm, LARS, augmented images); finetune: all weights, or the
+    last `trainable_blocks`; scratch: as finetune, from random weights."""
+    labels: Literal["one", "many"] = "one"
+    """one: each sample has one class; many: each has any number of findings."""
+    label_key: str | None = None
+    """Key in the samples' .json that holds the class, or the list of findings; else .cls is read:
+    a number, or for many several of them."""
+    names: tuple[str, ...] | None = None
+    """Names of the classes in the order of their numbers; else the manifest's, those that
+    classes.json beside the shards lists, or the numbers."""
+    pool: Literal["mean", "cls"] = "mean"
+    """What is classified: the mean of the patch tokens, or the class token."""
+    trainable_blocks: int | None = Field(default=None, ge=0)
+    """finetune trains the encoder's last so many blocks; all of it where left out."""
+    linear_base_lr: float = Field(default=0.1, gt=0)
+    """The linear probe's `base_lr` (LARS), He et al. 2021, section A.1."""
+    k: int = Field(default=20, gt=0)
+    """Neighbours that vote."""
+    crop_scale: tuple[float, float] = (0.08, 1.0)
+    """Share of the image's area that a random crop covers, from and to."""
+    flip: bool = True
+    """Mirror half of the images."""
+    rand_augment: float = Field(default=9.0, ge=0, le=10)
+    """Magnitude of RandAugment (Cubuk et al. 2019); 0 leaves it out, as linear does."""
+    random_erase: float = Field(default=0.25, ge=0, le=1)
+    """Share of the images a rectangle of which is erased (Zhong et al. 2017)."""
+    mixup: float = Field(default=0.8, ge=0)
+    """Alpha of mixup (Zhang et al. 2017); 0 leaves it out."""
+    cutmix: float = Field(default=1.0, ge=0)
+    """Alpha of CutMix (Yun et al. 2019); 0 leaves it out."""
+    smoothing: float = Field(default=0.1, ge=0, lt=1)
+    """Share of the label spread over all classes."""
+
+    @model_validator(mode="after")
+    def _neighbours_have_one_class(self) -> Self:
+        if self.labels == "many" and {"knn", "logistic"} & set(self.arms):
+            raise ValueError("arms knn and logistic need labels=one")
+        return self
+
+
+class ClassifyConfig(DownstreamConfig):
+    stage: ClassVar[str] = "classify"
+    classify: ClassifySection = ClassifySection()
+
+
+DenseArm = Literal["finetune", "frozen", "scratch"]
+
+
+class DetectSection(ArmsConfig):
+    arms: tuple[DenseArm, ...] = ("finetune", "scratch")
+    """finetune: the pretrained encoder and the head; frozen: the head alone; scratch: as finetune,
+    from random weights."""
+    head: Literal["fcos", "faster_rcnn"] = "fcos"
+    """Detector on the pyramid: FCOS (Tian et al. 2019) or Faster R-CNN (Ren et al. 2015)."""
+    categories: dict[int, str] | None = None
+    """category_id to name; else those that the training samples have, named by their numbers or
+    by categories.json beside the shards."""
+    strides: tuple[int, ...] = (8, 16, 32)
+    """Pixels that a place stands for, of each level of the pyramid."""
+    channels: int = Field(default=128, gt=0)
+    """Of each level."""
+    num_convs: int = Field(default=2, gt=0)
+    """3x3 convolutions of the head."""
+    window: int = Field(default=0, ge=0)
+    """Patches along the side of the windows that attention stays in, for large images; 0: none."""
+    scale: tuple[float, float] = (0.7, 1.5)
+    """Large-scale jitter: factor on the picture fitted into `img_size`, from and to."""
+    flip: bool = True
+    """Mirror half of the images."""
+
+
+class DetectConfig(DownstreamConfig):
+    stage: ClassVar[str] = "detect"
+    detect: DetectSection = DetectSection()
+
+
+class SegmentSection(ArmsConfig):
+    arms: tuple[DenseArm, ...] = ("finetune", "scratch")
+    """finetune: the pretrained encoder and the head; frozen: the head alone; scratch: as finetune,
+    from random weights."""
+    head: Literal["linear", "fpn", "upernet"] = "fpn"
+    """linear: batch norm and a 1x1 convolution; fpn: a pyramid, fused (Kirillov et al. 2019);
+    upernet: with pyramid pooling (Xiao et al. 2018)."""
+    masks: Literal["classes", "instances"] = "classes"
+    """What .seg.png holds: a class a pixel (see `values` and `ignore_value`), or numbered
+    instances, which become background, inside and boundary."""
+    names: tuple[str, ...] | None = None
+    """Names of the classes in the order of their numbers; needed for `masks=classes`."""
+    values: tuple[Value, ...] | None = None
+    """Values of the classes in the masks, in the order of `names`, such as [0,255] for masks of 0
+    and 255; 0, 1, 2 and so on where left out."""
+    ignore_value: Value | None = 255
+    """Value of the pixels that no loss and no score counts, unless `values` has it; null: every
+    pixel counts."""
+    channels: int = Field(default=128, gt=0)
+    """Of the head."""
+    window: int = Field(default=0, ge=0)
+    """Patches along the side of the windows that attention stays in, for large images; 0: none."""
+    scale: tuple[float, float] = (0.7, 1.5)
+    """Factor on the picture before the random crop, from and to."""
+    flip: bool = True
+    """Mirror half of the images."""
+    class_weights: tuple[float, ...] | None = None
+    """Factor on the loss of each class's pixels, in the order of their numbers: rare classes
+    drown otherwise; all the same where left out."""
+    overlap: float = Field(default=0.5, ge=0, lt=1)
+    """Share of a window that the next one covers too, where images are larger than `img_size`."""
+
+    @model_validator(mode="after")
+    def _each_class_has_a_weight(self) -> Self:
+        num_classes = 3 if self.masks == "instances" else len(self.names or ())
+        if self.class_weights is not None and len(self.class_weights) != num_classes:
+            raise ValueError(
+                f"class_weights={list(self.class_weights)}: {len(self.class_weights)} for "
+                f"{num_classes} classes"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _each_class_has_a_value(self) -> Self:
+        values = self.values
+        if values is not None and self.masks == "instances":
+            raise ValueError("values is for masks=classes: instances are numbered as they come")
+        if values is not None and not len(values) == len(set(values)) == len(self.names or ()):
+            raise ValueError(
+                f"values={list(values)}: give one value for each of {len(self.names or ())} names, "
+                "each only once"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _classes_have_names(self) -> Self:
+        if self.masks == "classes" and self.names is None:
+            raise ValueError(
+                "segment.names is needed for masks=classes: the classes' names, in the order of "
+                "their numbers"
+            )
+        return self
+
+
+class SegmentConfig(DownstreamConfig):
+    stage: ClassVar[str] = "segment"
+    segment: SegmentSection
+
+
+class EmbedConfig(StrictConfig):
+    name: str = Field(default="embed", pattern=NAME_PATTERN)
+    """Starts the run's name; a hash of what determines the result ends it."""
+    init_from: str
+    """Checkpoint of the encoder, or a run's folder, whose newest is taken; a folder or URI."""
+    data: str | tuple[str, ...]
+    """Shards whose images are embedded."""
+    features: Literal["mean", "cls", "grid"] = "mean"
+    """What is kept of an image: the mean of the patch tokens, the class token, or every patch."""
+    img_size: tuple[int, int] | None = None
+    """Height and width that images are brought to; the checkpoint's where it is left out."""
+    query: str | None = None
+    """An image file whose like is looked for among the features (`mae embed search FILE`)."""
+    num_neighbours: int = Field(default=10, gt=0)
+    """Images that are shown for a query."""
+    rows_per_file: int = Field(default=4096, gt=0)
+    """Images in a Parquet file."""
+    batch_size: int = Field(default=64, gt=0)
+    """Images per forward pass."""
+    max_bad_ratio: float = Field(default=0.01, ge=0, le=1)
+    """The stage fails when a larger share of the images can't be used."""
+    scaling: ScalingConfig = ScalingConfig()
+    checkpoint: SavingConfig = SavingConfig()
+    storage: StorageConfig = StorageConfig()
+    tracking: TrackingConfig = Field(default_factory=TrackingConfig)
+
+    @field_validator("img_size", mode="before")
+    @classmethod
+    def _one_number_is_a_square(cls, raw: object) -> object:
+        return as_square(raw)
+
+    @property
+    def run_name(self) -> str:
+        return f"{self.name}-{identity_digest('embed', self.model_dump(mode='json'))}"

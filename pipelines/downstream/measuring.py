@@ -1,0 +1,159 @@
+"""Predictions of a model for whole shards, shared out among the workers."""
+
+import json
+import logging
+import math
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import groupby
+from typing import Any
+
+import torch
+import torch.distributed
+from torch import Tensor, nn
+
+from mae_core.checkpoint import CheckpointManifest
+from mae_core.data.manifest import ShardInfo
+from mae_core.data.pixels import CorruptSampleError, Pixels
+from mae_core.data.samples import DataError, Sample
+from mae_core.data.transforms import stack_pixels
+from mae_core.data.views import normalize
+from pipelines.downstream.task import Arm, EncodedSample, Evaluation, Example, Task
+from pipelines.reading.sequence import BrokenSample, Rows, read_chosen, read_samples, target_of
+from pipelines.training.run_folder import RunFolder
+
+logger = logging.getLogger(__name__)
+
+ROWS_PER_READ = 32
+
+Shards = tuple[ShardInfo, ...]
+
+
+class NotMeasuredError(DataError):
+    """Too few samples could be measured; raised once all workers have done their part."""
+
+
+def to_images(
+    pixels: Sequence[Pixels], encoder: CheckpointManifest, device: torch.device
+) -> Tensor:
+    """(B, C, H, W), normalised as in pretraining, on the device."""
+    stacked = normalize(stack_pixels(pixels), encoder.channel_mean, encoder.channel_std)
+    return torch.from_numpy(stacked).to(device)
+
+
+@dataclass(frozen=True, eq=False)
+class Measurer:
+    """What a worker needs to predict its part of some shards."""
+
+    task: Task
+    encoder: CheckpointManifest
+    targets: tuple[str, ...]  # extensions that hold an image's label
+    max_bad_ratio: float
+    batch_size: int
+    pool: ThreadPoolExecutor
+    device: torch.device
+    rank: int
+    world_size: int
+    tell: Callable[[str, int, int], None]  # what is measured, how many pieces of how many
+    _kept: dict[Shards, tuple[Any, list[Any] | None]] = field(default_factory=dict)
+
+    def features(
+        self, model: nn.Module, shards: Shards, rows: tuple[Rows, ...] | None
+    ) -> list[Any] | None:
+        """As `predictions`, kept until other rows of the same shards are asked for."""
+        kept = self._kept.get(shards)
+        if kept is None or kept[0] is not rows:
+            self._kept[shards] = kept = (rows, self.predictions(model, shards, rows))
+        return kept[1]
+
+    def predictions(
+        self, model: nn.Module, shards: Shards, rows: tuple[Rows, ...] | None
+    ) -> list[Any] | None:
+        """Of all samples, or of some rows, on rank 0; each rank predicts its part of them."""
+        chosen = rows or tuple(range(shard.num_samples) for shard in shards)
+        pieces = [
+            (shards, number, part[start : start + ROWS_PER_READ])
+            for number, part in enumerate(chosen)
+            for start in range(0, len(part), ROWS_PER_READ)
+        ]
+        was_training = model.training
+        model.eval()
+        mine = []
+        for place, piece in enumerate(pieces[self.rank :: self.world_size]):
+            self.tell("measuring", place * self.world_size, len(pieces))
+            mine.append(self._predict_piece(model, *piece))
+        model.train(was_training)
+        parts = [mine]
+        if self.world_size > 1:
+            parts = [[] for _ in range(self.world_size)]
+            torch.distributed.all_gather_object(parts, mine)
+        if self.rank != 0:
+            return None
+        ordered = [parts[i % self.world_size][i // self.world_size] for i in range(len(pieces))]
+        predictions = [prediction for part in ordered for prediction in part]
+        total = sum(map(len, chosen))
+        num_bad, ratio = total - len(predictions), self.max_bad_ratio
+        if num_bad > ratio * max(total, 1000):
+            raise NotMeasuredError(
+                f"{num_bad} of {total} samples of {shards[0].path} and the shards beside it can't "
+                f"be measured, more than data.max_bad_ratio={ratio:g}; the log names them"
+            )
+        if not predictions:
+            raise NotMeasuredError(f"{shards[0].path}: none of the images can be decoded")
+        return predictions
+
+    def _predict_piece(
+        self, model: nn.Module, shards: Shards, number: int, rows: Rows
+    ) -> list[Any]:
+        samples = read_chosen(shards[number], rows)
+        read = partial(self._whole_example, shards)
+        made = list(self.pool.map(read, [(number, int(row)) for row in rows], samples))
+        examples = [example for example in made if example is not None]
+        size = self.batch_size
+        predictions: list[Any] = []
+        with torch.no_grad():
+            for _, alike in groupby(examples, key=lambda example: example.pixels.shape):
+                whole = list(alike)
+                for group in (whole[i : i + size] for i in range(0, len(whole), size)):
+                    images = to_images(
+                        [example.pixels for example in group], self.encoder, self.device
+                    )
+                    predictions += self.task.predict(model, images, group)
+        return predictions
+
+    def example_at(self, shards: Shards, place: tuple[int, int]) -> Example:
+        """A sample again, by its shard and row."""
+        (sample,) = read_samples(shards[place[0]], place[1], place[1] + 1)
+        example = self._whole_example(shards, place, sample)
+        if example is None:
+            raise DataError(f"{shards[place[0]].path}: row {place[1]} changed while it was read")
+        return example
+
+    def _whole_example(
+        self, shards: Shards, place: tuple[int, int], row: Sample | BrokenSample
+    ) -> Example | None:
+        """As it is, not augmented; None where it can't be used."""
+        path = shards[place[0]].path
+        if isinstance(row, BrokenSample):
+            logger.warning("not measured: shard=%s key=%s reason=%s", path, row.key, row.error)
+            return None
+        target = target_of(row, self.targets)
+        sample = EncodedSample(path, row.key, 0, row.image, target)
+        try:
+            return self.task.validation_example(sample)._replace(place=place)
+        except CorruptSampleError as error:
+            logger.warning("not measured: shard=%s key=%s reason=%s", path, row.key, error)
+            return None
+
+
+def write_evaluation(folder: RunFolder, arm: Arm, evaluation: Evaluation) -> None:
+    """Keep what came of an arm; its metrics last, for they say that it is done."""
+    for name, picture in evaluation.pictures.items():
+        folder.write_arm_picture(arm.label, name, picture)
+    for name, text in evaluation.texts.items():
+        folder.write_arm_file(arm.label, name, text.encode())
+    # NaN: there was nothing to measure, such as a class that no sample has.
+    measured = {name: x for name, x in evaluation.metrics.items() if not math.isnan(x)}
+    folder.write_arm(arm.label, json.dumps(measured))

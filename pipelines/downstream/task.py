@@ -1,0 +1,132 @@
+"""What classify, detect and segment each say to the loop that trains all three.
+
+One run compares several arms: a way to train, a share of the labels, a seed. They are trained
+one after the other, as one sequence of samples and steps.
+"""
+
+from collections.abc import Callable, Sequence
+from types import MappingProxyType
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from mae_core.config import ModelConfig
+from mae_core.data.pixels import Pixels
+from mae_core.train_step import BatchLoss
+from pipelines.reading.class_names import Numbers, folder_of
+
+
+class Arm(NamedTuple):
+    name: str  # how it is trained: finetune, scratch, frozen, linear, knn, logistic
+    fraction: float  # share of the labelled samples
+    seed: int
+    num_samples: int  # chosen
+    steps: int  # optimizer steps; 0 where nothing is trained
+    first_step: int  # steps of the arms before
+
+    @property
+    def label(self) -> str:
+        """Names it in files and metrics: `finetune-0.1-seed0`."""
+        return f"{self.name}-{self.fraction:g}-seed{self.seed}"
+
+    @property
+    def last_step(self) -> int:
+        return self.first_step + self.steps
+
+
+def arm_of_step(arms: Sequence[Arm], step: int) -> Arm:
+    """Which arm the optimizer step is of; steps count from 1, through all arms."""
+    return next(arm for arm in arms if arm.first_step < step <= arm.last_step)
+
+
+class EncodedSample(NamedTuple):
+    shard: str
+    key: str
+    epoch: int
+    image: bytes
+    target: bytes | None  # what comes with the image
+
+    @property
+    def folder(self) -> str:
+        return folder_of(self.shard)
+
+    @property
+    def where(self) -> str:
+        return f"{self.shard}: {self.key}"
+
+
+class Example(NamedTuple):
+    """A sample as the model takes it."""
+
+    pixels: Pixels  # (H, W, C)
+    target: Any  # the task's own
+    place: tuple[int, int] | None = None  # shard and row, of a validation sample
+
+
+class Batch(NamedTuple):
+    """One micro batch of one worker, on the device."""
+
+    images: Tensor  # (B, C, H, W), normalised; a hole's are zeros
+    targets: list[Any]  # (B,), the task's own; None for a hole
+    weights: Tensor  # (B,), 0 for a hole
+    generator: np.random.Generator  # of this step, worker and pass
+
+
+class Evaluation(NamedTuple):
+    metrics: dict[str, float]
+    pictures: dict[str, npt.NDArray[np.uint8]]  # (H, W, 3), by name
+    texts: dict[str, str]  # by file name
+
+
+class TaskInfo(NamedTuple):
+    """What a task knows of the run."""
+
+    model: ModelConfig  # of the encoder; img_size is what is trained on
+    names: tuple[str, ...]  # of the classes
+    title: str  # of pictures: run and data
+    numbers: Numbers = MappingProxyType({})  # what classes are called in each folder of shards
+
+
+class Task(Protocol):
+    """All methods but `evaluate` run on every worker."""
+
+    def training_example(self, sample: EncodedSample, arm: Arm) -> Example:
+        """Decode and augment. Runs in threads: a function of its arguments.
+
+        Raises:
+            CorruptSampleError: the image is broken: a hole.
+            DataError: the label is wrong: the run stops.
+        """
+
+    def validation_example(self, sample: EncodedSample) -> Example:
+        """Decode; raises as `training_example`."""
+
+    def build_model(self, encoder: nn.Module, arm: Arm) -> nn.Module:
+        """Fresh heads are drawn from torch's global generator."""
+
+    def build_optimizer(self, model: nn.Module, arm: Arm) -> torch.optim.Optimizer:
+        """Its groups may have `lr_scale`."""
+
+    def peak_learning_rate(self, arm: Arm) -> float: ...
+
+    def loss(self, model: nn.Module, batch: Batch, arm: Arm) -> BatchLoss:
+        """The loss of a micro batch."""
+
+    def predict(self, model: nn.Module, images: Tensor, examples: Sequence[Example]) -> list[Any]:
+        """One prediction an example, small enough to be gathered; with its truth."""
+
+    def evaluate(
+        self,
+        predictions: list[Any],
+        arm: Arm,
+        read: Callable[[tuple[int, int]], Example],
+        training: list[Any],
+    ) -> Evaluation:
+        """Metrics and pictures of all predictions.
+
+        `read` gives a validation example again, by its place. `training` are the predictions for
+        the arm's training samples, if the arm trains nothing.
+        """

@@ -1,0 +1,113 @@
+"""The folder that a set of images is packed into: whose it is, and what is finished in it."""
+
+import json
+from typing import NamedTuple
+
+from infra import storage
+from mae_core.data.image_files import ImageFile
+from mae_core.data.manifest import MANIFEST_NAME, Manifest, parse_manifest
+from pipelines.config.sections import ConfigError
+from pipelines.packing.shard import CATEGORIES_NAME, STATE_FOLDER, ShardPlan, Transcode, json_bytes
+
+SKIPPED_NAME = "skipped.jsonl"
+PLAN_NAME = "plan.json"
+
+
+class SetPlan(NamedTuple):
+    """All that decides the bytes of one folder of shards."""
+
+    output: str
+    shards: tuple[ShardPlan, ...]
+    classes: tuple[str, ...] | None
+    in_chans: int
+    transcode: Transcode | None
+    facts: dict[str, int | str]  # what a person would compare, and the digest of everything
+    categories: tuple[tuple[int, str], ...] = ()  # of the boxes: category_id and name
+
+    @property
+    def num_items(self) -> int:
+        return sum(len(shard.items) for shard in self.shards)
+
+    @property
+    def counts(self) -> tuple[int, int]:
+        """Of shards and of images."""
+        return len(self.shards), self.num_items
+
+    @property
+    def source_bytes(self) -> int:
+        items = (item for shard in self.shards for item in shard.items)
+        return sum(item.packed_bytes for item in items if isinstance(item, ImageFile))
+
+    @property
+    def digest(self) -> str:
+        return str(self.facts["digest"])
+
+
+def claim_output(plan: SetPlan, *, fresh: bool) -> None:
+    """Write the plan's facts into the output, or find them there from an earlier run."""
+    place = storage.join(plan.output, STATE_FOLDER, PLAN_NAME)
+    if fresh:
+        _clear_output(plan.output)
+    if storage.exists(place):
+        try:
+            old = json.loads(storage.read_bytes(place))
+        except ValueError:
+            raise ConfigError(f"{place} is damaged; start over with --fresh") from None
+        if old == plan.facts:
+            return
+        changed = [name for name in plan.facts if old.get(name) != plan.facts[name]]
+        shown = [f"{name}: {old.get(name)} -> {plan.facts[name]}" for name in changed[:-1]]
+        raise ConfigError(
+            f"output={plan.output} was packed from other images or with another config "
+            f"({', '.join(shown) or 'the files differ'}); choose another output, or replace it "
+            "with --fresh"
+        )
+    names = storage.list_files(plan.output)
+    alien = [name for name in names if name.endswith(".tar") or name == MANIFEST_NAME]
+    if alien:
+        raise ConfigError(
+            f"output={plan.output} holds shards of another origin, such as {alien[0]}; "
+            "choose another output"
+        )
+    storage.write_bytes(place, json_bytes(plan.facts))
+
+
+def _clear_output(output: str) -> None:
+    """Delete what an earlier run packed, and nothing else."""
+    names, folders = storage.list_files(output), storage.list_folders(output)
+    packed = STATE_FOLDER in folders
+    alien = [n for n in names if not n.startswith(".") and not (packed and _is_ours(n))]
+    alien += [name for name in folders if name != STATE_FOLDER]
+    if alien:
+        raise ConfigError(
+            f"--fresh: output={output} holds what `mae prepare` did not make, such as {alien[0]}; "
+            "move it away, or choose another output"
+        )
+    if packed:
+        storage.delete_folder(output)
+
+
+def _is_ours(name: str) -> bool:
+    return name.endswith((".tar", ".index.npy")) or name in {
+        MANIFEST_NAME,
+        SKIPPED_NAME,
+        CATEGORIES_NAME,
+    }
+
+
+def finished_manifest(plan: SetPlan) -> Manifest | None:
+    """The manifest of a finished earlier run whose shards are all still there.
+
+    Whether the images are still those that were packed is another question: `pack_shard`.
+    """
+    place = storage.join(plan.output, MANIFEST_NAME)
+    names = set(storage.list_files(plan.output))
+    if MANIFEST_NAME not in names:
+        return None
+    manifest = parse_manifest(storage.read_bytes(place), place)
+    for shard in manifest.shards:
+        if not {shard.path, shard.index} <= names:
+            return None
+        if storage.file_size(storage.join(plan.output, shard.path)) != shard.num_bytes:
+            return None
+    return manifest

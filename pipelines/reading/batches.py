@@ -1,0 +1,212 @@
+"""From blocks of encoded images to batches on the device, ahead of the training step."""
+
+import math
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import NamedTuple, TypeVar, cast
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from mae_core.config import MaskingConfig
+from mae_core.data.pixels import CorruptSampleError, Pixels
+from mae_core.data.transforms import stack_pixels
+from mae_core.data.views import ViewSpec, mask_generator, training_views
+from mae_core.masking import draw_noise
+from pipelines.config.sections import PretrainConfig
+
+
+def view_spec(config: PretrainConfig) -> ViewSpec:
+    return ViewSpec(
+        seed=config.seed,
+        in_chans=config.model.in_chans,
+        size=config.model.img_size,
+        crop_scale=config.data.crop_scale,
+        flip=config.data.flip,
+    )
+
+
+class BadSample(NamedTuple):
+    epoch: int
+    shard: str
+    key: str
+    kind: str  # what it is counted by: see CorruptSampleError; checksum, damaged
+    reason: str
+
+
+class DecodedBatch(NamedTuple):
+    """One micro batch of one worker. A sample that can't be used is a hole of weight 0.
+
+    The views of a sample follow one another: B is its number times `crops_per_image`.
+    """
+
+    pixels: Tensor  # (B, H, W, C) uint8, or uint16 where any image has 16 bits
+    noise: Tensor  # (B, L) float32
+    weights: Tensor  # (B,) float32, 0 for a hole
+    bad: list[BadSample]
+    rows: pa.Table  # the block, without the image column
+
+    @property
+    def first_position(self) -> int:
+        return int(self.rows["position"][0].as_py())
+
+
+class _Decoding(NamedTuple):
+    """A block whose samples the threads are at."""
+
+    rows: pa.Table
+    samples: list[Future[tuple[list[Pixels] | BadSample, list[npt.NDArray[np.float32]]]]]
+
+
+class BatchDecoder:
+    """Decodes blocks with a pool of threads: the decoders let go of the GIL."""
+
+    def __init__(
+        self,
+        spec: ViewSpec,
+        masking: MaskingConfig,
+        grid_size: tuple[int, int],
+        num_threads: int,
+        num_views: int = 1,
+    ) -> None:
+        self._spec = spec
+        self._num_views = num_views
+        self._masking = masking
+        self._grid_size = grid_size
+        self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="decode")
+
+    def __call__(self, table: pa.Table) -> DecodedBatch:
+        return self._finish(self._start(table))
+
+    def batches(self, tables: Iterable[pa.Table], depth: int) -> Iterator[DecodedBatch]:
+        """Decoded ahead of the reader, up to `depth` and the one that is being put together.
+
+        The threads begin a block before the one before it is a batch, so that they never wait.
+        """
+        return ahead(ahead(tables, self._start, depth), self._finish, 1)
+
+    def _start(self, table: pa.Table) -> _Decoding:
+        names = ("image", "epoch", "shard", "key", "decoded", "error")
+        samples = zip(*(table[name].to_pylist() for name in names), strict=True)
+        return _Decoding(
+            table.drop_columns(["image"]),
+            [self._pool.submit(self._sample, *sample) for sample in samples],
+        )
+
+    def _finish(self, decoding: _Decoding) -> DecodedBatch:
+        decoded = [sample.result() for sample in decoding.samples]
+        num_views, spec = self._num_views, self._spec
+        hole = [np.zeros((*spec.size, spec.in_chans), np.uint8)] * num_views
+        bad = [views for views, _ in decoded if isinstance(views, BadSample)]
+        whole = np.asarray([not isinstance(views, BadSample) for views, _ in decoded], np.float32)
+        pixels = stack_pixels(
+            [v for views, _ in decoded for v in (hole if isinstance(views, BadSample) else views)]
+        )
+        noise = np.stack([noise for _, noises in decoded for noise in noises])
+        return DecodedBatch(
+            torch.from_numpy(pixels),
+            torch.from_numpy(noise),
+            torch.from_numpy(whole.repeat(num_views)),
+            bad,
+            decoding.rows,
+        )
+
+    def _sample(
+        self, image: bytes, epoch: int, shard: str, key: str, decoded: bool, error: str | None
+    ) -> tuple[list[Pixels] | BadSample, list[npt.NDArray[np.float32]]]:
+        """Its views, or why there are none; and the masking noise of each."""
+        views = self._views(image, epoch, shard, key, decoded, error)
+        return views, [self._noise(epoch, key, view) for view in range(self._num_views)]
+
+    def _views(
+        self, image: bytes, epoch: int, shard: str, key: str, decoded: bool, error: str | None
+    ) -> list[Pixels] | BadSample:
+        """The sample's views, or why there are none."""
+        spec = self._spec
+        if error is not None:
+            return BadSample(epoch, shard, key, error.partition(":")[0], error)
+        if decoded:
+            shape = (self._num_views, *spec.size, spec.in_chans)
+            return list(np.frombuffer(image, _dtype(image, shape)).reshape(shape))
+        try:
+            return training_views(image, epoch, key, spec, self._num_views)
+        except CorruptSampleError as corrupt:
+            return BadSample(epoch, shard, key, corrupt.kind, str(corrupt))
+
+    def _noise(self, epoch: int, key: str, view: int) -> npt.NDArray[np.float32]:
+        return draw_noise(
+            mask_generator(self._spec.seed, epoch, key, view),
+            self._grid_size,
+            kind=self._masking.kind,
+            mask_ratio=self._masking.mask_ratio,
+        )
+
+
+def _dtype(data: bytes, shape: tuple[int, ...]) -> type[np.uint8] | type[np.uint16]:
+    return np.uint8 if len(data) == math.prod(shape) else np.uint16
+
+
+def decode_block(table: pa.Table, spec: ViewSpec, num_views: int = 1) -> pa.Table:
+    """Replace the images of a block by the pixels of their views, for `data.decode: cluster`.
+
+    A broken one stays encoded: the worker meets it, names it and counts it.
+    """
+    images = table["image"].to_pylist()
+    decoded = [False] * len(images)
+    for i, (epoch, key) in enumerate(
+        zip(table["epoch"].to_pylist(), table["key"].to_pylist(), strict=True)
+    ):
+        try:
+            views = training_views(images[i], epoch, key, spec, num_views)
+        except CorruptSampleError:
+            continue
+        images[i] = b"".join(view.tobytes() for view in views)
+        decoded[i] = True
+    columns = {"image": pa.array(images, pa.large_binary()), "decoded": pa.array(decoded)}
+    return pa.table(
+        [columns.get(name, table[name]) for name in table.schema.names], schema=table.schema
+    )
+
+
+def check_place(rows: pa.Table, expected: int, num_rows: int, rank: int) -> None:
+    """Data and weights must be at the same place, or samples would be lost or seen twice."""
+    found = int(rows["position"][0].as_py())
+    if found != expected or len(rows) != num_rows:
+        # No DataError: the workers start again, and if it was a late commit, at one place.
+        raise RuntimeError(
+            f"rank {rank} got samples {found} + {len(rows)} of the run's sequence where "
+            f"{expected} + {num_rows} were due: a bug, please report it"
+        )
+
+
+def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
+    """What to compute in; None for the weights' own type."""
+    wanted = precision == "bf16" and device.type == "cuda"
+    return torch.bfloat16 if wanted and torch.cuda.is_bf16_supported() else None
+
+
+T = TypeVar("T")
+U = TypeVar("U")
+
+
+def ahead(items: Iterable[T], function: Callable[[T], U], depth: int) -> Iterator[U]:
+    """`map(function, items)`, computed by one thread up to `depth` results ahead of the reader."""
+    iterator = iter(items)
+    end = object()
+
+    def compute() -> U | object:
+        item = next(iterator, end)
+        return end if item is end else function(cast(T, item))
+
+    pool = ThreadPoolExecutor(1, thread_name_prefix="ahead")
+    try:
+        pending = deque(pool.submit(compute) for _ in range(depth))
+        while (value := pending.popleft().result()) is not end:
+            pending.append(pool.submit(compute))
+            yield cast(U, value)
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)

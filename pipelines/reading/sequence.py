@@ -1,0 +1,423 @@
+"""Shards in storage as a Ray Dataset that delivers the run's one fixed sequence of samples.
+
+The sequence (`mae_core.data.order`) is cut into windows. One Ray Data task reads one window: a
+ranged read for each piece of a shard in it, permuted, and cut into micro batches. Micro batches
+go round the workers in turn, so a global batch is the same set of samples for any number of
+workers. A task is a pure function of its window: running it again after a lost node gives the
+same rows, and a resumed run starts at its window and opens nothing before.
+"""
+
+import io
+import logging
+import time
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from itertools import islice
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import ray.data
+from ray.data._internal.execution.execution_callback import ExecutionCallback
+
+from infra import storage
+from infra.shard_spec import expand_shards
+from mae_core.data.decode import decode_image
+from mae_core.data.manifest import (
+    ChannelStats,
+    Manifest,
+    PixelSums,
+    SampleIndex,
+    ShardInfo,
+    index_from_bytes,
+)
+from mae_core.data.order import ChainedOrder, RunOrder
+from mae_core.data.pixels import CorruptSampleError
+from mae_core.data.samples import (
+    IMAGE_EXTENSIONS,
+    DataError,
+    Sample,
+    describe_unused,
+    iter_samples,
+    sample_checksums,
+)
+from pipelines.config.sections import ConfigError
+from pipelines.reading.manifests import hint_to_pack, read_manifests
+
+logger = logging.getLogger(__name__)
+
+SCHEMA = pa.schema(
+    [
+        ("position", pa.int64()),  # in the run's sequence
+        ("epoch", pa.int32()),
+        ("shard", pa.string()),
+        ("key", pa.string()),
+        ("image", pa.large_binary()),  # encoded, or the view's pixels where `decoded`
+        ("decoded", pa.bool_()),
+        ("error", pa.string()),  # "kind: why" of a sample that can't be read; the image is empty
+        (
+            "target",
+            pa.large_binary(),
+        ),  # what `SequencePlan.targets` names, or null
+    ]
+)
+READ_CPUS = 1  # of a read task; Ray's default, which lets it run read and slicing as one task
+STATS_IMAGES = 2048
+BLOCK_BYTES = 16 * 2**20
+_READS = 3  # of a range whose checksums are wrong: it may have been the way here
+_WINDOWS_PER_GROUP = 200
+_LONGEST_REST_S = 0.02
+_MAX_GAP_BYTES = 64 * 2**10  # read and thrown away rather than asked for apart
+
+Rows = range | npt.NDArray[np.int64]  # of a shard, rising
+
+
+class ChangedDataError(DataError):
+    """A shard is not what its index says."""
+
+
+class BrokenSample(NamedTuple):
+    """A sample whose bytes are not what its index says."""
+
+    key: str  # its number in the shard, where the key can't be read
+    error: str  # "kind: why"
+
+
+# Opening a shard set
+
+
+def open_shards(
+    spec: str | tuple[str, ...], cache_uri: str, *, max_bad_ratio: float = 0.0
+) -> Manifest:
+    """The manifest of the shards that `spec` names, with absolute paths.
+
+    Ours is read where it lies beside the shards; foreign tars are indexed once, in parallel,
+    and the result is kept under `cache_uri`. Of a damaged one the samples before the damage are
+    taken.
+
+    Raises:
+        ConfigError: `spec` names a shard twice.
+        NoShardsError: nothing matches.
+        DataError: a larger share of the tars than `max_bad_ratio` is damaged, or no sample has
+            an image.
+    """
+    try:
+        shards = expand_shards(spec)
+    except storage.NoShardsError as error:
+        raise storage.NoShardsError(f"{error}{hint_to_pack(spec)}") from error
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    manifest = read_manifests(shards, cache_uri)
+    _index.cache_clear()  # an index may have been written anew
+    unused = describe_unused(manifest.unused_extensions)
+    if manifest.num_samples == 0:
+        raise DataError(
+            f"{spec}: {len(shards)} tars, but no sample with an image "
+            f"({' '.join('.' + name for name in IMAGE_EXTENSIONS)}) in them{unused}"
+        )
+    for shard, damage in manifest.damaged.items():
+        logger.warning("only the samples before the damage are used: %s", damage)
+        if len(manifest.damaged) > max_bad_ratio * len(shards):
+            raise DataError(
+                f"{len(manifest.damaged)} of {len(shards)} tars are damaged, a larger share than "
+                f"data.max_bad_ratio={max_bad_ratio:g}; the first is {shard} ({damage})"
+            )
+    if manifest.left_out:
+        counts = ", ".join(f"{n} x {kind}" for kind, n in sorted(manifest.left_out.items()))
+        logger.warning("left out of the shards: %s%s", counts, unused)
+    return manifest
+
+
+def measure_channel_stats(manifest: Manifest, in_chans: int) -> ChannelStats:
+    """Mean and standard deviation of each channel, over the first images of evenly spread shards.
+
+    For shards without stats of their own. Deterministic; broken images are left out.
+    """
+    num_shards = min(len(manifest.shards), 16)
+    chosen = np.linspace(0, len(manifest.shards) - 1, num_shards).astype(int)
+    rows = -(-STATS_IMAGES // num_shards)
+    sums = PixelSums.none(in_chans)
+    for shard in (manifest.shards[i] for i in chosen):
+        for sample in read_rows(shard, 0, min(rows, shard.num_samples)):
+            try:
+                sums += PixelSums.of(decode_image(sample.image, in_chans))
+            except CorruptSampleError:
+                continue
+    stats = sums.channel_stats()
+    if stats is None:
+        raise DataError(f"none of the first images of {num_shards} shards can be decoded")
+    return stats
+
+
+# Reading
+
+
+@lru_cache(maxsize=64)
+def _index(index_uri: str) -> SampleIndex:
+    for _ in range(_READS - 1):
+        with suppress(DataError):
+            return index_from_bytes(storage.read_bytes(index_uri), index_uri)
+    return index_from_bytes(storage.read_bytes(index_uri), index_uri)
+
+
+def _index_of(shard: ShardInfo) -> SampleIndex:
+    """Raises: ChangedDataError: the index is another shard's."""
+    index = _index(shard.index)
+    if len(index.offsets) != shard.num_samples + 1 or index.offsets[-1] > shard.num_bytes:
+        raise ChangedDataError(f"{shard.index}: does not belong to {shard.path}; index it again")
+    return index
+
+
+def read_rows(shard: ShardInfo, start: int, stop: int) -> list[Sample]:
+    """Those of samples [start, stop) of a shard that are whole, by one ranged read."""
+    rows = read_samples(shard, start, stop)
+    return [row for row in rows if isinstance(row, Sample)]
+
+
+def read_samples(shard: ShardInfo, start: int, stop: int) -> list[Sample | BrokenSample]:
+    """Samples [start, stop) of a shard, by one ranged read; by more where a checksum is wrong.
+
+    Raises:
+        ChangedDataError: the index is another shard's.
+    """
+    if start == stop:
+        return []
+    index = _index_of(shard)
+    offsets = index.offsets[start : stop + 1]
+    checksums = None if index.checksums is None else index.checksums[start:stop]
+    data = b""
+    for _ in range(_READS):
+        data = storage.read_range(shard.path, int(offsets[0]), int(offsets[-1]))
+        if _is_whole(data, offsets, checksums):
+            break
+    if checksums is None or _is_whole(data, offsets, checksums):
+        rows = _parse(data, shard.path, int(offsets[0]))
+        if [row.offset for row in rows] == offsets[:-1].tolist():
+            return list(rows)
+    return [_read_one(data, shard.path, start, i, offsets, checksums) for i in range(stop - start)]
+
+
+def _is_whole(
+    data: bytes, offsets: npt.NDArray[np.int64], checksums: npt.NDArray[np.int64] | None
+) -> bool:
+    if len(data) != offsets[-1] - offsets[0]:
+        return False
+    return checksums is None or np.array_equal(sample_checksums(data, offsets), checksums)
+
+
+def _parse(data: bytes, path: str, first: int) -> list[Sample]:
+    """Samples in a range of a tar, with their offsets in the whole; none if it is damaged."""
+    try:
+        samples = list(iter_samples(io.BytesIO(data), path, lenient=True))
+    except DataError:
+        return []
+    return [sample._replace(offset=first + sample.offset) for sample in samples]
+
+
+def _read_one(
+    data: bytes,
+    path: str,
+    start: int,
+    number: int,
+    offsets: npt.NDArray[np.int64],
+    checksums: npt.NDArray[np.int64] | None,
+) -> Sample | BrokenSample:
+    """Sample `start + number` of a shard, from the bytes of those from `start` on."""
+    first = int(offsets[0])
+    piece = data[int(offsets[number]) - first : int(offsets[number + 1]) - first]
+    found = _parse(piece, path, int(offsets[number]))
+    key = found[0].key if found else f"#{start + number}"
+    if checksums is not None and zlib.crc32(piece) != checksums[number]:
+        return BrokenSample(key, "checksum: the bytes are not those that were packed")
+    if not found or found[0].offset != offsets[number]:
+        return BrokenSample(key, f"damaged: the tar changed or broke at byte {offsets[number]}")
+    return found[0]
+
+
+def read_chosen(shard: ShardInfo, rows: Rows) -> list[Sample | BrokenSample]:
+    """Rising rows of a shard; those that lie near each other by one ranged read."""
+    if isinstance(rows, range):
+        return read_samples(shard, rows.start, rows.stop)
+    if not len(rows):
+        return []
+    offsets = _index_of(shard).offsets
+    gaps = offsets[rows[1:]] - offsets[rows[:-1] + 1]
+    samples: list[Sample | BrokenSample] = []
+    for near in np.split(rows, np.flatnonzero(gaps > _MAX_GAP_BYTES) + 1):
+        between = read_samples(shard, int(near[0]), int(near[-1]) + 1)
+        samples += [between[row - near[0]] for row in near]
+    return samples
+
+
+@dataclass(frozen=True, eq=False)
+class SequencePlan:
+    """All that a read task needs to know."""
+
+    shards: tuple[ShardInfo, ...]
+    order: RunOrder | ChainedOrder
+    start: int  # place in the sequence at which reading starts
+    micro_batch_size: int
+    num_workers: int = 1
+    passes_per_block: int = 1  # micro batches of one worker that travel together
+    # Of each shard in the order's counting, which goes through `shards` again and again; None: all.
+    rows: tuple[Rows, ...] | None = None
+    targets: tuple[str, ...] = ()  # extensions; the first that is there comes with the image
+
+    @property
+    def can_share_blocks(self) -> bool:
+        """Whether each window holds whole rounds of micro batches, one for each worker."""
+        return self.order.window % (self.num_workers * self.micro_batch_size) == 0
+
+    def read(self, shard: int, first: int, last: int) -> tuple[str, list[Sample | BrokenSample]]:
+        """The path of a shard of the order, and its samples [first, last)."""
+        info = self.shards[shard % len(self.shards)]
+        rows = range(info.num_samples) if self.rows is None else self.rows[shard]
+        return info.path, read_chosen(info, rows[first:last])
+
+
+def read_window(plan: SequencePlan, window: int) -> Iterator[pa.Table]:
+    """The rows of a window from `plan.start` on, in the run's order, a micro batch at a time."""
+    order = plan.order
+    rows: list[tuple[int, str, Sample | BrokenSample]] = []
+    for epoch, shard, first, last in order.window_segments(window):
+        path, samples = plan.read(shard, first, last)
+        rows += [(epoch, path, sample) for sample in samples]
+    window_start, window_stop = order.window_bounds(window)
+    permutation = order.window_permutation(window)
+    for begin in range(max(plan.start, window_start), window_stop, plan.micro_batch_size):
+        end = min(begin + plan.micro_batch_size, window_stop)
+        chosen = [rows[i] for i in permutation[begin - window_start : end - window_start]]
+        yield pa.table(
+            [
+                np.arange(begin, end),
+                pa.array([epoch for epoch, _, _ in chosen], pa.int32()),
+                pa.array([path for _, path, _ in chosen]),
+                pa.array([sample.key for *_, sample in chosen]),
+                pa.array([_image(sample) for *_, sample in chosen], pa.large_binary()),
+                pa.array([False] * len(chosen)),
+                pa.array([getattr(sample, "error", None) for *_, sample in chosen], pa.string()),
+                pa.array(
+                    [target_of(sample, plan.targets) for *_, sample in chosen], pa.large_binary()
+                ),
+            ],
+            schema=SCHEMA,
+        )
+
+
+def _image(row: Sample | BrokenSample) -> bytes:
+    return row.image if isinstance(row, Sample) else b""
+
+
+def target_of(row: Sample | BrokenSample, extensions: tuple[str, ...]) -> bytes | None:
+    """What belongs to an image: the first of `extensions` that is there."""
+    if isinstance(row, BrokenSample):
+        return None
+    return next((row.parts[name] for name in extensions if name in row.parts), None)
+
+
+def sequence_dataset(
+    plan: SequencePlan, decode: Callable[[pa.Table], pa.Table] | None = None
+) -> ray.data.Dataset:
+    """The run from `plan.start` to its end: rows of packed micro batches, see `micro_batches`.
+
+    Row i is for worker i modulo `plan.num_workers`. `decode` is applied in the read task.
+    """
+    first = plan.order.window_of(plan.start)
+    # One at least, for Ray; a window beyond the end is empty.
+    num_windows = max(1, plan.order.num_windows - first)
+    # Numbers in groups, then one by one: a task a window from the start would cost the driver
+    # 2 s and more a thousand windows before the first batch, and a long run has millions.
+    num_groups = -(-num_windows // _WINDOWS_PER_GROUP)
+    groups = ray.data.range(num_groups, override_num_blocks=num_groups)
+    windows = groups.map_batches(
+        partial(_windows_of_groups, num_windows=num_windows),
+        batch_size=1,
+        num_cpus=0,  # not the reading tasks' 1, or Ray Data would make one task of both
+    ).repartition(target_num_rows_per_block=1, strict=False)
+    # Not strict: nothing is stitched across tasks, and Ray Data runs read and slicing as one task.
+    return windows.map_batches(
+        partial(_read_batch, plan=plan, first=first, decode=decode),
+        batch_size=1,
+    ).repartition(target_num_rows_per_block=1, strict=False)
+
+
+def _windows_of_groups(
+    batch: dict[str, npt.NDArray[np.int64]], num_windows: int
+) -> Iterator[pa.Table]:
+    for group in batch["id"]:
+        start = int(group) * _WINDOWS_PER_GROUP
+        yield pa.table({"id": np.arange(start, min(start + _WINDOWS_PER_GROUP, num_windows))})
+
+
+def _read_batch(
+    batch: dict[str, npt.NDArray[np.int64]],
+    plan: SequencePlan,
+    first: int,
+    decode: Callable[[pa.Table], pa.Table] | None,
+) -> Iterator[pa.Table]:
+    num_workers, passes = 1, 1
+    if plan.can_share_blocks:
+        num_workers, passes = plan.num_workers, plan.passes_per_block
+    for window in batch["id"]:
+        tables = read_window(plan, first + int(window))
+        if decode:
+            tables = map(decode, tables)
+        while group := list(islice(tables, num_workers * passes)):
+            for rank in range(num_workers):
+                yield _pack(group[rank::num_workers])
+
+
+def _pack(tables: list[pa.Table]) -> pa.Table:
+    """Several micro batches as one row: Ray Data's cost is by the block (20 to 30 ms)."""
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, SCHEMA) as writer:
+        for table in tables:
+            writer.write_table(table, max_chunksize=len(table))
+    data = sink.getvalue()
+    offsets = pa.py_buffer(np.asarray([0, data.size], np.int64))
+    block = pa.LargeBinaryArray.from_buffers(pa.large_binary(), 1, [None, offsets, data])
+    return pa.table({"block": block})
+
+
+def micro_batches(rows: Iterable[pa.Table]) -> Iterator[pa.Table]:
+    """A worker's micro batches in their order, of SCHEMA, from its rows of `sequence_dataset`."""
+    for row in rows:
+        for block in row["block"]:
+            for batch in pa.ipc.open_stream(block.as_buffer()):
+                yield pa.Table.from_batches([batch])
+
+
+def passes_per_block(plan: SequencePlan, bytes_per_image: float) -> int:
+    """So many micro batches that a block has about BLOCK_BYTES, and a window still has blocks."""
+    a_round = plan.num_workers * plan.micro_batch_size
+    wanted = int(BLOCK_BYTES / max(bytes_per_image * plan.micro_batch_size, 1))
+    return max(1, min(wanted, plan.order.window // a_round))
+
+
+class RestingScheduler(ExecutionCallback):
+    """Lets Ray Data's scheduler rest between its steps: short at the start of a run, then longer.
+
+    Where the reader is slower than the tasks and their output may not be taken yet, Ray 2.60 asks
+    without a pause what may be done: most of a core (ADR 6).
+    """
+
+    def before_execution_starts(self, executor: object) -> None:
+        self._started = time.monotonic()
+
+    def on_execution_step(self, executor: object) -> None:
+        time.sleep(min((time.monotonic() - self._started) / 100, _LONGEST_REST_S))
+
+
+def configure_ray_data() -> None:
+    """Set in the driver: Ray Train copies the driver's options over a dataset's own."""
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.execution_options.preserve_order = True
+    context.max_errored_blocks = 0
+    context.execution_no_progress_timeout_s = 300
+    if RestingScheduler not in context.custom_execution_callback_classes:
+        context.custom_execution_callback_classes.append(RestingScheduler)

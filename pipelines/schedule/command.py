@@ -1,0 +1,300 @@
+"""`mae schedule`: run pipelines at times, or when there is new data.
+
+serve              fire what is due, until it is stopped; runs go on then
+once               one pass over what is due, for systemd, cron or Kubernetes
+next               the next times, local and in UTC
+pause, resume      a schedule; what passed while it was paused never fires
+list               schedules and how they are
+backfill           ticks of the past, one after another; those that ran are left out
+render             Kubernetes manifests
+"""
+
+import argparse
+import logging
+import os
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from datetime import UTC, date, datetime, timedelta
+from pathlib import Path
+from zoneinfo import ZoneInfo
+
+from infra import storage
+from infra.cluster import ClusterConfig, ClusterConfigError, load_cluster
+from infra.kuberay import dump, render_cron_job, render_ray_cron_job
+from infra.pods import Manifest
+from infra.redaction import redact
+from pipelines import driver
+from pipelines.config.sections import ConfigError
+from pipelines.schedule.config import TICK_WORDS, Schedule, find_schedule, load_schedules
+from pipelines.schedule.passes import now_utc, once, serve
+from pipelines.schedule.runs import read_pause, read_state, status, submit, write_pause
+from pipelines.schedule.times import Pause, jitter, next_ticks, tick_of, ticks_between
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_FILE = Path("configs/schedules.yaml")
+DEFAULT_CLUSTER = Path("configs/cluster/kuberay.yaml")
+BACKFILL_POLL_S = 2.0
+FAILED = 1  # exit code of a backfill in which a run failed
+
+
+def command(words: Sequence[str]) -> int:
+    """`mae schedule WORDS`; returns the exit code."""
+    arguments = _parse(words)
+    driver.check_paths([("--root", arguments.root)])
+    if arguments.action == "serve":
+        return serve(arguments.file, arguments.root)
+    schedules = load_schedules(arguments.file)
+    name = getattr(arguments, "name", None)
+    chosen = [find_schedule(schedules, name)] if name else schedules
+    if arguments.action == "once":
+        lines = once(schedules, arguments.root, name, is_patient=arguments.wait)
+        has_done = False
+        for line in lines:
+            _say(line)
+            has_done = True
+        if not has_done:
+            # Not on stdout: cron would send a mail at each of its calls.
+            logger.info("%s", _nothing_due(chosen, arguments.root))
+        return 0
+    if arguments.action == "backfill":
+        return _backfill(chosen[0], arguments.root, arguments.start, arguments.end)
+    if arguments.action in ("pause", "resume"):
+        _pause(chosen[0], arguments.root, is_paused=arguments.action == "pause")
+    elif arguments.action == "next":
+        _say(_table(_next_rows(chosen, arguments.root, arguments.count)))
+    elif arguments.action == "list":
+        _say(_table(_list_rows(chosen, arguments.root)))
+    else:
+        _render(chosen, arguments)
+    return 0
+
+
+def _parse(words: Sequence[str]) -> argparse.Namespace:
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--file", type=Path, default=DEFAULT_FILE, help=f"default: {DEFAULT_FILE}")
+    common.add_argument(
+        "--root",
+        default=os.environ.get("MAE__STORAGE__ROOT") or "runs",
+        help="where the scheduler keeps its state; default: MAE__STORAGE__ROOT, or runs",
+    )
+    common.add_argument("--debug", action="store_true", help="show tracebacks")
+    parser = argparse.ArgumentParser(
+        prog="mae schedule",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
+    added = {
+        name: actions.add_parser(name, parents=[common])
+        for name in ("serve", "once", "next", "pause", "resume", "list", "backfill", "render")
+    }
+    for name in ("once", "next"):
+        added[name].add_argument("--name", help="only this schedule")
+    added["once"].add_argument(
+        "--wait", action="store_true", help="go on until no tick waits for another, or its jitter"
+    )
+    added["next"].add_argument("-n", dest="count", type=int, default=5, help="how many; default: 5")
+    for name in ("pause", "resume", "backfill"):
+        added[name].add_argument("name")
+    for option, target in (("--from", "start"), ("--to", "end")):
+        added["backfill"].add_argument(
+            option, dest=target, type=_day, required=True, metavar="YYYY-MM-DD"
+        )
+    added["render"].add_argument("--ray-cron-job", action="store_true", help="KubeRay's, alpha")
+    added["render"].add_argument("--cluster", type=Path, default=DEFAULT_CLUSTER)
+    added["render"].add_argument("--out", type=Path, help="file to write instead of stdout")
+    return parser.parse_args(words)
+
+
+def _day(text: str) -> date:
+    try:
+        return date.fromisoformat(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no day; write 2027-03-28") from None
+
+
+def _say(text: str) -> None:
+    sys.stdout.write(f"{redact(text.rstrip())}\n")
+    sys.stdout.flush()
+
+
+def _pause(schedule: Schedule, root: str, *, is_paused: bool) -> None:
+    write_pause(root, schedule.name, Pause(is_paused=is_paused, at=now_utc()))
+    what = "is paused" if is_paused else "fires again; what passed meanwhile does not"
+    _say(f"{schedule.name} {what}")
+
+
+def _next_rows(schedules: Iterable[Schedule], root: str, count: int) -> Iterator[list[str]]:
+    yield ["schedule", "local", "UTC", ""]
+    for schedule in schedules:
+        note = _note(schedule, read_pause(root, schedule.name))
+        if schedule.new_data is not None:
+            where = f"when there is new data in {schedule.new_data.path}"
+            yield [schedule.name, where, "", note]
+            continue
+        zone = ZoneInfo(schedule.time_zone)
+        for at in next_ticks(schedule, now_utc(), count):
+            fires_at = at + jitter(schedule, at)
+            local = fires_at.astimezone(zone)
+            yield [schedule.name, f"{local:%a %Y-%m-%d %H:%M:%S %z}", _utc(fires_at), note]
+
+
+def _nothing_due(schedules: Iterable[Schedule], root: str) -> str:
+    """Say why a pass did nothing: what is off or paused, and which schedule fires next."""
+    counts: Counter[str] = Counter()
+    ticks: list[tuple[datetime, str]] = []
+    for schedule in schedules:
+        note = _note(schedule, read_pause(root, schedule.name))
+        if note:
+            counts[note.split()[0]] += 1
+        elif schedule.new_data is not None:
+            counts["without new data"] += 1
+        else:
+            coming = next_ticks(schedule, now_utc(), 1)
+            ticks += [(at + jitter(schedule, at), schedule.name) for at in coming]
+    parts = [
+        f"{count} schedule{' is' if count == 1 else 's are'} {state}"
+        for state, count in counts.items()
+    ]
+    if ticks:
+        at, name = min(ticks)
+        parts.append(f"next is {name} at {_utc(at)}")
+    return "; ".join(["nothing due", *parts])
+
+
+def _note(schedule: Schedule, pause: Pause) -> str:
+    if not schedule.enabled:
+        return "off"
+    return f"paused since {_utc(pause.at)}" if pause.is_paused else ""
+
+
+def _utc(at: datetime) -> str:
+    return f"{at.astimezone(UTC):%Y-%m-%dT%H:%M:%SZ}"
+
+
+def _list_rows(schedules: Iterable[Schedule], root: str) -> Iterator[list[str]]:
+    yield ["schedule", "when", "is", "goes on", "waiting", "last", "pipeline"]
+    for schedule in schedules:
+        state = read_state(root, schedule.name)
+        running, queued, last = "", 0, ""
+        if state is not None:
+            running, queued, last = state.running or "", len(state.queued), state.last
+        if running and (how := status(root, schedule.name, running)) != "running":
+            running, last = "", f"{running} {how}"
+        on = f"{schedule.cron} {schedule.time_zone}"
+        when = on if schedule.new_data is None else f"new data in {schedule.new_data.path}"
+        note = _note(schedule, read_pause(root, schedule.name)) or "on"
+        yield [schedule.name, when, note, running, str(queued or ""), last, schedule.chain]
+
+
+def _table(rows: Iterable[list[str]]) -> str:
+    kept = list(rows)
+    widths = [max(map(len, column)) for column in zip(*kept, strict=True)]
+    lines = ("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) for row in kept)
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _backfill(schedule: Schedule, root: str, start: date, end: date) -> int:
+    """Both days are included, in the schedule's time zone; nothing after now."""
+    if schedule.cron is None:
+        raise ConfigError(f"{schedule.name}: new_data has no ticks in the past; use `mae run`")
+    zone = ZoneInfo(schedule.time_zone)
+    first = datetime(start.year, start.month, start.day, tzinfo=zone).astimezone(UTC)
+    after_end = datetime(end.year, end.month, end.day, tzinfo=zone) + timedelta(days=1)
+    before = min(after_end.astimezone(UTC), now_utc())
+    instant = timedelta(microseconds=1)
+    has_failed = False
+    ticks = list(ticks_between(schedule, first - instant, before - instant))
+    if not ticks:
+        _say(f"{schedule.name} has no ticks from {start} to {end} that have passed")
+    for at in ticks:
+        state = read_state(root, schedule.name)
+        if state is not None and state.running is not None:
+            _wait_for(root, schedule.name, state.running)
+        tick = tick_of(schedule, at)
+        submission = submit(root, schedule, tick)
+        if submission is None:
+            _say(f"{tick.id}: ran before, {status(root, schedule.name, tick.id)}")
+            continue
+        logger.info("%s: started; %s", tick.id, submission.log)
+        how = _wait_for(root, schedule.name, tick.id)
+        has_failed = has_failed or how == "failed"
+        _say(f"{tick.id}: {how}; {submission.log}")
+    return FAILED if has_failed else 0
+
+
+def _wait_for(root: str, name: str, tick_id: str) -> str:
+    while (how := status(root, name, tick_id)) == "running":
+        time.sleep(BACKFILL_POLL_S)
+    return how
+
+
+def _render(schedules: Iterable[Schedule], arguments: argparse.Namespace) -> None:
+    try:
+        config = load_cluster(arguments.cluster)
+        manifests = [
+            _ray_cron_job(schedule, config)
+            if arguments.ray_cron_job
+            else _cron_job(schedule, config, arguments.file)
+            for schedule in schedules
+        ]
+    except ClusterConfigError as error:
+        raise ConfigError(str(error)) from error
+    text = dump(manifests)
+    if arguments.out is None:
+        _say(text)
+    else:
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        arguments.out.write_text(text)
+        _say(str(arguments.out))
+
+
+def _cron_job(schedule: Schedule, config: ClusterConfig, file: Path) -> Manifest:
+    """Its pod makes the pass that fires the tick; the state is in the object store."""
+    if file.is_absolute():
+        raise ConfigError(f"--file {file}: give it relative to the project, as the image has it")
+    once = ["mae", "schedule", "once", "--name", schedule.name, "--file", file.as_posix(), "--wait"]
+    cron = schedule.cron
+    if cron is None:
+        assert schedule.new_data is not None
+        if not storage.is_remote(schedule.new_data.path):
+            raise ConfigError(f"{schedule.name}: new_data.path: a pod sees s3://bucket/prefix only")
+        cron = _every(schedule.new_data.poll_s)
+    return render_cron_job(
+        schedule.name,
+        cron=cron,
+        time_zone=schedule.time_zone,
+        command=once,
+        config=config,
+        overlap=schedule.overlap,
+        catch_up=schedule.catch_up,
+        suspend=not schedule.enabled,
+    )
+
+
+def _every(seconds: float) -> str:
+    """The nearest that cron can say."""
+    minutes = max(1, round(seconds / 60))
+    return f"*/{minutes} * * * *" if minutes < 60 else f"0 */{min(minutes // 60, 23)} * * *"
+
+
+def _ray_cron_job(schedule: Schedule, config: ClusterConfig) -> Manifest:
+    if schedule.cron is None:
+        raise ConfigError(
+            f"{schedule.name}: RayCronJob knows no new_data; leave --ray-cron-job out"
+        )
+    if any(mark in word for word in schedule.words for mark in TICK_WORDS):
+        raise ConfigError(
+            f"{schedule.name}: RayCronJob knows no {{tick}}; leave --ray-cron-job out"
+        )
+    return render_ray_cron_job(
+        schedule.name,
+        cron=schedule.cron,
+        time_zone=schedule.time_zone,
+        command=["mae", "run", schedule.chain, *schedule.words],
+        config=config,
+        suspend=not schedule.enabled,
+    )

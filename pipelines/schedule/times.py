@@ -1,0 +1,235 @@
+"""When a schedule fires: what is due, what was missed, what has to wait. No clock, no files.
+
+A pass of a scheduler is `look`, `ended` if the run has, `decide`, and `advance` for each decision
+that was carried out.
+All times are in UTC. Fixed times of a day fire once a day through both clock changes (cronsim, as
+Debian's cron); with `*` in minute or hour, it is the clock's hands that count: each hour that the
+clock shows, the one shown twice twice.
+"""
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from datetime import UTC, datetime, timedelta
+from itertools import islice, takewhile
+from typing import Literal, NamedTuple
+from zoneinfo import ZoneInfo
+
+from cronsim import CronSim
+
+from infra.storage import FileFacts
+from mae_core.config import StrictConfig
+from pipelines.schedule.config import Schedule
+
+# A tick that is found later was missed: no scheduler ran, or it could not submit.
+LATE = timedelta(minutes=5)
+# Ticks of a long downtime that `catch_up: all` runs; of more, the latest.
+MAX_QUEUED = 1000
+ID_CHARS = 12  # of a fingerprint
+
+
+class Tick(NamedTuple):
+    id: str
+    at: datetime | None  # None: new data
+
+
+Kind = Literal["fire", "replace", "queue", "skip", "miss"]
+
+
+class Decision(NamedTuple):
+    kind: Kind
+    tick: Tick
+    why: str
+
+
+class Pause(StrictConfig):
+    """The last word of a person: `mae schedule pause` or `resume`."""
+
+    is_paused: bool = False
+    at: datetime = datetime.min.replace(tzinfo=UTC)
+
+
+class State(StrictConfig):
+    """What a scheduler knows of a schedule."""
+
+    trigger: str
+    handled_until: datetime
+    queued: tuple[datetime, ...] = ()
+    running: str | None = None
+    """Id of the run that goes on, as far as is known."""
+    last: str = ""
+    """Id of the last run that ended, and how."""
+    seen: str = ""
+    """Fingerprint of the data, and since when it is so."""
+    seen_at: datetime = datetime.min.replace(tzinfo=UTC)
+    fired: str = ""
+    """Fingerprint that the last run was for."""
+
+
+def look(
+    schedule: Schedule,
+    state: State | None,
+    pause: Pause,
+    now: datetime,
+    *,
+    seen: str = "",
+    on_time: timedelta = timedelta(),
+) -> State:
+    """The state that `decide` is asked with; `seen` is the fingerprint of the data there now.
+
+    What passed before a schedule was first looked at (but for `on_time`), while it was off, or
+    while it was paused, never fires.
+    """
+    is_new = state is None or state.trigger != schedule.trigger
+    if state is None or is_new:
+        new = State(trigger=schedule.trigger, handled_until=now - on_time)
+        state = new if state is None else _changed(new, running=state.running, last=state.last)
+    if seen != state.seen:
+        state = _changed(state, seen=seen, seen_at=now)
+    if pause.at > state.handled_until:
+        is_new = True
+        queued = tuple(at for at in state.queued if at > pause.at)
+        state = _changed(state, handled_until=pause.at, queued=queued)
+    return _changed(state, fired=seen) if is_new else state
+
+
+def decide(
+    schedule: Schedule, state: State, pause: Pause, now: datetime, *, is_taken: bool = False
+) -> list[Decision]:
+    """What to do now, in order; at most one run is started.
+
+    `is_taken`: another schedule has the same pipeline at work, which is not ours to stop.
+    """
+    if pause.is_paused or not schedule.enabled:
+        return []
+    if schedule.new_data is not None:
+        return _decide_data(schedule, state, now, is_taken=is_taken)
+    due = due_ticks(schedule, state.handled_until, now)
+    late = list(takewhile(lambda at: now - at - jitter(schedule, at) > LATE, due))
+    on_time = due[len(late) :]
+    made_up = {"none": [], "latest": [] if on_time else late[-1:], "all": late[-MAX_QUEUED:]}
+    # Those of one pass are one, unless each counts.
+    wanted = [*made_up[schedule.catch_up], *on_time[0 if schedule.catch_up == "all" else -1 :]]
+    missed = due[: len(due) - len(wanted)]
+    decisions = []
+    if missed:
+        why = f"{len(missed)} ticks were missed, catch_up is {schedule.catch_up}"
+        decisions.append(Decision("miss", tick_of(schedule, missed[-1]), why))
+    waiting = list(state.queued)
+    is_busy = is_taken or state.running is not None
+    if waiting and not is_busy:
+        decisions.append(Decision("fire", tick_of(schedule, waiting.pop(0)), "it waited"))
+        is_busy = True
+    for at in wanted:
+        kind: Kind = "fire"
+        if is_busy or waiting:
+            is_made_up = at in made_up[schedule.catch_up]
+            kind = _kind_of_busy(schedule, state, is_made_up=is_made_up)
+        why = "it is time" if kind == "fire" else f"a run goes on, overlap is {schedule.overlap}"
+        decisions.append(Decision(kind, tick_of(schedule, at), why))
+        is_busy = True
+        if kind == "queue":
+            waiting.append(at)
+        elif kind == "replace":
+            waiting = []
+    return decisions
+
+
+def _kind_of_busy(schedule: Schedule, state: State, *, is_made_up: bool) -> Kind:
+    # Ticks that are made up for wait for one another.
+    if is_made_up and schedule.catch_up == "all":
+        return "queue"
+    # Only a run of its own is a schedule's to stop.
+    return "queue" if schedule.overlap == "replace" and not state.running else schedule.overlap
+
+
+def _decide_data(
+    schedule: Schedule, state: State, now: datetime, *, is_taken: bool
+) -> list[Decision]:
+    assert schedule.new_data is not None
+    settle = timedelta(seconds=schedule.new_data.settle_s)
+    if state.seen in ("", state.fired) or now - state.seen_at < settle:
+        return []
+    tick = Tick(f"{schedule.name}-{state.seen[:ID_CHARS]}", None)
+    if state.running is None and not is_taken:
+        return [Decision("fire", tick, "there is new data")]
+    if schedule.overlap == "replace" and state.running is not None:
+        return [Decision("replace", tick, "there is new data, overlap is replace")]
+    return []  # the data does not go away: what is there when the run ends fires then
+
+
+def advance(state: State, decision: Decision) -> State:
+    """The state after a decision was carried out."""
+    at = decision.tick.at
+    if at is None:
+        return _changed(state, fired=state.seen, running=decision.tick.id)
+    queued = tuple(x for x in state.queued if x != at)
+    if decision.kind == "queue":
+        queued = (*queued, at)
+    elif decision.kind == "replace":
+        queued = ()
+    has_run = decision.kind in ("fire", "replace")
+    return _changed(
+        state,
+        handled_until=max(state.handled_until, at),
+        queued=queued,
+        running=decision.tick.id if has_run else state.running,
+    )
+
+
+def ended(state: State, how: str) -> State:
+    """The state after the run that went on has ended."""
+    return _changed(state, running=None, last=f"{state.running} {how}")
+
+
+def _changed(state: State, **values: object) -> State:
+    return state.model_copy(update=values)
+
+
+def due_ticks(schedule: Schedule, after: datetime, now: datetime) -> list[datetime]:
+    """Ticks after `after` whose time, with their jitter, has come."""
+    ticks = ticks_between(schedule, after, now)
+    return list(takewhile(lambda at: at + jitter(schedule, at) <= now, ticks))
+
+
+def ticks_between(schedule: Schedule, after: datetime, until: datetime) -> Iterator[datetime]:
+    """Ticks of a cron schedule in (after, until]."""
+    return takewhile(lambda at: at <= until, _ticks(schedule, after))
+
+
+def next_ticks(schedule: Schedule, after: datetime, count: int) -> list[datetime]:
+    return list(islice(_ticks(schedule, after), count))
+
+
+def _ticks(schedule: Schedule, after: datetime) -> Iterator[datetime]:
+    assert schedule.cron is not None
+    for local in CronSim(schedule.cron, after.astimezone(ZoneInfo(schedule.time_zone))):
+        at = local.astimezone(UTC)
+        # In the hour that the clock shows twice, cronsim starts from its first pass.
+        if at > after:
+            yield at
+
+
+def jitter(schedule: Schedule, at: datetime) -> timedelta:
+    """The same for all schedulers, and each time it is asked."""
+    digest = hashlib.sha256(f"{schedule.name} {at.isoformat()}".encode()).digest()
+    return timedelta(seconds=int.from_bytes(digest[:8]) % (schedule.jitter_s + 1))
+
+
+def next_wake(schedule: Schedule, now: datetime) -> datetime | None:
+    """When the next tick fires."""
+    if schedule.cron is None or not schedule.enabled:
+        return None
+    # One that passed may wait for its jitter still.
+    ticks = _ticks(schedule, now - timedelta(seconds=schedule.jitter_s))
+    times = (at + jitter(schedule, at) for at in ticks)
+    return next((fires_at for fires_at in times if fires_at > now), None)
+
+
+def tick_of(schedule: Schedule, at: datetime) -> Tick:
+    return Tick(f"{schedule.name}-{at.astimezone(UTC):%Y%m%dT%H%M%SZ}", at)
+
+
+def fingerprint(files: Mapping[str, FileFacts]) -> str:
+    """Of names, sizes and times of change; "" where there are none."""
+    lines = [f"{name}\t{facts.num_bytes}\t{facts.changed_at_ns}" for name, facts in files.items()]
+    return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest() if lines else ""

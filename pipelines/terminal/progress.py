@@ -1,0 +1,150 @@
+"""What a command is at: a bar on a terminal, a line now and then in a pipe or a job.
+
+Nothing is silent for long: who waits for something wraps it in `doing`.
+"""
+
+import logging
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from pipelines import driver
+from pipelines.terminal import worker_logging
+
+logger = logging.getLogger(__name__)
+
+DRAW_EVERY_S = 0.25
+SAY_FIRST_S = 4.0  # of silence; the intervals grow with the time that it takes
+MAX_SAY_EVERY_S = 60.0
+BAR = "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}{postfix}"
+
+
+class State(NamedTuple):
+    """What is being done, and how far it is."""
+
+    what: str
+    done: int = 0
+    total: int = 0  # 0 where there is nothing to count
+    detail: str = ""
+
+
+def shows_bar() -> bool:
+    """Whether bars are drawn: a person looks, and no other machine's lines come between."""
+    return sys.stderr.isatty() and driver.cluster_address() is None
+
+
+def write(text: str) -> None:
+    """Write to stderr above the bar, if there is one."""
+    tqdm.write(text, file=sys.stderr, end="")
+    sys.stderr.flush()
+
+
+def silence_limit_s(elapsed_s: float) -> float:
+    """How long nothing may be said: a run of days needs no line every four seconds."""
+    return min(max(SAY_FIRST_S, elapsed_s / 10), MAX_SAY_EVERY_S)
+
+
+def format_seconds(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{rest:02d}s"
+
+
+@contextmanager
+def doing(what: str, read: Callable[[], State] | None = None) -> Iterator[None]:
+    """Show that something is being done, for as long as the block takes.
+
+    Args:
+        what: such as "starting Ray".
+        read: asked a few times a second for what is being done now, where that changes.
+    """
+    is_bar = shows_bar()
+    display = _Bar() if is_bar else _Lines(what)
+    ended = threading.Event()
+
+    def show() -> None:
+        while not ended.wait(DRAW_EVERY_S):
+            try:
+                display.show(State(what) if read is None else read())
+            except Exception as error:  # what is looked at may end first
+                logger.debug("could not show the progress: %s", error)
+
+    thread = threading.Thread(target=show, name="progress", daemon=True)
+    # Those whose handlers write to stderr: their lines come above the bar.
+    loggers = [logging.getLogger(name) for name in (None, *worker_logging.OURS)]
+    redirected = logging_redirect_tqdm(loggers if is_bar else [])
+    with redirected:
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join()
+            display.close()
+
+
+class _Bar:
+    """On a terminal."""
+
+    def __init__(self) -> None:
+        self._bar: tqdm[Any] | None = None
+        self._shown: tuple[str, int] | None = None
+        self._since_s = time.monotonic()
+
+    def show(self, state: State) -> None:
+        if self._shown != (state.what, state.total):
+            self.close()
+            self._shown, self._since_s = (state.what, state.total), time.monotonic()
+            bar: tqdm[Any] = tqdm(
+                total=state.total or None,
+                desc=state.what,
+                bar_format=BAR if state.total else "{desc}",
+                file=sys.stderr,
+                dynamic_ncols=True,
+                leave=False,
+            )
+            self._bar = bar
+        assert self._bar is not None
+        if state.total:
+            self._bar.n = state.done
+            self._bar.set_postfix_str(state.detail, refresh=False)
+        else:
+            elapsed = format_seconds(time.monotonic() - self._since_s)
+            self._bar.set_description_str(f"{state.what} ... {elapsed}", refresh=False)
+        self._bar.refresh()
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+
+class _Lines:
+    """In a pipe, a job or a file: a line where nothing else was said for a while."""
+
+    def __init__(self, what: str) -> None:
+        self._began_s = self._since_s = time.monotonic()
+        self._state: State | None = None
+        self._num_lines = worker_logging.num_lines_shown()
+        logger.info("%s ...", what)
+
+    def show(self, state: State) -> None:
+        now_s, num_lines = time.monotonic(), worker_logging.num_lines_shown()
+        if num_lines != self._num_lines:
+            self._num_lines, self._since_s = num_lines, now_s
+        if now_s - self._since_s < silence_limit_s(now_s - self._began_s):
+            return
+        self._since_s = now_s
+        counted = f" {state.done} of {state.total}" if state.total else ""
+        detail = f" {state.detail}" if state.detail else ""
+        elapsed = format_seconds(now_s - self._began_s)
+        logger.info("still %s%s%s, %s", state.what, counted, detail, elapsed)
+
+    def close(self) -> None:
+        """Nothing remains to be cleared."""

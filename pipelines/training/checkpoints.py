@@ -1,0 +1,158 @@
+"""Checkpoints of a run in storage: commit, find the newest whole one, prune.
+
+A checkpoint is a folder `checkpoints/step-00000100` of the run. Its manifest is written last and
+holds the size and sha256 of every other file: what was cut in mid-write is not a checkpoint.
+This, not Ray's own bookkeeping, says where a run goes on (docs/adr/0005).
+"""
+
+import logging
+import re
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple, TypeVar
+
+from infra import storage, transfers
+from infra.file_names import UnsafeNameError
+from mae_core.checkpoint import (
+    MANIFEST_FILE,
+    CheckpointManifest,
+    CorruptCheckpointError,
+    read_manifest,
+    verify_checkpoint,
+)
+from mae_core.config import StrictConfig
+from pipelines.config.sections import ConfigError
+
+logger = logging.getLogger(__name__)
+
+ConfigT = TypeVar("ConfigT", bound=StrictConfig)
+MAX_NAMED = 8  # folders in a message
+
+
+class FoundCheckpoint(NamedTuple):
+    uri: str
+    folder: Path  # a verified local copy
+    manifest: CheckpointManifest
+
+
+def checkpoints_uri(run_uri: str) -> str:
+    return storage.join(run_uri, "checkpoints")
+
+
+def commit_checkpoint(
+    local: Path, run_uri: str, *, step: int, keep: int, check: Callable[[], None]
+) -> str:
+    """Copy a checkpoint to the run's storage, then delete all but the `keep` newest.
+
+    When this returns, a run that dies goes on from here. `check` raises if the run may not write
+    any more; it is called first, and before the manifest.
+    """
+    uri = storage.join(checkpoints_uri(run_uri), f"step-{step:08d}")
+    check()
+    transfers.upload_folder(local, uri, last=MANIFEST_FILE, before_last=check)
+    older = [s for s in list_steps(run_uri) if s <= step]
+    for old in older[:-keep]:
+        storage.delete_folder(storage.join(checkpoints_uri(run_uri), f"step-{old:08d}"))
+    return uri
+
+
+def list_steps(run_uri: str) -> list[int]:
+    """Steps that have a checkpoint folder, whole or not, oldest first."""
+    names = storage.list_folders(checkpoints_uri(run_uri))
+    return sorted(int(m.group(1)) for m in (re.fullmatch(r"step-(\d+)", n) for n in names) if m)
+
+
+def newest_step(run_uri: str) -> int | None:
+    """The step of the newest committed checkpoint; its files are not read."""
+    for step in reversed(list_steps(run_uri)):
+        uri = storage.join(checkpoints_uri(run_uri), f"step-{step:08d}")
+        if storage.exists(storage.join(uri, MANIFEST_FILE)):
+            return step
+    return None
+
+
+def find_checkpoint(run_uri: str, workspace: Path) -> FoundCheckpoint | None:
+    """Download the newest checkpoint that is whole; a broken one costs a warning.
+
+    Args:
+        run_uri: the run's folder.
+        workspace: an empty local folder for the copy.
+    """
+    for step in reversed(list_steps(run_uri)):
+        uri = storage.join(checkpoints_uri(run_uri), f"step-{step:08d}")
+        try:
+            return fetch_checkpoint(uri, workspace / f"step-{step:08d}")
+        except CorruptCheckpointError as error:
+            logger.warning("checkpoint %s is not whole (%s); trying the one before", uri, error)
+    return None
+
+
+def fetch_checkpoint(uri: str, folder: Path) -> FoundCheckpoint:
+    """Copy the files that the checkpoint's manifest lists, and no others; compare them with it.
+
+    Raises:
+        CorruptCheckpointError: it is not whole.
+    """
+    folder.mkdir(parents=True)
+    try:
+        data = storage.read_bytes(storage.join(uri, MANIFEST_FILE))
+        (folder / MANIFEST_FILE).write_bytes(data)
+        sizes = {name: file.bytes for name, file in read_manifest(folder).files.items()}
+        transfers.download_files(uri, sizes, folder)
+    except (FileNotFoundError, UnsafeNameError, transfers.WrongSizeError) as error:
+        raise CorruptCheckpointError(f"{uri}: {error}") from error
+    return FoundCheckpoint(uri, folder, verify_checkpoint(folder))
+
+
+def at_newest_checkpoint(config: ConfigT) -> ConfigT:
+    """The config with the newest checkpoint for an `init_from` that is a run's folder.
+
+    So the checkpoint, and not where it was looked for, is what names the run.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    given: str | None = config.model_dump(include={"init_from"})["init_from"]
+    if given is None or storage.exists(storage.join(storage.absolute(given), MANIFEST_FILE)):
+        return config
+    for folder in (storage.join(given.rstrip("/"), "checkpoints"), given.rstrip("/")):
+        for step in _steps_in(storage.absolute(folder)):
+            uri = storage.join(folder, f"step-{step:08d}")
+            if storage.exists(storage.join(storage.absolute(uri), MANIFEST_FILE)):
+                logger.info("init_from=%s: takes its newest checkpoint, %s", given, uri)
+                return config.model_copy(update={"init_from": uri})
+    there = storage.list_folders(storage.absolute(given))
+    hint = f"; it holds {', '.join(sorted(there)[:MAX_NAMED])}" if there else ""
+    raise ConfigError(
+        f"init_from={given}: is no whole checkpoint, nor the folder of a run that has one{hint}"
+    )
+
+
+def _steps_in(uri: str) -> list[int]:
+    """Steps that have a folder there, newest first."""
+    names = storage.list_folders(uri)
+    found = (re.fullmatch(r"step-(\d+)", name) for name in names)
+    return sorted((int(match[1]) for match in found if match), reverse=True)
+
+
+def fetch_manifest(uri: str) -> CheckpointManifest:
+    """Of a checkpoint that the user names; its files are not looked at.
+
+    Raises:
+        ConfigError: there is none, or it can't be read.
+    """
+    with tempfile.TemporaryDirectory() as workspace:
+        try:
+            data = storage.read_bytes(storage.join(storage.absolute(uri), MANIFEST_FILE))
+            (Path(workspace) / MANIFEST_FILE).write_bytes(data)
+            return read_manifest(Path(workspace))
+        except (FileNotFoundError, CorruptCheckpointError) as error:
+            raise ConfigError(f"init_from={uri}: is no whole checkpoint ({error})") from error
+
+
+def resume_position(run_uri: str) -> int:
+    """Samples of the run's sequence that the newest whole checkpoint was trained on."""
+    with tempfile.TemporaryDirectory() as workspace:
+        found = find_checkpoint(run_uri, Path(workspace))
+    return found.manifest.samples_seen if found else 0

@@ -1,0 +1,266 @@
+"""kNN accuracy of the frozen encoder, computed by the training workers when they are done.
+
+They are warm, have the GPUs, and share the images out among them; rank 0 gathers and scores.
+"""
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from types import MappingProxyType
+from typing import NamedTuple
+
+import torch
+import torch.distributed
+from torch import Tensor
+
+from mae_core.config import ModelConfig
+from mae_core.data.class_labels import one_class, read_labels
+from mae_core.data.decode import decode_image
+from mae_core.data.manifest import ShardInfo
+from mae_core.data.pixels import CorruptSampleError, Pixels
+from mae_core.data.samples import DataError, Sample
+from mae_core.data.transforms import center_crop, stack_pixels
+from mae_core.data.views import normalize
+from mae_core.evaluation.classification import encode_features, knn_accuracy
+from mae_core.model.encoder import MaskedEncoder
+from pipelines.config.sections import KnnConfig
+from pipelines.reading.class_names import Numbers, folder_of
+from pipelines.reading.sequence import read_rows
+
+logger = logging.getLogger(__name__)
+
+ROWS_PER_READ = 64
+CHECKED_SAMPLES = 512  # of each set, before training
+MAX_EXAMPLES = 3
+METRICS_PREFIX = "knn/"
+
+
+class Slice(NamedTuple):
+    shard: ShardInfo
+    start: int
+    stop: int
+
+
+class ImageReader(NamedTuple):
+    """What turns a sample into the encoder's input and its class."""
+
+    model: ModelConfig
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    num_threads: int
+    numbers: Numbers
+
+
+class LabelledFeatures(NamedTuple):
+    features: dict[str, Tensor]  # encoder's name to (N, D)
+    labels: Tensor  # (N,) int64
+    unlabelled: tuple[str, ...] = ()  # samples that were left out, and why
+
+
+def knn_metrics(
+    encoders: Mapping[str, MaskedEncoder],
+    train: Sequence[ShardInfo],
+    val: Sequence[ShardInfo],
+    reader: ImageReader,
+    config: KnnConfig,
+    tell: Callable[[int, int], None],
+) -> dict[str, float] | None:
+    """`knn/NAME` for each encoder; None on the ranks that only help.
+
+    Samples without a label that can be used are left out, and counted in `knn/left_out`.
+    `tell` is given how many pieces are encoded, and of how many.
+
+    Raises:
+        DataError: no sample of a set has both a label and an image that can be decoded.
+    """
+    bank_slices = spread_slices(train, config.max_train)
+    slices = spread_slices(val, config.max_val)
+    total = len(bank_slices) + len(slices)
+
+    def tell_bank(done: int) -> None:
+        tell(done, total)
+
+    def tell_queries(done: int) -> None:
+        tell(len(bank_slices) + done, total)
+
+    bank = _shared_features(encoders, bank_slices, reader, tell_bank)
+    queries = _shared_features(encoders, slices, reader, tell_queries)
+    if bank is None or queries is None:
+        return None
+    k = min(config.k, len(bank.labels))
+    # Numbers may be large and far apart.
+    known, places = torch.unique(bank.labels, return_inverse=True)
+    wanted = _places_among(known, queries.labels)
+    metrics = {
+        f"{METRICS_PREFIX}{name}": knn_accuracy(
+            bank.features[name], places, queries.features[name], wanted, k=k
+        )
+        for name in encoders
+    }
+    logger.info(
+        "kNN accuracy, k=%d among %d images, of %d test images: %s",
+        k,
+        len(bank.labels),
+        len(queries.labels),
+        ", ".join(f"{name.removeprefix('knn/')}={value:.3f}" for name, value in metrics.items()),
+    )
+    if unlabelled := (*bank.unlabelled, *queries.unlabelled):
+        logger.warning(
+            "%d samples are left out of the kNN evaluation, for they have no label that can be "
+            "used: %s",
+            len(unlabelled),
+            "; ".join(unlabelled[:MAX_EXAMPLES]),
+        )
+        metrics[f"{METRICS_PREFIX}left_out"] = float(len(unlabelled))
+    return metrics
+
+
+def _places_among(known: Tensor, labels: Tensor) -> Tensor:
+    """The place of each label in rising `known`; a place beyond the end for one that is not."""
+    places = torch.searchsorted(known, labels).clamp(max=len(known) - 1)
+    return torch.where(known[places] == labels, places, len(known))
+
+
+def spread_slices(shards: Sequence[ShardInfo], limit: int) -> list[Slice]:
+    """About `limit` samples, evenly spread: foreign shards are often sorted by class."""
+    slices = [
+        Slice(shard, start, min(start + ROWS_PER_READ, shard.num_samples))
+        for shard in shards
+        for start in range(0, shard.num_samples, ROWS_PER_READ)
+    ]
+    wanted = -(-limit // ROWS_PER_READ)
+    if wanted >= len(slices):
+        return slices
+    return [slices[i * len(slices) // wanted] for i in range(wanted)]
+
+
+def _shared_features(
+    encoders: Mapping[str, MaskedEncoder],
+    slices: list[Slice],
+    reader: ImageReader,
+    tell: Callable[[int], None],
+) -> LabelledFeatures | None:
+    """Features of all slices on rank 0; each rank encodes its part of them."""
+    rank, world_size = 0, 1
+    if torch.distributed.is_initialized():
+        rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    with ThreadPoolExecutor(reader.num_threads) as pool:
+        mine = []
+        for place, piece in enumerate(slices[rank::world_size]):
+            tell(place * world_size)
+            mine.append(_encode_slice(encoders, piece, reader, pool))
+    parts: list[list[LabelledFeatures]] = [mine]
+    if world_size > 1:
+        parts = [[] for _ in range(world_size)]
+        torch.distributed.all_gather_object(parts, mine)
+    if rank != 0:
+        return None
+    # Back into the order of the slices: ties among neighbours go by place.
+    ordered = [parts[i % world_size][i // world_size] for i in range(len(slices))]
+    labels = torch.cat([part.labels for part in ordered])
+    unlabelled = tuple(why for part in ordered for why in part.unlabelled)
+    if not len(labels):
+        why = unlabelled[0] if unlabelled else "no image can be decoded"
+        raise DataError(f"{slices[0].shard.path}: nothing for the kNN evaluation: {why}")
+    features = {name: torch.cat([part.features[name] for part in ordered]) for name in encoders}
+    return LabelledFeatures(features, labels, unlabelled)
+
+
+def _encode_slice(
+    encoders: Mapping[str, MaskedEncoder],
+    piece: Slice,
+    reader: ImageReader,
+    pool: ThreadPoolExecutor,
+) -> LabelledFeatures:
+    labelled, unlabelled = _labelled(piece, reader.numbers)
+    images = list(pool.map(lambda item: _image(item[0], reader.model), labelled))
+    whole = [
+        (image, label)
+        for image, (_, label) in zip(images, labelled, strict=True)
+        if image is not None
+    ]
+    if not whole:
+        empty = torch.zeros(0, reader.model.encoder_shape.embed_dim)
+        none = torch.zeros(0, dtype=torch.int64)
+        return LabelledFeatures(dict.fromkeys(encoders, empty), none, unlabelled)
+    batch = torch.from_numpy(
+        normalize(stack_pixels([i for i, _ in whole]), reader.mean, reader.std)
+    )
+    return LabelledFeatures(
+        {
+            name: encode_features(encoder, batch.to(next(encoder.parameters()).device))
+            .float()
+            .cpu()
+            for name, encoder in encoders.items()
+        },
+        torch.tensor([label for _, label in whole]),
+        unlabelled,
+    )
+
+
+def _labelled(piece: Slice, numbers: Numbers) -> tuple[list[tuple[Sample, int]], tuple[str, ...]]:
+    """The samples of a slice with their classes, and why the others have none."""
+    found: list[tuple[Sample, int]] = []
+    unlabelled: list[str] = []
+    for sample in read_rows(piece.shard, piece.start, piece.stop):
+        try:
+            found.append((sample, needed_label(piece.shard, sample, numbers)))
+        except DataError as error:
+            unlabelled.append(str(error))
+    return found, tuple(unlabelled)
+
+
+def needed_label(shard: ShardInfo, sample: Sample, numbers: Numbers = MappingProxyType({})) -> int:
+    """The sample's class, as the run numbers it.
+
+    Raises:
+        DataError: it has none, several, or one that its own set does not name.
+    """
+    where = f"{shard.path}: {sample.key}"
+    data = sample.parts.get("cls")
+    if data is None:
+        raise DataError(f"{where} has no .cls, which the kNN evaluation needs")
+    label = one_class(read_labels(data, where, key=None), where)
+    assert isinstance(label, int), "a .cls holds numbers"
+    known = numbers.get(folder_of(shard.path))
+    if known is None:
+        return label
+    if label not in known:
+        raise DataError(f"{where}.cls holds {label}, but its set names {len(known)} classes")
+    return known[label]
+
+
+def check_labels(key: str, shards: Sequence[ShardInfo], numbers: Numbers) -> None:
+    """Look at the labels of some samples before training, and tell what the evaluation will miss.
+
+    Raises:
+        DataError: none of them has a label that can be used.
+    """
+    num_good = 0
+    bad: list[str] = []
+    for piece in spread_slices(shards, CHECKED_SAMPLES):
+        found, unlabelled = _labelled(piece, numbers)
+        num_good += len(found)
+        bad += unlabelled
+    if bad and not num_good:
+        raise DataError(
+            f"{key}: {bad[0]}. The kNN evaluation needs labels: add .cls files to data.train and "
+            "data.val, or leave data.val out"
+        )
+    if bad:
+        logger.warning(
+            "%s: %d of %d samples that were looked at have no label that can be used, and will be "
+            "left out of the kNN evaluation: %s",
+            key,
+            len(bad),
+            len(bad) + num_good,
+            "; ".join(bad[:MAX_EXAMPLES]),
+        )
+
+
+def _image(sample: Sample, model: ModelConfig) -> Pixels | None:
+    """None where it can't be decoded: training has counted it already."""
+    try:
+        return center_crop(decode_image(sample.image, model.in_chans), model.img_size)
+    except CorruptSampleError:
+        return None

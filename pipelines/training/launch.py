@@ -1,0 +1,174 @@
+"""From our config to a running Ray: what can't work is refused in words before it hangs."""
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+import ray
+from ray._private.state import state
+from ray.train import FailureConfig, RunConfig
+from ray.train import ScalingConfig as RayScalingConfig
+
+from infra import machine, storage
+from pipelines.config.sections import ConfigError, ScalingConfig
+from pipelines.driver import ROOT, cluster_address
+from pipelines.reading.sequence import READ_CPUS, configure_ray_data
+from pipelines.terminal import progress, worker_logging
+from pipelines.training import local_ray
+
+logger = logging.getLogger(__name__)
+
+# Logical CPUs that a local Ray gets beyond the workers', for reading: without any left, Ray Data
+# waits for ever (facts: reproduced).
+SPARE_CPUS = 2
+# By name: given as a function, every process of Ray would import this module to get at it.
+WORKER_SETUP: dict[str, Any] = {
+    "worker_process_setup_hook": "pipelines.terminal.worker_logging.set_up"
+}
+
+
+def check_resources(scaling: ScalingConfig, cpus: float, gpus: float, place: str) -> None:
+    """Refuse a layout that would wait for ever.
+
+    Raises:
+        ConfigError: names what is asked for, what there is, and what would fit.
+    """
+    need = scaling.num_workers * scaling.cpus_per_worker
+    if need > cpus:
+        fits = int(cpus // scaling.cpus_per_worker)
+        raise ConfigError(
+            f"scaling.num_workers={scaling.num_workers} x scaling.cpus_per_worker="
+            f"{scaling.cpus_per_worker} needs {need} CPUs, {place} has {cpus:g}; "
+            f"try scaling.num_workers={max(fits, 1)}"
+            + (" scaling.cpus_per_worker=1" if fits < 1 else "")
+        )
+    if scaling.use_gpu and scaling.num_workers > gpus:
+        raise ConfigError(
+            f"scaling.num_workers={scaling.num_workers} with scaling.use_gpu needs as many GPUs, "
+            f"{place} has {gpus:g}; "
+            + (f"try scaling.num_workers={int(gpus)}" if gpus else "try scaling.use_gpu=false")
+        )
+
+
+@contextmanager
+def running_ray(scaling: ScalingConfig) -> Iterator[None]:
+    """Inside, the cluster that RAY_ADDRESS names is joined, or a local Ray runs.
+
+    Raises:
+        ConfigError: the workers do not fit.
+        StorageError: the cluster can't be reached, or no Ray starts here.
+    """
+    address = cluster_address()
+    with ExitStack() as stack:
+        if ray.is_initialized():
+            logger.debug("Ray runs already")
+        elif address:
+            _join(address)
+            stack.callback(ray.shutdown)
+        else:
+            cpus, gpus = machine.count_cpus(), machine.count_gpus()
+            check_resources(scaling, cpus, gpus, "this machine")
+            folder = stack.enter_context(local_ray.private_folder())
+            log = folder / "workers.log"
+            stack.enter_context(worker_logging.shown(log, progress.write))
+            given = local_resources(scaling, log, cpus, gpus)
+            with progress.doing("starting Ray"):
+                stack.enter_context(local_ray.running(folder, given))
+        worker_logging.set_up()  # the driver's own loggers, now that Ray has made them
+        if address:
+            check_resources(scaling, *_cluster_capacity(), f"the cluster {address}")
+        configure_ray_data()
+        yield
+
+
+def _join(address: str) -> None:
+    local_ray.read_environment()
+    try:
+        ray.init(address, runtime_env=WORKER_SETUP)
+    except ConnectionError as error:
+        raise storage.StorageError(
+            f"RAY_ADDRESS={address}: no Ray cluster answers there ({error}); "
+            "start it (make up), or unset RAY_ADDRESS to run on this machine alone"
+        ) from error
+
+
+def local_resources(scaling: ScalingConfig, log: Path, cpus: int, gpus: int) -> local_ray.LocalRay:
+    """Return what a Ray on this machine gets; its processes write what we say to `log`."""
+    return local_ray.LocalRay(
+        num_cpus=max(cpus, scaling.num_workers * scaling.cpus_per_worker) + SPARE_CPUS,
+        num_gpus=gpus,
+        object_store_bytes=machine.object_store_bytes(machine.memory_bytes()),
+        runtime_env={
+            "env_vars": {
+                "PYTHONPATH": str(ROOT),
+                worker_logging.LOG_FILE_VARIABLE: str(log),
+                worker_logging.BAR_VARIABLE: "1" if progress.shows_bar() else "",
+                **_loopback_for_workers(),
+            },
+            **WORKER_SETUP,
+        },
+    )
+
+
+def _loopback_for_workers() -> dict[str, str]:
+    """Return the variables that keep what training workers say to each other on the loopback.
+
+    Without them, torch takes the interface of the host's name, which is often the network's.
+    """
+    names = [
+        name
+        for name, addresses in psutil.net_if_addrs().items()
+        if any(address.address == "127.0.0.1" for address in addresses)
+    ]
+    variables = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
+    return {name: os.environ.get(name, names[0]) for name in variables} if names else {}
+
+
+def ray_scaling(scaling: ScalingConfig) -> RayScalingConfig:
+    return RayScalingConfig(
+        num_workers=scaling.num_workers,
+        use_gpu=scaling.use_gpu,
+        resources_per_worker={
+            "CPU": scaling.cpus_per_worker,
+            **({"GPU": 1} if scaling.use_gpu else {}),
+        },
+    )
+
+
+def ray_run(run_uri: str, scaling: ScalingConfig) -> RunConfig:
+    """Ray keeps its bookkeeping in the run's own folder."""
+    filesystem, path = storage.open_filesystem(run_uri)
+    folder, _, name = path.rpartition("/")
+    return RunConfig(
+        name=name,
+        storage_path=folder,
+        storage_filesystem=filesystem,
+        # mypy sees Ray Train's first version, which has no such field.
+        failure_config=FailureConfig(  # type: ignore[call-arg]
+            max_failures=scaling.max_failures, controller_failure_limit=0
+        ),
+    )
+
+
+def cluster_capacity() -> tuple[float, float]:
+    """CPUs and GPUs for training of the cluster that RAY_ADDRESS names."""
+    address = cluster_address()
+    assert address is not None
+    _join(address)
+    try:
+        return _cluster_capacity()
+    finally:
+        ray.shutdown()
+
+
+def _cluster_capacity() -> tuple[float, float]:
+    """Of the nodes that are there, or of as many as the autoscaler may start."""
+    there: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    # Private, and what Ray Train itself asks; there is no public way (2.60).
+    limits = state.get_max_resources_from_cluster_config() or {}
+    cpus, gpus = (max(there.get(key, 0), limits.get(key, 0)) for key in ("CPU", "GPU"))
+    return cpus - READ_CPUS, gpus

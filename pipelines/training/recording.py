@@ -1,0 +1,286 @@
+"""What a run leaves in MLflow from the driver: its start, its data, how it ended."""
+
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from functools import partial
+from types import MappingProxyType
+from typing import Any, NamedTuple, Protocol
+from uuid import uuid4
+
+from infra import storage, tracking
+from infra.config import TrackingConfig
+from mae_core.config import StrictConfig
+from mae_core.data.samples import DataError
+from pipelines import driver
+from pipelines.config.fields import flatten
+from pipelines.config.sections import SavingConfig
+from pipelines.driver import Stopper
+from pipelines.outcome import known_error
+from pipelines.terminal import progress
+from pipelines.training.checkpoints import newest_step
+from pipelines.training.reporting import count_kinds
+from pipelines.training.run_folder import RunFolder, RunRecord
+from pipelines.training.stopping import Phase, StopChannel, Told
+
+logger = logging.getLogger(__name__)
+
+
+STAGE_VARIABLE = "MAE_STAGE"  # names the stage of a pipeline that this process is
+
+# Sections and fields that say where and how, and paths that a pipeline fills in.
+UNNAMED = (
+    "name",
+    "storage.",
+    "tracking.",
+    "scaling.",
+    "checkpoint.",
+    "reporting.",
+    "debug.",
+    "init_from",
+    "query",
+)
+
+
+class RunConfig(Protocol):
+    """What every stage's config has."""
+
+    @property
+    def tracking(self) -> TrackingConfig: ...
+
+    @property
+    def name(self) -> str: ...
+
+
+class Taken(NamedTuple):
+    """A run's folder, taken over by this start of the command."""
+
+    folder: RunFolder
+    run_id: str | None  # MLflow's
+
+    @property
+    def start(self) -> str:
+        assert self.folder.start is not None
+        return self.folder.start
+
+
+def earlier_record(
+    folder: RunFolder, digest: str, inputs: Mapping[str, str] = MappingProxyType({})
+) -> RunRecord | None:
+    """Read what an earlier start of the run wrote, if there was one.
+
+    Args:
+        folder: of the run.
+        digest: names the data, and the weights that the run starts from.
+        inputs: a fingerprint of each thing that the result is computed from, by the key of the
+            config that names it.
+
+    Raises:
+        DataError: the earlier start had other data or weights; names which.
+    """
+    record = folder.read_record()
+    if record is None:
+        return None
+    changed = [key for key, now in inputs.items() if record.inputs.get(key, now) != now]
+    if not changed and record.data_digest == digest:
+        return record
+    before, now = record.data_digest, digest
+    if before == now:  # The digest leaves out what no manifest vouches for.
+        before, now = record.inputs[changed[0]], inputs[changed[0]]
+    what = ", ".join(changed) or "the shards or their manifest"
+    raise DataError(
+        f"{folder.uri}: data (or the weights that it started from) changed since this run began "
+        f"(digest {before}, now {now}): {what}. Bring the data back, or start over with --fresh"
+    )
+
+
+def take_over(
+    config: RunConfig,
+    folder: RunFolder,
+    *,
+    digest: str,
+    inputs: Mapping[str, str],
+    earlier: RunRecord | None,
+    fresh: bool,
+    tags: dict[str, str],
+    data: Mapping[str, tuple[str, str]],
+) -> Taken:
+    """Start or reopen the run in MLflow, and write down what this run is.
+
+    Args:
+        config: the stage's.
+        folder: of the run.
+        digest: names the data, and the weights that it starts from.
+        inputs: see `earlier_record`.
+        earlier: as `earlier_record` found it; its MLflow run is reopened.
+        fresh: delete what is there; only now, for a mistake in the command must not cost it.
+        tags: see `driver.run_tags`.
+        data: digest and source of each data set, by what it is used for.
+    """
+    assert isinstance(config, StrictConfig)
+    if fresh:
+        folder.clear()
+    reopened = earlier.run_id if earlier else None
+    run_id = tracking.start_run(
+        config.tracking,
+        run_name=config.name or tags["stage"],
+        params=flatten(config),
+        tags=tags,
+        run_id=reopened,
+        unnamed=UNNAMED,
+    )
+    start = uuid4().hex
+    folder.write_record(
+        RunRecord(
+            start=start,
+            data_digest=digest,
+            inputs=dict(inputs),
+            # A server that is down now does not make the run a new one later.
+            run_id=run_id or reopened,
+            config=config.model_dump(mode="json"),
+        )
+    )
+    for name, (data_digest, source) in data.items():
+        tracking.log_dataset(
+            config.tracking.uri,
+            run_id,
+            name=name,
+            digest=data_digest,
+            source=source,
+            context=tags["stage"],
+        )
+    logger.info("run: %s", folder.uri)
+    return Taken(RunFolder(folder.uri, start), run_id)
+
+
+@contextmanager
+def ended_in_mlflow(
+    uri: str, run_id: str | None, folder: RunFolder, *, what_is_saved: Callable[[], str]
+) -> Iterator[Stopper]:
+    """Mark the run as it ends: finished, failed, or killed and resumable.
+
+    `what_is_saved` says it to the user of a run that was stopped.
+    """
+
+    def end(status: tracking.Status) -> None:
+        if not folder.is_superseded():
+            tracking.end_run(uri, run_id, status)
+
+    try:
+        # Without asking whose the run is: the storage may be what hangs, and `ray job stop` waits
+        # for three seconds.
+        killed = partial(tracking.end_run, uri, run_id, "KILLED")
+        with driver.cancel_on_signals(killed) as stopper:
+            yield stopper
+    except driver.CancelledError:
+        try:
+            logger.info("stopped %s", what_is_saved())
+        except storage.StorageError as error:
+            logger.warning("stopped; what is saved can't be looked up: %s", error)
+        raise
+    except BaseException as error:
+        folder.check_start()
+        end("FAILED")
+        with suppress(storage.StorageError):  # must not take the place of `error`
+            log_bad_samples(uri, run_id, folder)
+        folder.record_failure(error)
+        known = None
+        with suppress(storage.StorageError):  # the store may be what failed
+            known = folder.read_failure()
+        known = known or known_error(error)
+        if known is None or known is error:
+            raise
+        raise known from error
+    end("FINISHED")
+
+
+def saved_steps(run_uri: str, channel: StopChannel, total_steps: int) -> str:
+    """Where a stopped run goes on: after "stopped", for the user."""
+    told = channel.told()
+    step = newest_step(run_uri)
+    if step is None:
+        return "before the first checkpoint was written: the same command starts over"
+    if told.phase is Phase.STOPPED and told.step == step:
+        return (
+            f"at step {step} of {total_steps}; checkpoint written; the same command goes on from "
+            "there"
+        )
+    if step == total_steps:
+        return f"after all {total_steps} steps; the same command goes on from there"
+    return (
+        f"before its next checkpoint was written; the newest is of step {step} of {total_steps}, "
+        "and the same command goes on from there"
+    )
+
+
+def run_until_stopped(
+    stopper: Stopper, fit: Callable[[], object], channel: StopChannel, saving: SavingConfig
+) -> None:
+    """Run Ray's workers by `fit`, and show how far they are.
+
+    After a signal, they finish their step and save it.
+    """
+
+    def ask() -> None:
+        if channel.told().phase is Phase.TRAINING:
+            logger.info("stopping after this step, with a checkpoint (Ctrl-C again: at once)")
+        channel.ask()
+
+    with progress.doing("starting the workers", lambda: _state(channel.told())):
+        stopper.run(
+            fit,
+            ask=ask,
+            is_worth_waiting=lambda: channel.told().phase is Phase.TRAINING,
+            grace_s=driver.grace_s(saving.grace_s),
+        )
+
+
+def _state(told: Told) -> progress.State:
+    """What the workers said, for the user."""
+    what = {
+        Phase.STARTING: "starting the workers",
+        Phase.TRAINING: told.what or "reading the first images",
+        Phase.MEASURING: told.what or "measuring",
+        Phase.STOPPED: "stopping the workers",
+    }[told.phase]
+    is_counted = told.phase in (Phase.TRAINING, Phase.MEASURING)
+    return progress.State(what, told.step, told.total if is_counted else 0, told.detail)
+
+
+def log_bad_samples(uri: str, run_id: str | None, folder: RunFolder) -> list[dict[str, Any]]:
+    """The samples that were left out, each once: said, and listed in MLflow."""
+    bad = folder.read_bad_samples()
+    if bad:
+        logger.warning(
+            "left out %d samples (%s): %s", len(bad), count_kinds(bad), folder.bad_samples_uri
+        )
+        text = "".join(json.dumps(line) + "\n" for line in bad)
+        tracking.log_artifact_text(uri, run_id, text, "bad_samples.jsonl")
+    return bad
+
+
+def say_where_to_compare(uri: str) -> None:
+    """Log how to look at the runs, unless this is a stage of a pipeline, which says it once."""
+    if os.environ.get(STAGE_VARIABLE):
+        return
+    if uri.startswith("sqlite:"):
+        logger.info("to compare runs: mlflow ui --backend-store-uri %s", uri)
+    else:
+        logger.info("to compare runs: open %s", uri)
+
+
+def tell_evaluation(uri: str, run_id: str | None, failure: Exception | None) -> None:
+    """Tag the run in MLflow with how its evaluation went."""
+    lines = str(failure).splitlines() or [type(failure).__name__]
+    text = "done" if failure is None else f"failed: {lines[0][:300]}"
+    tracking.set_tags(uri, run_id, {"evaluation": text})
+
+
+def say_run_page(config: object, run_id: str | None) -> None:
+    """Tell a person at a terminal how to open the run's page, as the last line of a command."""
+    track = getattr(config, "tracking", None)
+    if track is not None and run_id is not None and sys.stdout.isatty():
+        sys.stderr.write(f"the run's page: {tracking.how_to_open(track.uri, run_id)}\n")

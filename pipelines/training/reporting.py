@@ -1,0 +1,260 @@
+"""What a training worker says about itself: a progress line, metrics and pictures in MLflow.
+
+Only rank 0 speaks. Nothing here waits for MLflow: the writer has a thread of its own.
+"""
+
+import logging
+import time
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+import torch.distributed
+from torch import Tensor
+
+from infra.tracking import MetricWriter
+from mae_core.data.samples import DataError
+from mae_core.train_step import StepMetrics
+from pipelines.reading.batches import BadSample
+from pipelines.terminal import worker_logging
+from pipelines.terminal.progress import format_seconds, silence_limit_s
+from pipelines.training.run_folder import RunFolder
+from pipelines.training.stopping import Phase, StepEnds, Told
+
+logger = logging.getLogger(__name__)
+
+SHOWN_BAD_SAMPLES = 20  # in the log, of one worker
+# The moving average of the time of a step is over the last twenty steps, or over the last minute
+# where that has more of them: a few seconds say little of the minutes that are left.
+PACE_WEIGHT = 0.05
+PACE_OVER_S = 60.0
+# What a checkpoint waits for a slow MLflow; for one that is down, once.
+FLUSH_TIMEOUT_S = 5.0
+HURRIED_FLUSH_TIMEOUT_S = 0.5  # of a run that is stopped: `ray job stop` kills after three seconds
+MAX_UNSAVED_BAD = 10_000  # kept for bad_samples.jsonl between two checkpoints, of one worker
+
+
+class RunSize(NamedTuple):
+    """Samples are views, `crops_per_image` of each image; places in the sequence are images."""
+
+    total_steps: int
+    global_batch_size: int
+    samples_per_epoch: int
+    crops_per_image: int
+
+    @property
+    def images_per_step(self) -> int:
+        return self.global_batch_size // self.crops_per_image
+
+    @property
+    def num_images(self) -> int:
+        """Length of the run's sequence."""
+        return self.total_steps * self.images_per_step
+
+
+class Totals(NamedTuple):
+    """Sums over all workers."""
+
+    loss: float  # mean over the samples since the last report
+    num_bad: int  # samples that could not be decoded, since this start
+
+
+class After(NamedTuple):
+    """What follows the steps, for the time that is left: evaluations and exports."""
+
+    steps: float = 0.0  # that take as long
+    seconds: float = 0.0
+
+
+NOTHING = After()
+
+
+@dataclass
+class Pace:
+    """Seconds a step, as a moving average without the first step, which waits for the start."""
+
+    mean_s: float = 0.0
+    num_steps: int = -1
+    _ended_at_s: float = 0.0
+
+    def step_ended(self) -> None:
+        now_s = time.monotonic()
+        self.num_steps += 1
+        if self.num_steps > 0:
+            # The plain mean first, then a moving one.
+            weight = max(1 / self.num_steps, min(PACE_WEIGHT, self.mean_s / PACE_OVER_S))
+            self.mean_s += weight * (now_s - self._ended_at_s - self.mean_s)
+        self._ended_at_s = now_s
+
+
+@dataclass
+class StepReporter:
+    """Collects on every rank, sums over the ranks at an interval, tells on rank 0."""
+
+    size: RunSize
+    every_steps: int
+    first_step: int
+    writer: MetricWriter | None  # rank 0 has one
+    ends: StepEnds | None = None  # to which it is told how far the run is
+    prefix: str = ""  # of the metrics' names
+    after: After = NOTHING
+    num_bad: int = 0
+    unsaved_bad: list[BadSample] = field(default_factory=list)  # since the last checkpoint
+    waited_s: float = 0.0
+    pace: Pace = field(default_factory=Pace)
+    _has_bar: bool = field(default_factory=worker_logging.has_bar)
+    _detail: str = ""  # of the last report
+    _began_s: float = field(default_factory=lambda: time.monotonic())
+    _said_at_s: float = field(default_factory=lambda: time.monotonic())
+    _num_steps: int = 0  # since the last report
+    _since: float = field(default_factory=lambda: time.monotonic())
+    _since_step: int = -1
+    _shown: int = 0
+    _loss: Tensor | None = None  # sums since the last report, on the device: nothing waits for it
+    _num_samples: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        self._since_step = self.first_step
+
+    def count_bad(self, bad: Sequence[BadSample]) -> None:
+        self.num_bad += len(bad)
+        self.unsaved_bad += bad[: max(0, MAX_UNSAVED_BAD - len(self.unsaved_bad))]
+        for sample in bad[: max(0, SHOWN_BAD_SAMPLES - self._shown)]:
+            logger.warning(
+                "left out: shard=%s key=%s reason=%s", sample.shard, sample.key, sample.reason
+            )
+            self._shown += 1
+
+    def is_due(self, step: int) -> bool:
+        return step % self.every_steps == 0 or step == self.size.total_steps
+
+    def add(self, step: int, metrics: StepMetrics) -> None:
+        """Take a step's loss into the mean that is reported next; reads nothing from the device."""
+        self.pace.step_ended()
+        if self.pace.num_steps == 0 and not self.is_due(step):
+            # Speed is measured from here on: the first step waited for the start.
+            self._since, self._since_step, self.waited_s = time.monotonic(), step, 0.0
+        self._num_steps += 1
+        loss, num_samples = metrics.loss.detach().double(), metrics.num_samples.detach().double()
+        self._loss = loss if self._loss is None else self._loss + loss
+        self._num_samples = (
+            num_samples if self._num_samples is None else self._num_samples + num_samples
+        )
+        if self.writer is not None:
+            self._tell(step)
+
+    def _tell(self, step: int) -> None:
+        total, what = self.size.total_steps, self.prefix.rstrip("/") or "training"
+        detail = f"{self._detail} eta={self._eta(step)}".strip()
+        if self.ends is not None:
+            self.ends.tell_progress(Told(Phase.TRAINING, step, total, what, detail))
+        now_s = time.monotonic()
+        limit_s = silence_limit_s(now_s - self._began_s)
+        if not (self._has_bar or self.is_due(step)) and now_s - self._said_at_s > limit_s:
+            self._said_at_s = now_s
+            logger.info("%sstep %d/%d eta=%s", self.prefix, step, total, self._eta(step))
+
+    def _eta(self, step: int) -> str:
+        """Of all that is left: the steps, the evaluation, the export."""
+        if self.pace.num_steps < 1:
+            return "?"
+        steps = self.size.total_steps - step + self.after.steps
+        return format_seconds(steps * self.pace.mean_s + self.after.seconds)
+
+    def report(self, step: int, *, learning_rate: float, grad_norm: Tensor) -> Totals:
+        """Sum over the ranks and tell. Every rank calls it at the same steps."""
+        totals = self._sum_over_ranks(self._num_steps)
+        self._num_steps = 0
+        now = time.monotonic()
+        elapsed = max(now - self._since, 1e-9)
+        images_per_s = (step - self._since_step) * self.size.global_batch_size / elapsed
+        wait_share = min(1.0, self.waited_s / elapsed)
+        self._since, self._since_step, self.waited_s = now, step, 0.0
+        if self.writer is not None:
+            seen = step * self.size.global_batch_size
+            epoch = seen / self.size.samples_per_epoch
+            metrics = {
+                "train/loss": totals.loss,
+                "train/learning_rate": learning_rate,
+                "train/grad_norm": float(grad_norm),
+                "train/epoch": epoch,
+                "train/samples_seen": seen,
+                "worker/images_per_s": images_per_s,
+                "worker/wait_share": wait_share,
+                "worker/bad_samples": totals.num_bad,
+            }
+            self.writer.write({self.prefix + key: x for key, x in metrics.items()}, step)
+            self._detail = (
+                f"epoch={epoch:.2f} loss={totals.loss:.4f} lr={learning_rate:.2e} "
+                f"images/s={images_per_s:.0f} data_wait={100 * wait_share:.0f}% "
+                f"bad={totals.num_bad}"
+            )
+            if not self._has_bar:
+                self._said_at_s = now
+                total, eta = self.size.total_steps, self._eta(step)
+                logger.info("%sstep %d/%d %s eta=%s", self.prefix, step, total, self._detail, eta)
+        return totals
+
+    def _sum_over_ranks(self, num_steps: int) -> Totals:
+        assert self._loss is not None
+        assert self._num_samples is not None
+        num_bad = torch.tensor(float(self.num_bad), device=self._loss.device, dtype=torch.float64)
+        sums = torch.stack([self._loss, self._num_samples, num_bad])
+        self._loss = self._num_samples = None
+        world_size = 1
+        if torch.distributed.is_initialized():
+            torch.distributed.all_reduce(sums)
+            world_size = torch.distributed.get_world_size()
+        loss_sum, counted, all_bad = sums.tolist()
+        # The step divides by the nominal batch; shown is the mean over the samples that came.
+        share_that_came = counted / (num_steps * self.size.global_batch_size)
+        mean = loss_sum / num_steps / world_size / max(share_that_came, 1e-9)
+        return Totals(mean, int(all_bad))
+
+    def settle(self, folder: RunFolder, rank: int, world_size: int, *, is_hurried: bool) -> None:
+        """Bring metrics and bad samples to where they are kept; every rank calls it.
+
+        A checkpoint is written next. Its steps are not trained again after a resumption, so nobody
+        would report them again.
+        """
+        if self.writer is not None and not self.writer.is_failing:
+            self.writer.flush(HURRIED_FLUSH_TIMEOUT_S if is_hurried else FLUSH_TIMEOUT_S)
+        self.save_bad_samples(folder, rank, world_size)
+
+    def save_bad_samples(self, folder: RunFolder, rank: int, world_size: int) -> None:
+        """What was left out since the last call, of all ranks. Every rank calls it."""
+        found = [[sample._asdict() for sample in self.unsaved_bad]]
+        self.unsaved_bad.clear()
+        if world_size > 1:
+            found *= world_size
+            torch.distributed.all_gather_object(found, found[rank])
+        if rank == 0 and any(found):
+            folder.add_bad_samples(sample for part in found for sample in part)
+        if world_size > 1:  # the file is there when the first rank reads it
+            torch.distributed.barrier()
+
+
+def too_many_bad(totals: Totals, seen: int, max_bad_ratio: float) -> bool:
+    """Judged against a thousand samples at least: one bad one of the first ten is no 10 %."""
+    return totals.num_bad > max_bad_ratio * max(seen, 1000)
+
+
+def bad_samples_error(
+    totals: Totals, seen: int, max_bad_ratio: float, folder: RunFolder
+) -> DataError:
+    """Say what is wrong with how many, after `StepReporter.save_bad_samples`."""
+    bad = folder.read_bad_samples()
+    return DataError(
+        f"{totals.num_bad} of {max(seen, 1000)} samples can't be used, more than "
+        f"data.max_bad_ratio={max_bad_ratio:g} ({count_kinds(bad)}); the first is "
+        f"{bad[0]['key']} in {bad[0]['shard']}: {bad[0]['reason']}; all of them: "
+        f"{folder.bad_samples_uri}"
+    )
+
+
+def count_kinds(bad: Iterable[Mapping[str, str]]) -> str:
+    """Such as "2 x truncated, 1 x empty"."""
+    counts = Counter(sample["kind"] for sample in bad)
+    return ", ".join(f"{count} x {kind}" for kind, count in counts.most_common())

@@ -1,0 +1,322 @@
+"""The folder of a run in storage: what it is, how far it came, how it ended.
+
+run.json          what the run is, which MLflow run records it, and the start that owns the folder
+checkpoints/      see pipelines/training/checkpoints.py
+shards/           the index of shards that came without a manifest
+reconstruction.png  what the model fills in, at the last picture
+evaluation.json   the kNN accuracies, and a name of all that they were computed from
+bad_samples.jsonl   a line for each sample that was left out: epoch, shard, key, kind, reason
+arms/             of a downstream run, a folder an arm: metrics.json (last), pictures, tables
+features/         the Parquet files of an embed run
+parts/            what is done of files that an embed run has not finished
+models/           the tuned model of each arm, as a checkpoint without optimizer
+failed.json       why trying again is pointless, while that is so
+result.json       written last: the run is done
+"""
+
+import io
+import json
+import logging
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+from pydantic import Field
+from typing_extensions import TypedDict
+
+from infra import storage
+from infra.own_files import DamagedFileError, parse_own, read_or_none, read_own
+from mae_core.checkpoint import CorruptCheckpointError
+from mae_core.config import StrictConfig
+from mae_core.data.samples import DataError
+from mae_core.train_step import NonFiniteLossError
+from pipelines.config.sections import ConfigError, StageResult
+from pipelines.outcome import lasting_error
+
+logger = logging.getLogger(__name__)
+
+# Errors that the same step meets again, so that starting the workers anew would not help.
+LASTING_ERRORS: dict[str, type[Exception]] = {
+    kind.__name__: kind
+    for kind in (
+        ConfigError,
+        CorruptCheckpointError,
+        DataError,
+        NonFiniteLossError,
+        storage.NoShardsError,
+        storage.StorageError,
+    )
+}
+
+
+class SupersededError(storage.StorageError):
+    """A later start of the same run has taken its folder over."""
+
+
+class RunRecord(StrictConfig):
+    start: str = ""
+    """Names the start of the command that owns the folder; those before may write no more."""
+    data_digest: str
+    """Of the training data."""
+    inputs: dict[str, str] = Field(default_factory=dict)
+    """What the result is computed from: a fingerprint by the key of the config that names it.
+    Empty in records of versions before this field."""
+    run_id: str | None
+    """MLflow's."""
+    config: dict[str, Any]
+    """As it was resolved at the last start."""
+
+
+class _Result(TypedDict):
+    """A StageResult; a count stays a whole number."""
+
+    stage: str
+    status: Literal["done", "reused", "evaluated"]
+    run_id: str | None
+    output: str
+    metrics: dict[str, int | float]
+
+
+class _Evaluation(StrictConfig):
+    key: str
+    metrics: dict[str, float]
+
+
+class _Failed(StrictConfig):
+    kind: str
+    message: str
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The folder at `uri`, written to for one start of the command.
+
+    The workers of a driver that was killed train on for a while: once a later start has written
+    its record, what they write is refused. `start` None only reads, or takes over.
+    """
+
+    uri: str
+    start: str | None = None
+
+    def _file(self, name: str) -> str:
+        return storage.join(self.uri, name)
+
+    def _read(self, name: str) -> bytes | None:
+        try:
+            return storage.read_bytes(self._file(name))
+        except FileNotFoundError:
+            return None
+
+    def _write(self, name: str, data: bytes) -> None:
+        self.check_start()
+        storage.write_bytes(self._file(name), data)
+
+    def is_superseded(self) -> bool:
+        """Whether a later start has taken the folder over; False where storage can't tell."""
+        if self.start is None:
+            return False
+        try:
+            record = self.read_record()
+        except (storage.StorageError, DamagedFileError):
+            return False
+        return record is None or record.start != self.start
+
+    def check_start(self) -> None:
+        """Raises: SupersededError: a later start has taken the folder over."""
+        if self.is_superseded():
+            raise SupersededError(f"{self.uri}: a later start of this run has taken it over")
+
+    @property
+    def index_uri(self) -> str:
+        return self._file("shards")
+
+    def clear(self) -> None:
+        """Delete all but the index of the shards, which `--fresh` has made anew."""
+        for name in storage.list_folders(self.uri):
+            if self._file(name) != self.index_uri:
+                storage.delete_folder(self._file(name))
+        for name in storage.list_files(self.uri):
+            storage.delete_file(self._file(name))
+
+    def read_record(self) -> RunRecord | None:
+        way_out = "bring it back, or start over with --fresh: it says what the run began with"
+        return read_own(self._file("run.json"), RunRecord, way_out)
+
+    def write_record(self, record: RunRecord) -> None:
+        """Take the folder over for `record.start`."""
+        storage.write_bytes(self._file("run.json"), record.model_dump_json(indent=1).encode())
+
+    def read_result(self) -> StageResult | None:
+        anew = "the result is made again from what is there"
+        found = read_or_none(self._file("result.json"), _Result, anew)
+        return None if found is None else StageResult(**found)
+
+    def read_whole_result(self) -> StageResult | None:
+        """The result, if what it names is there; with a warning, None if that was deleted."""
+        done = self.read_result()
+        if done is None or storage.exists(done.output):
+            return done
+        logger.warning("%s is gone: it is made again", done.output)
+        return None
+
+    def write_result(self, result: StageResult) -> None:
+        self._write("result.json", json.dumps(result._asdict()).encode())
+
+    @property
+    def picture_uri(self) -> str:
+        return self._file("reconstruction.png")
+
+    def write_picture(self, png: bytes) -> None:
+        self._write("reconstruction.png", png)
+
+    @property
+    def features_uri(self) -> str:
+        """Of the Parquet files of an embed run."""
+        return self._file("features")
+
+    @property
+    def parts_uri(self) -> str:
+        """Of those Parquet files that are not finished."""
+        return self._file("parts")
+
+    def model_uri(self, label: str) -> str:
+        """Where the tuned model of an arm lies."""
+        return self._file(f"models/{label}")
+
+    def has_arm(self, label: str) -> bool:
+        return self._read_arm(label) is not None
+
+    def read_arm(self, label: str) -> dict[str, float]:
+        return self._read_arm(label) or {}
+
+    def _read_arm(self, label: str) -> dict[str, float] | None:
+        place = self._file(f"arms/{label}/metrics.json")
+        return read_or_none(place, dict[str, float], "the arm is measured again")
+
+    def write_arm(self, label: str, metrics: str) -> None:
+        """Written last of an arm: it is done."""
+        storage.delete_file(self._file(f"arms/{label}/failed.txt"))
+        self._write(f"arms/{label}/metrics.json", metrics.encode())
+
+    def read_arm_failure(self, label: str) -> str | None:
+        """Why an arm could not be measured; None where that is not known."""
+        text = self._read(f"arms/{label}/failed.txt")
+        return None if text is None else text.decode()
+
+    def write_arm_failure(self, label: str, why: str) -> None:
+        self._write(f"arms/{label}/failed.txt", why.encode())
+
+    def write_arm_file(self, label: str, name: str, data: bytes) -> None:
+        self._write(f"arms/{label}/{name}", data)
+
+    def read_arm_files(self, label: str) -> dict[str, bytes]:
+        """Pictures and tables by name."""
+        folder = self._file(f"arms/{label}")
+        return {n: storage.read_bytes(storage.join(folder, n)) for n in storage.list_files(folder)}
+
+    def write_arm_picture(self, label: str, name: str, picture: npt.NDArray[np.uint8]) -> None:
+        self.write_picture_file(f"arms/{label}/{name}", picture)
+
+    def write_picture_file(self, name: str, picture: npt.NDArray[np.uint8]) -> str:
+        """An (H, W, 3) picture of the whole run as NAME.png; returns its URI."""
+        buffer = io.BytesIO()
+        Image.fromarray(picture).save(buffer, "PNG")
+        return self.write_file(f"{name}.png", buffer.getvalue())
+
+    def write_file(self, name: str, data: bytes) -> str:
+        """A file of the whole run; returns its URI."""
+        self._write(name, data)
+        return self._file(name)
+
+    def read_evaluation(self, key: str) -> dict[str, float] | None:
+        """Metrics of the evaluation that `key` names; none for "", and None if it is not there."""
+        if not key:
+            return {}
+        place = self._file("evaluation.json")
+        found = read_or_none(place, _Evaluation, "the model is measured again")
+        return found.metrics if found is not None and found.key == key else None
+
+    def write_evaluation(self, key: str, metrics: dict[str, float]) -> None:
+        """Keep the metrics under a name of all that they were computed from."""
+        fields = {"key": key, "metrics": metrics}
+        self._write("evaluation.json", json.dumps(fields).encode())
+
+    @property
+    def bad_samples_uri(self) -> str:
+        return self._file("bad_samples.jsonl")
+
+    def read_bad_samples(self) -> list[dict[str, Any]]:
+        """The lines that are whole; a warning counts the others."""
+        return self._bad_samples()[0]
+
+    def _bad_samples(self) -> tuple[list[dict[str, Any]], list[bytes]]:
+        """The samples, and the lines that are damaged, as they are."""
+        samples, damaged = [], []
+        for line in (self._read("bad_samples.jsonl") or b"").splitlines():
+            try:
+                samples.append(parse_own(line, self.bad_samples_uri, dict[str, Any], ""))
+            except DamagedFileError:
+                damaged.append(line)
+        if damaged:
+            logger.warning(
+                "%s: %d lines are damaged and not counted", self.bad_samples_uri, len(damaged)
+            )
+        return [line for line in samples if {"shard", "key"} <= line.keys()], damaged
+
+    def add_bad_samples(self, samples: Iterable[Mapping[str, Any]]) -> None:
+        """Each sample once, whatever the epochs and attempts it was met in."""
+        there, damaged = self._bad_samples()
+        known = {(line["shard"], line["key"]): line for line in there}
+        for sample in samples:
+            known.setdefault((sample["shard"], sample["key"]), dict(sample))
+        lines = [json.dumps(line).encode() for line in known.values()]
+        self._write("bad_samples.jsonl", b"".join(line + b"\n" for line in [*lines, *damaged]))
+
+    def forget_failure(self) -> None:
+        """An earlier start's error must not stop this one."""
+        storage.delete_file(self._file("failed.json"))
+
+    def record_failure(self, error: BaseException) -> None:
+        """Keep a lasting error, so that no further start of the workers is tried.
+
+        A store that takes no file does not take this one; `check_writable` then meets the error.
+        """
+        lasting = lasting_error(error)
+        if lasting is None or isinstance(lasting, SupersededError):
+            return
+        self.check_start()
+        kind = next((x.__name__ for x in type(lasting).__mro__ if x.__name__ in LASTING_ERRORS), "")
+        fields = {"kind": kind, "message": str(lasting)}
+        with suppress(storage.StorageError):
+            self._write("failed.json", json.dumps(fields).encode())
+
+    def read_failure(self) -> Exception | None:
+        """The lasting error that a worker met, if one did."""
+        failed = read_or_none(self._file("failed.json"), _Failed, "the workers are started again")
+        if failed is None:
+            return None
+        kind = LASTING_ERRORS.get(failed.kind, DataError)
+        if kind is storage.StorageError:
+            return storage.StorageError(failed.message, is_lasting=True)
+        return kind(failed.message)
+
+    def raise_failure(self) -> None:
+        """Raise the lasting error that a worker met, if one did."""
+        if (failure := self.read_failure()) is not None:
+            raise failure
+
+    def check_writable(self) -> None:
+        """Write a small file and delete it.
+
+        Before the workers are started: a disk that is full or read-only, or a key that may only
+        read, would be met by each of them in turn.
+
+        Raises:
+            StorageError: the store takes no file.
+        """
+        self._write(".writable", b"")
+        storage.delete_file(self._file(".writable"))

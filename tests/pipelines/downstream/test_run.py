@@ -1,0 +1,240 @@
+"""What a downstream run plans and how it brings results together, without any training."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from mae_core.data.manifest import Manifest, ShardInfo
+from mae_core.data.samples import DataError
+from pipelines.config.downstream import ClassifyConfig, DetectConfig, SegmentConfig
+from pipelines.config.loading import load_config
+from pipelines.config.sections import ConfigError
+from pipelines.downstream.measuring import NotMeasuredError
+from pipelines.downstream.run import _finish, _kept_arm, _plan_arms, arms_table, mean_metrics
+from pipelines.downstream.task import Arm, Evaluation, arm_of_step
+from pipelines.downstream.worker import _Worker
+from pipelines.training.run_folder import RunFolder
+
+NEEDED = ["init_from=c", "data.train=t", "data.val=v"]
+
+
+def make_config(*words: str) -> ClassifyConfig:
+    batch = ["optim.global_batch_size=8", "optim.micro_batch_size=8", "data.shuffle_window=8"]
+    return load_config(ClassifyConfig, [], [*NEEDED, *batch, *words], {})
+
+
+def make_manifest(*counts: int) -> Manifest:
+    return Manifest(
+        shards=tuple(
+            ShardInfo(path=f"{i}.tar", index=f"{i}.npy", num_samples=n, num_bytes=100 * n)
+            for i, n in enumerate(counts)
+        )
+    )
+
+
+def make_arm(name: str, fraction: float = 1.0, seed: int = 0, steps: int = 1) -> Arm:
+    return Arm(name, fraction, seed, 10, steps, 0)
+
+
+def test_arms_follow_one_another_without_a_gap() -> None:
+    config = make_config(
+        "classify.arms=[knn,finetune,scratch]",
+        "classify.label_fraction=[1.0,0.5]",
+        "classify.seeds=[0,3]",
+        "optim.epochs=2",
+        "optim.max_steps=6",
+    )
+    planned = [arm for arm, _ in _plan_arms(config, make_manifest(10, 22), [0, 1] * 16)]
+    assert [arm.label for arm in planned] == [
+        "knn-0.5-seed0",
+        "finetune-0.5-seed0",
+        "scratch-0.5-seed0",
+        "knn-0.5-seed3",
+        "finetune-0.5-seed3",
+        "scratch-0.5-seed3",
+        "knn-1-seed0",  # once: no seed matters
+        "finetune-1-seed0",
+        "scratch-1-seed0",
+        "finetune-1-seed3",
+        "scratch-1-seed3",
+    ]
+    assert [arm.steps for arm in planned] == [0, 4, 4, 0, 4, 4, 0, 6, 6, 6, 6]
+    assert [arm.first_step for arm in planned] == [0, 0, 4, 8, 8, 12, 16, 16, 22, 28, 34]
+
+
+def test_a_share_of_the_labels_is_cut_into_rows_of_each_shard() -> None:
+    config = make_config("classify.arms=[finetune]", "classify.label_fraction=[0.5]")
+    ((arm, rows),) = _plan_arms(config, make_manifest(3, 0, 9), ["a"] * 6 + ["b"] * 6)
+    assert arm.num_samples == 6
+    assert [len(part) for part in rows][1] == 0
+    chosen = [*np.asarray(rows[0]), *(np.asarray(rows[2]) + 3)]
+    assert sum(place < 6 for place in chosen) == 3
+    assert max(rows[2]) < 9
+
+
+def test_too_few_samples_for_a_batch_are_refused_with_both_numbers() -> None:
+    config = make_config("classify.arms=[finetune]", "optim.epochs=1")
+    with pytest.raises(ConfigError, match=r"epochs=1 of 5 labelled samples is less than one"):
+        _plan_arms(config, make_manifest(5), [0] * 5)
+
+
+def test_metrics_are_means_over_seeds_with_their_deviation() -> None:
+    found = {make_arm("finetune", seed=i): {"top1": value} for i, value in enumerate([0.1, 0.3])}
+    assert mean_metrics(found) == pytest.approx(
+        {"finetune/top1": 0.2, "finetune/top1_std": 0.1414213562}
+    )
+
+
+def test_several_shares_are_told_apart_by_name() -> None:
+    found = {make_arm("knn", fraction): {"top1": fraction} for fraction in (0.01, 1.0)}
+    assert mean_metrics(found) == {"knn-0.01/top1": 0.01, "knn-1/top1": 1.0}
+
+
+def test_the_table_has_a_row_for_each_arm_and_share() -> None:
+    found = {
+        make_arm("finetune", seed=0): {"ap": 0.5, "ap50": 0.75},
+        make_arm("finetune", seed=1): {"ap": 0.7, "ap50": 0.75},
+        make_arm("scratch"): {"ap": 0.25},
+    }
+    assert arms_table(found).splitlines() == [
+        "| arm | labels | ap | ap50 |",
+        "|---|---|---|---|",
+        "| finetune | 100 % | 0.600 ± 0.141 | 0.750 ± 0.000 |",
+        "| scratch | 100 % | 0.250 |  |",
+    ]
+
+
+def test_each_step_is_of_the_arm_that_trains_it() -> None:
+    arms = [
+        Arm("knn", 1.0, 0, 10, 0, 0),
+        Arm("finetune", 1.0, 0, 10, 3, 0),
+        Arm("logistic", 1.0, 0, 10, 0, 3),
+        Arm("scratch", 1.0, 0, 10, 2, 3),
+    ]
+    names = [arm_of_step(arms, step).name for step in range(1, 6)]
+    assert names == ["finetune", "finetune", "finetune", "scratch", "scratch"]
+
+
+@pytest.mark.parametrize(
+    ("names", "kept"),
+    [
+        (["knn", "linear", "finetune", "scratch"], "finetune"),
+        (["scratch", "frozen"], "frozen"),
+        (["scratch"], "scratch"),
+    ],
+)
+def test_the_output_is_the_fine_tuned_model_if_there_is_one(names: list[str], kept: str) -> None:
+    arms = [make_arm(name, steps=0 if name == "knn" else 1) for name in names]
+    found = _kept_arm(arms)
+    assert found is not None
+    assert found.name == kept
+    assert _kept_arm([make_arm("knn", steps=0)]) is None
+
+
+@pytest.mark.parametrize(
+    ("config_type", "words", "message"),
+    [
+        (ClassifyConfig, ["classify.label_fraction=[0.1,1.5]"], "must be above 0, at most 1"),
+        (ClassifyConfig, ["classify.seeds=[1,1]"], "give different numbers"),
+        (ClassifyConfig, ["classify.labels=many"], "knn and logistic need labels=one"),
+        (
+            ClassifyConfig,
+            ["optim.micro_batch_size=48", "optim.global_batch_size=64"],
+            "is not a multiple of",
+        ),
+        (ClassifyConfig, ["classify.arms=[finetun]"], "Input should be"),
+        (DetectConfig, ["detect.hed=fcos"], "did you mean detect.head"),
+        (SegmentConfig, ["segment.head=fpn"], "segment.names is needed"),
+        (
+            SegmentConfig,
+            ["segment.names=[a,b]", "segment.class_weights=[1]"],
+            "class_weights=.*1 for 2 classes",
+        ),
+    ],
+)
+def test_a_mistake_in_a_config_is_told(config_type: Any, words: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_config(config_type, [], [*NEEDED, *words], {})
+
+
+def test_batches_that_were_not_set_fit_the_one_that_was() -> None:
+    config = load_config(ClassifyConfig, [], [*NEEDED, "optim.micro_batch_size=48"], {})
+    assert (config.optim.global_batch_size, config.data.shuffle_window) == (1056, 1056)
+
+
+def test_where_it_runs_is_not_what_it_is() -> None:
+    name = make_config().run_name
+    assert make_config("scaling.num_workers=1", "checkpoint.every_steps=7").run_name == name
+    assert make_config("classify.seeds=[1]").run_name != name
+    assert make_config("init_from=other").run_name != name
+
+
+class StubMeasurer:
+    """Fails to measure one model, as if too few of its images could be decoded."""
+
+    def __init__(self, failing: object) -> None:
+        self.failing = failing
+
+    def predictions(self, model: object, shards: object, rows: object) -> list[object]:
+        if model is self.failing:
+            raise NotMeasuredError("a.tar: none of the images can be decoded")
+        return []
+
+    features = predictions
+
+    def example_at(self) -> None:
+        """Nothing is drawn."""
+
+
+def worker_of(folder: RunFolder, failing: object, evaluate: Any) -> Any:
+    """A worker that has trained, without Ray."""
+    worker: Any = object.__new__(_Worker)
+    worker.job = SimpleNamespace(folder=folder, arms=[], val_shards=(), train_shards=(), rows=())
+    worker.rank, worker.world_size = 0, 1
+    worker.measurer = StubMeasurer(failing)
+    worker.task = SimpleNamespace(evaluate=evaluate)
+    return worker
+
+
+def test_an_arm_that_can_not_be_measured_costs_the_others_nothing(tmp_path: Path) -> None:
+    folder = RunFolder(str(tmp_path))
+    bad, good = make_arm("knn", seed=1, steps=0), make_arm("knn", seed=2, steps=0)
+    models = {bad: torch.nn.Linear(1, 1), good: torch.nn.Linear(1, 1)}
+    worker = worker_of(folder, models[bad], lambda *_: Evaluation({"top1": 0.5}, {}, {}))
+    worker.job.arms, worker.job.rows = [bad, good], ((), ())
+    for arm, model in models.items():
+        worker._finish(arm, model)
+    assert folder.read_arm_failure(bad.label) == "a.tar: none of the images can be decoded"
+    assert not folder.has_arm(bad.label)
+    assert folder.read_arm(good.label) == {"top1": 0.5}
+
+    stage = SimpleNamespace(summarize=lambda *_: Evaluation({}, {}, {"summary.md": "| knn |"}))
+    job = SimpleNamespace(run_id=None, arms=(bad, good))
+    finish: Any = _finish
+    with pytest.raises(DataError, match=r"1 of 2 arms could not be measured.* knn-1-seed1: a\.tar"):
+        finish(make_config(), stage, None, job, folder)
+    assert (tmp_path / "summary.md").read_text() == "| knn |"
+    assert folder.read_result() is None  # The same command measures the other one again.
+
+
+def test_an_arm_that_is_measured_at_last_is_no_failure_any_more(tmp_path: Path) -> None:
+    folder = RunFolder(str(tmp_path))
+    folder.write_arm_failure("knn-1-seed0", "why")
+    folder.write_arm("knn-1-seed0", "{}")
+    assert folder.read_arm_failure("knn-1-seed0") is None
+
+
+def test_scores_that_can_not_be_computed_are_a_failure_of_their_arm(tmp_path: Path) -> None:
+    def evaluate(*_: object) -> Evaluation:
+        raise ValueError("too few images to choose a penalty")
+
+    folder = RunFolder(str(tmp_path))
+    arm = make_arm("logistic", steps=0)
+    worker = worker_of(folder, None, evaluate)
+    worker.job.arms, worker.job.rows = [arm], ((),)
+    worker._finish(arm, torch.nn.Linear(1, 1))
+    assert folder.read_arm_failure(arm.label) == "too few images to choose a penalty"

@@ -1,0 +1,129 @@
+"""What is done of an unfinished file of features is kept, and the file ends up the same."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+
+from mae_core.data.manifest import ShardInfo
+from pipelines import embed
+from pipelines.config.downstream import EmbedConfig
+from pipelines.embed import Piece
+from pipelines.reading.sequence import open_shards
+from pipelines.training.stopping import Decision, StopChannel
+
+
+class Reader:
+    """In the place of the encoder: a feature is the row's number; counts what it was given."""
+
+    batch_size = 2
+
+    def __init__(self, _: Any) -> None:
+        self.seen: list[int] = []
+        self.fail_after = 99
+
+    def table(self, path: str, numbered: list[tuple[int, Any]]) -> list[Any]:
+        rows = [row for row, _ in numbered]
+        if len(self.seen) >= self.fail_after:
+            raise MemoryError
+        self.seen += rows
+        features = [[float(row), 1.0] for row in rows]
+        return [embed._table(numbered, path, embed.np.array(features))]
+
+
+class Ends:
+    """Decides what the test says, a decision for each batch."""
+
+    is_asked = False
+
+    def __init__(self, *decisions: Decision) -> None:
+        self.decisions = list(decisions)
+
+    def decide(self, *, is_due: bool) -> Decision:
+        return self.decisions.pop(0) if self.decisions else Decision.GO_ON
+
+
+@pytest.fixture
+def shard(foreign: Path, tmp_path: Path) -> ShardInfo:
+    """Of eight images."""
+    return open_shards(str(foreign), str(tmp_path / "index")).shards[2]
+
+
+@pytest.fixture
+def embedder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Any]:
+    monkeypatch.setattr(embed, "FeatureReader", Reader)
+
+    def make(*decisions: Decision) -> Any:
+        monkeypatch.setattr(embed, "StepEnds", lambda *_, **__: Ends(*decisions))
+        config = EmbedConfig(init_from="unused", data="unused")
+        return embed._Embedder(embed.EmbedJob(config, "", (4, 4), StopChannel("a")), [])
+
+    return make
+
+
+def piece(shard: ShardInfo, folder: Path) -> Piece:
+    name = "part-000002-00000000.parquet"
+    part = f"{folder}/parts/part-000002-00000000.arrow"
+    return Piece(shard, 0, 8, f"{folder}/features/{name}", part)
+
+
+def test_a_stopped_file_goes_on_where_it_was_and_ends_as_if_never_stopped(
+    tmp_path: Path, shard: ShardInfo, embedder: Callable[..., Any]
+) -> None:
+    whole = piece(shard, tmp_path / "whole")
+    assert embedder()._write(whole) == 8
+
+    cut = piece(shard, tmp_path / "cut")
+    first = embedder(Decision.GO_ON, Decision.STOP)
+    assert first._write(cut) is None
+    assert not Path(cut.uri).exists()
+    assert embed._what_is_saved([cut], 16, embed.RunFolder(str(tmp_path / "cut"))) == (
+        "after 4 of 16 images; the same command goes on from there"
+    )
+    second = embedder()
+    assert second._write(cut) == 8
+    assert (first.reader.seen, second.reader.seen) == ([0, 1, 2, 3], [4, 5, 6, 7])
+    assert Path(cut.uri).read_bytes() == Path(whole.uri).read_bytes()
+    assert pq.read_table(cut.uri)["row"].to_pylist() == list(range(8))
+    assert not Path(cut.part_uri).exists()
+
+
+def test_what_is_done_is_kept_by_the_clock_too(
+    tmp_path: Path, shard: ShardInfo, embedder: Callable[..., Any]
+) -> None:
+    cut = piece(shard, tmp_path)
+    killed = embedder(Decision.GO_ON, Decision.SAVE)
+    killed.reader.fail_after = 4
+    with pytest.raises(MemoryError):
+        killed._write(cut)
+    assert embed._read_part(cut)[0] == 4
+
+
+def test_a_file_is_not_begun_after_the_wish_to_stop(
+    tmp_path: Path, shard: ShardInfo, embedder: Callable[..., Any]
+) -> None:
+    late = embedder()
+    late.ends.is_asked = True
+    assert late._write(piece(shard, tmp_path)) is None
+    assert late.reader.seen == []
+
+
+def test_a_damaged_part_costs_a_warning_and_is_embedded_again(
+    tmp_path: Path, shard: ShardInfo, embedder: Callable[..., Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    cut = piece(shard, tmp_path)
+    embedder(Decision.STOP)._write(cut)
+    Path(cut.part_uri).write_bytes(b"PAR1 cut")
+    again = embedder()
+    assert again._write(cut) == 8
+    assert again.reader.seen == list(range(8))
+    assert "is damaged" in caplog.text
+
+
+def test_nothing_saved_is_said() -> None:
+    folder = embed.RunFolder("/nowhere")
+    assert embed._what_is_saved([], 16, folder) == (
+        "before anything was written: the same command starts over"
+    )

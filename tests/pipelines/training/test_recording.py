@@ -1,0 +1,45 @@
+"""What a run is compared with before it goes on: the data and weights of its earlier start."""
+
+from pathlib import Path
+
+import pytest
+
+from mae_core.data.samples import DataError
+from pipelines.training.recording import earlier_record
+from pipelines.training.run_folder import RunFolder, RunRecord
+
+
+def started(folder: Path, inputs: dict[str, str]) -> RunFolder:
+    run = RunFolder(str(folder))
+    run.write_record(
+        RunRecord(start="s", data_digest="a", inputs=inputs, run_id=None, config={"seed": 0})
+    )
+    return run
+
+
+def test_the_same_inputs_go_on(tmp_path: Path) -> None:
+    run = started(tmp_path, {"data.train": "1", "init_from": "2"})
+    record = earlier_record(run, "a", {"data.train": "1", "init_from": "2"})
+    assert record is not None
+    assert record.start == "s"
+
+
+@pytest.mark.parametrize("key", ["data.train", "init_from"])
+def test_an_input_that_changed_is_named(tmp_path: Path, key: str) -> None:
+    run = started(tmp_path, {"data.train": "1", "init_from": "2"})
+    now = {"data.train": "1", "init_from": "2", key: "3"}
+    with pytest.raises(DataError, match=f"changed since this run began .*now 3.*: {key}.*--fresh"):
+        earlier_record(run, "a", now)
+
+
+def test_another_digest_names_both(tmp_path: Path) -> None:
+    run = started(tmp_path, {"data.train": "1"})
+    with pytest.raises(DataError, match=r"changed since this run began \(digest a, now b\)"):
+        earlier_record(run, "b", {"data.train": "2"})
+
+
+def test_a_record_of_an_earlier_version_is_judged_by_its_digest(tmp_path: Path) -> None:
+    run = started(tmp_path, {})
+    assert earlier_record(run, "a", {"data.train": "1"}) is not None
+    with pytest.raises(DataError, match="the shards or their manifest"):
+        earlier_record(run, "b", {"data.train": "1"})
