@@ -38,17 +38,17 @@ from mae_core.data.randomness import sample_generator
 from mae_core.data.transforms import Pixels, random_crop
 from mae_core.data.views import ViewSpec, training_view
 from pipelines import prepare
-from pipelines.config.sections import PrepareConfig, ScalingConfig
+from pipelines.config.prepare import PrepareConfig
+from pipelines.config.sections import ScalingConfig
 from pipelines.reading.batches import BatchDecoder
 from pipelines.reading.sequence import (
     SequencePlan,
     micro_batches,
-    open_shards,
     passes_per_block,
-    read_rows,
     read_window,
     sequence_dataset,
 )
+from pipelines.reading.shards import open_shards, read_rows
 from pipelines.training import launch
 
 SIZE = (224, 224)

@@ -59,7 +59,6 @@ from mae_core.model.classifier import build_classifier
 from mae_core.optim import build_lars
 from mae_core.train_step import BatchLoss
 from pipelines.config.downstream import ClassifyConfig, ClassifySection, DownstreamConfig
-from pipelines.config.sections import ConfigError, StageResult
 from pipelines.downstream import run as downstream
 from pipelines.downstream.run import (
     LabelledData,
@@ -70,6 +69,7 @@ from pipelines.downstream.run import (
     warn_of_absent,
 )
 from pipelines.downstream.task import Arm, Batch, EncodedSample, Evaluation, Example, TaskInfo
+from pipelines.outcome import ConfigError, StageResult
 from pipelines.reading.class_names import (
     CLASSES_FILE,
     Classes,

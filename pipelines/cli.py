@@ -16,8 +16,7 @@ from contextlib import AbstractContextManager, nullcontext
 from infra.processes import end_with_parent
 from infra.redaction import redact, redact_logs
 from pipelines.commands.arguments import COMMANDS, load_own_stage, make_parser, parse, read_config
-from pipelines.config.sections import StageResult
-from pipelines.outcome import tell
+from pipelines.outcome import StageResult, tell
 from pipelines.terminal import progress
 
 

@@ -51,7 +51,6 @@ from mae_core.model.detector import (
 from mae_core.model.feature_pyramid import MapEncoder
 from mae_core.train_step import BatchLoss
 from pipelines.config.downstream import DetectConfig, DetectSection, DownstreamConfig
-from pipelines.config.sections import ConfigError, StageResult
 from pipelines.downstream import run as downstream
 from pipelines.downstream.run import (
     LabelledData,
@@ -64,8 +63,9 @@ from pipelines.downstream.run import (
     warn_of_absent,
 )
 from pipelines.downstream.task import Arm, Batch, EncodedSample, Evaluation, Example, TaskInfo
+from pipelines.outcome import ConfigError, StageResult
 from pipelines.reading.class_names import folder_of, folders_of, read_category_names
-from pipelines.reading.sequence import BrokenSample, target_of
+from pipelines.reading.shards import BrokenSample, target_of
 
 TARGETS = ("json",)
 NUM_PICTURES = 6

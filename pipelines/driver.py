@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from infra import storage
-from pipelines.config.sections import ConfigError
+from pipelines.outcome import ConfigError
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -43,11 +43,11 @@ from mae_core.evaluation.classification import encode_features
 from mae_core.evaluation.retrieval import cosine_similarity, retrieval_picture
 from mae_core.model.encoder import MaskedEncoder
 from pipelines import driver
-from pipelines.config.downstream import EmbedConfig
-from pipelines.config.sections import ConfigError, StageResult
+from pipelines.config.embed import EmbedConfig
 from pipelines.downstream.measuring import to_images
+from pipelines.outcome import ConfigError, StageResult
 from pipelines.reading.fingerprints import fingerprint
-from pipelines.reading.sequence import open_shards, read_rows, read_samples
+from pipelines.reading.shards import open_shards, read_rows, read_samples
 from pipelines.terminal import progress
 from pipelines.training import launch
 from pipelines.training.checkpoints import at_newest_checkpoint, fetch_checkpoint, fetch_manifest

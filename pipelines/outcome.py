@@ -1,10 +1,27 @@
-"""What an error is, whatever it was wrapped in: its exit code, and whether another try may help.
+"""How a stage ends: its result, or an error with an exit code that may or may not pass.
 
-The classes are told by their names: neither torch nor Ray is imported to tell what went wrong.
+The errors of the three packages, and the exit code of each:
+
+    ConfigError             2  the user's config can't run
+    RefusedError            3  a gate refused
+    DataError               4  the data can't be used (mae_core.data.samples)
+      ChangedDataError         a shard is not what its index says (pipelines.reading.shards)
+      NotMeasuredError         an evaluation failed (pipelines.downstream.measuring)
+    NoShardsError           4  there are no shards (infra.storage)
+    DamagedFileError        4  one of our own files is damaged (infra.own_files)
+    CorruptCheckpointError  4  a checkpoint is not what its manifest says (mae_core.checkpoint)
+    StorageError            5  a store or a disk failed (infra.storage)
+      HeldError                another process holds the lease (infra.lease)
+      RayStartError            no Ray starts here (pipelines.training.local_ray)
+      SupersededError          a later start took the run over (pipelines.training.run_folder)
+    NonFiniteLossError      6  the loss is not finite (mae_core.train_step)
+
+Classes are recognised by their names, so that neither torch nor Ray is imported to report an
+error.
 """
 
 import importlib
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 OURS = ("infra", "mae_core", "pipelines")
 INFRASTRUCTURE = "infrastructure error"
@@ -65,6 +82,24 @@ OUT_OF_MEMORY = (
 NOT_STARTED = (
     "the training workers did not start in time; the machine or the cluster may be busy: try again"
 )
+
+
+class ConfigError(ValueError):
+    """The user's config can't run; says what, where, and what to try."""
+
+
+class RefusedError(RuntimeError):
+    """A gate refused; says what was found, as a table."""
+
+
+class StageResult(NamedTuple):
+    """What a stage made. Printed as the last line of stdout."""
+
+    stage: str
+    status: Literal["done", "reused", "evaluated"]  # evaluated: trained before, measured anew
+    run_id: str | None  # MLflow's
+    output: str  # URI of what the stage made
+    metrics: dict[str, float]
 
 
 class Told(NamedTuple):

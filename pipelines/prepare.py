@@ -45,7 +45,8 @@ from mae_core.data.samples import DataError
 from mae_core.data.synthetic import SHAPE_CLASSES, draw_scene, encode_scene
 from pipelines.packing import existing as existing_shards
 from pipelines.terminal import progress
-from pipelines.config.sections import ConfigError, PrepareConfig, StageResult
+from pipelines.config.prepare import PrepareConfig
+from pipelines.outcome import ConfigError, StageResult
 from pipelines.packing.shard import (
     CATEGORIES_NAME,
     Item,

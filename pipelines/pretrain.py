@@ -52,12 +52,9 @@ from pipelines.reading.class_names import (
     united_names,
     warn_of_unnamed,
 )
-from pipelines.config.sections import ConfigError, PretrainConfig, StageResult
-from pipelines.reading.sequence import (
-    measure_channel_stats,
-    open_shards,
-    read_rows,
-)
+from pipelines.config.pretrain import PretrainConfig
+from pipelines.outcome import ConfigError, StageResult
+from pipelines.reading.shards import measure_channel_stats, open_shards, read_rows
 from pipelines.training.export import log_encoder
 from pipelines.reading.fingerprints import fingerprint
 from pipelines.training.knn import METRICS_PREFIX, check_labels

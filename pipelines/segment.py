@@ -58,7 +58,6 @@ from mae_core.model.segmenter import (
 )
 from mae_core.train_step import BatchLoss
 from pipelines.config.downstream import DownstreamConfig, SegmentConfig, SegmentSection
-from pipelines.config.sections import StageResult
 from pipelines.downstream import run as downstream
 from pipelines.downstream.run import (
     LabelledData,
@@ -70,7 +69,8 @@ from pipelines.downstream.run import (
     picture_shape,
 )
 from pipelines.downstream.task import Arm, Batch, EncodedSample, Evaluation, Example, TaskInfo
-from pipelines.reading.sequence import BrokenSample, target_of
+from pipelines.outcome import StageResult
+from pipelines.reading.shards import BrokenSample, target_of
 
 logger = logging.getLogger(__name__)
 

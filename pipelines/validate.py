@@ -33,15 +33,15 @@ from mae_core.data.manifest import ChannelStats, PixelSums, ShardInfo, sum_pixel
 from mae_core.data.pixels import CorruptSampleError, Pixels
 from mae_core.data.samples import DataError, Sample
 from pipelines import driver
-from pipelines.config.sections import RefusedError, StageResult
 from pipelines.config.validate import ValidateConfig
+from pipelines.outcome import RefusedError, StageResult
 from pipelines.reading.class_names import (
     folder_of,
     folders_of,
     read_category_names,
     read_class_names,
 )
-from pipelines.reading.sequence import BrokenSample, open_shards, read_samples
+from pipelines.reading.shards import BrokenSample, open_shards, read_samples
 from pipelines.terminal import progress
 
 logger = logging.getLogger(__name__)

@@ -17,9 +17,8 @@ from pipelines.chain.execute import Action, Failure
 from pipelines.chain.plan import Planned, versions
 from pipelines.chain.process import StageProcess
 from pipelines.config.fields import flatten
-from pipelines.config.sections import StageResult
 from pipelines.driver import run_tags
-from pipelines.outcome import tell
+from pipelines.outcome import StageResult, tell
 
 logger = logging.getLogger(__name__)
 

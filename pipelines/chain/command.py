@@ -46,7 +46,7 @@ from pipelines.chain.plan import (
 )
 from pipelines.chain.promote import Verdict, promote
 from pipelines.chain.record import PipelineRun, pipeline_folder, pipeline_tracking
-from pipelines.config.sections import ConfigError, StageResult
+from pipelines.outcome import ConfigError, StageResult
 from pipelines.reading.fingerprints import fingerprint
 from pipelines.training.recording import say_run_page
 

@@ -24,7 +24,8 @@ from mae_core.config import StrictConfig
 from pipelines.chain.execute import Node, in_order
 from pipelines.chain.kinds import KINDS, StageKind
 from pipelines.config.loading import Given, load_with_origins
-from pipelines.config.sections import NAME_PATTERN, ConfigError
+from pipelines.config.sections import NAME_PATTERN
+from pipelines.outcome import ConfigError
 
 # A comma only in the name of a point of a sweep: {a,b}.tar names two shards.
 REFERENCE = re.compile(r"\{([A-Za-z_][\w-]*(?:@[^{}]+)?)\}")

@@ -19,7 +19,7 @@ from enum import Enum
 from graphlib import CycleError, TopologicalSorter
 from typing import Any, NamedTuple, Protocol
 
-from pipelines.config.sections import ConfigError, StageResult
+from pipelines.outcome import ConfigError, StageResult
 
 POLL_S = 0.05
 MAX_BACKOFF_S = 60.0

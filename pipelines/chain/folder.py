@@ -18,7 +18,7 @@ from infra import storage
 from infra.own_files import read_or_none
 from mae_core.config import StrictConfig
 from pipelines.chain.execute import KeyParts
-from pipelines.config.sections import StageResult
+from pipelines.outcome import StageResult
 
 OWN_FILES = ("key.json", "lease", "done.json")
 FOLDER = "{self}"  # in a result's output: the folder may be moved

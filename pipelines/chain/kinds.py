@@ -6,9 +6,11 @@ Imports no stage: `mae plan` needs neither torch nor Ray.
 from typing import NamedTuple
 
 from mae_core.config import StrictConfig
-from pipelines.config.downstream import ClassifyConfig, DetectConfig, EmbedConfig, SegmentConfig
+from pipelines.config.downstream import ClassifyConfig, DetectConfig, SegmentConfig
+from pipelines.config.embed import EmbedConfig
+from pipelines.config.prepare import PrepareConfig
+from pipelines.config.pretrain import PretrainConfig
 from pipelines.config.roles import without_effect
-from pipelines.config.sections import PrepareConfig, PretrainConfig
 from pipelines.config.validate import ValidateConfig
 
 
@@ -18,7 +20,7 @@ class StageKind(NamedTuple):
     config_type: type[StrictConfig]
     summary: str
     modules: tuple[str, ...]
-    """Whose code determines the result, besides what they import of `mae_core`."""
+    """Whose code determines the result, besides what they import of `chain.code`'s packages."""
     data_keys: tuple[str, ...]
     """Fields that name data: what lies there counts, and not where it lies."""
     unkeyed: tuple[str, ...] = ()
@@ -29,34 +31,20 @@ class StageKind(NamedTuple):
     """Ends of the names of the metrics that are worth a place in a table of stages."""
 
 
-READING = ("pipelines.reading.sequence", "pipelines.reading.batches")
-TUNING = (
-    *READING,
-    "pipelines.downstream.run",
-    "pipelines.downstream.worker",
-    "pipelines.downstream.measuring",
-    "pipelines.downstream.task",
-    "pipelines.downstream.job",
-)
 TUNING_DATA = ("data.train", "data.val", "init_from")
 
 KINDS: dict[str, StageKind] = {
     "prepare": StageKind(
         PrepareConfig,
         "Pack images into shards, or draw a small data set.",
-        (
-            "pipelines.prepare",
-            "pipelines.packing.shard",
-            "pipelines.packing.classes",
-            "pipelines.packing.existing",
-        ),
+        ("pipelines.prepare",),
         ("source", "annotations", "classes"),
         without_effect("prepare"),
     ),
     "validate": StageKind(
         ValidateConfig,
         "Check shards before they are trained on: schema, decoding, duplicates, labels, drift.",
-        ("pipelines.reading.sequence", "pipelines.validate"),
+        ("pipelines.validate",),
         ("data",),
         without_effect("validate"),
     ),
@@ -64,7 +52,6 @@ KINDS: dict[str, StageKind] = {
         PretrainConfig,
         "Pretrain a masked autoencoder on shards.",
         (
-            *READING,
             "pipelines.pretrain",
             "pipelines.training.pretrain_worker",
             "pipelines.training.knn",
@@ -76,7 +63,7 @@ KINDS: dict[str, StageKind] = {
     "classify": StageKind(
         ClassifyConfig,
         "Classify with a pretrained encoder, beside one from scratch.",
-        (*TUNING, "pipelines.classify"),
+        ("pipelines.classify",),
         TUNING_DATA,
         without_effect("classify"),
         headline=("/top1", "/auroc"),
@@ -84,7 +71,7 @@ KINDS: dict[str, StageKind] = {
     "detect": StageKind(
         DetectConfig,
         "Train a detector on a pretrained encoder.",
-        (*TUNING, "pipelines.detect"),
+        ("pipelines.detect",),
         TUNING_DATA,
         without_effect("detect"),
         headline=("/ap", "/ap50"),
@@ -92,7 +79,7 @@ KINDS: dict[str, StageKind] = {
     "embed": StageKind(
         EmbedConfig,
         "Write an encoder's features, or search IMAGE: find what is like it.",
-        (*READING, "pipelines.downstream.measuring", "pipelines.embed"),
+        ("pipelines.embed",),
         ("data", "init_from"),
         without_effect("embed"),
         headline=("num_rows",),
@@ -100,7 +87,7 @@ KINDS: dict[str, StageKind] = {
     "segment": StageKind(
         SegmentConfig,
         "Train a segmenter on a pretrained encoder.",
-        (*TUNING, "pipelines.segment"),
+        ("pipelines.segment",),
         TUNING_DATA,
         without_effect("segment"),
         headline=("/miou",),

@@ -25,7 +25,7 @@ from pipelines.chain.config import (
 )
 from pipelines.chain.execute import KEY_CHARS, Action, Decision, KeyParts, differences
 from pipelines.chain.folder import Done, StageFolder, earlier_folders
-from pipelines.config.sections import ConfigError
+from pipelines.outcome import ConfigError
 from pipelines.reading.fingerprints import fingerprint, num_samples
 
 MAX_REASONS = 3

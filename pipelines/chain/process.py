@@ -17,8 +17,8 @@ import psutil
 from infra import processes
 from pipelines.chain.execute import Failure
 from pipelines.config.loading import ENVIRONMENT_PREFIX
-from pipelines.config.sections import StageResult
 from pipelines.driver import ROOT
+from pipelines.outcome import StageResult
 from pipelines.training.recording import STAGE_VARIABLE
 
 logger = logging.getLogger(__name__)

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from infra import registry
 from infra.config import TrackingConfig
 from pipelines.chain.config import PromoteSpec
-from pipelines.config.sections import ConfigError, StageResult
+from pipelines.outcome import ConfigError, StageResult
 
 logger = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ from pipelines.chain.config import Chain
 from pipelines.chain.execute import StageRun
 from pipelines.chain.plan import Planned
 from pipelines.chain.promote import Verdict
-from pipelines.config.sections import StageResult
+from pipelines.outcome import StageResult
 
 
 @dataclass

@@ -26,8 +26,8 @@ from pipelines.chain.config import substitute
 from pipelines.chain.execute import ENDED_WELL, StageRun, State
 from pipelines.chain.plan import Planned, shown_time, text_graph, versions
 from pipelines.chain.record import PipelineRun
-from pipelines.config.sections import StageResult
 from pipelines.driver import git_commit
+from pipelines.outcome import StageResult
 
 TEMPLATES = Path(__file__).parent / "templates"
 MAX_PICTURES = 60  # of a stage

@@ -14,7 +14,7 @@ from mae_core.config import StrictConfig
 from pipelines.chain.kinds import KINDS
 from pipelines.config.fields import describe, did_you_mean
 from pipelines.config.loading import Given, load_config
-from pipelines.config.sections import ConfigError
+from pipelines.outcome import ConfigError
 
 # Words that are no stage, and the module whose `command` takes what follows.
 COMMANDS = {

@@ -24,7 +24,7 @@ from pipelines.chain.config import ChainConfig, load_stage_file
 from pipelines.chain.kinds import KINDS
 from pipelines.config.fields import did_you_mean, flatten
 from pipelines.config.loading import load_with_origins
-from pipelines.config.sections import ConfigError
+from pipelines.outcome import ConfigError
 from pipelines.schedule.config import ScheduleFile
 
 OTHER_FILES: dict[str, type[BaseModel]] = {

@@ -15,7 +15,7 @@ from infra.typed_text import NULLS, Word, read_word, typed
 from infra.yaml_files import Plain, YamlFile, YamlFileError, read_yaml
 from mae_core.config import StrictConfig
 from pipelines.config.fields import NEAR, annotation_of, describe, did_you_mean, section
-from pipelines.config.sections import ConfigError
+from pipelines.outcome import ConfigError
 
 ENVIRONMENT_PREFIX = "MAE__"
 MAX_SHOWN = 120  # characters of a value in a message

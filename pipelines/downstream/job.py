@@ -14,12 +14,12 @@ from mae_core.data.order import ChainedOrder, RunOrder
 from pipelines.config.downstream import DownstreamConfig
 from pipelines.downstream.task import Arm, Task
 from pipelines.reading.sequence import (
-    Rows,
     SequencePlan,
     configure_ray_data,
     passes_per_block,
     sequence_dataset,
 )
+from pipelines.reading.shards import Rows
 from pipelines.training.checkpoints import resume_position
 from pipelines.training.run_folder import RunFolder
 from pipelines.training.stopping import StopChannel

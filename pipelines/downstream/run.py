@@ -24,13 +24,13 @@ from mae_core.model.classifier import layer_scales
 from mae_core.optim import fine_tuning_groups
 from pipelines import driver
 from pipelines.config.downstream import DownstreamConfig, TuningOptimConfig
-from pipelines.config.sections import ConfigError, StageResult
 from pipelines.downstream.job import TuningJob, remaining_data
 from pipelines.downstream.task import Arm, Evaluation, Task, TaskInfo
 from pipelines.downstream.worker import tuning_worker
+from pipelines.outcome import ConfigError, StageResult
 from pipelines.reading.class_names import Numbers
 from pipelines.reading.fingerprints import fingerprint
-from pipelines.reading.sequence import (
+from pipelines.reading.shards import (
     BrokenSample,
     Rows,
     open_shards,

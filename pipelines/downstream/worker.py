@@ -33,10 +33,10 @@ from mae_core.data.randomness import named_generator
 from mae_core.model.encoder import build_encoder
 from mae_core.optim import warmup_cosine
 from mae_core.train_step import optimizer_step
-from pipelines.config.sections import ConfigError
 from pipelines.downstream.job import TuningJob
 from pipelines.downstream.measuring import Measurer, NotMeasuredError, to_images, write_evaluation
 from pipelines.downstream.task import Arm, Batch, EncodedSample, Evaluation, Example, arm_of_step
+from pipelines.outcome import ConfigError
 from pipelines.reading.batches import BadSample, ahead, autocast_dtype, check_place
 from pipelines.reading.sample_trace import SampleTrace
 from pipelines.reading.sequence import (

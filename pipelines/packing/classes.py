@@ -9,7 +9,7 @@ from typing import NamedTuple
 from infra import storage
 from mae_core.data.manifest import MANIFEST_NAME, parse_manifest
 from mae_core.data.samples import DataError
-from pipelines.config.sections import ConfigError
+from pipelines.outcome import ConfigError
 from pipelines.packing.shard import CATEGORIES_NAME
 
 

@@ -28,7 +28,8 @@ from mae_core.data.samples import (
     iter_samples,
     some_extensions,
 )
-from pipelines.config.sections import ConfigError, PrepareConfig, StageResult
+from pipelines.config.prepare import PrepareConfig
+from pipelines.outcome import ConfigError, StageResult
 from pipelines.packing.process_pool import process_pool
 from pipelines.packing.shard import write_index
 from pipelines.terminal import progress

@@ -6,7 +6,7 @@ from typing import NamedTuple
 from infra import storage
 from mae_core.data.image_files import ImageFile
 from mae_core.data.manifest import MANIFEST_NAME, Manifest, parse_manifest
-from pipelines.config.sections import ConfigError
+from pipelines.outcome import ConfigError
 from pipelines.packing.shard import CATEGORIES_NAME, STATE_FOLDER, ShardPlan, Transcode, json_bytes
 
 SKIPPED_NAME = "skipped.jsonl"

@@ -24,7 +24,7 @@ from mae_core.data.pixels import CorruptSampleError, Pixels
 from mae_core.data.samples import DataError, ShardIndex, index_shard, sample_checksums
 from mae_core.data.synthetic import draw_scene, encode_scene
 from mae_core.data.transforms import shrink_to_short_side
-from pipelines.config.sections import ConfigError
+from pipelines.outcome import ConfigError
 
 CATEGORIES_NAME = "categories.json"  # ids and names of the boxes' categories, beside the shards
 MAX_MASK_VALUES = 256  # that are counted; maps of instances have many

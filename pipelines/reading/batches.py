@@ -17,7 +17,7 @@ from mae_core.data.pixels import CorruptSampleError, Pixels
 from mae_core.data.transforms import stack_pixels
 from mae_core.data.views import ViewSpec, mask_generator, training_views
 from mae_core.masking import draw_noise
-from pipelines.config.sections import PretrainConfig
+from pipelines.config.pretrain import PretrainConfig
 
 
 def view_spec(config: PretrainConfig) -> ViewSpec:

@@ -15,7 +15,7 @@ from infra import storage
 from infra.shard_spec import expand_shards
 from mae_core.data.manifest import Manifest, parse_manifest
 from mae_core.data.samples import DataError
-from pipelines.config.sections import ConfigError
+from pipelines.outcome import ConfigError
 
 MANIFEST_NAME = "manifest.json"
 NAME_FILES = ("classes.json", "categories.json")

@@ -26,7 +26,7 @@ from infra.kuberay import dump, render_cron_job, render_ray_cron_job
 from infra.pods import Manifest
 from infra.redaction import redact
 from pipelines import driver
-from pipelines.config.sections import ConfigError
+from pipelines.outcome import ConfigError
 from pipelines.schedule.config import TICK_WORDS, Schedule, find_schedule, load_schedules
 from pipelines.schedule.passes import now_utc, once, serve
 from pipelines.schedule.runs import read_pause, read_state, status, submit, write_pause

@@ -19,7 +19,7 @@ from infra.yaml_files import YamlFileError
 from mae_core.config import StrictConfig
 from pipelines.config.fields import did_you_mean
 from pipelines.config.loading import near_file, read_config_file, shown
-from pipelines.config.sections import ConfigError
+from pipelines.outcome import ConfigError
 
 NAME_PATTERN = r"^[a-z]([-a-z0-9]*[a-z0-9])?$"  # Kubernetes' and Ray's names begin with it
 CRON_HINT = "minute hour day month weekday, such as '30 2 * * *' or '*/15 8-18 * * MON-FRI'"

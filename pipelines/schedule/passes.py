@@ -11,7 +11,7 @@ from pathlib import Path
 
 from infra import storage
 from infra.own_files import DamagedFileError
-from pipelines.config.sections import ConfigError
+from pipelines.outcome import ConfigError
 from pipelines.schedule.config import Schedule, load_schedules
 from pipelines.schedule.runs import read_pause, read_state, status, stop, submit, write_state
 from pipelines.schedule.times import (

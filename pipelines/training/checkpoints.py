@@ -22,7 +22,7 @@ from mae_core.checkpoint import (
     verify_checkpoint,
 )
 from mae_core.config import StrictConfig
-from pipelines.config.sections import ConfigError
+from pipelines.outcome import ConfigError
 
 logger = logging.getLogger(__name__)
 

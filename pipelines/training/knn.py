@@ -23,9 +23,9 @@ from mae_core.data.transforms import center_crop, stack_pixels
 from mae_core.data.views import normalize
 from mae_core.evaluation.classification import encode_features, knn_accuracy
 from mae_core.model.encoder import MaskedEncoder
-from pipelines.config.sections import KnnConfig
+from pipelines.config.pretrain import KnnConfig
 from pipelines.reading.class_names import Numbers, folder_of
-from pipelines.reading.sequence import read_rows
+from pipelines.reading.shards import read_rows
 
 logger = logging.getLogger(__name__)
 

@@ -14,8 +14,9 @@ from ray.train import FailureConfig, RunConfig
 from ray.train import ScalingConfig as RayScalingConfig
 
 from infra import machine, storage
-from pipelines.config.sections import ConfigError, ScalingConfig
+from pipelines.config.sections import ScalingConfig
 from pipelines.driver import ROOT, cluster_address
+from pipelines.outcome import ConfigError
 from pipelines.reading.sequence import READ_CPUS, configure_ray_data
 from pipelines.terminal import progress, worker_logging
 from pipelines.training import local_ray

@@ -37,7 +37,7 @@ from mae_core.evaluation.reconstruction import reconstruct, reconstruction_pictu
 from mae_core.model.mae import MaskedAutoencoder, build_mae
 from mae_core.optim import build_optimizer, warmup_cosine
 from mae_core.train_step import MicroBatch, pretrain_step
-from pipelines.config.sections import PretrainConfig
+from pipelines.config.pretrain import PretrainConfig
 from pipelines.reading.batches import (
     BatchDecoder,
     DecodedBatch,

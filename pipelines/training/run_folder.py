@@ -34,8 +34,7 @@ from mae_core.checkpoint import CorruptCheckpointError
 from mae_core.config import StrictConfig
 from mae_core.data.samples import DataError
 from mae_core.train_step import NonFiniteLossError
-from pipelines.config.sections import ConfigError, StageResult
-from pipelines.outcome import lasting_error
+from pipelines.outcome import ConfigError, StageResult, lasting_error
 
 logger = logging.getLogger(__name__)
 

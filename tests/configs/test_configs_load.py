@@ -11,7 +11,8 @@ from pipelines.config.downstream import (
     SegmentConfig,
 )
 from pipelines.config.loading import load_config
-from pipelines.config.sections import PrepareConfig, PretrainConfig
+from pipelines.config.prepare import PrepareConfig
+from pipelines.config.pretrain import PretrainConfig
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 PRETRAIN = sorted((CONFIGS / "pretrain").glob("*.yaml"))

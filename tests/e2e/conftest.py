@@ -16,7 +16,9 @@ from mlflow import MlflowClient
 
 from pipelines import prepare, pretrain
 from pipelines.config.loading import load_config
-from pipelines.config.sections import PrepareConfig, PretrainConfig, StageResult
+from pipelines.config.prepare import PrepareConfig
+from pipelines.config.pretrain import PretrainConfig
+from pipelines.outcome import StageResult
 
 ROOT = Path(__file__).parents[2]
 # 96 samples in global batches of 16: 6 steps an epoch, 30 in all.

@@ -37,7 +37,7 @@ from pathlib import Path
 from infra.storage import StorageError
 from mae_core.config import StrictConfig
 from mae_core.data.samples import DataError
-from pipelines.config.sections import StageResult
+from pipelines.outcome import StageResult
 
 
 class Config(StrictConfig):

@@ -29,12 +29,12 @@ from pipelines.config.downstream import (
     ClassifyConfig,
     DetectConfig,
     DownstreamConfig,
-    EmbedConfig,
     SegmentConfig,
 )
+from pipelines.config.embed import EmbedConfig
 from pipelines.config.loading import load_config
-from pipelines.config.sections import ConfigError, StageResult
-from pipelines.reading.sequence import open_shards, read_rows
+from pipelines.outcome import ConfigError, StageResult
+from pipelines.reading.shards import open_shards, read_rows
 from tests.e2e.conftest import assert_golden
 from tests.e2e.victims import train_workers
 

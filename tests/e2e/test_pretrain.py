@@ -17,7 +17,7 @@ from PIL import Image
 from mae_core.data.samples import DataError
 from mae_core.train_step import NonFiniteLossError
 from pipelines import pretrain
-from pipelines.config.sections import ConfigError
+from pipelines.outcome import ConfigError
 from tests.e2e.conftest import assert_golden
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]

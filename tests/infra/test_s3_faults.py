@@ -13,9 +13,10 @@ from infra import patience, storage
 from infra.storage import StorageError
 from mae_core.data.order import RunOrder
 from pipelines import prepare
-from pipelines.config.sections import PrepareConfig
+from pipelines.config.prepare import PrepareConfig
 from pipelines.reading import sequence as datasets
-from pipelines.reading.sequence import SequencePlan, open_shards, read_window
+from pipelines.reading.sequence import SequencePlan, read_window
+from pipelines.reading.shards import open_shards
 from tests.infra.fault_proxy import FaultProxy
 
 pytestmark = [pytest.mark.services, pytest.mark.timeout(120)]

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.pipelines.packing import write_image
+from tests.pipelines.packed_sets import write_image
 
 WriteTar = Callable[[Path, dict[str, bytes]], Path]
 

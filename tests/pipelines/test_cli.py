@@ -18,7 +18,9 @@ from pipelines import cli, driver, prepare, pretrain
 from pipelines.chain.kinds import KINDS
 from pipelines.commands.arguments import STAGE_WORDS
 from pipelines.config.fields import describe
-from pipelines.config.sections import PrepareConfig, PretrainConfig, StageResult
+from pipelines.config.prepare import PrepareConfig
+from pipelines.config.pretrain import PretrainConfig
+from pipelines.outcome import StageResult
 from pipelines.training import launch
 
 ROOT = Path(__file__).parents[2]

@@ -9,9 +9,9 @@ import pytest
 
 from mae_core.data.manifest import ShardInfo
 from pipelines import embed
-from pipelines.config.downstream import EmbedConfig
+from pipelines.config.embed import EmbedConfig
 from pipelines.embed import Piece
-from pipelines.reading.sequence import open_shards
+from pipelines.reading.shards import open_shards
 from pipelines.training.stopping import Decision, StopChannel
 
 

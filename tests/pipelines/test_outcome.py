@@ -16,11 +16,12 @@ from infra.storage import NoShardsError, StorageError
 from mae_core.checkpoint import CorruptCheckpointError
 from mae_core.data.samples import DataError
 from mae_core.train_step import NonFiniteLossError
-from pipelines.config.sections import ConfigError, RefusedError
 from pipelines.outcome import (
     NOT_STARTED,
     OUT_OF_MEMORY,
     PASSING_TYPES,
+    ConfigError,
+    RefusedError,
     can_pass,
     lasting_error,
     tell,

@@ -10,7 +10,7 @@ import pytest
 from infra import storage, tracking
 from infra.config import TrackingConfig
 from pipelines import cli
-from pipelines.config.sections import StageResult
+from pipelines.outcome import StageResult
 from pipelines.schedule import runs as schedule_runs
 from pipelines.schedule.config import Schedule
 from pipelines.schedule.times import Tick

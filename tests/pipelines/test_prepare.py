@@ -25,8 +25,9 @@ from mae_core.data.manifest import index_from_bytes
 from mae_core.data.samples import DataError, iter_samples
 from pipelines import prepare
 from pipelines.config.loading import load_config
-from pipelines.config.sections import ConfigError, PrepareConfig, StageResult
-from tests.pipelines.packing import (
+from pipelines.config.prepare import PrepareConfig
+from pipelines.outcome import ConfigError, StageResult
+from tests.pipelines.packed_sets import (
     BLACK,
     WHITE,
     contents,

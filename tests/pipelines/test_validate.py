@@ -11,8 +11,8 @@ import pytest
 from PIL import Image
 
 from mae_core.data.decode import encode_jpeg
-from pipelines.config.sections import RefusedError, StageResult
 from pipelines.config.validate import ValidateConfig
+from pipelines.outcome import RefusedError, StageResult
 from pipelines.validate import run
 
 WriteTar = Callable[[Path, dict[str, bytes]], Path]

@@ -14,7 +14,7 @@ from pipelines.chain.config import Chain, ChainConfig, Stage, StageSpec
 from pipelines.chain.execute import Failure
 from pipelines.chain.kinds import StageKind
 from pipelines.chain.plan import Forced, Planned, plan_chain
-from pipelines.config.sections import StageResult
+from pipelines.outcome import StageResult
 
 
 class Own(StrictConfig):

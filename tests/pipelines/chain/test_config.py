@@ -7,12 +7,12 @@ import pytest
 import yaml
 
 from pipelines.chain.config import Chain, after, load_chain, substitute
-from pipelines.config.sections import ConfigError
+from pipelines.outcome import ConfigError
 
 OWN_STAGE = '''
 """Counts to a number."""
 from mae_core.config import StrictConfig
-from pipelines.config.sections import StageResult
+from pipelines.outcome import StageResult
 
 
 class Config(StrictConfig):

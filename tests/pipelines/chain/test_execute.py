@@ -24,7 +24,7 @@ from pipelines.chain.execute import (
     execute,
     in_order,
 )
-from pipelines.config.sections import ConfigError, StageResult
+from pipelines.outcome import ConfigError, StageResult
 
 PARTS = KeyParts(
     kind="pretrain",

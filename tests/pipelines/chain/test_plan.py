@@ -28,9 +28,12 @@ from pipelines.chain.plan import (
     plan_table,
     text_graph,
 )
-from pipelines.config.downstream import ClassifyConfig, DetectConfig, EmbedConfig, SegmentConfig
-from pipelines.config.sections import ConfigError, PrepareConfig, PretrainConfig, StageResult
+from pipelines.config.downstream import ClassifyConfig, DetectConfig, SegmentConfig
+from pipelines.config.embed import EmbedConfig
+from pipelines.config.prepare import PrepareConfig
+from pipelines.config.pretrain import PretrainConfig
 from pipelines.config.validate import ValidateConfig
+from pipelines.outcome import ConfigError, StageResult
 from tests.pipelines.shard_sets import shard_set
 
 CONFIGS: dict[str, StrictConfig] = {

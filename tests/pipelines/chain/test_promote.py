@@ -12,7 +12,7 @@ from infra.registry import Version
 from infra.storage import StorageError
 from pipelines.chain.config import PromoteSpec
 from pipelines.chain.promote import judge, promote
-from pipelines.config.sections import ConfigError, StageResult
+from pipelines.outcome import ConfigError, StageResult
 
 SPEC = PromoteSpec(model="m", metric="classify/top1", margin=0.01)
 

@@ -21,7 +21,8 @@ from pipelines.chain.kinds import StageKind
 from pipelines.chain.plan import Forced, plan_chain
 from pipelines.chain.promote import Verdict
 from pipelines.chain.record import PipelineRun
-from pipelines.config.sections import PretrainConfig, StageResult
+from pipelines.config.pretrain import PretrainConfig
+from pipelines.outcome import StageResult
 
 METRICS = {"finetune/top1": 0.5, "finetune/top1_std": 0.01, "scratch/top1": 0.4, "data/left_out": 2}
 

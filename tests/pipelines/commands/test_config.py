@@ -11,7 +11,8 @@ import yaml
 
 from pipelines.commands.config import command
 from pipelines.config.loading import load_with_origins
-from pipelines.config.sections import ConfigError, PretrainConfig
+from pipelines.config.pretrain import PretrainConfig
+from pipelines.outcome import ConfigError
 
 ROOT = Path(__file__).parents[3]
 KINDS_OF_FILES = ("chain", "classify", "detect", "prepare", "pretrain", "segment")

@@ -6,7 +6,9 @@ import pytest
 
 from pipelines.config.downstream import ClassifyConfig, DetectConfig
 from pipelines.config.loading import Given, load_config, load_with_origins
-from pipelines.config.sections import ConfigError, PrepareConfig, PretrainConfig
+from pipelines.config.prepare import PrepareConfig
+from pipelines.config.pretrain import PretrainConfig
+from pipelines.outcome import ConfigError
 
 BATCH = ("optim.global_batch_size=64",)
 

@@ -9,7 +9,9 @@ import pytest
 
 from pipelines.config.fields import describe, flatten
 from pipelines.config.loading import load_config
-from pipelines.config.sections import ConfigError, PrepareConfig, PretrainConfig
+from pipelines.config.prepare import PrepareConfig
+from pipelines.config.pretrain import PretrainConfig
+from pipelines.outcome import ConfigError
 
 NEEDED = ("data.train=/data", "optim.global_batch_size=64")
 

@@ -20,7 +20,6 @@ import imagecodecs
 import pytest
 
 from infra.services import object_store
-from pipelines.config.sections import ConfigError
 from pipelines.doctor import command as doctor
 from pipelines.doctor import services as service_checks
 from pipelines.doctor.command import (
@@ -34,6 +33,7 @@ from pipelines.doctor.command import (
     run_checks,
 )
 from pipelines.doctor.services import Finding, check_mlflow, check_ray, check_storage
+from pipelines.outcome import ConfigError
 
 VARIABLES = ("MAE__", "RAY_", "AWS_", "MLFLOW_TRACKING_")
 

@@ -23,7 +23,7 @@ from pipelines.config.downstream import (
 )
 from pipelines.config.loading import load_config
 from pipelines.downstream.run import LabelledData, Study
-from pipelines.reading.sequence import open_shards
+from pipelines.reading.shards import open_shards
 from tests.pipelines.conftest import png
 
 WriteTar = Callable[[Path, dict[str, bytes]], Path]

@@ -18,7 +18,7 @@ from mae_core.data.manifest import ShardInfo
 from mae_core.data.samples import DataError
 from pipelines.downstream.measuring import Measurer
 from pipelines.downstream.task import EncodedSample, Example, Task
-from pipelines.reading.sequence import open_shards
+from pipelines.reading.shards import open_shards
 
 
 class FakeTask:

@@ -12,11 +12,11 @@ from mae_core.data.manifest import Manifest, ShardInfo
 from mae_core.data.samples import DataError
 from pipelines.config.downstream import ClassifyConfig, DetectConfig, SegmentConfig
 from pipelines.config.loading import load_config
-from pipelines.config.sections import ConfigError
 from pipelines.downstream.measuring import NotMeasuredError
 from pipelines.downstream.run import _finish, _kept_arm, _plan_arms, arms_table, mean_metrics
 from pipelines.downstream.task import Arm, Evaluation, arm_of_step
 from pipelines.downstream.worker import _Worker
+from pipelines.outcome import ConfigError
 from pipelines.training.run_folder import RunFolder
 
 NEEDED = ["init_from=c", "data.train=t", "data.val=v"]

@@ -16,7 +16,8 @@ from mae_core.config import MaskingConfig
 from mae_core.data.order import RunOrder
 from mae_core.data.views import ViewSpec
 from pipelines.reading.batches import BatchDecoder
-from pipelines.reading.sequence import SequencePlan, open_shards, read_window
+from pipelines.reading.sequence import SequencePlan, read_window
+from pipelines.reading.shards import open_shards
 
 SPEC = ViewSpec(seed=0, in_chans=3, size=(32, 32), crop_scale=(0.2, 1.0), flip=True)
 # Where we know more than Pillow, whose answers the manifest has: tifffile reads the second whole,

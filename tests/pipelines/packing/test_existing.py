@@ -13,8 +13,9 @@ from PIL import Image
 from mae_core.data.manifest import Manifest, index_from_bytes, parse_manifest
 from mae_core.data.samples import DataError
 from pipelines import cli, prepare
-from pipelines.config.sections import ConfigError, PrepareConfig, StageResult
-from pipelines.reading.sequence import open_shards, read_rows
+from pipelines.config.prepare import PrepareConfig
+from pipelines.outcome import ConfigError, StageResult
+from pipelines.reading.shards import open_shards, read_rows
 
 
 def index(folder: Path, what: str = "index", **fields: object) -> StageResult:

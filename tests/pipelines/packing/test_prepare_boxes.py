@@ -9,8 +9,9 @@ import pytest
 from mae_core.data.decode import decode_image
 from mae_core.data.samples import DataError
 from pipelines import prepare
-from pipelines.config.sections import ConfigError, PrepareConfig
-from tests.pipelines.packing import read_all
+from pipelines.config.prepare import PrepareConfig
+from pipelines.outcome import ConfigError
+from tests.pipelines.packed_sets import read_all
 
 
 def write_coco(photos: Path, *, images: int) -> Path:

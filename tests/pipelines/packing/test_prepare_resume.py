@@ -12,9 +12,9 @@ import psutil
 import pytest
 
 from mae_core.data.samples import DataError
-from pipelines.config.sections import ConfigError
+from pipelines.outcome import ConfigError
 from pipelines.packing import process_pool
-from tests.pipelines.packing import WHITE, contents, pack, run_script, written
+from tests.pipelines.packed_sets import WHITE, contents, pack, run_script, written
 
 ROOT = Path(__file__).parents[3]
 

@@ -11,8 +11,9 @@ import pytest
 
 from mae_core.data.samples import DataError
 from pipelines import cli, prepare
-from pipelines.config.sections import ConfigError, PrepareConfig
-from tests.pipelines.packing import (
+from pipelines.config.prepare import PrepareConfig
+from pipelines.outcome import ConfigError
+from tests.pipelines.packed_sets import (
     BLACK,
     WHITE,
     contents,

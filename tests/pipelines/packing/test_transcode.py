@@ -10,8 +10,9 @@ from PIL import Image
 
 from mae_core.data.decode import decode_image
 from pipelines import prepare
-from pipelines.config.sections import ConfigError, PrepareConfig
-from tests.pipelines.packing import pack, read_all, read_manifest, write_image
+from pipelines.config.prepare import PrepareConfig
+from pipelines.outcome import ConfigError
+from tests.pipelines.packed_sets import pack, read_all, read_manifest, write_image
 
 
 def test_transcoded_images_are_smaller_jpegs_with_their_labels(

@@ -14,7 +14,7 @@ from PIL import Image
 
 from mae_core.config import MaskingConfig
 from mae_core.data.views import ViewSpec
-from pipelines.config.sections import PretrainConfig
+from pipelines.config.pretrain import PretrainConfig
 from pipelines.reading.batches import (
     BadSample,
     BatchDecoder,

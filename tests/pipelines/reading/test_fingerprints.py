@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.config.sections import ConfigError
+from pipelines.outcome import ConfigError
 from pipelines.reading.fingerprints import fingerprint
 from tests.pipelines.shard_sets import shard_set
 

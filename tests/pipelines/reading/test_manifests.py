@@ -10,8 +10,8 @@ import pytest
 from infra.storage import NoShardsError
 from mae_core.data.manifest import ChannelStats, Manifest, merge_manifests
 from pipelines.reading import manifests as shard_manifests
-from pipelines.reading.sequence import open_shards
-from tests.pipelines.packing import BLACK, WHITE, pack, write_image
+from pipelines.reading.shards import open_shards
+from tests.pipelines.packed_sets import BLACK, WHITE, pack, write_image
 
 
 @pytest.fixture

@@ -23,24 +23,27 @@ from mae_core.data.order import RunOrder
 from mae_core.data.samples import DataError, Sample, iter_samples
 from mae_core.data.views import ViewSpec
 from pipelines import prepare
-from pipelines.config.sections import ConfigError, PrepareConfig
+from pipelines.config.prepare import PrepareConfig
+from pipelines.outcome import ConfigError
 from pipelines.reading import manifests as shard_manifests
 from pipelines.reading import sequence as datasets
 from pipelines.reading.batches import decode_block
 from pipelines.reading.sequence import (
-    BrokenSample,
-    ChangedDataError,
     RestingScheduler,
     SequencePlan,
     configure_ray_data,
-    measure_channel_stats,
     micro_batches,
-    open_shards,
     passes_per_block,
-    read_rows,
-    read_samples,
     read_window,
     sequence_dataset,
+)
+from pipelines.reading.shards import (
+    BrokenSample,
+    ChangedDataError,
+    measure_channel_stats,
+    open_shards,
+    read_rows,
+    read_samples,
 )
 from pipelines.training.knn import needed_label
 

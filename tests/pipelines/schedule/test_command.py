@@ -18,7 +18,7 @@ import yaml
 
 from infra.own_files import DamagedFileError
 from infra.storage import StorageError
-from pipelines.config.sections import ConfigError
+from pipelines.outcome import ConfigError
 from pipelines.schedule import command as schedule
 from pipelines.schedule import passes as schedule_pass
 from pipelines.schedule import runs as schedule_runs

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.config.sections import ConfigError
+from pipelines.outcome import ConfigError
 from pipelines.schedule.config import find_schedule, load_schedules
 
 ROOT = Path(__file__).parents[3]

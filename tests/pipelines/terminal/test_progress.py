@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 
 from pipelines import prepare, validate
-from pipelines.config.sections import PrepareConfig
+from pipelines.config.prepare import PrepareConfig
 from pipelines.config.validate import ValidateConfig
 from pipelines.packing import existing as existing_shards
 from pipelines.terminal import progress, worker_logging
 from pipelines.terminal.progress import State
-from tests.pipelines.packing import pack, write_image
+from tests.pipelines.packed_sets import pack, write_image
 
 
 class Terminal(io.StringIO):

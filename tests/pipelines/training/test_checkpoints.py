@@ -10,8 +10,8 @@ from torch import nn
 
 from mae_core.checkpoint import CheckpointRecord, CorruptCheckpointError, save_checkpoint
 from mae_core.config import LossConfig, MaskingConfig, ModelConfig
-from pipelines.config.downstream import EmbedConfig
-from pipelines.config.sections import ConfigError
+from pipelines.config.embed import EmbedConfig
+from pipelines.outcome import ConfigError
 from pipelines.training.checkpoints import (
     at_newest_checkpoint,
     commit_checkpoint,

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from mae_core.config import ModelConfig
 from mae_core.data.manifest import ShardInfo
 from mae_core.data.samples import DataError
-from pipelines.config.sections import KnnConfig
-from pipelines.reading.sequence import open_shards
+from pipelines.config.pretrain import KnnConfig
+from pipelines.reading.shards import open_shards
 from pipelines.training.knn import ImageReader, check_labels, knn_metrics
 from tests.pipelines.conftest import png
 

@@ -11,7 +11,8 @@ import pytest
 
 from infra.config import TrackingConfig
 from pipelines import driver
-from pipelines.config.sections import ConfigError, ScalingConfig
+from pipelines.config.sections import ScalingConfig
+from pipelines.outcome import ConfigError
 from pipelines.reading.sequence import READ_CPUS
 from pipelines.training import launch
 

@@ -13,7 +13,7 @@ from infra.storage import StorageError
 from mae_core.checkpoint import CorruptCheckpointError
 from mae_core.data.samples import DataError
 from mae_core.train_step import NonFiniteLossError
-from pipelines.config.sections import ConfigError, StageResult
+from pipelines.outcome import ConfigError, StageResult
 from pipelines.training.run_folder import RunFolder, RunRecord, SupersededError
 
 

@@ -12,7 +12,8 @@ from PIL import Image
 from mae_core.data.manifest import Manifest, parse_manifest
 from mae_core.data.samples import iter_samples
 from pipelines import prepare
-from pipelines.config.sections import PrepareConfig, StageResult
+from pipelines.config.prepare import PrepareConfig
+from pipelines.outcome import StageResult
 
 ROOT = Path(__file__).parents[2]
 # A black and a white pixel: 1x1 grey PNG files as some program wrote them.
