@@ -16,7 +16,7 @@ from contextlib import AbstractContextManager, nullcontext
 from infra.processes import end_with_parent
 from infra.redaction import redact, redact_logs
 from pipelines.commands.arguments import COMMANDS, load_own_stage, make_parser, parse, read_config
-from pipelines.outcome import StageResult, tell
+from pipelines.outcome import StageResult, explain
 from pipelines.terminal import progress
 
 
@@ -51,12 +51,12 @@ def main(argv: Sequence[str] | None = None) -> int:
                 stage = importlib.import_module(f"pipelines.{arguments.stage}")
         result: StageResult = stage.run(config, fresh=arguments.fresh)
     except BaseException as error:
-        exit_code = _tell(error, debug=arguments.debug)
+        exit_code = _report(error, debug=arguments.debug)
         if not sys.stdout.isatty():  # a person has been told
-            told = tell(error)
+            explained = explain(error)
             # Of an error that is not ours, the words alone: its class is on stderr.
-            message = str(error) if told.exit_code == 1 else told.message
-            failed = {"status": "failed", "error": message, "can_pass": told.can_pass}
+            message = str(error) if explained.exit_code == 1 else explained.message
+            failed = {"status": "failed", "error": message, "can_pass": explained.can_pass}
             print(redact(json.dumps({"stage": arguments.stage, **failed})), flush=True)
         return exit_code
     # A count stays one; numpy's numbers are none that JSON knows.
@@ -89,11 +89,11 @@ def _run_command(words: list[str]) -> int:
     try:
         code: int = importlib.import_module(f"pipelines.{module}").command(own_words)
     except BaseException as error:
-        return _tell(error, debug="--debug" in words)
+        return _report(error, debug="--debug" in words)
     return code
 
 
-def _tell(error: BaseException, *, debug: bool) -> int:
+def _report(error: BaseException, *, debug: bool) -> int:
     """Say what went wrong on stderr; returns the exit code."""
     if debug:
         logging.getLogger(__name__).error("traceback follows", exc_info=error)
@@ -104,11 +104,11 @@ def _tell(error: BaseException, *, debug: bool) -> int:
         return 130
     if isinstance(error, SystemExit):
         return error.code if isinstance(error.code, int) else 1
-    told = tell(error)
-    hint = "" if debug or told.exit_code != 1 else "; --debug shows where"
-    for line in redact(f"{told.message}{hint}").splitlines():
-        print(f"{told.title}: {line}", file=sys.stderr)
-    return told.exit_code
+    explained = explain(error)
+    hint = "" if debug or explained.exit_code != 1 else "; --debug shows where"
+    for line in redact(f"{explained.message}{hint}").splitlines():
+        print(f"{explained.title}: {line}", file=sys.stderr)
+    return explained.exit_code
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """What every driver does, with Ray or without: its paths, its origin, its end by a signal."""
 
-import json
 import os
 import shutil
 import signal
@@ -12,27 +11,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from infra import storage
+from pipelines.job import ROOT, ray_job_id
 from pipelines.outcome import ConfigError
 
-ROOT = Path(__file__).resolve().parents[1]
-
 POLL_S = 0.1
-JOB_STOP_WAIT_S = 3.0  # Ray's own default
 MARKING_S = 0.5  # for MLflow, where all of the time is up
-JOB_STOP_MARGIN_S = 1.0  # in which the end is told
-
-
-def ray_job_id() -> str | None:
-    """The submission id of the Ray job that this process is the driver of."""
-    raw = os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR")
-    return json.loads(raw).get("metadata", {}).get("job_submission_id") if raw else None
-
-
-def cluster_address() -> str | None:
-    """Return the address of the cluster to join, or None where a run starts a Ray of its own."""
-    address = os.environ.get("RAY_ADDRESS")
-    # Ray's own word for a new Ray on this machine, which must be a guarded one, too.
-    return None if address in (None, "", "local") else address
 
 
 def check_paths(uris: Iterable[tuple[str, str]]) -> None:
@@ -192,14 +175,3 @@ def cancel_on_signals(first: Callable[[], None]) -> Iterator[Stopper]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def grace_s(wanted_s: float) -> float:
-    """How long a stopped run may take: as wanted, or what `ray job stop` leaves it."""
-    if ray_job_id() is None:
-        return wanted_s
-    try:
-        given_s = float(os.environ.get("RAY_JOB_STOP_WAIT_TIME_S", ""))
-    except ValueError:
-        given_s = JOB_STOP_WAIT_S
-    return min(wanted_s, max(given_s - JOB_STOP_MARGIN_S, 0.0))

@@ -102,7 +102,7 @@ class StageResult(NamedTuple):
     metrics: dict[str, float]
 
 
-class Told(NamedTuple):
+class Explanation(NamedTuple):
     """An error in the words of the command line."""
 
     exit_code: int
@@ -112,25 +112,25 @@ class Told(NamedTuple):
     """Whether the same command may succeed: a store or a worker failed, not what it was asked."""
 
 
-def tell(error: BaseException) -> Told:
-    """Say what an error is, by the first one that we know among it and what caused it."""
+def explain(error: BaseException) -> Explanation:
+    """Explain an error by the first one that we know among it and what caused it."""
     links = chain(error)
     # First, since a worker that was killed for its memory also looks like one that crashed.
     if any(_is_out_of_memory(link) for link in links):
-        return Told(5, INFRASTRUCTURE, OUT_OF_MEMORY, True)
+        return Explanation(5, INFRASTRUCTURE, OUT_OF_MEMORY, True)
     for link in links:
         if (known := _known(link)) is not None:
-            return Told(*EXIT_CODES[_kind(known)], str(known), _is_passing(known))
+            return Explanation(*EXIT_CODES[_kind(known)], str(known), _is_passing(known))
         if names := _names_of_ray(link) & PASSING_TYPES:
             is_late = "WorkerGroupStartupTimeoutError" in names
             message = NOT_STARTED if is_late else f"{type(link).__name__}: {_first_line(link)}"
-            return Told(5, INFRASTRUCTURE, message, True)
-    return Told(1, "error", f"{type(error).__name__}: {error}", False)
+            return Explanation(5, INFRASTRUCTURE, message, True)
+    return Explanation(1, "error", f"{type(error).__name__}: {error}", False)
 
 
 def can_pass(error: BaseException) -> bool:
     """Whether the same command may succeed: a store or a worker failed, not what it was asked."""
-    return tell(error).can_pass
+    return explain(error).can_pass
 
 
 def known_error(error: BaseException) -> Exception | None:

@@ -18,7 +18,7 @@ from pipelines.chain.plan import Planned, versions
 from pipelines.chain.process import StageProcess
 from pipelines.config.fields import flatten
 from pipelines.driver import run_tags
-from pipelines.outcome import StageResult, tell
+from pipelines.outcome import StageResult, explain
 
 logger = logging.getLogger(__name__)
 
@@ -54,8 +54,10 @@ class StageTry:
             if isinstance(ended, StageResult) and self._process is not None:
                 ended = self._commit(ended)
         except Exception as error:  # of the lease, or of the commit: the stages beside go on
-            told = tell(error)
-            ended = Failure(f"{type(error).__name__}: {error}", told.exit_code, told.can_pass)
+            explained = explain(error)
+            ended = Failure(
+                f"{type(error).__name__}: {error}", explained.exit_code, explained.can_pass
+            )
         if ended is not None:
             self._held.close()
         return ended

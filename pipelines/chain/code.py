@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from pathlib import Path
 
-from pipelines.driver import ROOT
+from pipelines.job import ROOT
 
 COMPUTING_PACKAGES = ("mae_core", "pipelines.reading", "pipelines.packing", "pipelines.downstream")
 

@@ -22,7 +22,7 @@ from infra.lease import lease
 from infra.own_files import read_or_none
 from infra.redaction import redact
 from infra.run_names import name_with_differences
-from pipelines import driver
+from pipelines import driver, job
 from pipelines.chain import report
 from pipelines.chain.attempt import StageTry, resolved, reuse
 from pipelines.chain.config import Chain, PromoteSpec, base_and_point, load_chain
@@ -190,7 +190,7 @@ def _wanted_nodes(plans: list[Planned], forced: Forced) -> list[Node]:
 
 
 def _capacity() -> Capacity:
-    if driver.cluster_address():
+    if job.cluster_address():
         # By name: only here does the pipeline's own process need Ray.
         cpus, gpus = import_module("pipelines.training.launch").cluster_capacity()
         return Capacity(cpus, gpus)

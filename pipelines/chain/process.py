@@ -17,7 +17,7 @@ import psutil
 from infra import processes
 from pipelines.chain.execute import Failure
 from pipelines.config.loading import ENVIRONMENT_PREFIX
-from pipelines.driver import ROOT
+from pipelines.job import ROOT
 from pipelines.outcome import StageResult
 from pipelines.training.recording import STAGE_VARIABLE
 

@@ -39,7 +39,7 @@ from pipelines.doctor.services import (
     installed_version,
     nearest_folder,
 )
-from pipelines.driver import ROOT
+from pipelines.job import ROOT
 
 INFRASTRUCTURE = 5  # exit code
 CHECK_TIMEOUT_S = 60.0  # of all that one check does; importing torch may take long

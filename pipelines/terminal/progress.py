@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from pipelines import driver
+from pipelines import job
 from pipelines.terminal import worker_logging
 
 logger = logging.getLogger(__name__)
@@ -36,7 +36,7 @@ class State(NamedTuple):
 
 def shows_bar() -> bool:
     """Whether bars are drawn: a person looks, and no other machine's lines come between."""
-    return sys.stderr.isatty() and driver.cluster_address() is None
+    return sys.stderr.isatty() and job.cluster_address() is None
 
 
 def write(text: str) -> None:

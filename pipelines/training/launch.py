@@ -15,7 +15,7 @@ from ray.train import ScalingConfig as RayScalingConfig
 
 from infra import machine, storage
 from pipelines.config.sections import ScalingConfig
-from pipelines.driver import ROOT, cluster_address
+from pipelines.job import ROOT, cluster_address
 from pipelines.outcome import ConfigError
 from pipelines.reading.sequence import READ_CPUS, configure_ray_data
 from pipelines.terminal import progress, worker_logging

@@ -15,7 +15,7 @@ from infra import storage, tracking
 from infra.config import TrackingConfig
 from mae_core.config import StrictConfig
 from mae_core.data.samples import DataError
-from pipelines import driver
+from pipelines import driver, job
 from pipelines.config.fields import flatten
 from pipelines.config.sections import SavingConfig
 from pipelines.driver import Stopper
@@ -234,7 +234,7 @@ def run_until_stopped(
             fit,
             ask=ask,
             is_worth_waiting=lambda: channel.told().phase is Phase.TRAINING,
-            grace_s=driver.grace_s(saving.grace_s),
+            grace_s=job.grace_s(saving.grace_s),
         )
 
 

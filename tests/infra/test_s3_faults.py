@@ -14,7 +14,7 @@ from infra.storage import StorageError
 from mae_core.data.order import RunOrder
 from pipelines import prepare
 from pipelines.config.prepare import PrepareConfig
-from pipelines.reading import sequence as datasets
+from pipelines.reading import shards
 from pipelines.reading.sequence import SequencePlan, read_window
 from pipelines.reading.shards import open_shards
 from tests.infra.fault_proxy import FaultProxy
@@ -233,7 +233,7 @@ def test_every_sample_of_two_epochs_arrives_once_whatever_the_network_does(
         workers=1,
     )
     prepare.run(config, fresh=False)
-    datasets._index.cache_clear()
+    shards._index.cache_clear()
     manifest = open_shards("s3://data/faulty/train", "/nowhere")
     proxy = make_proxy(*NETWORK, "short", "flip", rate=rate, seed=3)
     order = RunOrder(manifest.counts, seed=0, window=16, num_samples=240)

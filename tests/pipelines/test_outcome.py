@@ -23,8 +23,8 @@ from pipelines.outcome import (
     ConfigError,
     RefusedError,
     can_pass,
+    explain,
     lasting_error,
-    tell,
 )
 
 
@@ -112,8 +112,8 @@ class TaskError(Exception):
 def test_each_error_has_an_exit_code_and_one_line(
     error: Exception, exit_code: int, line: str
 ) -> None:
-    told = tell(error)
-    assert (told.exit_code, f"{told.title}: {told.message}") == (exit_code, line)
+    explained = explain(error)
+    assert (explained.exit_code, f"{explained.title}: {explained.message}") == (exit_code, line)
 
 
 @pytest.mark.parametrize(
@@ -130,15 +130,15 @@ def test_each_error_has_an_exit_code_and_one_line(
 def test_an_error_keeps_its_code_and_its_words_below_what_wraps_it(
     wrap: Callable[[Exception], Exception],
 ) -> None:
-    told = tell(wrap(StorageError("the disk is full", is_lasting=True)))
-    assert told == (5, "infrastructure error", "the disk is full", False)
+    explained = explain(wrap(StorageError("the disk is full", is_lasting=True)))
+    assert explained == (5, "infrastructure error", "the disk is full", False)
     assert isinstance(lasting_error(wrap(DataError("x"))), DataError)
     assert lasting_error(wrap(StorageError("net"))) is None
 
 
 def test_an_error_of_the_same_name_is_not_ours() -> None:
     foreign = type("DataError", (Exception,), {"__module__": "sqlalchemy.exc"})
-    assert tell(foreign("x")).exit_code == 1
+    assert explain(foreign("x")).exit_code == 1
 
 
 def test_memory_of_a_gpu_is_not_rays() -> None:
@@ -157,7 +157,7 @@ OUT = ray.exceptions.OutOfMemoryError("Task was killed due to the node running l
 
 
 @pytest.mark.parametrize(
-    ("error", "told"),
+    ("error", "explained"),
     [
         (OUT, OUT_OF_MEMORY),
         (task_error(OUT), OUT_OF_MEMORY),
@@ -171,10 +171,10 @@ OUT = ray.exceptions.OutOfMemoryError("Task was killed due to the node running l
     ],
 )
 def test_memory_and_a_start_that_took_too_long_are_told_in_one_line(
-    error: Exception, told: str
+    error: Exception, explained: str
 ) -> None:
-    assert tell(error) == (5, "infrastructure error", told, True)
-    assert len(told.splitlines()) == 1
+    assert explain(error) == (5, "infrastructure error", explained, True)
+    assert len(explained.splitlines()) == 1
 
 
 def test_errors_in_a_circle_end() -> None:

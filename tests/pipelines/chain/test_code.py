@@ -67,6 +67,8 @@ def test_what_is_imported_of_the_core_comes_along() -> None:
     # Reached only by way of another module of the core.
     assert {"mae_core.config", "mae_core.data.samples"} <= found.keys()
     others = {name for name in found if not name.startswith("mae_core.")}
+    assert {"pipelines.reading.shards", "pipelines.reading.manifests"} <= others
+    others = {name for name in others if not name.startswith("pipelines.reading.")}
     assert others == {"pipelines.pretrain"}, "what starts and stores does not count"
 
 

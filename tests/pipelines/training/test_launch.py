@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from infra.config import TrackingConfig
-from pipelines import driver
+from pipelines import driver, job
 from pipelines.config.sections import ScalingConfig
 from pipelines.outcome import ConfigError
 from pipelines.reading.sequence import READ_CPUS
@@ -103,7 +103,7 @@ def test_a_path_of_a_list_is_checked_too() -> None:
 @pytest.mark.usefixtures("in_job")
 def test_absolute_and_remote_paths_are_taken_in_a_ray_job() -> None:
     driver.check_paths([("data.train", "/data/train"), ("storage.root", "s3://mae/runs")])
-    assert driver.ray_job_id() == "raysubmit_1"
+    assert job.ray_job_id() == "raysubmit_1"
 
 
 @pytest.mark.usefixtures("in_job")
@@ -117,7 +117,7 @@ def test_an_mlflow_store_in_the_working_copy_of_a_ray_job_is_refused(tmp_path: P
 def test_relative_paths_are_taken_outside_of_a_job(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RAY_JOB_CONFIG_JSON_ENV_VAR", raising=False)
     driver.check_paths([("data.train", "data/train"), ("storage.root", "runs")])
-    assert driver.ray_job_id() is None
+    assert job.ray_job_id() is None
 
 
 @pytest.mark.parametrize("uri", ["gs://bucket/x", "https://host/x.tar", "s3://"])
@@ -254,14 +254,14 @@ def test_a_ray_job_has_what_job_stop_leaves_it(
     monkeypatch.delenv("RAY_JOB_STOP_WAIT_TIME_S", raising=False)
     if given is not None:
         monkeypatch.setenv("RAY_JOB_STOP_WAIT_TIME_S", given)
-    assert driver.grace_s(25.0) == seconds
+    assert job.grace_s(25.0) == seconds
 
 
 def test_outside_of_a_job_the_config_says_how_long_a_stop_may_take(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.delenv("RAY_JOB_CONFIG_JSON_ENV_VAR", raising=False)
-    assert driver.grace_s(25.0) == 25.0
+    assert job.grace_s(25.0) == 25.0
 
 
 def test_ray_keeps_its_bookkeeping_in_the_run_s_folder(tmp_path: Path) -> None:

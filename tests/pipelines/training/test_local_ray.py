@@ -16,7 +16,7 @@ import ray
 from ray._private.services import node_ip_address_from_perspective
 
 from infra import storage
-from pipelines import driver
+from pipelines import job
 from pipelines.outcome import can_pass
 from pipelines.training import local_ray
 from tests.infra.ray_ports import REFUSALS, ask, listening, of_local_ray
@@ -177,7 +177,7 @@ def test_only_a_cluster_s_address_is_joined(
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     if given is not None:
         monkeypatch.setenv("RAY_ADDRESS", given)
-    assert driver.cluster_address() == joined
+    assert job.cluster_address() == joined
 
 
 def calls_of_init(file: Path) -> list[str]:
@@ -195,7 +195,7 @@ def calls_of_init(file: Path) -> list[str]:
 
 def test_every_start_of_ray_goes_through_the_guarded_one() -> None:
     folders = ("pipelines", "infra", "mae_core", "benchmarks", "docs", "tests")
-    files = [file for folder in folders for file in (driver.ROOT / folder).rglob("*.py")]
+    files = [file for folder in folders for file in (job.ROOT / folder).rglob("*.py")]
     assert len(files) > 100
     found = {file.name: calls_of_init(file) for file in files}
     # `launch` joins a cluster, which asks for its own token.
