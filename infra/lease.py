@@ -2,8 +2,9 @@
 
 On a local disk the operating system keeps the lock, and drops it with the process. On S3 an object
 that only one can create is kept fresh by a heartbeat; when it was not for STALE_S, whoever wants
-it takes it over, by a write that the store refuses if another came first. Ages are by the store's
-clock.
+it takes it over, by a write that the store refuses if another came first. Giving it back is such
+a write, too: it leaves an empty object, never deletes one that is another's by now. Ages are by the
+store's clock.
 """
 
 import fcntl
@@ -28,6 +29,7 @@ logger = logging.getLogger(__name__)
 
 HEARTBEAT_S = 15.0
 STALE_S = 60.0
+GIVEN_BACK = b""
 
 
 class HeldError(storage.StorageError):
@@ -40,6 +42,7 @@ class Lease:
     def __init__(self, uri: str) -> None:
         self.uri = uri
         self.is_lost = False
+        self.tag = ""  # ETag of what we wrote last, on S3
 
     def check(self) -> None:
         """Raises: HeldError: another took it over."""
@@ -98,10 +101,10 @@ def _held_by(uri: str, text: str) -> str:
 
 @contextmanager
 def _hold_object(uri: str, text: str) -> Iterator[Lease]:
-    tag = _take(uri, text)
     held = Lease(uri)
+    held.tag = _take(uri, text)
     stopped = threading.Event()
-    beating = threading.Thread(target=_beat, args=(held, text, tag, stopped), daemon=True)
+    beating = threading.Thread(target=_beat, args=(held, text, stopped), daemon=True)
     beating.start()
     try:
         yield held
@@ -109,8 +112,11 @@ def _hold_object(uri: str, text: str) -> Iterator[Lease]:
         stopped.set()
         beating.join(timeout=HEARTBEAT_S)
         with suppress(storage.StorageError):
-            if _is_ours(uri, text):
-                storage.delete_file(uri)
+            if put_if(uri, GIVEN_BACK, IfMatch=held.tag) is None:
+                # A heartbeat whose answer was lost made another ETag of ours.
+                found = get(uri)
+                if found is not None and found["Body"].decode() == text:
+                    put_if(uri, GIVEN_BACK, IfMatch=found["ETag"])
 
 
 def _take(uri: str, text: str) -> str:
@@ -125,8 +131,10 @@ def _take(uri: str, text: str) -> str:
         return str(found["ETag"])
     now = parsedate_to_datetime(found["ResponseMetadata"]["HTTPHeaders"]["date"])
     age_s = (now - found["LastModified"]).total_seconds()
-    if age_s >= STALE_S or _is_dead_here(holder):
-        logger.warning("%s: not heard of for %.0f s; taken over", _held_by(uri, holder), age_s)
+    is_given_back = found["Body"] == GIVEN_BACK
+    if is_given_back or age_s >= STALE_S or _is_dead_here(holder):
+        if not is_given_back:
+            logger.warning("%s: not heard of for %.0f s; taken over", _held_by(uri, holder), age_s)
         if (tag := put_if(uri, text.encode(), IfMatch=found["ETag"])) is not None:
             return tag
     raise HeldError(f"{_held_by(uri, holder)}, heard of {max(age_s, 0):.0f} s ago")
@@ -140,15 +148,15 @@ def _is_dead_here(text: str) -> bool:
     return False
 
 
-def _beat(held: Lease, text: str, tag: str, stopped: threading.Event) -> None:
+def _beat(held: Lease, text: str, stopped: threading.Event) -> None:
     while not stopped.wait(HEARTBEAT_S):
         try:
-            written = put_if(held.uri, text.encode(), IfMatch=tag)
+            written = put_if(held.uri, text.encode(), IfMatch=held.tag)
             if written is None and not _is_ours(held.uri, text):
                 logger.error("%s: another took it over", held.uri)
                 held.is_lost = True
                 return
-            tag = written or tag
+            held.tag = written or held.tag
         except storage.StorageError as error:
             logger.warning("%s: could not be kept fresh: %s", held.uri, error)
 

@@ -25,10 +25,7 @@ def upload_folder(
     marker = local / last
     if marker not in files:
         raise FileNotFoundError(errno.ENOENT, f"{local} has no {last!r} to write last")
-    if storage.exists(storage.join(uri, last)):
-        filesystem, path = storage.open_filesystem(storage.join(uri, last))
-        with storage.storage_errors("delete", storage.join(uri, last)):
-            filesystem.delete_file(path)
+    storage.delete_file(storage.join(uri, last))
     for file in [*(file for file in files if file != marker), marker]:
         if file == marker:
             before_last()

@@ -135,3 +135,11 @@ def test_one_that_was_taken_over_does_not_take_it_back(
             held.check()
     assert storage.read_bytes(place) == b"theirs"
     assert "another took it over" in caplog.text
+
+
+@pytest.mark.services
+def test_giving_it_back_leaves_what_another_wrote_meanwhile(store: str) -> None:
+    place = f"{store}/given-back/lease"
+    with lease(place, "mine"):
+        storage.write_bytes(place, b"theirs")
+    assert storage.read_bytes(place) == b"theirs"
