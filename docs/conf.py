@@ -12,6 +12,7 @@ from sphinx.application import Sphinx
 ROOT = Path(__file__).parents[1]
 PAGES = {"README.md": "index", "CONTRIBUTING.md": "contributing", "CHANGELOG.md": "changelog"}
 LINK = re.compile(r"\]\((?!https?:|#)([^)#\s]+)")
+IN_ROOT = re.compile(rf"\]\((?:\.\./)+({'|'.join(map(re.escape, PAGES))})")
 
 project = "mae-pipeline"
 copyright = "mae-pipeline contributors, Apache-2.0"
@@ -35,6 +36,8 @@ def complete_page(app: Sphinx, page: str, source: list[str]) -> None:
         if page == stands_for:
             text = LINK.sub(lambda link: f"]({from_docs(link[1])}", (ROOT / name).read_text())
             source[0] = f"{text}\n{source[0]}"
+    # Links of other pages to these three: Sphinx reads a leading slash as docs/.
+    source[0] = IN_ROOT.sub(lambda link: f"](/{PAGES[link[1]]}.md", source[0])
     source[0] += LISTS.get(page, "")
 
 
