@@ -38,7 +38,7 @@ def test_every_page_and_the_readme_are_on_the_site(site: Path) -> None:
     for page in sorted((ROOT / "docs").rglob("*.md")):
         html = site / page.relative_to(ROOT / "docs").with_suffix(".html")
         assert html.exists(), f"{page} is not on the site"
-    assert "make demo" in (site / "index.html").read_text()
+    assert "Train on your own images" in (site / "index.html").read_text()
 
 
 def test_the_menu_leads_to_guides_and_reference(site: Path) -> None:
