@@ -1,13 +1,13 @@
-"""Keep a training run in a local folder, and know when the folder is damaged.
+"""Save a training run's checkpoint to a local folder, and detect damage when reading it.
 
     model.safetensors            every weight and persistent buffer, named as in the module; fp32
     training_state.safetensors   the optimizer's tensors, `exp_avg/<parameter>`, `step/<parameter>`
-    manifest.json                what the run was, and size and sha256 of the other files; last
+    manifest.json                the run's facts, and the size and sha256 of the other files
 
-The manifest also carries a sha256 of itself. Whatever stops a save leaves no manifest, or one
-that does not fit its files; both raise `CorruptCheckpointError`. Loading runs no pickle.
-Saving the same state twice gives the same bytes. Learning rate and weight decay are not kept:
-they follow from the config and the step.
+The manifest is written last and carries a sha256 of itself. An interrupted save leaves either no
+manifest or one that does not match its files; reading both raises `CorruptCheckpointError`.
+Loading never unpickles anything. Saving the same state twice gives the same bytes. Learning rate
+and weight decay are not stored because they follow from the config and the step.
 
 Safetensors: https://github.com/huggingface/safetensors.
 """
@@ -39,7 +39,7 @@ _NO_STATE = "none"
 
 
 class CorruptCheckpointError(RuntimeError):
-    """A file of the checkpoint is missing, cut, changed or unreadable; the message names it."""
+    """A checkpoint file is missing, truncated, changed or unreadable; the message names it."""
 
 
 class FileDigest(StrictConfig):
@@ -48,20 +48,20 @@ class FileDigest(StrictConfig):
 
 
 class CheckpointRecord(StrictConfig):
-    """What the run tells about itself; the rest of the manifest follows from the files."""
+    """The facts that the run provides; the rest of the manifest is computed from the files."""
 
     step: int = Field(ge=0)
-    """Optimizer steps done."""
+    """Number of optimizer steps completed."""
     samples_seen: int = Field(ge=0)
     """Position in the run's sequence of samples."""
     epoch: float = Field(ge=0)
-    """Passes over the data done."""
+    """Number of passes over the data completed."""
     total_steps: int = Field(gt=0)
-    """Optimizer steps of the whole run, which the learning rate schedule spans."""
+    """Number of optimizer steps in the whole run, which the learning rate schedule spans."""
     seed: int
-    """Seed of the run's order, augmentation and masking noise."""
+    """Seed of the run's sample order, augmentation and masking noise."""
     data_digest: str
-    """Names the training data: a resume on other data is another run."""
+    """Identifies the training data: continuing on other data makes it a different run."""
     channel_mean: tuple[float, ...]
     """Subtracted from each channel, in units of 0..1 pixels."""
     channel_std: tuple[float, ...]
@@ -70,9 +70,9 @@ class CheckpointRecord(StrictConfig):
     masking: MaskingConfig
     loss: LossConfig
     stage: str = "pretrain"
-    """What the weights were trained for: pretrain, classify, detect, segment."""
+    """The task that the weights were trained for: pretrain, classify, detect or segment."""
     classes: tuple[str, ...] = ()
-    """Names of what a tuned model tells apart."""
+    """Names of the classes that a fine-tuned model predicts."""
 
     @model_validator(mode="after")
     def _statistics_fit_the_channels(self) -> Self:
@@ -90,11 +90,11 @@ class CheckpointManifest(CheckpointRecord):
 
     format_version: Literal[1]
     decoder_present: bool
-    """Whether the weights hold a decoder, which more pretraining and pictures need."""
+    """Whether the weights include a decoder, which further pretraining and pictures need."""
     versions: dict[str, str]
-    """torch, timm, python and this package, at the time of saving."""
+    """Versions of torch, timm, Python and this package at the time of saving."""
     files: dict[Annotated[str, Field(pattern=r"^\w[\w.-]*$")], FileDigest]
-    """Every file but the manifest."""
+    """Every file except the manifest."""
 
     @model_validator(mode="after")
     def _weights_are_listed(self) -> Self:
@@ -110,13 +110,13 @@ def save_checkpoint(
     model: nn.Module,
     optimizer: torch.optim.Optimizer | None,
 ) -> CheckpointManifest:
-    """Write the checkpoint into `folder`, over an older one if there is one.
+    """Write the checkpoint into `folder`, replacing an older one if it is there.
 
     Args:
-        folder: Made if missing.
-        record: What the run tells about itself.
+        folder: Created if it does not exist.
+        record: The facts that the run provides.
         model: The bare module, not its DDP or compiled wrapper.
-        optimizer: None leaves the training state out: such a checkpoint cannot be resumed.
+        optimizer: None leaves out the training state; such a checkpoint cannot be resumed.
     """
     weights = {name: _stored_weight(tensor) for name, tensor in model.state_dict().items()}
     for name in weights:
@@ -127,7 +127,7 @@ def save_checkpoint(
         contents[TRAINING_STATE_FILE] = _flat_state(model, optimizer)
 
     folder.mkdir(parents=True, exist_ok=True)
-    # The manifest goes first: from here to the end, a folder that is cut short has none.
+    # The manifest is deleted first: from here to the end, an interrupted save leaves none.
     for stale in (MANIFEST_FILE, WEIGHTS_FILE, TRAINING_STATE_FILE):
         (folder / stale).unlink(missing_ok=True)
     for file_name, tensors in contents.items():
@@ -147,10 +147,10 @@ def save_checkpoint(
 
 def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
     try:
-        # One key: safetensors keeps metadata in a hash map, whose order is not fixed.
+        # One key only: safetensors keeps metadata in a hash map, whose order is not fixed.
         save_file(tensors, path, metadata={"format": "pt"})
     except SafetensorError as error:
-        # It has the system's number only in its words, such as "(os error 28)".
+        # The system's error number is only in the message text, such as "(os error 28)".
         found = re.search(r"os error (\d+)", str(error))
         if found is None:
             raise
@@ -166,7 +166,7 @@ def _stored_weight(tensor: Tensor) -> Tensor:
 def _flat_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     flat: dict[str, Tensor] = {}
     for name, parameter in _optimized(model, optimizer):
-        # A parameter that never had a gradient has no state, which is a fact to keep too.
+        # A parameter that never had a gradient has no state, and that has to be saved too.
         state = optimizer.state.get(parameter) or {_NO_STATE: torch.empty(0)}
         for kind, value in state.items():
             if not isinstance(value, Tensor):
@@ -178,7 +178,7 @@ def _flat_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str,
 def _optimized(
     model: nn.Module, optimizer: torch.optim.Optimizer
 ) -> list[tuple[str, nn.Parameter]]:
-    """Name the optimizer's parameters, in the optimizer's order."""
+    """Return the optimizer's parameters with their names, in the optimizer's order."""
     names = {parameter: name for name, parameter in model.named_parameters()}
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     if any(p not in names for p in parameters):
@@ -196,7 +196,7 @@ def _versions() -> dict[str, str]:
 
 
 def _installed(package: str) -> str:
-    # `ray job submit --working-dir .` runs this package from its sources, not installed.
+    # With `ray job submit --working-dir .` this package runs from its sources, not installed.
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -214,10 +214,11 @@ def _fields_sha256(fields: dict[str, Any]) -> str:
 
 
 def read_manifest(folder: Path) -> CheckpointManifest:
-    """Read the manifest alone; the files it lists are not looked at.
+    """Read the manifest without checking the files that it lists.
 
     Raises:
-        CorruptCheckpointError: It is missing, unreadable, changed, or of another format version.
+        CorruptCheckpointError: The manifest is missing, unreadable, changed, or of another format
+            version.
     """
     path = folder / MANIFEST_FILE
     try:
@@ -245,7 +246,7 @@ def verify_checkpoint(folder: Path) -> CheckpointManifest:
     """Compare every file with the manifest.
 
     Raises:
-        CorruptCheckpointError: The first file that is missing, cut or changed.
+        CorruptCheckpointError: A file is missing, truncated or changed; names the first one.
     """
     manifest = read_manifest(folder)
     for file_name in manifest.files:
@@ -271,16 +272,16 @@ def _verify_file(folder: Path, file_name: str, manifest: CheckpointManifest) -> 
 
 
 def load_weights(folder: Path, model: nn.Module, *, strict: bool = True) -> None:
-    """Load the weights into `model`, after comparing their file with the manifest.
+    """Check the weights file against the manifest and load the weights into `model`.
 
     Args:
         folder: The checkpoint.
         model: The bare module.
-        strict: False allows tensors that only one side has; the shapes of the others must agree.
+        strict: False allows tensors that only one side has; the shapes of the others must match.
 
     Raises:
         CorruptCheckpointError: The weights or the manifest are damaged.
-        ValueError: The first tensor that does not fit the model.
+        ValueError: A tensor does not fit the model; names the first one.
     """
     _load_named(model, _load_tensors(folder, WEIGHTS_FILE, read_manifest(folder)), strict=strict)
 
@@ -290,11 +291,11 @@ def load_encoder(
 ) -> tuple[MaskedEncoder, CheckpointManifest]:
     """Build the encoder that the manifest describes and load its weights.
 
-    Also of a tuned model, whose head is left out.
+    Also accepts a fine-tuned model, whose head is left out.
 
     Raises:
         CorruptCheckpointError: The weights or the manifest are damaged.
-        ValueError: The first tensor that does not fit the encoder.
+        ValueError: A tensor does not fit the encoder; names the first one.
     """
     manifest = read_manifest(folder)
     weights = _load_tensors(folder, WEIGHTS_FILE, manifest)
@@ -319,10 +320,10 @@ def _load_named(model: nn.Module, weights: dict[str, Tensor], *, strict: bool) -
         if name in weights:
             _check_shape(name, weights[name], tensor)
         elif strict:
-            raise ValueError(f"{name}: the model has it, the checkpoint does not")
+            raise ValueError(f"{name} is in the model but not in the checkpoint")
     for name in weights:
         if strict and name not in expected:
-            raise ValueError(f"{name}: the checkpoint has it, the model does not")
+            raise ValueError(f"{name} is in the checkpoint but not in the model")
     if weights.keys().isdisjoint(expected):
         raise ValueError("the checkpoint and the model have no tensor in common")
     model.load_state_dict(weights, strict=strict)
@@ -338,12 +339,12 @@ def _check_shape(name: str, found: Tensor, expected: Tensor) -> None:
 def load_training_state(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Give each parameter the optimizer state saved under its name.
 
-    The order of the parameters and their groups may differ from when it was saved. Call it
-    after `load_weights`.
+    The order of the parameters and their groups may differ from the order when it was saved. Call
+    this after `load_weights`.
 
     Raises:
         CorruptCheckpointError: The training state or the manifest is damaged.
-        ValueError: There is no training state, or the first tensor that does not fit.
+        ValueError: There is no training state, or a tensor does not fit; names the first one.
     """
     manifest = read_manifest(folder)
     if TRAINING_STATE_FILE not in manifest.files:
@@ -355,8 +356,8 @@ def load_training_state(folder: Path, model: nn.Module, optimizer: torch.optim.O
     optimized = _optimized(model, optimizer)
     _check_state(saved, dict(optimized))
 
-    # Through torch's own format, which puts each tensor on its parameter's device; it numbers
-    # the parameters in the optimizer's order.
+    # Going through torch's own format puts each tensor on its parameter's device; it numbers the
+    # parameters in the optimizer's order.
     groups = optimizer.state_dict()["param_groups"]
     numbers = [number for group in groups for number in group["params"]]
     state = {
@@ -370,10 +371,10 @@ def load_training_state(folder: Path, model: nn.Module, optimizer: torch.optim.O
 def _check_state(saved: dict[str, dict[str, Tensor]], parameters: dict[str, nn.Parameter]) -> None:
     for name, parameter in parameters.items():
         if name not in saved:
-            raise ValueError(f"{name}: the optimizer has it, the training state does not")
+            raise ValueError(f"{name} is in the optimizer but not in the training state")
         for kind, tensor in saved[name].items():
             if kind not in ("step", _NO_STATE):
                 _check_shape(f"{kind}/{name}", tensor, parameter)
     for name in saved:
         if name not in parameters:
-            raise ValueError(f"{name}: the training state has it, the optimizer does not")
+            raise ValueError(f"{name} is in the training state but not in the optimizer")

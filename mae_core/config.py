@@ -1,6 +1,6 @@
-"""What the core can be told, and nothing about where it runs.
+"""Every setting of the core. Nothing here depends on where the code runs.
 
-Imports pydantic only: a config can be checked on a laptop without torch or Ray.
+Imports pydantic only, so a config can be checked on a laptop without torch or Ray.
 """
 
 from typing import Literal, NamedTuple, Self
@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
 class StrictConfig(BaseModel):
-    """Base of every config: frozen, and a misspelt key is an error."""
+    """Base of every config: frozen, and an unknown key is an error."""
 
     model_config = ConfigDict(
         frozen=True,
@@ -21,7 +21,7 @@ class StrictConfig(BaseModel):
 
 
 def as_square(raw: object) -> object:
-    """Both sides, where a size is given by one number: `224` or `[224]`."""
+    """Return both sides where a size is given as one number: `224` or `[224]`."""
     if isinstance(raw, list | tuple) and len(raw) == 1:
         raw = raw[0]
     return (raw, raw) if isinstance(raw, int) and not isinstance(raw, bool) else raw
@@ -53,7 +53,7 @@ class DecoderConfig(StrictConfig):
     depth: int = Field(default=8, ge=1)
     """Transformer blocks."""
     num_heads: int = Field(default=16, ge=1)
-    """Attention heads; must divide `dim`."""
+    """Attention heads; the number must divide `dim`."""
 
     @model_validator(mode="after")
     def _heads_divide_the_width(self) -> Self:
@@ -64,8 +64,8 @@ class DecoderConfig(StrictConfig):
 
 class ModelConfig(StrictConfig):
     encoder: EncoderName = "vit_base"
-    """Which ViT, width x depth: micro 192x6, tiny 192x12, small 384x12, base 768x12, large 1024x24,
-    huge 1280x32."""
+    """Which ViT to train, as width x depth: micro 192x6, tiny 192x12, small 384x12, base 768x12,
+    large 1024x24, huge 1280x32."""
     img_size: tuple[int, int] = (224, 224)
     """Height and width of the training crop, in pixels; one number means a square."""
     patch_size: int = Field(default=16, gt=0)
@@ -96,7 +96,7 @@ class ModelConfig(StrictConfig):
 
     @property
     def grid_size(self) -> tuple[int, int]:
-        """Rows and columns of patches."""
+        """Number of patch rows and patch columns."""
         return self.img_size[0] // self.patch_size, self.img_size[1] // self.patch_size
 
     @property
@@ -106,7 +106,8 @@ class ModelConfig(StrictConfig):
 
 class MaskingConfig(StrictConfig):
     kind: Literal["random", "block", "grid"] = "random"
-    """random: each patch alone; block: rectangles (BEiT); grid: one patch of every 2x2 is kept."""
+    """random: each patch on its own; block: rectangles (BEiT); grid: one patch of every 2x2 is
+    kept."""
     mask_ratio: float = Field(default=0.75, gt=0, lt=1)
     """Share of patches removed from the encoder's input."""
 
@@ -121,32 +122,32 @@ class MaskingConfig(StrictConfig):
 
 class LossConfig(StrictConfig):
     norm_pix: bool = True
-    """Each target patch is brought to zero mean and unit variance (He et al. 2021, section 4.1)."""
+    """Normalize each target patch to zero mean and unit variance (He et al. 2021, section 4.1)."""
 
 
 class OptimConfig(StrictConfig):
     base_lr: float = Field(default=1.5e-4, gt=0)
     """Learning rate at a global batch of 256; see `learning_rate`."""
     global_batch_size: int = Field(default=4096, gt=0)
-    """Images per optimizer step, over all workers and accumulation steps."""
+    """Images per optimizer step, summed over all workers and accumulation steps."""
     micro_batch_size: int = Field(default=64, gt=0)
-    """Images per worker and forward pass; the rest of the global batch is accumulated."""
+    """Images per worker and forward pass; gradients are accumulated up to the global batch."""
     epochs: float = Field(default=800, gt=0)
-    """Passes over the data; a fraction ends mid-epoch."""
+    """Passes over the data; a fraction ends in the middle of an epoch."""
     max_steps: int | None = Field(default=None, gt=0)
-    """Stop after this many optimizer steps, if `epochs` has not ended the run before."""
+    """Stop after this many optimizer steps, if `epochs` has not ended the run earlier."""
     warmup_epochs: float = Field(default=40, ge=0)
-    """Epochs in which the learning rate rises from 0."""
+    """Number of epochs during which the learning rate rises from 0."""
     weight_decay: float = Field(default=0.05, ge=0)
-    """Applied to tensors of two and more dimensions; biases and norms are exempt."""
+    """Applied to tensors of two or more dimensions; biases and norms are exempt."""
     betas: tuple[float, float] = (0.9, 0.95)
-    """AdamW's decay rates for the two moments."""
+    """AdamW's decay rates for its two moments."""
     precision: Literal["fp32", "bf16"] = "bf16"
-    """bf16: autocast where the device has it (CUDA); master weights stay fp32."""
+    """bf16: use autocast where the device supports it (CUDA); master weights stay fp32."""
     compile: bool = False
-    """torch.compile the model (CUDA only)."""
+    """Compile the model with torch.compile (CUDA only)."""
 
     @property
     def learning_rate(self) -> float:
-        """Linear scaling rule, Goyal et al. 2017, https://arxiv.org/abs/1706.02677."""
+        """Learning rate after linear scaling, Goyal et al. 2017, https://arxiv.org/abs/1706.02677."""
         return self.base_lr * self.global_batch_size / 256

@@ -1,8 +1,8 @@
-"""Weights under the names of the MAE authors' files, and back.
+"""Convert weights to the parameter names of the MAE authors' files, and back.
 
-The encoder's part is also the state dict of timm's VisionTransformer. Positions are in
-these files and not in our state dict: they are written from the model, and on the way
-back must be the ones that the model has.
+The encoder's part is also the state dict of timm's VisionTransformer. These files contain the
+position embeddings and our state dict does not: exporting writes the model's own, and importing
+checks that the file's are the same.
 
 Source: https://github.com/facebookresearch/mae, models_mae.py.
 """
@@ -15,28 +15,28 @@ from torch import Tensor
 from mae_core.model.encoder import MaskedEncoder
 from mae_core.model.mae import MaskedAutoencoder
 
-# The reference computes positions in numpy: the last digit may differ.
+# The reference computes positions in numpy, so the last digit may differ.
 POSITIONS_TOLERANCE = 1e-6
 
 
 def fair_encoder_state_dict(encoder: MaskedEncoder) -> dict[str, Tensor]:
-    """The encoder's weights as in `mae_pretrain_vit_base.pth`; tensors are shared, not copied."""
+    """Name the encoder's weights as in `mae_pretrain_vit_base.pth`; tensors are shared."""
     return {**encoder.state_dict(), "pos_embed": _with_class_row(encoder.positions)}
 
 
 def fair_state_dict(mae: MaskedAutoencoder) -> dict[str, Tensor]:
-    """All weights as in `mae_visualize_vit_base.pth`; tensors are shared, not copied."""
+    """Name all weights as in `mae_visualize_vit_base.pth`; tensors are shared, not copied."""
     decoder = {_fair_decoder_name(k): v for k, v in mae.decoder.state_dict().items()}
     positions = {"decoder_pos_embed": _with_class_row(mae.decoder.positions)}
     return {**fair_encoder_state_dict(mae.encoder), **decoder, **positions}
 
 
 def load_fair_encoder(encoder: MaskedEncoder, weights: Mapping[str, Tensor]) -> None:
-    """Copy `weights` into the encoder; a decoder among them is left out.
+    """Copy `weights` into the encoder, ignoring a decoder among them.
 
     Raises:
-        ValueError: positions are not the fixed ones of this encoder's size.
-        RuntimeError: a name is missing or unknown, or a shape differs (torch lists them).
+        ValueError: The positions are not the fixed ones for this encoder's size.
+        RuntimeError: A name is missing or unknown, or a shape differs (torch lists them).
     """
     own = {k: v for k, v in weights.items() if not _is_decoder_name(k)}
     _check_positions("pos_embed", own.pop("pos_embed", None), encoder.positions)
@@ -44,10 +44,10 @@ def load_fair_encoder(encoder: MaskedEncoder, weights: Mapping[str, Tensor]) -> 
 
 
 def load_fair(mae: MaskedAutoencoder, weights: Mapping[str, Tensor]) -> None:
-    """Copy `weights` into both halves; raises as `load_fair_encoder` does."""
+    """Copy `weights` into encoder and decoder; raises the errors of `load_fair_encoder`."""
     decoder = {k: v for k, v in weights.items() if _is_decoder_name(k)}
     if not decoder:
-        raise ValueError("these weights have no decoder: a file of the encoder alone")
+        raise ValueError("these weights have no decoder: the file holds the encoder alone")
     _check_positions(
         "decoder_pos_embed", decoder.pop("decoder_pos_embed", None), mae.decoder.positions
     )
@@ -64,7 +64,7 @@ def _fair_decoder_name(name: str) -> str:
 
 
 def _with_class_row(positions: Tensor) -> Tensor:
-    """(L, D) to (1, 1 + L, D): the class token's position is zero."""
+    """Turn (L, D) into (1, 1 + L, D); the class token's position is zero."""
     return torch.cat([torch.zeros_like(positions[:1]), positions])[None]
 
 
@@ -78,4 +78,4 @@ def _check_positions(name: str, given: Tensor | None, positions: Tensor) -> None
             "for the file's image size (an encoder then takes images of other sizes too)"
         )
     if not torch.allclose(given.to(expected), expected, rtol=0, atol=POSITIONS_TOLERANCE):
-        raise ValueError(f"{name} is not the fixed sine-cosine one: learned or resized positions")
+        raise ValueError(f"{name} is not the fixed sine-cosine embedding: learned or resized")

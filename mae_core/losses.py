@@ -1,6 +1,6 @@
-"""How far predicted patches are from the image's.
+"""How far the predicted patches are from the image's patches.
 
-Polarity as in `masking`: the loss is taken where `mask` is True, and only there.
+Polarity as in `masking`: the loss is computed where `mask` is True, and only there.
 
 Source: He et al. 2021, https://arxiv.org/abs/2111.06377, section 3, "Reconstruction target".
 """
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def normalize_patches(patches: Float[Tensor, "B L P"], eps: float = 1e-6) -> Float[Tensor, "B L P"]:
-    """Bring each patch to zero mean and unit variance over all its values.
+    """Normalize each patch to zero mean and unit variance over all its values.
 
     The variance is the unbiased one (divided by P - 1), as in the authors' code.
     """
@@ -22,7 +22,7 @@ def normalize_patches(patches: Float[Tensor, "B L P"], eps: float = 1e-6) -> Flo
 def masked_pixel_loss_per_image(
     pred: Float[Tensor, "B L P"], target: Float[Tensor, "B L P"], mask: Bool[Tensor, "B L"]
 ) -> Float[Tensor, " B"]:
-    """Mean squared error per value, over the removed patches of each image alone."""
+    """Return the mean squared error per value over each image's own removed patches."""
     loss_per_patch = (pred - target).square().mean(dim=-1)  # (B, L)
     return (loss_per_patch * mask).sum(dim=1) / mask.sum(dim=1)
 
@@ -30,9 +30,9 @@ def masked_pixel_loss_per_image(
 def masked_pixel_loss(
     pred: Float[Tensor, "B L P"], target: Float[Tensor, "B L P"], mask: Bool[Tensor, "B L"]
 ) -> Float[Tensor, ""]:
-    """Mean squared error per value, over the removed patches of the whole batch.
+    """Return the mean squared error per value over the removed patches of the whole batch.
 
-    Where each image has as many removed patches, the mean of `masked_pixel_loss_per_image`.
+    Equals the mean of `masked_pixel_loss_per_image` if every image has as many removed patches.
     """
     loss_per_patch = (pred - target).square().mean(dim=-1)  # (B, L)
     return (loss_per_patch * mask).sum() / mask.sum()

@@ -3,8 +3,8 @@
 Polarity, here and everywhere: `mask` is True where a patch is REMOVED from the
 encoder's input, which is where the loss is taken.
 
-A mask is a ranking: the model keeps the patches with the smallest noise, and
-never knows which kind of mask the noise stands for.
+A mask is a ranking: the model keeps the patches with the smallest noise. It does not know which
+kind of mask the noise encodes.
 
 Source: He et al. 2021, https://arxiv.org/abs/2111.06377, section 3, "Masking".
 """
@@ -24,7 +24,7 @@ MIN_BLOCK_ASPECT = 0.3
 
 
 class PatchMask(NamedTuple):
-    """One masking decision for a batch, in the three forms its readers need."""
+    """The masking of a batch, in the three forms that its readers need."""
 
     ids_keep: Int[Tensor, "B K"]  # patches the encoder sees, in shuffled order
     ids_restore: Int[Tensor, "B L"]  # undoes the shuffle: shuffled.gather(1, ids_restore)
@@ -32,9 +32,10 @@ class PatchMask(NamedTuple):
 
 
 def num_patches_kept(num_patches: int, mask_ratio: float) -> int:
-    """Patches left per image. Rounds down as the reference does, and keeps at least one.
+    """Return the number of patches kept per image.
 
-    Rounding is in floating point: of 196 patches a ratio of 0.8 keeps 39, and 0.9 keeps 19.
+    Rounds down as the reference does, and keeps at least one patch. Rounding is in floating
+    point: of 196 patches a ratio of 0.8 keeps 39, and 0.9 keeps 19.
     """
     return max(1, int(num_patches * (1 - mask_ratio)))
 
@@ -42,10 +43,10 @@ def num_patches_kept(num_patches: int, mask_ratio: float) -> int:
 def mask_from_noise(noise: Float[Tensor, "B L"], mask_ratio: float) -> PatchMask:
     """Keep the patches with the smallest noise, the same number in each image.
 
-    Pure: the caller draws the noise, so the caller owns the random seed.
+    Deterministic: the caller draws the noise and so controls the random seed.
     """
     num_kept = num_patches_kept(noise.shape[1], mask_ratio)
-    # Stable: two patches with equal noise rank the same on every device.
+    # Stable sort: two patches with equal noise rank the same on every device.
     ids_shuffle = noise.argsort(dim=1, stable=True)
     ids_restore = ids_shuffle.argsort(dim=1)
     return PatchMask(
@@ -78,16 +79,16 @@ def draw_noise(
     kind: Literal["random", "block", "grid"],
     mask_ratio: float,
 ) -> npt.NDArray[np.float32]:
-    """Draw one sample's noise, (L,), whose ranking in `mask_from_noise` is the wanted mask.
+    """Draw one sample's noise, (L,), whose ranking in `mask_from_noise` gives the wanted mask.
 
-    Takes the generator of one sample, so a sample's mask does not depend on its batch.
+    Uses the generator of one sample, so a sample's mask does not depend on its batch.
 
     Args:
-        generator: of this sample and epoch.
-        grid_size: rows and columns of patches.
-        kind: random, each patch alone; block, rectangles are removed (see `_block_mask`);
-            grid, the top left patch of every 2x2 is kept (He et al. 2021, figure 6).
-        mask_ratio: share removed; the same number must reach `mask_from_noise`.
+        generator: The generator of this sample and epoch.
+        grid_size: Rows and columns of patches.
+        kind: random: each patch on its own; block: remove rectangles (see `_block_mask`);
+            grid: keep the top left patch of every 2x2 (He et al. 2021, figure 6).
+        mask_ratio: Share of patches removed; pass the same number to `mask_from_noise`.
     """
     rows, columns = grid_size
     noise = generator.random(rows * columns, dtype=np.float32)
@@ -98,7 +99,7 @@ def draw_noise(
         removed = _block_mask(generator, grid_size, num_removed)
     else:
         removed = _grid_mask(grid_size, mask_ratio)
-    # Noise is in [0, 1): every removed patch now ranks behind every kept one.
+    # Noise is in [0, 1), so every removed patch now ranks behind every kept one.
     noise[removed.ravel()] += 1
     return noise
 
@@ -109,8 +110,8 @@ def _block_mask(
     """Remove rectangles until exactly `num_removed` patches are gone.
 
     Source: Bao et al. 2021, https://arxiv.org/abs/2106.08254, algorithm 1.
-    Differs: a rectangle lies over a patch that is still there, so that each one makes
-    headway, and it is cut off where the number is reached; theirs may end near the number.
+    Differs: a rectangle always covers a patch that is still there, so that each one makes
+    progress, and it is cut off where the number is reached; theirs may end near the number.
     """
     rows, columns = grid_size
     removed = np.zeros(rows * columns, dtype=np.bool_)
@@ -136,7 +137,7 @@ def _block_mask(
 
 
 def _cover(position: int, length: int, size: int, draw: float) -> int:
-    """Start of a span of `length` within `size` that covers `position`; `draw` is in [0, 1)."""
+    """Return the start of a span of `length` in `size` over `position`; `draw` is in [0, 1)."""
     first = max(0, position - length + 1)
     last = min(position, size - length)
     return first + int(draw * (last - first + 1))

@@ -1,4 +1,4 @@
-"""The optimizer, and its learning rate as a pure function of the step.
+"""The optimizer, and its learning rate as a function of the step alone.
 
 Source: He et al. 2021, https://arxiv.org/abs/2111.06377, table 8, and the authors' code.
 """
@@ -18,9 +18,9 @@ def warmup_cosine(
 ) -> float:
     """Rise linearly from 0 to `peak` at `warmup_steps`, then fall along a half cosine to `floor`.
 
-    Steps count from 0, so the first optimizer step of a warm-up has a learning rate of 0,
-    as in the reference. `warmup_steps` and `total_steps` may be fractions of a step: they are
-    epochs times steps per epoch.
+    Steps count from 0, so the first optimizer step of a warm-up has a learning rate of 0, as in
+    the reference. `warmup_steps` and `total_steps` may be fractional, because they are epochs
+    times steps per epoch.
     """
     if step >= total_steps:
         return floor
@@ -31,10 +31,10 @@ def warmup_cosine(
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:
-    """Split what is trainable into one group with weight decay and one without.
+    """Split the trainable parameters into one group with weight decay and one without.
 
-    The reference's rule: a tensor of two or more dimensions is decayed, the class and mask
-    tokens included; norms and biases are not. Frozen parameters are in neither.
+    Follows the reference: tensors of two or more dimensions are decayed, including the class and
+    mask tokens; norms and biases are not. Frozen parameters are in neither group.
     """
     decayed: list[Tensor] = []
     exempt: list[Tensor] = []
@@ -50,12 +50,12 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, ob
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig, *, fused: bool) -> torch.optim.AdamW:
-    """AdamW over `parameter_groups`; each step sets its own learning rate.
+    """Build AdamW over `parameter_groups`; each step sets its own learning rate.
 
     Args:
-        model: already on its device.
-        config: its `learning_rate` is the peak, and stands until the first step.
-        fused: one kernel for the whole update.
+        model: Already on its device.
+        config: Its `learning_rate` is the peak, and applies until the first step.
+        fused: Use one kernel for the whole update.
     """
     return torch.optim.AdamW(
         parameter_groups(model, config.weight_decay),
@@ -68,15 +68,15 @@ def build_optimizer(model: nn.Module, config: OptimConfig, *, fused: bool) -> to
 def fine_tuning_groups(
     model: nn.Module, weight_decay: float, scales: Mapping[str, float]
 ) -> list[dict[str, object]]:
-    """Split what is trainable by (learning rate factor, with or without weight decay).
+    """Group the trainable parameters by learning rate factor and by weight decay.
 
-    The reference's rule: in fine-tuning the class token is not decayed, in pretraining it is.
+    Follows the reference: fine-tuning does not decay the class token, pretraining does.
 
     Args:
-        model: its parameters are named as in `scales`: give it before it is wrapped in DDP.
-        weight_decay: of tensors of two and more dimensions, the class token excepted.
-        scales: `layer_scales`, which a group has as "lr_scale". Nothing in torch reads it: a step
-            sets a group's "lr" to the learning rate times this.
+        model: Its parameters must be named as in `scales`, so pass it before wrapping it in DDP.
+        weight_decay: Applied to tensors of two or more dimensions, except the class token.
+        scales: The result of `layer_scales`, stored in each group as "lr_scale". Nothing in torch
+            reads it: a step sets a group's "lr" to the learning rate times this.
     """
     groups: dict[tuple[float, float], list[Tensor]] = {}
     for name, parameter in model.named_parameters():
@@ -92,12 +92,12 @@ def fine_tuning_groups(
 
 
 def build_lars(model: nn.Module, *, learning_rate: float) -> Lars:
-    """LARS over what is trainable, for a linear probe: no weight decay, biases not adapted.
+    """Build LARS for a linear probe: no weight decay, and biases are not adapted.
 
     Source: You et al. 2017, https://arxiv.org/abs/1708.03888; momentum 0.9 and trust 0.001 as in
-    He et al. 2021, table 10, and the authors' code. `learning_rate` stands until the first step.
+    He et al. 2021, table 10, and the authors' code. `learning_rate` applies until the first step.
     """
     adapted, plain = parameter_groups(model, 0.0)
-    # Without always_adapt, timm's is plain SGD wherever there is no weight decay.
+    # Without always_adapt, timm's LARS is plain SGD wherever there is no weight decay.
     groups = [{**adapted, "always_adapt": True}, {**plain, "always_adapt": False}]
     return Lars(groups, lr=learning_rate, momentum=0.9, trust_coeff=0.001)

@@ -1,4 +1,4 @@
-"""One optimizer step, on one worker, told everything it needs."""
+"""One optimizer step on one worker; the arguments hold everything it needs."""
 
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 
 class NonFiniteLossError(FloatingPointError):
-    """The loss or the gradient is NaN or infinite; the weights are as before the step."""
+    """The loss or the gradient is NaN or infinite; the weights are unchanged by the step."""
 
 
 class MicroBatch(NamedTuple):
-    """What one worker takes through one forward pass, already on the device."""
+    """The input of one forward pass on one worker, already on the device."""
 
     images: Float[Tensor, "B C H W"]  # normalised; a hole's pixels are any finite numbers
     noise: Float[Tensor, "B L"]
@@ -22,15 +22,15 @@ class MicroBatch(NamedTuple):
 
 
 class BatchLoss(NamedTuple):
-    loss: Float[Tensor, ""]  # sum over the images that came / their nominal number
-    num_samples: Float[Tensor, ""]  # that came
+    loss: Float[Tensor, ""]  # sum over the images that were read / their nominal number
+    num_samples: Float[Tensor, ""]  # images that were read
 
 
 BatchT = TypeVar("BatchT")
 
 
 class StepMetrics(NamedTuple):
-    """What a step measured on this worker. Still tensors: reading one waits for the device."""
+    """What a step measured on this worker, as tensors: reading one waits for the device."""
 
     loss: Float[Tensor, ""]  # weighted sum over images / their nominal number, holes included
     num_samples: Float[Tensor, ""]  # sum of the weights
@@ -49,11 +49,11 @@ def pretrain_step(
 ) -> StepMetrics:
     """Forward and backward over `grad_accum_steps` micro batches, then clip and update.
 
-    The loss is divided by the nominal number of images, B * grad_accum_steps, also where
-    some are holes. So a hole adds nothing, each other image has the weight
+    The loss is divided by the nominal number of images, B * grad_accum_steps, even where some of
+    them are holes. So a hole adds nothing, every other image has the weight
     1 / global_batch_size wherever it sits, and the update is the same for any split of the
     global batch over micro batches and workers (DDP averages gradients over workers).
-    Dividing by the images that were read would weight an image by the luck of its neighbours.
+    Dividing by the number of images read would make an image's weight depend on its neighbours.
 
     Args:
         model: a `MaskedAutoencoder`, or one wrapped in DDP, whose gradients are then
@@ -142,7 +142,7 @@ def _accumulate_gradients(
     grad_accum_steps: int,
     autocast_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor]:
-    """Return the loss and the number of images read."""
+    """Return the loss and the number of images that were read."""
     losses: list[Tensor] = []
     counts: list[Tensor] = []
     iterator = iter(batches)

@@ -1,6 +1,6 @@
-"""How well frozen features tell classes apart: weighted kNN.
+"""Measure how well frozen features separate classes, with a weighted kNN classifier.
 
-Accuracies are top-1, in 0..1. Features are (N, D), one row an image; labels are (N,) class
+Accuracies are top-1, in 0..1. Features are (N, D), one row per image; labels are (N,) class
 indices from 0.
 """
 
@@ -17,14 +17,14 @@ _SIMILARITIES_PER_CHUNK = 2**24  # 64 MiB of fp32
 def encode_features(
     encoder: nn.Module, images: Float[Tensor, "B C H W"], *, pool: Literal["mean", "cls"] = "mean"
 ) -> Float[Tensor, "B D"]:
-    """Encode whole images, nothing masked, without gradients and in eval mode.
+    """Encode whole images without masking, without gradients and in eval mode.
 
     Args:
-        encoder: Gives (B, 1 + L, D) tokens after its last norm, the class token first. Its mode
-            is put back afterwards.
+        encoder: Returns (B, 1 + L, D) tokens after its last norm, the class token first. Its mode
+            is restored afterwards.
         images: Normalised as in pretraining.
         pool: "mean" averages the patch tokens. "cls" takes the class token, which MAE's loss
-            reaches only through attention; He et al. 2021, section A.1, find either works.
+            reaches only through attention; in He et al. 2021, section A.1, either works.
     """
     was_training = encoder.training
     encoder.eval()
@@ -46,10 +46,10 @@ def knn_accuracy(
     k: int = 20,
     temperature: float = 0.07,
 ) -> float:
-    """Let the k most similar training images vote, each with weight exp(cosine / temperature).
+    """Classify by the k most similar training images, with weights exp(cosine / temperature).
 
     Source: Wu et al. 2018 (InstDisc), https://arxiv.org/abs/1805.01978, section 3.4; k = 20 and
-    0.07 as in DINO, Caron et al. 2021, https://arxiv.org/abs/2104.14294. Of classes with equal
+    0.07 as in DINO, Caron et al. 2021, https://arxiv.org/abs/2104.14294. If classes have equal
     votes, the lowest index wins.
     """
     check_features(train_features, train_labels, test_features, test_labels)
@@ -66,7 +66,7 @@ def knn_accuracy(
     for start in range(0, len(queries), rows):
         chunk, wanted = queries[start : start + rows], test_labels[start : start + rows]
         similarity, neighbours = (chunk @ bank.T).topk(k, dim=1)  # (rows, k)
-        # Less the largest: the same vote, and no overflow at a small temperature.
+        # Subtracting the largest gives the same vote without overflow at a small temperature.
         weights = ((similarity - similarity[:, :1]) / temperature).exp()
         votes = weights.new_zeros(len(chunk), num_classes)
         votes.scatter_add_(1, labels[neighbours], weights)
@@ -77,7 +77,7 @@ def knn_accuracy(
 def check_features(
     train_features: Tensor, train_labels: Tensor, test_features: Tensor, test_labels: Tensor
 ) -> None:
-    """Raises: ValueError: they can't be scored; says what is wrong with which."""
+    """Raise a ValueError if the features and labels can't be scored; it names what is wrong."""
     for name, features, labels in (
         ("train", train_features, train_labels),
         ("test", test_features, test_labels),

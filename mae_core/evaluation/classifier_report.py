@@ -1,7 +1,7 @@
-"""What a classifier gets right and wrong, as numbers and as pictures for people.
+"""Report a classifier's performance in numbers and in pictures.
 
-Logits are (N, K), one row an image. Shares and probabilities are in 0..1. What is undefined, such
-as the recall of a class that no image has, is NaN and not 0. Pictures are (height, width, 3) RGB.
+Logits are (N, K), one row per image. Shares and probabilities are in 0..1. An undefined value,
+such as the recall of a class without images, is NaN and not 0. Pictures are (height, width, 3) RGB.
 """
 
 import io
@@ -31,25 +31,25 @@ from torchmetrics.functional.classification import (
 
 Picture = npt.NDArray[np.uint8]
 AnyPixels = npt.NDArray[np.unsignedinteger[Any]]
-FractionRow = tuple[str, float, Sequence[float]]  # arm, share of the labels, a metric by seed
+FractionRow = tuple[str, float, Sequence[float]]  # arm, share of the labels, the metric by seed
 
 _NUM_BINS = 15  # Guo et al. 2017, section 4
-_MAX_NAMED_CLASSES = 40  # more are numbered, and not every one
-_MAX_COUNTED_CLASSES = 20  # more have no room for a number in each cell
+_MAX_NAMED_CLASSES = 40  # with more classes, axes show some of the class numbers
+_MAX_COUNTED_CLASSES = 20  # with more classes, cells have no room for a number
 _MAX_LEGEND = 20
-_ARM_SPACING = 1.025  # between the points of two arms, as a factor
+_ARM_SPACING = 1.025  # factor between the points of two arms
 _TOP = 5
 
 
 class ClassScore(NamedTuple):
-    precision: float  # NaN if no image was said to be of the class
-    recall: float  # NaN if none is
-    f1: float  # NaN if neither
-    support: int  # images that are of the class
+    precision: float  # NaN if no image was predicted as this class
+    recall: float  # NaN if no image has this class
+    f1: float  # NaN if both are NaN
+    support: int  # number of images of this class
 
 
 class ReliabilityBin(NamedTuple):
-    """The images whose predicted class has a probability in lower..upper, without the upper."""
+    """The images whose predicted class has a probability in [lower, upper)."""
 
     lower: float
     upper: float
@@ -61,36 +61,36 @@ class ReliabilityBin(NamedTuple):
 @dataclass(frozen=True, eq=False)
 class ClassificationScores:
     top1: float
-    top5: float | None  # None for 5 classes and fewer
+    top5: float | None  # None for 5 classes or fewer
     per_class: dict[str, ClassScore]
-    confusion: npt.NDArray[np.int64]  # (K, K): a row for the true class, a column for the predicted
+    confusion: npt.NDArray[np.int64]  # (K, K): rows are true classes, columns predicted ones
     ece: float  # expected calibration error: |accuracy - confidence| over the bins, by count
     bins: tuple[ReliabilityBin, ...]
 
 
 @dataclass(frozen=True)
 class MultiLabelScores:
-    """A finding that every image has, or none, has no score and does not count in the means."""
+    """Scores per finding; one that all images or none have has no score and is left out of means."""
 
     auroc: dict[str, float]
     average_precision: dict[str, float]
-    support: dict[str, int]  # images with the finding; of all findings
+    support: dict[str, int]  # number of images with each finding, including those left out
     left_out: tuple[str, ...]
-    macro_auroc: float  # NaN if all are left out
+    macro_auroc: float  # NaN if all findings are left out
     macro_average_precision: float
 
 
 def score_classification(
     logits: Float[Tensor, "N K"], labels: Int[Tensor, " N"], names: Sequence[str]
 ) -> ClassificationScores:
-    """Score one label an image.
+    """Score predictions with one label per image.
 
     Calibration: Guo et al. 2017, https://arxiv.org/abs/1706.04599, with 15 bins of equal width.
 
     Args:
-        logits: before the softmax.
-        labels: class indices from 0.
-        names: of the K classes, all different.
+        logits: Values before the softmax.
+        labels: Class indices from 0.
+        names: Names of the K classes, all different.
     """
     logits, labels = logits.detach().float().cpu(), labels.cpu().long()
     _check_logits(logits, names)
@@ -100,7 +100,7 @@ def score_classification(
     if labels.min() < 0 or labels.max() >= num_classes:
         wrong = int(labels.min() if labels.min() < 0 else labels.max())
         raise ValueError(f"label {wrong} is not in 0..{num_classes - 1}, the named classes")
-    # Given probabilities, torchmetrics can't take logits in 0..1 for some.
+    # torchmetrics would take logits that all lie in 0..1 for probabilities.
     probabilities = logits.softmax(dim=1)
     top = {
         k: float(multiclass_accuracy(logits, labels, num_classes, top_k=k, average="micro"))
@@ -164,7 +164,7 @@ def _reliability_bins(probabilities: Tensor, labels: Tensor) -> tuple[Reliabilit
 
 
 def _calibration_error(bins: Sequence[ReliabilityBin]) -> float:
-    """As torchmetrics', which has a bin of its own for a confidence of exactly 1."""
+    """Compute torchmetrics' error, which has an extra bin for a confidence of exactly 1."""
     total = sum(b.num_images for b in bins)
     gaps = (b.num_images * abs(b.accuracy - b.confidence) for b in bins if b.num_images)
     return sum(gaps) / total
@@ -173,12 +173,12 @@ def _calibration_error(bins: Sequence[ReliabilityBin]) -> float:
 def score_multilabel(
     logits: Float[Tensor, "N K"], labels: Int[Tensor, "N K"], names: Sequence[str]
 ) -> MultiLabelScores:
-    """Score each finding by itself: how well its logit ranks the images that have it before others.
+    """Score each finding on its own: how well its logits rank images with it above the others.
 
     Args:
-        logits: any numbers; only their order within a finding counts.
+        logits: Any numbers; only their order within a finding matters.
         labels: 1 where an image has a finding, else 0.
-        names: of the K findings, all different.
+        names: Names of the K findings, all different.
     """
     ranks, labels = _ranks(logits, labels, names)
     auroc: dict[str, float] = {}
@@ -200,9 +200,9 @@ def score_multilabel(
 
 
 def _ranks(logits: Tensor, labels: Tensor, names: Sequence[str]) -> tuple[Tensor, Tensor]:
-    """Logits in 0..1 and in their order, and labels; on the CPU.
+    """Map logits to 0..1 in the same order, and return them with the labels, on the CPU.
 
-    torchmetrics would take a sigmoid, which makes all large logits equal.
+    torchmetrics would apply a sigmoid, which makes all large logits equal.
     """
     logits, labels = logits.detach().float().cpu(), labels.cpu()
     _check_logits(logits, names)
@@ -215,7 +215,7 @@ def _ranks(logits: Tensor, labels: Tensor, names: Sequence[str]) -> tuple[Tensor
 
 
 def confusion_picture(scores: ClassificationScores, title: str) -> Picture:
-    """The confusion matrix: shades are shares of the true class, numbers are images."""
+    """Draw the confusion matrix: shades are shares of the true class, numbers count images."""
     names = list(scores.per_class)
     num_classes = len(names)
     counts = scores.confusion
@@ -240,7 +240,7 @@ def confusion_picture(scores: ClassificationScores, title: str) -> Picture:
 
 
 def reliability_picture(scores: ClassificationScores, title: str) -> Picture:
-    """Accuracy against confidence: on the diagonal, a classifier is as sure as it is right."""
+    """Draw accuracy against confidence; a perfectly calibrated classifier is on the diagonal."""
     figure, axes = _figure(title, 5.6, 6.4, rows=2, height_ratios=(3, 1))
     width = 1 / len(scores.bins)
     filled = [b for b in scores.bins if b.num_images]
@@ -277,7 +277,7 @@ def reliability_picture(scores: ClassificationScores, title: str) -> Picture:
 def roc_picture(
     logits: Float[Tensor, "N K"], labels: Int[Tensor, "N K"], names: Sequence[str], title: str
 ) -> Picture:
-    """One ROC curve for each finding that `score_multilabel` scores; the legend has the best 20."""
+    """Draw a ROC curve for each finding in `score_multilabel`; the legend names the best 20."""
     scores = score_multilabel(logits, labels, names)
     ranks, labels = _ranks(logits, labels, names)
     figure, axes = _figure(title, 9.0, 6.0)
@@ -295,10 +295,10 @@ def roc_picture(
         )
     axes.plot([0, 1], [0, 1], color="grey", linestyle=":", linewidth=1)
     axes.set(xlim=(0, 1), ylim=(0, 1.01), aspect="equal")
-    axes.set(xlabel="share of others taken for it", ylabel="share found")
+    axes.set(xlabel="false positive rate", ylabel="true positive rate")
     note = f"mean AUROC {scores.macro_auroc:.3f}" if order else "no finding can be scored"
     if scores.left_out:
-        note += f"; {len(scores.left_out)} left out: all images have it, or none"
+        note += f"; {len(scores.left_out)} left out: all images or none have them"
     axes.set_title(note, fontsize=10)
     if order:
         axes.legend(
@@ -316,16 +316,16 @@ def most_wrong_picture(
     *,
     max_images: int = 16,
 ) -> Picture:
-    """The images whose true class got the lowest probability, the worst first.
+    """Show the images whose true class got the lowest probability, worst first.
 
     Args:
-        pixels: (H, W, C) each, of any size; of more than 3 channels the first 3 are shown, of 2
-            the first. 16 bits are stretched to each image's own maximum.
-        logits: one row for each of `pixels`.
-        labels: class indices from 0.
-        names: of the K classes.
-        title: above all.
-        max_images: shown at most.
+        pixels: (H, W, C) arrays of any size; of more than 3 channels the first 3 are shown, of 2
+            the first. 16-bit images are stretched to their own maximum.
+        logits: One row for each of `pixels`.
+        labels: Class indices from 0.
+        names: Names of the K classes.
+        title: Title of the whole picture.
+        max_images: Largest number of images shown.
     """
     if not len(pixels) == len(logits) == len(labels) > 0:
         raise ValueError(f"{len(pixels)} pixels, {len(logits)} logits, {len(labels)} labels")
@@ -346,9 +346,10 @@ def most_wrong_picture(
         axes.imshow(_shown(pixels[index]), interpolation="nearest")
         predicted = int(probabilities[index].argmax())
         true_name = _shortened(names[int(labels[index])])
+        predicted_name = _shortened(names[predicted])
         axes.set_xlabel(
             f"true: {true_name} {float(of_truth[index]):.2g}\n"
-            f"said: {_shortened(names[predicted])} {float(probabilities[index, predicted]):.2g}",
+            f"predicted: {predicted_name} {float(probabilities[index, predicted]):.2g}",
             fontsize=9,
         )
     return _drawn(figure)
@@ -362,15 +363,15 @@ def _shown(pixels: AnyPixels) -> Picture:
 
 
 def label_fraction_picture(rows: Sequence[FractionRow], title: str, *, metric: str) -> Picture:
-    """A metric against the share of the labels that was trained on: a line for each arm.
+    """Plot a metric against the share of the labels used for training, with a line per arm.
 
-    A small point is a seed. A line runs through the means; its error bars reach one standard
-    deviation to either side. Arms stand a little apart, so that their bars do not hide each other.
+    A small point is one seed. A line connects the means; its error bars reach one standard
+    deviation to either side. Arms are shifted slightly, so that their bars do not overlap.
 
     Args:
-        rows: in any order.
-        title: above all.
-        metric: named at the y axis.
+        rows: The results, in any order.
+        title: Title of the whole picture.
+        metric: Label of the y axis.
     """
     if not rows:
         raise ValueError("there are no rows to draw")
@@ -378,7 +379,7 @@ def label_fraction_picture(rows: Sequence[FractionRow], title: str, *, metric: s
     arms = list(dict.fromkeys(arm for arm, _, _ in rows))
     for number, arm in enumerate(arms):
         own = sorted((fraction, values) for name, fraction, values in rows if name == arm)
-        apart = _ARM_SPACING ** (number - (len(arms) - 1) / 2)  # the axis is logarithmic
+        apart = _ARM_SPACING ** (number - (len(arms) - 1) / 2)  # a factor: the axis is logarithmic
         shares = [fraction * apart for fraction, _ in own]
         axes.errorbar(
             shares,
@@ -409,9 +410,10 @@ def label_fraction_picture(rows: Sequence[FractionRow], title: str, *, metric: s
 
 
 def markdown_table(rows: Sequence[FractionRow]) -> str:
-    """A line for each share of the labels, a column for each arm: mean +- deviation (seeds).
+    """Write a table with a row per share of labels and a column per arm.
 
-    The standard deviation is that of a sample; one seed has none.
+    A cell holds mean +- standard deviation (number of seeds). The standard deviation is that of a
+    sample, so a single seed has none.
     """
     arms = list(dict.fromkeys(arm for arm, _, _ in rows))
     cells = {(arm, fraction): _cell(values) for arm, fraction, values in rows}
@@ -450,7 +452,7 @@ def _figure(
     columns: int = 1,
     height_ratios: Sequence[float] | None = None,
 ) -> tuple[Figure, Any]:
-    """A figure of so many inches, and its axes: one, or an array. No pyplot: it keeps state."""
+    """Create a figure (inches) and its axes, one or an array, without pyplot's global state."""
     figure = Figure(figsize=(width, height), dpi=110, layout="constrained")
     figure.suptitle(title, fontsize=12)
     axes: Axes | npt.NDArray[Any] = figure.subplots(rows, columns, height_ratios=height_ratios)
@@ -458,7 +460,7 @@ def _figure(
 
 
 def _drawn(figure: Figure) -> Picture:
-    """Cut to what was drawn: labels beyond the figure's edges stay whole."""
+    """Render the figure, extended so that labels beyond its edges stay whole."""
     FigureCanvasAgg(figure)
     encoded = io.BytesIO()
     figure.savefig(encoded, format="png", bbox_inches="tight", pad_inches=0.1)

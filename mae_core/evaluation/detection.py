@@ -1,6 +1,6 @@
-"""How well things are found, as numbers and as pictures for people.
+"""Measure how well objects are detected, in numbers and in pictures.
 
-Boxes are x0, y0, x1, y1 in pixels, those that were found and the true ones of an image in the same
+Boxes are x0, y0, x1, y1 in pixels; the detected and the true boxes of an image refer to the same
 picture. Precisions are in 0..1.
 
 Source: COCO's average precision, https://cocodataset.org/#detection-eval, computed by
@@ -27,11 +27,11 @@ from mae_core.model.detector import Detections
 
 Pixels = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float64]
-_Rectangle = tuple[int, int, int, int]  # the first and the last pixels: x0, y0, x1, y1
+_Rectangle = tuple[int, int, int, int]  # first and last pixel: x0, y0, x1, y1
 
 _logger = logging.getLogger(__name__)
 
-_TILE_HEIGHT_PX = (288, 480)  # smaller and larger images are brought to this
+_TILE_HEIGHT_PX = (288, 480)  # smaller and larger images are resized to these limits
 _TILE_WIDTH_PX = 640
 _SHEET_WIDTH_PX = 1600
 _GUTTER_PX = 8
@@ -39,10 +39,10 @@ _FONT_PX = 15
 _TAG_FONT_PX = 12
 _DASH_PX = 5
 _SWATCH_PX = 16
-_WHITE_PERCENTILE = 99.9  # becomes white in an image
-_DARK_SHARE = 0.5  # in which it is below this share of full scale
+_WHITE_PERCENTILE = 99.9  # a dark image is stretched so that this percentile becomes white
+_DARK_SHARE = 0.5  # an image is dark if that percentile is below this share of full scale
 _TRUE_COLOUR = (0, 255, 60)
-# Told apart by people who see no red or no green, and none of them green: after Okabe and Ito,
+# Distinguishable by people who see no red or no green, and none of them green: after Okabe and Ito,
 # https://jfly.uni-koeln.de/color/.
 _COLOURS = (
     (230, 60, 0),
@@ -58,10 +58,10 @@ _NUM_LEGEND_CURVES = 20
 
 
 class Curve(NamedTuple):
-    """Precision at each of COCO's 101 recalls, at an IoU of 0.5; 0 where recall never got to."""
+    """Precision at each of COCO's 101 recalls, at an IoU of 0.5; 0 where recall was not reached."""
 
     recall: Floats  # (101,), 0 to 1
-    precision: Floats  # (101,), the best one at this recall or a higher one
+    precision: Floats  # (101,), the best one at this or a higher recall
 
     @property
     def ap50(self) -> float:
@@ -69,12 +69,12 @@ class Curve(NamedTuple):
 
 
 class DetectionScores(NamedTuple):
-    """Of the classes that have a true box. NaN where there is none to find."""
+    """Scores over the classes that have a true box; NaN where there is none."""
 
     ap: float  # mean over IoUs of 0.50, 0.55 .. 0.95 and over classes
     ap50: float
     ap75: float
-    ap_per_class: dict[str, float]  # over the same IoUs; NaN for a class without a true box
+    ap_per_class: dict[str, float]  # mean over these IoUs; NaN for a class without a true box
     curves: dict[str, Curve]  # of classes with a true box
 
 
@@ -85,15 +85,15 @@ def evaluate_detections(
     *,
     max_detections: int = 100,
 ) -> DetectionScores:
-    """COCO's average precision over a whole set.
+    """Compute COCO's average precision over a whole set.
 
-    What is found in a crowd counts neither for nor against.
+    A detection in a crowd counts neither for nor against.
 
     Args:
-        detections: Of each image.
-        truths: Of the same images in the same order.
-        names: Of the classes, by label; each of them once.
-        max_detections: Best ones taken, of an image and a class.
+        detections: The detections of each image.
+        truths: The true boxes of the same images in the same order.
+        names: Names of the classes, by label, all different.
+        max_detections: Number of best detections used per image and class.
     """
     if len(detections) != len(truths):
         raise ValueError(f"detections of {len(detections)} images, truths of {len(truths)}")
@@ -126,7 +126,7 @@ def _precision(
     names: Sequence[str],
     max_detections: int,
 ) -> tuple[Floats, Floats]:
-    """(IoUs, recalls, classes), NaN for a class without a true box; and the recalls."""
+    """Return precision as (IoUs, recalls, classes), NaN without a true box, and the recalls."""
     truth = COCO(
         {
             "images": [{"id": image} for image in range(1, len(truths) + 1)],
@@ -151,7 +151,7 @@ def _annotations(truths: Sequence[Boxes]) -> Iterable[dict[str, Any]]:
     number = 0
     for image, boxes in enumerate(truths, start=1):
         for box, label, is_crowd in zip(*(array.tolist() for array in boxes), strict=True):
-            number += 1  # 0 would be no match
+            number += 1  # an id of 0 would mean no match
             x, y, w, h = _xywh(box)
             yield {
                 "id": number,
@@ -174,20 +174,20 @@ def _xywh(box: Sequence[float]) -> list[float]:
 
 
 def _mean(values: Floats) -> float:
-    """Without the NaNs; NaN where nothing is left."""
+    """Average the values that are not NaN; NaN if there are none."""
     values = values[~np.isnan(values)]
     return float(values.mean()) if values.size else float("nan")
 
 
 def matched(found: Detections, truth: Boxes, iou: float = 0.5) -> npt.NDArray[np.bool_]:
-    """Tell which detections of an image find a true box of their class, the surest first.
+    """Mark the detections of an image that match a true box of their class, best score first.
 
-    A true box is found once; a crowd counts as found any number of times.
+    A true box is matched once; a crowd can be matched any number of times.
 
     Args:
-        found: sorted by score, the surest first.
-        truth: of the same image.
-        iou: least intersection over union of a match.
+        found: Sorted by score, best first.
+        truth: The true boxes of the same image.
+        iou: Smallest intersection over union of a match.
 
     Returns:
         (N,), in the order of `found`.
@@ -207,10 +207,10 @@ def matched(found: Detections, truth: Boxes, iou: float = 0.5) -> npt.NDArray[np
 def best_f1_score(
     detections: Sequence[Detections], truths: Sequence[Boxes], iou: float = 0.5
 ) -> float:
-    """Find the lowest score to show: the one at which F1 over the whole set is highest.
+    """Find the lowest score to show: the one that maximises F1 over the whole set.
 
     Returns:
-        1 where no detection finds anything.
+        The score, or 1 if no detection matches anything.
     """
     right = [matched(found, truth, iou) for found, truth in zip(detections, truths, strict=True)]
     scores = np.concatenate([found.scores.numpy() for found in detections])
@@ -233,23 +233,23 @@ def detection_picture(
     min_score: float = 0.3,
     max_images: int = 9,
 ) -> Pixels:
-    """Draw images side by side, the true boxes and those that were found on them.
+    """Draw images side by side with their true and their detected boxes.
 
-    A detection has its class and its score written on it, where there is room that no other tag
-    takes. One that finds no true box of its class at an IoU of 0.5 is dashed.
+    Each detection is tagged with its class and score if there is room that no other tag covers. A
+    detection without a true box of its class at an IoU of 0.5 is dashed.
 
     Three channels are shown as RGB, of more the first three, of fewer the first one in grey. Dark
-    images, such as those of 12 bits in 16, are brightened. Images are brought to a height of 288
-    to 480 pixels.
+    images, such as 12 bits stored in 16, are brightened. Images are resized to a height of 288 to
+    480 pixels.
 
     Args:
         pictures: (H, W, C) uint8 or uint16.
-        truths: In the pictures' pixels. Crowds are drawn as the others are.
-        detections: In the pictures' pixels.
-        names: Of the classes, by label.
-        title: Above it all.
-        min_score: Below it a detection is not drawn.
-        max_images: The first ones are taken.
+        truths: Boxes in the pictures' pixels. Crowds are drawn like other boxes.
+        detections: Boxes in the pictures' pixels.
+        names: Names of the classes, by label.
+        title: Title of the whole picture.
+        min_score: Detections with a lower score are not drawn.
+        max_images: Number of images drawn, from the first on.
 
     Returns:
         (height, width, 3), RGB.
@@ -267,7 +267,7 @@ def detection_picture(
         labels |= set(found.labels.tolist()) | set(truth.labels.tolist())
     legend = [("true box", _TRUE_COLOUR)]
     legend += [(f"found: {names[label]}", _colour(label)) for label in sorted(labels)]
-    title = f"{title}; dashed: no such true box (IoU 0.5)" if title else title
+    title = f"{title}; dashed: no matching true box (IoU 0.5)" if title else title
     return _sheet(tiles, title, legend)
 
 
@@ -288,7 +288,7 @@ def _tile(
     best_first = list(
         zip(*(tensor.tolist() for tensor in found), matched(found, truth).tolist(), strict=True)
     )
-    for box, _, label, is_right in reversed(best_first):  # the surest on top
+    for box, _, label, is_right in reversed(best_first):  # the best is drawn last, on top
         x0, y0, x1, y1 = _on_tile(box, by)
         _outline(draw, (x0 - 1, y0 - 1, x1 + 1, y1 + 1), _colour(label), is_dashed=not is_right)
     for box in truth.xyxy.tolist():
@@ -321,7 +321,7 @@ def _outline(
 
 
 def _on_tile(box: Sequence[float], by: float) -> _Rectangle:
-    """The first and the last pixels of a box."""
+    """Return the first and the last pixel that a box covers on its tile."""
     x0, y0, x1, y1 = (round(place * by) for place in box)
     return x0, y0, max(x0, x1 - 1), max(y0, y1 - 1)
 
@@ -334,10 +334,10 @@ def _write_tag(
     size: tuple[int, int],
     taken: Sequence[_Rectangle],
 ) -> _Rectangle | None:
-    """Write beside a corner of the box where no other tag is.
+    """Write a tag at a corner of the box where it overlaps no other tag.
 
     Returns:
-        Where it was written; None where there was no room.
+        The tag's rectangle, or None if there was no room.
     """
     font = ImageFont.load_default(size=_TAG_FONT_PX)
     width, height = int(font.getlength(text)) + 4, _TAG_FONT_PX + 2
@@ -361,7 +361,7 @@ def _overlap(one: _Rectangle, other: _Rectangle) -> bool:
 
 
 def _shown(pixels: DecodedPixels) -> Pixels:
-    """(H, W, 3), 8 bits."""
+    """Convert pixels to (H, W, 3), 8 bits."""
     channels = pixels[..., :3] if pixels.shape[2] >= 3 else pixels[..., :1].repeat(3, axis=2)
     white, full = float(np.percentile(channels, _WHITE_PERCENTILE)), np.iinfo(channels.dtype).max
     if white > _DARK_SHARE * full:
@@ -373,7 +373,7 @@ def _shown(pixels: DecodedPixels) -> Pixels:
 def _sheet(
     tiles: Sequence[Image.Image], title: str, legend: Sequence[tuple[str, tuple[int, int, int]]]
 ) -> Pixels:
-    """Rows of tiles, as many beside each other as there is room for, under title and legend."""
+    """Lay out rows of tiles, as many side by side as fit, below the title and the legend."""
     columns = max(1, min(len(tiles), _SHEET_WIDTH_PX // max(tile.width for tile in tiles)))
     rows = [tiles[start : start + columns] for start in range(0, len(tiles), columns)]
     font = ImageFont.load_default(size=_FONT_PX)
@@ -407,7 +407,7 @@ def _sheet(
 def _wrapped(
     legend: Sequence[tuple[str, tuple[int, int, int]]], font: Any, width: int
 ) -> list[list[tuple[int, str, tuple[int, int, int]]]]:
-    """Lines of (left, text, colour) that fit into `width`."""
+    """Break the legend into lines of (left, text, colour) that fit into `width`."""
     lines: list[list[tuple[int, str, tuple[int, int, int]]]] = [[]]
     left = _GUTTER_PX
     for text, colour in legend:
@@ -421,7 +421,7 @@ def _wrapped(
 
 
 def precision_recall_picture(scores: DetectionScores, title: str) -> Pixels:
-    """Draw a curve for each class that has a true box, at an IoU of 0.5; the best 20 are named.
+    """Draw the curve of each class with a true box, at an IoU of 0.5, and name the best 20.
 
     Returns:
         (height, width, 3), RGB.
@@ -443,5 +443,5 @@ def precision_recall_picture(scores: DetectionScores, title: str) -> Pixels:
     if best:
         figure.legend(loc="outside right center", frameon=False, fontsize="small")
     png = io.BytesIO()
-    figure.savefig(png, format="png")  # through Agg, without a display
+    figure.savefig(png, format="png")  # uses Agg, so no display is needed
     return np.array(Image.open(png).convert("RGB"))

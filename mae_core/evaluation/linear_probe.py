@@ -1,6 +1,6 @@
-"""How well a linear classifier tells classes apart by frozen features.
+"""Measure how well a linear classifier on frozen features separates classes.
 
-A module of its own: scikit-learn takes most of a second to import.
+This is its own module because importing scikit-learn takes most of a second.
 """
 
 import logging
@@ -22,7 +22,7 @@ Labels = npt.NDArray[np.integer[Any]]
 
 logger = logging.getLogger(__name__)
 
-_INVERSE_PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # sklearn's C, strong penalty first
+_INVERSE_PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # sklearn's C, strongest penalty first
 _MAX_ITERATIONS = 1000
 
 
@@ -34,23 +34,23 @@ def linear_probe_accuracy(
     *,
     seed: int,
 ) -> float:
-    """Fit multinomial logistic regression to standardised training features.
+    """Fit a multinomial logistic regression to standardised training features.
 
     The strength of the L2 penalty is chosen on a fifth of the training images, drawn with `seed`
-    from each class, and the fit repeated on all of them; the test images choose nothing. As in
-    Radford et al. 2021, https://arxiv.org/abs/2103.00020, section A.3. Differs: a coarse grid,
-    left when accuracy falls by more than chance explains.
+    from each class; then the fit is repeated on all of them. The test images influence no choice.
+    As in Radford et al. 2021, https://arxiv.org/abs/2103.00020, section A.3. Differs: a coarse
+    grid, and the search stops when accuracy falls by more than chance explains.
 
-    Why chosen: on CIFAR-10, raw pixels (10,000 x 3072) score 0.39 at C = 0.001 and 0.31 at
-    sklearn's default of 1, which is the best for 192 random features (40,000 x 192): a fixed
-    penalty would flatter one of the two. Either takes about 35 s of one core.
+    Reason for the choice: on CIFAR-10, raw pixels (10,000 x 3072) score 0.39 at C = 0.001 and 0.31
+    at sklearn's default of 1, which is best for 192 random features (40,000 x 192). A fixed
+    penalty would favour one of the two. Either takes about 35 s on one core.
     """
     check_features(train_features, train_labels, test_features, test_labels)
     labels, test_labels_array = train_labels.cpu().numpy(), test_labels.cpu().numpy()
     if len(np.unique(labels)) < 2:
-        raise ValueError("train_labels hold one class: there is nothing to tell apart")
+        raise ValueError("train_labels hold one class: there is nothing to classify")
     std, mean = torch.std_mean(train_features.float(), dim=0, correction=0)
-    std = torch.where(std > 0, std, 1.0)  # a constant feature stays 0
+    std = torch.where(std > 0, std, 1.0)  # a constant feature becomes 0
     features = ((train_features.float() - mean) / std).cpu().numpy()
     test_features_array = ((test_features.float() - mean) / std).cpu().numpy()
     inverse_penalty = _best_inverse_penalty(features, labels, seed)
@@ -71,8 +71,8 @@ def _best_inverse_penalty(features: Features, labels: Labels, seed: int) -> floa
     for inverse_penalty in _INVERSE_PENALTIES:
         probe = _fit(probe.set_params(C=inverse_penalty), features[~held], labels[~held])
         accuracy = float(probe.score(features[held], labels[held]))
-        # Weaker penalties take the longest and are known to lose by then; less than a standard
-        # error may be chance.
+        # Weaker penalties take the longest and cannot win any more by then; a difference below one
+        # standard error may be chance.
         if accuracy < best_accuracy - (accuracy * (1 - accuracy) / held.sum()) ** 0.5:
             break
         if accuracy > best_accuracy:
@@ -81,11 +81,11 @@ def _best_inverse_penalty(features: Features, labels: Labels, seed: int) -> floa
 
 
 def _fit(probe: LogisticRegression, features: Features, labels: Labels) -> LogisticRegression:
-    # tol: at 1e-3 a warm start may stop at once, and 40,000 x 192 scored 0.492 or 0.505 by the
-    # number of threads.
+    # tol: with 1e-3 a warm start may stop at once, and 40,000 x 192 scored 0.492 or 0.505 depending
+    # on the number of threads.
     probe.set_params(solver="lbfgs", tol=1e-4, max_iter=_MAX_ITERATIONS)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # told below, with what it means
+        warnings.simplefilter("ignore", ConvergenceWarning)  # logged below with its consequence
         probe.fit(features, labels)
     if probe.n_iter_.max() >= _MAX_ITERATIONS:
         logger.warning("linear probe stopped early, accuracy may be low: C=%g", probe.C)

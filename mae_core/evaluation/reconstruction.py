@@ -1,9 +1,9 @@
-"""What a masked autoencoder makes of an image, as numbers and as a picture for people.
+"""Evaluate a masked autoencoder's reconstructions in numbers and in a picture.
 
-With `norm_pix` a prediction is in units of its own target patch (zero mean, unit variance), and
-shown as it is it looks broken: https://github.com/facebookresearch/mae/issues/174. Here it is
-brought back with the target's mean and deviation, which come from the hidden pixels: such a
-picture shows the texture that was predicted, not the brightness.
+With `norm_pix` a prediction is in units of its own target patch (zero mean, unit variance) and
+looks broken if it is shown directly: https://github.com/facebookresearch/mae/issues/174. Here it
+is scaled back with the target's mean and deviation, which come from the hidden pixels. So the
+picture shows the predicted texture, not the predicted brightness.
 
 Polarity as in `masking`: `mask` is True where a patch was removed.
 """
@@ -24,25 +24,25 @@ from mae_core.patching import patchify, unpatchify
 Pixels = npt.NDArray[np.uint8]
 
 _COLUMNS = ("original", "masked", "reconstruction")
-_TILE_PX = 128  # smaller images are enlarged to about this
+_TILE_PX = 128  # smaller images are enlarged to about this size
 _GUTTER_PX = 4
 _MAX_IMAGES = 8
 _GREY = 128
 _WHITE = 255
-_DARK_SET = 0.5  # share of full scale below which a whole set is brightened
+_DARK_SET = 0.5  # a set below this share of full scale is brightened as a whole
 _WHITE_STDS = 3.0
 
 
 class Reconstruction(NamedTuple):
     loss: float  # mean over the removed patches of these images
-    pred: Float[Tensor, "B L P"]  # normalised by patch if the model's loss is
+    pred: Float[Tensor, "B L P"]  # normalised per patch if the model's loss is
     mask: Bool[Tensor, "B L"]  # True = removed
 
 
 def reconstruct(
     mae: MaskedAutoencoder, images: Float[Tensor, "B C H W"], noise: Float[Tensor, "B L"]
 ) -> Reconstruction:
-    """Predict every patch, without gradients and in eval mode; the model's mode is put back."""
+    """Predict every patch without gradients, in eval mode, and restore the model's mode."""
     was_training = mae.training
     mae.eval()
     try:
@@ -76,21 +76,21 @@ def reconstruction_picture(
     """Draw a row for each of the first 8 images: original, masked, and reconstruction.
 
     The reconstruction shows the prediction in the removed patches and the image itself in the
-    visible ones: the loss asks nothing of a prediction for a visible patch, so it is noise.
+    visible ones. The loss ignores predictions for visible patches, so these are noise.
 
     Three channels are shown as RGB, of more the first three, of fewer the first one in grey. A set
     whose mean + 3 standard deviations is below half of full scale is brightened as a whole.
-    Small images are enlarged by a whole factor, without smoothing.
+    Small images are enlarged by an integer factor, without smoothing.
 
     Args:
         images: Normalised, as the model saw them.
         pred: Prediction for every patch.
-        mask: Removed patches; grey in the second column.
+        mask: True for removed patches, which are grey in the second column.
         patch_size: Side of a patch in pixels.
-        norm_pix: Whether `pred` is normalised by patch (`LossConfig.norm_pix`).
-        channel_mean: Of the normalisation, in units of 0..1 pixels.
-        channel_std: Of the normalisation, in units of 0..1 pixels.
-        title: Written above all; none leaves no room for it.
+        norm_pix: Whether `pred` is normalised per patch (`LossConfig.norm_pix`).
+        channel_mean: Mean used for the normalisation, in units of 0..1 pixels.
+        channel_std: Deviation used for the normalisation, in units of 0..1 pixels.
+        title: Title of the whole picture; an empty one takes no room.
 
     Returns:
         (height, width, 3), RGB.
@@ -131,7 +131,7 @@ def _check_shapes(images: Tensor, pred: Tensor, mask: Tensor, patch_size: int) -
 
 
 def _pixels(images: Tensor, channel_mean: Sequence[float], channel_std: Sequence[float]) -> Pixels:
-    """Undo the normalisation and choose what to show: (B, H, W, 3), grey where it is NaN."""
+    """Undo the normalisation and select what to show: (B, H, W, 3), grey where it is NaN."""
     num_channels = images.shape[1]
     if not len(channel_mean) == len(channel_std) == num_channels:
         raise ValueError(
@@ -142,7 +142,7 @@ def _pixels(images: Tensor, channel_mean: Sequence[float], channel_std: Sequence
     mean = torch.tensor(channel_mean)[:, None, None]
     shown_channels = 3 if num_channels >= 3 else 1
     shown = (images * std + mean)[:, :shown_channels].expand(-1, 3, -1, -1)
-    # 12 bits in 16 would be black: what nearly all values are below becomes white.
+    # 12 bits stored in 16 would look black: the level below which nearly all values lie is white.
     white = float((mean + _WHITE_STDS * std)[:shown_channels].max())
     if white < _DARK_SET:
         shown = shown / max(white, 1e-9)
@@ -151,13 +151,13 @@ def _pixels(images: Tensor, channel_mean: Sequence[float], channel_std: Sequence
 
 
 def _sheet(tiles: Pixels, title: str) -> Pixels:
-    """Lay out (rows, columns, H, W, 3) tiles under the title and the names of the columns."""
+    """Lay out (rows, columns, H, W, 3) tiles below the title and the column names."""
     factor = max(1, _TILE_PX // max(tiles.shape[2:4]))
     tiles = tiles.repeat(factor, axis=2).repeat(factor, axis=3)
     rows, columns, height, width = tiles.shape[:4]
     font_px = max(13, width // 18)
     font = ImageFont.load_default(size=font_px)
-    # A narrow image leaves room for the name of its column.
+    # Columns of narrow images are as wide as their names.
     column_px = max(width, *(int(font.getlength(name)) + 1 for name in _COLUMNS)) + _GUTTER_PX
     line_px = font_px + 12
     names_top = line_px if title else 0

@@ -1,4 +1,4 @@
-"""Which images are most like one, by the cosine of their features."""
+"""Find the images most similar to a query by the cosine of their features."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -15,7 +15,7 @@ _COLUMNS = 5
 
 
 def cosine_similarity(features: Floats, query: Floats) -> npt.NDArray[np.float32]:
-    """(N,) of the rows of (N, D) with (D,); 0 for a row of zeros."""
+    """Compare each row of (N, D) with the (D,) query: (N,) cosines, 0 for a row of zeros."""
     lengths = np.linalg.norm(features, axis=1) * np.linalg.norm(query)
     return (features @ query / np.maximum(lengths, 1e-12)).astype(np.float32)
 
@@ -23,13 +23,13 @@ def cosine_similarity(features: Floats, query: Floats) -> npt.NDArray[np.float32
 def retrieval_picture(
     query: npt.NDArray[Any], found: Sequence[npt.NDArray[Any]], captions: Sequence[str], title: str
 ) -> Picture:
-    """Draw the query, then what is most like it, best first, each with its caption.
+    """Draw the query, then the most similar images, best first, each with its caption.
 
     Args:
         query: (H, W, C) uint8 or uint16; of more than 3 channels the first 3 are shown.
-        found: likewise, any number of them.
-        captions: of each of `found`.
-        title: above all.
+        found: Images in the same form, any number of them.
+        captions: One for each image in `found`.
+        title: Title of the whole picture.
     """
     rows = -(-len(found) // _COLUMNS)
     figure = Figure(

@@ -1,7 +1,7 @@
-"""How well classes of pixels are told apart, as numbers and as a picture for people.
+"""Measure how well pixels are classified, in numbers and in a picture.
 
-Truth and prediction are class indices; pixels whose truth is `IGNORE` count nowhere. Scores are
-in 0..1. They come from counts that are added up over all images, not from means of images.
+Truth and prediction are class indices; pixels whose truth is `IGNORE` are not counted. Scores are
+in 0..1. They come from counts summed over all images, not from means over images.
 """
 
 import colorsys
@@ -23,16 +23,16 @@ Picture = npt.NDArray[np.uint8]  # (H, W, 3), RGB
 Colour = tuple[int, int, int]
 
 _COLUMNS = ("image", "truth", "prediction", "errors")
-_TILE_PX = 256  # images are enlarged or reduced by a whole factor to at most this,
-_LARGEST_TILE_PX = 512  # or left alone up to this
+_TILE_PX = 256  # images are enlarged or reduced by an integer factor to at most this,
+_LARGEST_TILE_PX = 512  # or kept as they are up to this size
 _GUTTER_PX = 6
 _SWATCH_PX = 14
 _TITLE_FONT_PX, _FONT_PX = 20, 15
-_DARK_IMAGE = 0.5  # share of full scale below which an image is brightened
+_DARK_IMAGE = 0.5  # an image below this share of full scale is brightened
 _WRONG: Colour = (255, 0, 0)
 _IGNORED: Colour = (210, 210, 210)
-# Class 0 is dark: most often the background. Then Okabe and Ito's colours, which colour-blind
-# people tell apart, without their red: https://jfly.uni-koeln.de/color.
+# Class 0 is dark, as it is usually the background. Then Okabe and Ito's colours, which colour-blind
+# people can distinguish, without their red: https://jfly.uni-koeln.de/color.
 _COLOURS: tuple[Colour, ...] = (
     (30, 30, 30),
     (86, 180, 233),
@@ -42,34 +42,34 @@ _COLOURS: tuple[Colour, ...] = (
     (0, 114, 178),
     (204, 121, 167),
 )
-_GOLDEN_RATIO = 0.618034  # of the circle of hues: later classes stay apart
+_GOLDEN_RATIO = 0.618034  # step on the hue circle, which keeps the colours of later classes apart
 
 
 class SegmentationScores(NamedTuple):
     miou: float  # mean of `iou_per_class`
     pixel_accuracy: float
-    iou_per_class: dict[str, float]  # of the classes that are in the truth or the prediction
+    iou_per_class: dict[str, float]  # for the classes in the truth or the prediction
 
 
 class InstanceMatches(NamedTuple):
-    """Counts of instances; those of several images add up."""
+    """Counts of instances; the counts of several images add up."""
 
     tp: int  # predicted instances that match a true one
-    fp: int  # predicted, but there is none
-    fn: int  # there, but not predicted
+    fp: int  # predicted instances without a true one
+    fn: int  # true instances that were not predicted
 
     @property
     def f1(self) -> float:
-        """1 where there is nothing to find and nothing was found."""
+        """Harmonic mean of precision and recall; 1 if nothing exists and nothing was predicted."""
         return 2 * self.tp / (2 * self.tp + self.fp + self.fn) if sum(self) else 1.0
 
 
 def confusion_counts(
     prediction: Int[Tensor, "*S"], truth: Int[Tensor, "*S"], num_classes: int
 ) -> Int[Tensor, "K K"]:
-    """Pixels by true class (row) and predicted class (column), int64; those of `IGNORE` left out.
+    """Count pixels by true class (row) and predicted class (column), int64, without `IGNORE`.
 
-    Counts of batches add up. On the device of `truth`.
+    Counts of batches add up. The result is on the device of `truth`.
     """
     counted = truth != IGNORE
     for name, classes in (("prediction", prediction), ("truth", truth)):
@@ -82,14 +82,14 @@ def confusion_counts(
 
 
 def scores_from_counts(counts: Int[Tensor, "K K"], names: Sequence[str]) -> SegmentationScores:
-    """Intersection over union of each class, as PASCAL VOC takes it, and their mean.
+    """Compute PASCAL VOC's intersection over union of each class, and their mean.
 
-    A class that is neither in the truth nor in the prediction has none and is left out; one that
-    was predicted where it never is counts as 0.
+    A class in neither the truth nor the prediction has no score and is left out; one that was
+    predicted but never occurs scores 0.
 
     Args:
-        counts: of `confusion_counts`, added up over the images.
-        names: of the classes, in their order.
+        counts: The sum of `confusion_counts` over the images.
+        names: Names of the classes, in order.
     """
     if counts.shape != (len(names), len(names)):
         raise ValueError(f"{tuple(counts.shape)} counts for {len(names)} names of classes")
@@ -97,7 +97,7 @@ def scores_from_counts(counts: Int[Tensor, "K K"], names: Sequence[str]) -> Segm
         raise ValueError("two classes have the same name")
     table = counts.double().cpu()
     if not table.sum():
-        raise ValueError("no pixel has a class: nothing can be scored")
+        raise ValueError("no pixel has a class: there is nothing to score")
     right = table.diagonal()
     union = table.sum(dim=0) + table.sum(dim=1) - right
     iou_per_class = {
@@ -120,9 +120,9 @@ def instance_f1(
     `classes_to_instances`.
 
     Args:
-        predicted_classes: (H, W), as `instances_to_classes` gives them.
-        instance_map: (H, W), the truth: 0 background, 1..N.
-        iou: least intersection over union of a match.
+        predicted_classes: (H, W), in the form that `instances_to_classes` returns.
+        instance_map: (H, W), the truth: 0 is background, 1..N are instances.
+        iou: Smallest intersection over union of a match.
     """
     found_number, found = np.unique(classes_to_instances(predicted_classes), return_inverse=True)
     true_number, true = np.unique(instance_map, return_inverse=True)
@@ -146,19 +146,19 @@ def segmentation_picture(
     names: Sequence[str],
     title: str,
 ) -> Picture:
-    """Draw a row for each image: itself, its true and predicted classes over it, and the errors.
+    """Draw a row per image: the image, true and predicted classes over it, and the errors.
 
     Three channels are shown as RGB, of more the first three, of fewer the first one in grey; an
-    image that uses less than half of its range is stretched over it. Small images are enlarged by
-    a whole factor, without smoothing, and large ones reduced by one. The legend has the classes
+    image that uses less than half of its range is stretched. Small images are enlarged by an
+    integer factor, without smoothing, and large ones reduced by one. The legend lists the classes
     that occur, in the colours that they have over a pixel of mean brightness.
 
     Args:
         pixels: (H, W, C) uint8 or uint16 each; sizes may differ.
-        truths: (H, W) each; where it is `IGNORE` all but the image is light grey.
+        truths: (H, W) each; where it is `IGNORE`, all columns but the first are light grey.
         predictions: (H, W) each.
-        names: of the classes, in their order.
-        title: above all.
+        names: Names of the classes, in order.
+        title: Title of the whole picture.
     """
     if not pixels:
         raise ValueError("there is no image to show")
@@ -199,17 +199,17 @@ def _colour(class_index: int) -> Colour:
 
 
 def _blended(colour: Colour, level: int) -> Colour:
-    """What a class's colour looks like over a grey pixel; see the overlays in `_tiles`."""
+    """Return a class's colour over a grey pixel; must match the overlays in `_tiles`."""
     red, green, blue = (level // 2 + channel // 2 for channel in colour)
     return red, green, blue
 
 
 def _tiles(image: Picture, truth: LabelMap, prediction: LabelMap) -> list[Image.Image]:
-    """The four pictures of a row."""
+    """Draw the four pictures of a row."""
     table = np.array([_colour(c) for c in range(IGNORE + 1)], np.uint8)
     ignored = truth == IGNORE
     grey = image.mean(axis=2, keepdims=True).repeat(3, axis=2)
-    # Half as strong, so that the errors stand out.
+    # Half the brightness, so that the errors stand out.
     errors = (grey * 0.5).astype(np.uint8)
     errors[prediction != truth] = _WRONG
     overlays = [image // 2 + table[classes] // 2 for classes in (truth, prediction)]
@@ -228,11 +228,11 @@ def _sized(tile: Picture) -> Image.Image:
 def _sheet(
     rows: Sequence[Sequence[Image.Image]], legend: Sequence[tuple[str, Colour]], title: str
 ) -> Picture:
-    """Title, titles of the columns, rows of tiles, legend."""
+    """Lay out the title, column titles, rows of tiles and the legend."""
     title_font = ImageFont.load_default(size=_TITLE_FONT_PX)
     font = ImageFont.load_default(size=_FONT_PX)
     tile_px = max(tile.width for row in rows for tile in row)
-    # A narrow image leaves room for its title.
+    # Columns of narrow images are as wide as their titles.
     column_px = max(tile_px, *(math.ceil(font.getlength(name)) for name in _COLUMNS)) + _GUTTER_PX
     width = max(
         len(_COLUMNS) * column_px + _GUTTER_PX,
@@ -268,7 +268,7 @@ def _legend_entry_px(name: str, font: _Font) -> int:
 def _legend_lines(
     legend: Sequence[tuple[str, Colour]], width: int, font: _Font
 ) -> list[list[tuple[str, Colour, int]]]:
-    """Name, colour and left edge of each entry, in lines that fit the sheet."""
+    """Place (name, colour, left edge) of each entry on lines that fit the sheet."""
     lines: list[list[tuple[str, Colour, int]]] = [[]]
     left = _GUTTER_PX
     for name, colour in legend:

@@ -1,7 +1,7 @@
-"""An encoder with a linear head: fine-tuned whole, in part, or probed while it is frozen.
+"""An encoder with a linear head: fine-tuned as a whole, in part, or probed while it is frozen.
 
 Source: He et al. 2021, https://arxiv.org/abs/2111.06377, section A.1 and, for training a part,
-section 5; the authors' code where the paper is silent. Differs: positions stay as they are, the
+section 5; the authors' code where the paper is silent. Differs: positions stay fixed, while the
 authors train them.
 """
 
@@ -19,10 +19,10 @@ _PROBE_HEAD_STD = 0.01
 
 
 class Classifier(nn.Module):
-    """Pool what the encoder gives, normalise it, and classify it linearly.
+    """Pool the encoder's output, normalise it, and classify it linearly.
 
-    What is frozen stays in eval mode, also after `train()`: no stochastic depth, and batch norms
-    keep their statistics.
+    Frozen parts stay in eval mode even after `train()`: no stochastic depth, and batch norms keep
+    their statistics.
     """
 
     def __init__(
@@ -34,14 +34,14 @@ class Classifier(nn.Module):
         pool: Literal["mean", "cls"],
         pool_before_norm: bool,
     ) -> None:
-        """Take the parts as `build_classifier` made them.
+        """Store the parts that `build_classifier` made.
 
         Args:
-            encoder: a `MaskedEncoder` or a `MapEncoder`.
-            fc_norm: (B, D) to (B, D).
-            head: (B, D) to (B, num_classes).
-            pool: the mean of the patch tokens, or the class token.
-            pool_before_norm: pool the tokens that have not been through the encoder's last norm.
+            encoder: A `MaskedEncoder` or a `MapEncoder`.
+            fc_norm: Maps (B, D) to (B, D).
+            head: Maps (B, D) to (B, num_classes).
+            pool: The mean of the patch tokens, or the class token.
+            pool_before_norm: Pool the tokens before the encoder's last norm.
         """
         super().__init__()
         self.encoder = encoder
@@ -51,7 +51,7 @@ class Classifier(nn.Module):
         self.pool_before_norm = pool_before_norm
 
     def forward(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B K"]:
-        """Return logits, one for each of K classes."""
+        """Return logits of shape (B, K), one for each of K classes."""
         return self.head(self.fc_norm(self._features(images)))
 
     def train(self, mode: bool = True) -> "Classifier":
@@ -80,22 +80,22 @@ def build_classifier(
 ) -> Classifier:
     """Put a fresh head on `encoder`, and decide which of its parameters are trained.
 
-    The rest has `requires_grad` False, and so has what the forward pass does not use: DDP refuses
-    a trained parameter without a gradient.
+    All other parameters get `requires_grad` False, including those that the forward pass does not
+    use, because DDP rejects a trained parameter without a gradient.
 
     Args:
-        encoder: a `MaskedEncoder` or a `MapEncoder`; changed in place.
-        num_classes: of the head.
+        encoder: A `MaskedEncoder` or a `MapEncoder`; changed in place.
+        num_classes: Number of outputs of the head.
         kind: "finetune" trains the encoder and a layer norm over the mean, which replaces the
-            encoder's own. "linear" trains the head alone, behind a batch norm without parameters:
-            it needs 2 images in a batch.
-        pool: the mean of the patch tokens, or the class token; a `MapEncoder` has only "mean".
-        trainable_blocks: fine-tune only the last blocks, this many, the norms after them and the
-            head; 0 leaves the encoder as it is. None trains all of it.
+            encoder's own. "linear" trains the head alone, behind a batch norm without parameters,
+            which needs at least 2 images in a batch.
+        pool: The mean of the patch tokens, or the class token; a `MapEncoder` has only "mean".
+        trainable_blocks: Fine-tune only this many of the last blocks, the norms after them and
+            the head; 0 keeps the whole encoder frozen. None trains all of it.
     """
     is_transformer = isinstance(encoder, MaskedEncoder)
     if not is_transformer and pool != "mean":
-        raise ValueError(f"pool={pool} needs a class token, which this encoder has not: pool=mean")
+        raise ValueError(f"pool={pool} needs a class token, this encoder has none: set pool=mean")
     _choose_trained(encoder, kind=kind, pool=pool, trainable_blocks=trainable_blocks)
     dim = cast(MapEncoder, encoder).embed_dim
     fc_norm: nn.Module
@@ -105,7 +105,7 @@ def build_classifier(
         fc_norm = LayerNorm(dim) if pool == "mean" else nn.Identity()
     head = nn.Linear(dim, num_classes)
     std = _PROBE_HEAD_STD if kind == "linear" else _FINE_TUNED_HEAD_STD
-    # Cut at +-2, which is many deviations away: as timm's, and with it the reference's.
+    # Truncated at +-2, many standard deviations away, as in timm and so in the reference.
     nn.init.trunc_normal_(head.weight, std=std)
     nn.init.zeros_(head.bias)
     classifier = Classifier(
@@ -137,10 +137,10 @@ def _choose_trained(
 
 
 def layer_scales(model: nn.Module, layer_decay: float) -> dict[str, float]:
-    """The factor on each parameter's learning rate: `layer_decay` for each layer above it.
+    """Return each parameter's learning rate factor: `layer_decay` for each layer above it.
 
-    Of the encoder's depth + 2 layers the first is the patch embedding with the class token, the
-    last is what comes after the blocks, the head of any task. Source: BEiT, Bao et al. 2021,
+    The encoder has depth + 2 layers: the first is the patch embedding with the class token, the
+    last is whatever comes after the blocks, such as a task's head. Source: BEiT, Bao et al. 2021,
     https://arxiv.org/abs/2106.08254, and MAE's `lr_decay.py`.
     """
     encoder = model.encoder

@@ -11,12 +11,12 @@ from mae_core.model.positions import sincos_positions
 
 
 class PixelDecoder(nn.Module):
-    """Predict every patch's pixels from the tokens of the kept ones.
+    """Predict every patch's pixels from the tokens of the kept patches.
 
-    For one grid of patches only: nothing in its input tells rows from columns.
+    Works for one grid of patches only: nothing in its input distinguishes rows from columns.
     """
 
-    positions: Tensor  # (L, D); a buffer outside the state dict, for it follows from the sizes
+    positions: Tensor  # (L, D); not in the state dict, because it follows from the sizes
 
     def __init__(
         self,
@@ -39,14 +39,14 @@ class PixelDecoder(nn.Module):
         self._initialize()
 
     def _initialize(self) -> None:
-        """As the authors do, on the global random generator, like torch's own layers."""
+        """Draw weights as the authors do, from the global generator like torch's own layers."""
         self.apply(_initialize_linear)
         nn.init.normal_(self.mask_token, std=0.02)
 
     def forward(
         self, latent: Float[Tensor, "B T D"], ids_restore: Int[Tensor, "B L"]
     ) -> Float[Tensor, "B L P"]:
-        """Take T = 1 + K encoder tokens, the class token first."""
+        """Decode T = 1 + K encoder tokens, the class token first."""
         tokens = self.embed(latent)
         class_token, kept = tokens[:, :1], tokens[:, 1:]
         patches = restore_order(kept, self.mask_token[0, 0], ids_restore) + self.positions
@@ -56,6 +56,6 @@ class PixelDecoder(nn.Module):
 
 def _initialize_linear(module: nn.Module) -> None:
     if isinstance(module, nn.Linear):
-        # Fused query, key and value count as one matrix.
+        # Xavier treats the fused query, key and value as one matrix.
         nn.init.xavier_uniform_(module.weight)
         nn.init.zeros_(module.bias)

@@ -1,10 +1,10 @@
-"""Find things in images: an encoder, a pyramid of its map, and torchvision's dense heads.
+"""Find objects in images: an encoder, a pyramid of its feature map, and torchvision's dense heads.
 
 Images come normalised, all of one size, and are neither resized nor padded here. Boxes are x0, y0,
-x1, y1 in their pixels. Labels count from 0, without a background class.
+x1, y1 in pixels of these images. Labels count from 0, without a background class.
 
 Sources: FCOS, Tian et al. 2019, https://arxiv.org/abs/1904.01355; Faster R-CNN, Ren et al. 2015,
-https://arxiv.org/abs/1506.01497; a plain ViT below them, ViTDet, Li et al. 2022,
+https://arxiv.org/abs/1506.01497; a plain ViT as the encoder, ViTDet, Li et al. 2022,
 https://arxiv.org/abs/2203.16527.
 """
 
@@ -28,16 +28,16 @@ from mae_core.model.feature_pyramid import FeaturePyramid, MapEncoder
 
 HeadName = Literal["fcos", "faster_rcnn"]
 
-_FCOS_GROUPS = 32  # of the group norm in torchvision's FCOS head
-_ROI_SIDE = 7  # places that a proposal is cut into, along each side
-_NUM_PROPOSALS = 1000  # before the non-maximum suppression, of a level and an image
-_NUM_KEPT_PROPOSALS = 500  # after it. Half of torchvision's, as the images are half as wide.
+_FCOS_GROUPS = 32  # in the group norm of torchvision's FCOS head
+_ROI_SIDE = 7  # each proposal is pooled to this many places along each side
+_NUM_PROPOSALS = 1000  # per level and image, before non-maximum suppression
+_NUM_KEPT_PROPOSALS = 500  # after it; half of torchvision's, as our images are half as wide
 _NUM_SAMPLED_ANCHORS = 256
 _NUM_SAMPLED_PROPOSALS = 256
 
 
 class BoxTargets(NamedTuple):
-    """`Boxes` of one image as tensors."""
+    """The `Boxes` of one image as tensors."""
 
     xyxy: Float[Tensor, "N 4"]
     labels: Int[Tensor, " N"]
@@ -45,18 +45,18 @@ class BoxTargets(NamedTuple):
 
 
 class Detections(NamedTuple):
-    """What was found in one image, best first."""
+    """The objects found in one image, best first."""
 
-    boxes: Float[Tensor, "K 4"]  # x0, y0, x1, y1 in pixels of the image that was looked at
+    boxes: Float[Tensor, "K 4"]  # x0, y0, x1, y1 in pixels of the image
     scores: Float[Tensor, " K"]  # 0 to 1
     labels: Int[Tensor, " K"]  # from 0
 
 
 class Detector(nn.Module):
-    """Losses in training (`forward`), boxes otherwise (`detect`).
+    """Return losses in training (`forward`) and boxes otherwise (`detect`).
 
-    The encoder and the pyramid run in whatever precision the caller's autocast says; the heads
-    always in float32, for a bf16 sum over all places loses most of them.
+    The encoder and the pyramid run in the precision of the caller's autocast. The heads always run
+    in float32, because a bf16 sum over all places loses most of them.
     """
 
     def __init__(
@@ -68,14 +68,14 @@ class Detector(nn.Module):
         window: int = 0,
         frozen: bool = False,
     ) -> None:
-        """Put the parts together; `build_detector` makes them.
+        """Store the parts that `build_detector` made.
 
         Args:
             encoder: Any module with a `feature_map`.
-            pyramid: Of its map.
-            heads: On the pyramid's maps.
-            window: As in `MaskedEncoder.feature_map`.
-            frozen: The encoder gets no gradients and stays in eval mode.
+            pyramid: Computes the levels from the encoder's map.
+            heads: Run on the levels of the pyramid.
+            window: Passed to `MaskedEncoder.feature_map`.
+            frozen: Give the encoder no gradients and keep it in eval mode.
         """
         super().__init__()
         self.encoder = encoder
@@ -88,11 +88,11 @@ class Detector(nn.Module):
             module.requires_grad_(False)
             module.eval()
         elif window and isinstance(class_token := getattr(encoder, "cls_token", None), Tensor):
-            # Windows see no class token, and DDP waits for the gradient of each parameter.
+            # Windowed attention has no class token, and DDP waits for a gradient of each parameter.
             class_token.requires_grad_(False)
 
     def train(self, mode: bool = True) -> "Detector":
-        """As for any module; a frozen encoder stays in eval mode."""
+        """Set the mode as for any module, but keep a frozen encoder in eval mode."""
         super().train(mode)
         if self.frozen:
             cast(nn.Module, self.encoder).eval()
@@ -101,14 +101,14 @@ class Detector(nn.Module):
     def forward(
         self, images: Float[Tensor, "B C H W"], boxes: Sequence[BoxTargets]
     ) -> dict[str, Float[Tensor, ""]]:
-        """The losses by name; their sum is to be minimised. In train mode only.
+        """Return the losses by name; their sum is to be minimised. Needs train mode.
 
         Args:
             images: Normalised.
-            boxes: Of each image; none are fine. Crowd boxes are as if they weren't there.
+            boxes: The boxes of each image; may be empty. Crowd boxes are ignored.
         """
         if not self.training:
-            raise RuntimeError("losses are taken in train mode; without them, call detect")
+            raise RuntimeError("losses need train mode; call detect to find objects")
         if len(boxes) != len(images):
             raise ValueError(f"boxes of {len(boxes)} images for {len(images)} images")
         targets = [_without_crowds(target) for target in boxes]
@@ -118,7 +118,7 @@ class Detector(nn.Module):
             return self.heads.losses(maps, _image_list(images), targets)
 
     def detect(self, images: Float[Tensor, "B C H W"]) -> list[Detections]:
-        """What is in each image, without gradients and in eval mode; the mode is put back."""
+        """Find the objects in each image, without gradients, in eval mode; restores the mode."""
         was_training = self.training
         self.eval()
         try:
@@ -130,7 +130,7 @@ class Detector(nn.Module):
             self.train(was_training)
 
     def _maps(self, images: Tensor) -> dict[str, Tensor]:
-        """Stride to map, in float32."""
+        """Return the map of each stride, in float32."""
         height, width = images.shape[-2:]
         _check_size((height, width), self.pyramid.strides)
         with torch.no_grad() if self.frozen else nullcontext():
@@ -142,7 +142,7 @@ class Detector(nn.Module):
         }
 
     def _check_labels(self, targets: Sequence[BoxTargets]) -> None:
-        """On a GPU a wrong label would end the process."""
+        """Raise a ValueError for a label out of range, which would end the process on a GPU."""
         labels = torch.cat([target.labels for target in targets])
         limit = self.heads.num_classes
         if labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) < limit:
@@ -152,7 +152,7 @@ class Detector(nn.Module):
 
 
 class FCOSHeads(nn.Module):
-    """At each place of each map: is there a thing, and how far are its four sides?"""
+    """Predict for each place of each map whether an object is there and how far its sides are."""
 
     def __init__(
         self,
@@ -168,7 +168,7 @@ class FCOSHeads(nn.Module):
         if channels % _FCOS_GROUPS:
             raise ValueError(f"channels={channels} is not a multiple of {_FCOS_GROUPS}")
         self.num_classes = num_classes
-        body = nn.Identity()  # its maps come from outside
+        body = nn.Identity()  # the maps are computed outside
         body.out_channels = channels  # type: ignore[assignment]  # torchvision reads it
         anchors = _anchors([(stride,) for stride in strides], (1.0,), strides)
         self.fcos = FCOS(
@@ -207,7 +207,7 @@ class FCOSHeads(nn.Module):
 
 
 class RegionHeads(nn.Module):
-    """Faster R-CNN: propose regions, then look at each again."""
+    """Faster R-CNN: propose regions, then classify and refine each of them."""
 
     def __init__(
         self,
@@ -252,7 +252,7 @@ class RegionHeads(nn.Module):
     def losses(
         self, maps: dict[str, Tensor], images: ImageList, targets: Sequence[BoxTargets]
     ) -> dict[str, Tensor]:
-        """Which anchors and proposals count is drawn from torch's global generator."""
+        """Compute the losses; torch's global generator samples the anchors and proposals."""
         wanted = [{"boxes": target.xyxy, "labels": target.labels + 1} for target in targets]
         proposals, proposal_losses = self.rpn(images, maps, wanted)
         _, losses = self.regions(maps, proposals, images.image_sizes, wanted)
@@ -270,7 +270,7 @@ class RegionHeads(nn.Module):
 
 
 def box_targets(boxes: Boxes, device: torch.device | str = "cpu") -> BoxTargets:
-    """The boxes of one image as tensors on `device`."""
+    """Convert the boxes of one image to tensors on `device`."""
     return BoxTargets(*(torch.from_numpy(array).to(device) for array in boxes))
 
 
@@ -288,25 +288,25 @@ def build_detector(  # noqa: PLR0913  # each is a fact of its own
     score_threshold: float = 0.05,
     max_detections: int = 100,
 ) -> Detector:
-    """A detector on `encoder`, its new parts drawn from torch's global generator.
+    """Build a detector on `encoder`, drawing its new parts from torch's global generator.
 
     Args:
-        encoder: Is used, not copied.
-        num_classes: Without a background.
-        head: fcos is the faster one on CPUs.
-        img_size: Height and width of what it will see, in pixels; the strides must tile it.
-        strides: Of the pyramid's levels, finest first.
-        channels: Of each level; a multiple of 32 for fcos.
-        num_convs: Layers before the last one, in each branch of fcos, or of the proposals.
-        window: As in `MaskedEncoder.feature_map`.
-        frozen: Train only what is new.
-        score_threshold: What is less sure is not said.
-        max_detections: At most, of an image.
+        encoder: Used as it is, not copied.
+        num_classes: Number of classes without a background class.
+        head: fcos is faster on CPUs.
+        img_size: Height and width of the input images, in pixels; the strides must tile it.
+        strides: Strides of the pyramid's levels, finest first.
+        channels: Channels of each level; a multiple of 32 for fcos.
+        num_convs: Layers before the last one, in each branch of fcos or of the proposal head.
+        window: Passed to `MaskedEncoder.feature_map`.
+        frozen: Train only the new parts.
+        score_threshold: Detections with a lower score are dropped.
+        max_detections: Largest number of detections per image.
     """
     if num_classes < 1:
         raise ValueError(f"num_classes={num_classes} is below 1")
     if list(strides) != sorted(set(strides)) or not strides:
-        raise ValueError(f"strides={tuple(strides)} do not rise")
+        raise ValueError(f"strides={tuple(strides)} must rise")
     _check_size(img_size, strides)
     pyramid = FeaturePyramid(
         encoder.embed_dim, encoder.patch_size, strides=strides, channels=channels
@@ -326,9 +326,9 @@ def build_detector(  # noqa: PLR0913  # each is a fact of its own
 def _anchors(
     sizes: Sequence[tuple[int, ...]], ratios: tuple[float, ...], strides: Sequence[int]
 ) -> Any:
-    """An AnchorGenerator whose boxes lie around the middle of their places.
+    """Build an AnchorGenerator whose boxes are centred on their places.
 
-    Differs: torchvision's lie around the upper left corner of them.
+    Differs: torchvision's boxes are centred on the upper left corner of their places.
     """
     anchors = AnchorGenerator(tuple(sizes), (ratios,) * len(sizes))
     pairs = zip(anchors.cell_anchors, strides, strict=True)
@@ -337,7 +337,7 @@ def _anchors(
 
 
 def _check_size(size: tuple[int, int], strides: Sequence[int]) -> None:
-    """Of image and map, torchvision takes the quotient for the stride: it must leave no rest."""
+    """Raise a ValueError if the stride that torchvision infers, image / map, is not exact."""
     for stride in strides:
         if size[0] % stride or size[1] % stride:
             raise ValueError(f"image {size[0]}x{size[1]} is not a multiple of stride {stride}")

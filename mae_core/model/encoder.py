@@ -1,6 +1,6 @@
-"""A vision transformer that can be shown only some of its patches.
+"""A vision transformer that can encode a subset of an image's patches.
 
-timm's blocks under timm's names, so that weights go from one to the other unchanged.
+Uses timm's blocks under timm's names, so weights transfer between the two unchanged.
 """
 
 import torch
@@ -19,13 +19,13 @@ _GLOBAL_BLOCKS = 4
 
 
 class MaskedEncoder(nn.Module):
-    """Encode the kept patches of an image; without `ids_keep`, all of them.
+    """Encode the kept patches of an image, or all of them without `ids_keep`.
 
-    Takes images of any size that its patches tile. At a size other than `img_size` the
+    Accepts images of any size that its patches tile. At a size other than `img_size` the
     positions are interpolated (see `resample_positions`), not computed anew.
     """
 
-    positions: Tensor  # (L, D); a buffer outside the state dict, for it follows from the sizes
+    positions: Tensor  # (L, D); not in the state dict, because it follows from the sizes
 
     def __init__(
         self,
@@ -42,7 +42,7 @@ class MaskedEncoder(nn.Module):
         self.patch_size = patch_size
         self.embed_dim = embed_dim
         self.grid_size = (img_size[0] // patch_size, img_size[1] // patch_size)
-        # img_size=None: timm then takes any size; `forward` checks it.
+        # img_size=None: timm then accepts any size, and `forward` checks it.
         self.patch_embed = PatchEmbed(None, patch_size, in_chans, embed_dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         positions = sincos_positions(self.grid_size, embed_dim)
@@ -57,9 +57,9 @@ class MaskedEncoder(nn.Module):
         self._initialize()
 
     def _initialize(self) -> None:
-        """As the authors do, on the global random generator, like torch's own layers."""
+        """Draw weights as the authors do, from the global generator like torch's own layers."""
         self.apply(_initialize_linear)
-        # As a linear layer over a patch's values; the bias keeps the convolution's default.
+        # Initialized as a linear layer over a patch's values; the bias keeps its default.
         nn.init.xavier_uniform_(self.patch_embed.proj.weight.view(self.embed_dim, -1))
         nn.init.normal_(self.cls_token, std=0.02)
 
@@ -72,25 +72,26 @@ class MaskedEncoder(nn.Module):
     def tokens(
         self, images: Float[Tensor, "B C H W"], ids_keep: Int[Tensor, "B K"] | None = None
     ) -> Float[Tensor, "B T D"]:
-        """As `forward`, before the last norm."""
+        """Return the tokens of `forward` before the last norm."""
         patches = self._embed(images)  # (B, L, D)
         if ids_keep is not None:
             patches = keep_patches(patches, ids_keep)  # (B, K, D)
-        # The class token's position is zero, in the reference too.
+        # The class token's position is zero, as in the reference.
         class_token = self.cls_token.expand(patches.shape[0], -1, -1)
         return self.blocks(torch.cat([class_token, patches], dim=1))  # (B, 1 + K, D)
 
     def feature_map(
         self, images: Float[Tensor, "B C H W"], *, window: int = 0
     ) -> Float[Tensor, "B D h w"]:
-        """The patch tokens after the last norm, in their places; one for each patch.
+        """Return the patch tokens after the last norm as a map, one place for each patch.
 
         Args:
-            images: of any size that the patches tile.
-            window: 0 lets each patch see all. Otherwise patches see those in their window of
-                `window` x `window`, and all of them in four evenly spread blocks, without a class
-                token: ViTDet, Li et al. 2022, https://arxiv.org/abs/2203.16527, section 3. For
-                large images, where attention costs the square of the patches.
+            images: Of any size that the patches tile.
+            window: 0 lets each patch attend to all patches. Otherwise a patch attends to those in
+                its window of `window` x `window`, and to all patches in four evenly spread blocks,
+                without a class token: ViTDet, Li et al. 2022, https://arxiv.org/abs/2203.16527,
+                section 3. Use it for large images, because the cost of attention grows with the
+                square of the number of patches.
         """
         rows, columns = self._grid(images)
         if window == 0:
@@ -121,7 +122,7 @@ class MaskedEncoder(nn.Module):
 
 
 def _to_windows(tokens: Tensor, window: int, grid_size: tuple[int, int]) -> Tensor:
-    """(B, h * w, D) to (B * windows, window * window, D), zeros beyond the edges."""
+    """Split (B, h * w, D) into (B * windows, window * window, D), with zeros beyond the edges."""
     rows, columns = grid_size
     batch, _, dim = tokens.shape
     down, across = -(-rows // window), -(-columns // window)
@@ -142,7 +143,7 @@ def _from_windows(windows: Tensor, window: int, grid_size: tuple[int, int]) -> T
 
 def _initialize_linear(module: nn.Module) -> None:
     if isinstance(module, nn.Linear):
-        # Fused query, key and value count as one matrix.
+        # Xavier treats the fused query, key and value as one matrix.
         nn.init.xavier_uniform_(module.weight)
         nn.init.zeros_(module.bias)
 

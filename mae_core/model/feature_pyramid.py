@@ -1,4 +1,4 @@
-"""Maps at several strides from the last map of an encoder, as dense heads want them."""
+"""Compute maps at several strides from an encoder's last map, as dense heads need them."""
 
 from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 @runtime_checkable
 class MapEncoder(Protocol):
-    """What a head needs of the encoder below it, which need not be a transformer."""
+    """The interface that a head needs from an encoder, which need not be a transformer."""
 
     embed_dim: int
-    patch_size: int  # pixels to a place of the map
+    patch_size: int  # pixels per place of the map
 
     def feature_map(
         self, images: Float[Tensor, "B C H W"], *, window: int = 0
@@ -20,7 +20,7 @@ class MapEncoder(Protocol):
 
 
 class FeaturePyramid(nn.Module):
-    """A simple feature pyramid: each level from the same map, up by deconvolution, down by pooling.
+    """A simple feature pyramid: every level is the encoder's map, deconvolved or pooled.
 
     Source: ViTDet, Li et al. 2022, https://arxiv.org/abs/2203.16527, section 3. Differs: group
     norm in place of layer norm over channels.
@@ -32,10 +32,10 @@ class FeaturePyramid(nn.Module):
         """Build the levels.
 
         Args:
-            dim: channels of the encoder's map.
-            stride: pixels a place of the encoder's map stands for.
-            strides: of the levels, each a power of two times or part of `stride`.
-            channels: of each level.
+            dim: Channels of the encoder's map.
+            stride: Pixels per place of the encoder's map.
+            strides: Strides of the levels; each is `stride` times or divided by a power of two.
+            channels: Channels of each level.
         """
         super().__init__()
         self.strides = tuple(strides)
@@ -43,7 +43,7 @@ class FeaturePyramid(nn.Module):
         self.levels = nn.ModuleList(_level(dim, stride, wanted, channels) for wanted in strides)
 
     def forward(self, features: Float[Tensor, "B D h w"]) -> list[Float[Tensor, "B E _ _"]]:
-        """One map a stride, finest first if `strides` are."""
+        """Return one map per stride, in the order of `strides`."""
         return [level(features) for level in self.levels]
 
 
@@ -56,13 +56,13 @@ def _level(dim: int, stride: int, wanted: int, channels: int) -> nn.Sequential:
         layers.append(nn.MaxPool2d(2))
         stride *= 2
     if stride != wanted:
-        raise ValueError(f"stride {wanted} is no power of two away from the encoder's")
+        raise ValueError(f"stride {wanted} is not the encoder's stride times a power of two")
     layers += [nn.Conv2d(dim, channels, 1), _norm(channels)]
     layers += [nn.Conv2d(channels, channels, 3, padding=1), _norm(channels)]
     return nn.Sequential(*layers)
 
 
 def _norm(channels: int) -> nn.GroupNorm:
-    """Of four channels a group at least: alone, a channel of a 1 x 1 map would vanish."""
+    """Use groups of at least four channels: a 1 x 1 map alone in its group would become 0."""
     groups = (32, 16, 8, 4, 2, 1)
     return nn.GroupNorm(next(n for n in groups if channels % (4 * n) == 0 or n == 1), channels)

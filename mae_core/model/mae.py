@@ -1,4 +1,4 @@
-"""The masked autoencoder: mask, encode what is left, decode all of it, compare."""
+"""The masked autoencoder: mask patches, encode the kept ones, decode all, compare pixels."""
 
 from typing import NamedTuple
 
@@ -21,7 +21,7 @@ class MAEOutput(NamedTuple):
 
 
 class MaskedAutoencoder(nn.Module):
-    """He et al. 2021, https://arxiv.org/abs/2111.06377, figure 1."""
+    """The model of He et al. 2021, https://arxiv.org/abs/2111.06377, figure 1."""
 
     def __init__(
         self,
@@ -40,22 +40,22 @@ class MaskedAutoencoder(nn.Module):
         self.norm_pix_loss = norm_pix_loss
 
     def forward(self, images: Float[Tensor, "B C H W"], noise: Float[Tensor, "B L"]) -> MAEOutput:
-        """Reconstruct images of the size the decoder was built for; `noise` picks the mask."""
+        """Reconstruct images of the size that the decoder was built for; `noise` sets the mask."""
         self._check_sizes(images, noise)
         ids_keep, ids_restore, mask = mask_from_noise(noise, self.mask_ratio)
         latent = self.encoder(images, ids_keep)  # (B, 1 + K, D)
         pred = self.decoder(latent, ids_restore)  # (B, L, P)
 
-        # fp32: a bf16 sum over B * L patches loses the small ones.
+        # fp32: a bf16 sum over B * L patches loses the small values.
         target = patchify(images.float(), self.patch_size)
         if self.norm_pix_loss:
             target = normalize_patches(target)
         loss_per_image = masked_pixel_loss_per_image(pred.float(), target, mask)
-        # Each image has as many removed patches, so this is `masked_pixel_loss`.
+        # Every image has as many removed patches, so this equals `masked_pixel_loss`.
         return MAEOutput(loss_per_image.mean(), loss_per_image, pred, mask)
 
     def _check_sizes(self, images: Tensor, noise: Tensor) -> None:
-        """Refuse an image of the right area and the wrong shape, which would run."""
+        """Raise a ValueError for images of the right area but the wrong shape, which would run."""
         height, width = images.shape[-2:]
         rows, columns = self.decoder.grid_size
         if (height, width) != (rows * self.patch_size, columns * self.patch_size):
@@ -70,7 +70,7 @@ class MaskedAutoencoder(nn.Module):
 
 
 def build_mae(model: ModelConfig, masking: MaskingConfig, loss: LossConfig) -> MaskedAutoencoder:
-    """Fresh weights are drawn from torch's global generator: seed it first."""
+    """Build the model; fresh weights come from torch's global generator, so seed it first."""
     if num_patches_kept(model.num_patches, masking.mask_ratio) == model.num_patches:
         raise ValueError(
             f"mask_ratio={masking.mask_ratio} removes none of {model.num_patches} patches"

@@ -1,7 +1,7 @@
 """Fixed 2-D sine-cosine position embeddings.
 
-Source: MoCo v3, Chen et al. 2021, https://arxiv.org/abs/2104.02057, in the layout of the
-MAE authors' code: columns of the image first, then rows.
+Source: MoCo v3, Chen et al. 2021, https://arxiv.org/abs/2104.02057, in the layout of the MAE
+authors' code: the first half encodes the column, the second half the row.
 """
 
 import torch
@@ -13,14 +13,14 @@ from torch import Tensor
 def sincos_positions(
     grid_size: tuple[int, int], dim: int, temperature: float = 10_000.0
 ) -> Float[Tensor, "L D"]:
-    """One row per patch, row by row from the top left.
+    """Return one row per patch, going row by row from the top left.
 
-    A quarter of the columns each for sin(x), cos(x), sin(y), cos(y).
+    A quarter of the columns each holds sin(x), cos(x), sin(y), cos(y).
     """
     if dim % 4:
         raise ValueError(f"dim={dim} is not a multiple of 4")
     rows, columns = grid_size
-    # float64: the reference computes in it, and a float32 angle is off in the sixth digit.
+    # float64 as in the reference: a float32 angle is off in the sixth digit.
     exponents = torch.arange(dim // 4, dtype=torch.float64) / (dim // 4)
     frequencies = temperature**-exponents
     y, x = torch.meshgrid(
@@ -41,16 +41,16 @@ def resample_positions(
     *,
     antialias: bool = True,
 ) -> Float[Tensor, "M D"]:
-    """Stretch `positions` of one grid over another by bicubic interpolation.
+    """Stretch the `positions` of one grid over another by bicubic interpolation.
 
-    A model keeps its sense of place: the image's corners keep their embeddings at any size.
+    The image's corners keep their embeddings at any size, so a model keeps its sense of place.
 
     Args:
-        positions: of `grid_size`.
-        grid_size: rows and columns they were made for.
-        new_grid_size: rows and columns wanted.
-        antialias: timm's choice. Differs: the authors' code and transformers say False,
-            which takes another kernel, also when enlarging.
+        positions: Embeddings of `grid_size`.
+        grid_size: Rows and columns that they were made for.
+        new_grid_size: Rows and columns wanted.
+        antialias: True as in timm. Differs: the authors' code and transformers use False, which
+            selects another kernel, also when enlarging.
     """
     if new_grid_size == grid_size:
         return positions

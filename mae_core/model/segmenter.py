@@ -1,6 +1,6 @@
-"""A class for each pixel, from any encoder's feature map.
+"""Predict a class for each pixel from any encoder's feature map.
 
-Logits are (B, K, H, W), K classes; targets are class indices, with `IGNORE` where no class counts.
+Logits are (B, K, H, W) for K classes; targets are class indices, or `IGNORE` for pixels to skip.
 """
 
 import math
@@ -16,7 +16,7 @@ from mae_core.model.feature_pyramid import FeaturePyramid, MapEncoder
 
 Head = Literal["linear", "fpn", "upernet"]
 
-_FINEST_STRIDE = 4  # of the maps of a pyramid, as Kirillov et al. and UPerNet have it
+_FINEST_STRIDE = 4  # of a pyramid's maps, as in Kirillov et al. and UPerNet
 _NUM_LEVELS = 4
 _POOLING_BINS = (1, 2, 3, 6)  # Zhao et al. 2017 (PSPNet), https://arxiv.org/abs/1612.01105
 
@@ -28,10 +28,10 @@ class Segmenter(nn.Module):
         """Put the head on the encoder.
 
         Args:
-            encoder: an `nn.Module`.
-            head: (B, D, h, w) features to (B, K, ., .) logits, at any one stride.
-            window: as the encoder's `feature_map` takes it.
-            frozen: the encoder gets no gradient and stays in eval mode.
+            encoder: An `nn.Module`.
+            head: Maps (B, D, h, w) features to (B, K, ., .) logits, at any one stride.
+            window: Passed to the encoder's `feature_map`.
+            frozen: Give the encoder no gradients and keep it in eval mode.
         """
         super().__init__()
         self.encoder = encoder
@@ -43,7 +43,7 @@ class Segmenter(nn.Module):
             module.requires_grad_(False)
             module.eval()
         elif window and isinstance(class_token := getattr(encoder, "cls_token", None), Tensor):
-            # Windows see no class token, and DDP waits for the gradient of each parameter.
+            # Windowed attention has no class token, and DDP waits for a gradient of each parameter.
             class_token.requires_grad_(False)
 
     def train(self, mode: bool = True) -> "Segmenter":
@@ -53,7 +53,7 @@ class Segmenter(nn.Module):
         return self
 
     def forward(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B K H W"]:
-        """Logits for each pixel of images of any size that the patches tile."""
+        """Return logits for each pixel of images of any size that the patches tile."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
             features = self.encoder.feature_map(images, window=self.window)  # (B, D, h, w)
         logits = self.head(features)
@@ -63,9 +63,9 @@ class Segmenter(nn.Module):
 class LinearHead(nn.Sequential):
     """A linear layer on normalised features, at the encoder's stride.
 
-    Batch norm without scale and offset as in the linear probe of MAE, He et al. 2021,
-    https://arxiv.org/abs/2111.06377, section A.1; a 1x1 convolution and bilinear upsampling as
-    in DINOv2, Oquab et al. 2023, https://arxiv.org/abs/2304.07193, section 7.4.
+    The batch norm without scale and offset is that of MAE's linear probe, He et al. 2021,
+    https://arxiv.org/abs/2111.06377, section A.1; the 1x1 convolution and bilinear upsampling are
+    those of DINOv2, Oquab et al. 2023, https://arxiv.org/abs/2304.07193, section 7.4.
     """
 
     def __init__(self, dim: int, num_classes: int) -> None:
@@ -73,12 +73,12 @@ class LinearHead(nn.Sequential):
 
 
 class PyramidHead(nn.Module):
-    """Several strides of the encoder's map, joined at the finest.
+    """Compute maps at several strides from the encoder's map and join them at the finest.
 
-    Without pooling, semantic FPN: Kirillov et al. 2019, https://arxiv.org/abs/1901.02446. Differs:
-    a convolution a level, not one for each doubling. With it, UPerNet: Xiao et al. 2018,
-    https://arxiv.org/abs/1807.10221, which pools the coarsest level over the whole picture and
-    joins levels side by side rather than by their sum. Group norm throughout.
+    Without pooling this is semantic FPN: Kirillov et al. 2019, https://arxiv.org/abs/1901.02446.
+    Differs: one convolution per level instead of one per doubling. With pooling it is UPerNet:
+    Xiao et al. 2018, https://arxiv.org/abs/1807.10221, which pools the coarsest level over the
+    whole picture and concatenates the levels instead of adding them. All norms are group norms.
     """
 
     def __init__(
@@ -87,15 +87,15 @@ class PyramidHead(nn.Module):
         """Build the levels.
 
         Args:
-            dim: channels of the encoder's map.
-            stride: pixels to a place of it.
-            num_classes: of the logits.
-            channels: of each level.
-            pooling: whether it is UPerNet.
+            dim: Channels of the encoder's map.
+            stride: Pixels per place of that map.
+            num_classes: Number of classes in the logits.
+            channels: Channels of each level.
+            pooling: True builds UPerNet, False semantic FPN.
         """
         super().__init__()
         strides = pyramid_strides(stride)
-        # The map is padded to this many places, so that every level is a whole one.
+        # The map is padded to a multiple of this, so that every level has whole places.
         self.multiple = max(1, strides[-1] // stride)
         self.stride = stride
         self.finest_stride = strides[0]
@@ -106,7 +106,7 @@ class PyramidHead(nn.Module):
         self.classify = nn.Conv2d(channels, num_classes, 1)
 
     def forward(self, features: Float[Tensor, "B D h w"]) -> Float[Tensor, "B K _ _"]:
-        """Logits at the finest stride."""
+        """Return logits at the finest stride."""
         rows, columns = features.shape[-2:]
         beyond = (0, -columns % self.multiple, 0, -rows % self.multiple)
         levels = self.pyramid(F.pad(features, beyond, mode="replicate"))
@@ -123,7 +123,7 @@ class PyramidHead(nn.Module):
 
 
 class _PyramidPooling(nn.Module):
-    """The map beside its means over a few coarse grids: Zhao et al. 2017, section 3.2."""
+    """The map concatenated with its means over coarse grids: Zhao et al. 2017, section 3.2."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -141,7 +141,7 @@ class _PyramidPooling(nn.Module):
 def _conv(channels: int, out_channels: int, side: int) -> nn.Sequential:
     return nn.Sequential(
         nn.Conv2d(channels, out_channels, side, padding=side // 2, bias=False),
-        # 32 groups of at least four channels: one that is alone at one place is normalised to 0.
+        # Up to 32 groups of at least four channels: one channel at one place would become 0.
         nn.GroupNorm(math.gcd(32, max(1, out_channels // 4)), out_channels),
         nn.GELU(),
     )
@@ -152,11 +152,11 @@ def _resized(level: Tensor, like: Tensor) -> Tensor:
 
 
 def pyramid_strides(patch_size: int) -> tuple[int, ...]:
-    """Four strides, each twice the one before.
+    """Return four strides, each twice the one before.
 
-    The finest is 4, or the nearest above it that divides `patch_size` by a power of two; where
-    patches are 4 pixels or less, half of them. So 16 gives (4, 8, 16, 32), 14 (7, 14, 28, 56) and
-    4 (2, 4, 8, 16).
+    The finest is 4, or the nearest stride above it that divides `patch_size` by a power of two.
+    For patches of 4 pixels or less it is half of `patch_size`. So 16 gives (4, 8, 16, 32), 14
+    gives (7, 14, 28, 56) and 4 gives (2, 4, 8, 16).
     """
     finest = patch_size
     while finest % 2 == 0 and (finest > _FINEST_STRIDE or finest == patch_size):
@@ -173,15 +173,15 @@ def build_segmenter(
     window: int = 0,
     frozen: bool = False,
 ) -> Segmenter:
-    """Put a new head on an encoder, which is kept and not copied.
+    """Put a new head on an encoder, which is used as it is and not copied.
 
     Args:
-        encoder: an `nn.Module` with `embed_dim`, `patch_size` and `feature_map`.
+        encoder: An `nn.Module` with `embed_dim`, `patch_size` and `feature_map`.
         num_classes: K.
-        head: the larger the slower: linear, fpn, upernet.
-        channels: of each level of a pyramid; linear has none.
-        window: 0 lets each patch see all; see `MaskedEncoder.feature_map`.
-        frozen: only the head is trained.
+        head: linear, fpn or upernet, from fastest to slowest.
+        channels: Channels of each level of a pyramid; linear has no levels.
+        window: 0 lets each patch attend to all patches; see `MaskedEncoder.feature_map`.
+        frozen: Train only the head.
     """
     module: nn.Module
     if head == "linear":
@@ -203,19 +203,20 @@ def segmentation_loss(
     weights: Float[Tensor, " B"],
     class_weights: Float[Tensor, " K"] | None = None,
 ) -> Float[Tensor, ""]:
-    """Cross-entropy: the mean over an image's pixels that count, then the weighted mean over B.
+    """Return the cross-entropy: the mean over an image's counted pixels, then a weighted mean.
 
-    The denominator is B, whatever the weights: a place that a batch holds for no image has weight
-    0 and adds nothing, and so does an image whose pixels are all `IGNORE`.
+    The denominator of the weighted mean is B, whatever the weights are: a batch entry without an
+    image has weight 0 and adds nothing, and neither does an image whose pixels are all `IGNORE`.
 
-    `class_weights` multiply the loss of each class's pixels: thin classes drown otherwise.
+    `class_weights` multiply the loss of each class's pixels; without them, classes with few pixels
+    hardly count.
     """
-    # fp32: a bf16 sum over H * W pixels loses the small ones.
+    # fp32: a bf16 sum over H * W pixels loses the small values.
     losses = F.cross_entropy(
         logits.float(), targets, class_weights, ignore_index=IGNORE, reduction="none"
     )
     num_pixels = (targets != IGNORE).sum(dim=(1, 2)).clamp(min=1)
-    per_image = losses.sum(dim=(1, 2)) / num_pixels  # (B,); ignored pixels are 0 already
+    per_image = losses.sum(dim=(1, 2)) / num_pixels  # (B,); ignored pixels are already 0
     return (per_image * weights).sum() / len(weights)
 
 
@@ -226,19 +227,19 @@ def sliding_window_logits(
     crop: tuple[int, int],
     stride: tuple[int, int],
 ) -> Float[Tensor, "B K H W"]:
-    """Logits of images of any size, averaged where windows overlap.
+    """Compute logits of images of any size, averaged where windows overlap.
 
-    The last window ends at the edge. Images smaller than a window are mirrored beyond their edges
-    and cut back. Without gradients and in eval mode; the model's mode is put back.
+    The last window ends at the edge. Images smaller than a window are padded by reflection and
+    cropped again. Runs without gradients in eval mode, and restores the model's mode.
 
     Args:
-        model: (B, C, *crop) to (B, K, *crop).
-        images: normalised as in training.
-        crop: height and width of a window.
-        stride: pixels from one window to the next, down and across.
+        model: Maps (B, C, *crop) to (B, K, *crop).
+        images: Normalised as in training.
+        crop: Height and width of a window.
+        stride: Pixels from one window to the next, down and across.
     """
     if not all(1 <= step <= side for step, side in zip(stride, crop, strict=True)):
-        raise ValueError(f"stride={stride} is not in 1..crop={crop}: pixels would be left out")
+        raise ValueError(f"stride={stride} is not in 1..crop={crop}: pixels would be skipped")
     height, width = images.shape[-2:]
     rows = _mirrored(height, max(height, crop[0]), images.device)
     columns = _mirrored(width, max(width, crop[1]), images.device)
@@ -271,6 +272,6 @@ def _window_starts(side: int, crop: int, stride: int) -> list[int]:
 
 
 def _mirrored(side: int, wanted: int, device: torch.device) -> Tensor:
-    """Indices 0..side-1, back again, and so on: any picture fills any window."""
+    """Return indices 0..side-1, back down, and so on: a picture of any size fills a window."""
     places = torch.arange(wanted, device=device) % (2 * side)
     return torch.minimum(places, 2 * side - 1 - places)
