@@ -70,7 +70,7 @@ class ClassificationScores:
 
 @dataclass(frozen=True)
 class MultiLabelScores:
-    """Scores per finding; one that all images or none have has no score and is left out of means."""
+    """Scores of each finding; one that all images or none have has none and is left out."""
 
     auroc: dict[str, float]
     average_precision: dict[str, float]

@@ -287,7 +287,7 @@ def test_boxes_become_tensors() -> None:
     ("options", "message"),
     [
         ({"num_classes": 0}, "num_classes=0 is below 1"),
-        ({"strides": (16, 8)}, r"strides=\(16, 8\) do not rise"),
+        ({"strides": (16, 8)}, r"strides=\(16, 8\) must rise"),
         ({"strides": (8, 64)}, "image 32x32 is not a multiple of stride 64"),
         ({"strides": (8, 24)}, "stride 24"),
         ({"channels": 48}, "channels=48 is not a multiple of 32"),

@@ -76,7 +76,7 @@ def test_learned_or_missing_positions_are_refused(name: str) -> None:
     mae = make_mae(0)
     weights = fair_state_dict(mae)
     weights[name] = weights[name] + 1e-3
-    with pytest.raises(ValueError, match=f"{name} is not the fixed sine-cosine one"):
+    with pytest.raises(ValueError, match=f"{name} is not the fixed sine-cosine embedding"):
         load_fair(mae, weights)
     del weights[name]
     with pytest.raises(ValueError, match=f"{name} is missing"):
