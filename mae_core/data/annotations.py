@@ -1,12 +1,12 @@
-"""Boxes as COCO and PASCAL VOC keep them, as the JSON that goes beside an image in a shard.
+"""Read boxes from COCO and PASCAL VOC files and write them as each image's JSON in a shard.
 
 COCO: one JSON file with `images`, `annotations` and `categories`, https://cocodataset.org. VOC: a
-folder with an XML file an image, http://host.robots.ox.ac.uk/pascal/VOC. A VOC box from xmin to
-xmax becomes x = xmin and w = xmax - xmin: its numbers as they are, for sets disagree on whether
-they count from 0 or 1. Objects that VOC marks as difficult are objects as all others.
+folder with one XML file per image, http://host.robots.ox.ac.uk/pascal/VOC. A VOC box from xmin to
+xmax becomes x = xmin and w = xmax - xmin, without a correction, because data sets disagree on
+whether they count from 0 or 1. Objects that VOC marks as difficult are treated as any other.
 
-VOC files may have any encoding that they declare. None may declare entities: a small file could
-grow without end, or name files of this machine.
+VOC files may declare any encoding. They may not declare entities: with them a small file could
+expand without end or read files of this machine.
 """
 
 import json
@@ -21,7 +21,7 @@ from xml.etree import ElementTree
 from mae_core.data.folder_layout import is_hidden_file, is_hidden_folder
 from mae_core.data.samples import DataError
 
-# A mark at the start, or what the first characters of an XML file look like in UTF-16.
+# Byte order marks, and what the first characters of an XML file look like in UTF-16.
 _MARKS = {
     b"\xef\xbb\xbf": "utf-8-sig",
     b"\xff\xfe": "utf-16",
@@ -29,25 +29,25 @@ _MARKS = {
     b"<\0": "utf-16-le",
     b"\0<": "utf-16-be",
 }
-# Files that declare the older of these sets have characters of the newer one in them.
+# Files that declare the older of these character sets contain characters of the newer one.
 _LARGER_ENCODINGS = {"gb2312": "gb18030", "gbk": "gb18030", "shift_jis": "cp932"}
 
 
 class Annotations(NamedTuple):
-    """The boxes of many images, each under the path of its image."""
+    """The boxes of many images, each under its image's path."""
 
-    by_image: dict[str, bytes]  # path of the image (COCO), without extension (VOC), to `.json`
+    by_image: dict[str, bytes]  # image path (COCO) or path without extension (VOC) to `.json` bytes
     categories: dict[int, str]  # category_id to name
-    has_extensions: bool = True  # whether the paths in `by_image` have them
+    has_extensions: bool = True  # whether the paths in `by_image` have an extension
 
     def names_of(self, sources: Iterable[str]) -> dict[str, str]:
-        """The entry of each image that has one.
+        """Map each image that has an entry to the name of its entry.
 
-        An entry belongs to an image if one's path ends with the other's: images/a.jpg and a.jpg.
-        The one that has most folders in common is taken.
+        An entry belongs to an image if the path of one ends with the path of the other:
+        images/a.jpg and a.jpg. The entry with the most folders in common is taken.
 
         Raises:
-            DataError: two entries fit an image, or one entry two images, as well.
+            DataError: Two entries fit an image equally well, or one entry fits two images.
         """
         by_name: dict[str, list[str]] = defaultdict(list)
         for entry in self.by_image:
@@ -61,17 +61,17 @@ class Annotations(NamedTuple):
                 continue
             if nearest in taken:
                 raise DataError(
-                    f"annotations: {nearest} may be {taken[nearest]} or {source}; name the folders "
-                    "in it, or pack them one by one"
+                    f"annotations: {nearest} may belong to {taken[nearest]} or {source}; add the "
+                    "folders to its name, or pack the folders one by one"
                 )
             found[source], taken[nearest] = nearest, source
         return found
 
     def renumbered(self, numbers: Mapping[int, str]) -> "Annotations":
-        """The same boxes with the numbers that `numbers` gives to the categories' names.
+        """Return the same boxes, with each category's name mapped to its number in `numbers`.
 
         Raises:
-            DataError: a box has a category that is not among them.
+            DataError: A box has a category that is not in `numbers`.
         """
         given = {name: number for number, name in numbers.items()}
         by_image = {}
@@ -94,7 +94,7 @@ def _parts(path: str) -> tuple[str, ...]:
 
 
 def _nearest(source: str, entries: Sequence[str]) -> str | None:
-    """The entry whose path ends as `source` does."""
+    """Find the entry that shares the longest path ending with `source`."""
     wanted = [part for part in _parts(source) if part not in ("/", "..")]
     fitting: dict[str, int] = {}
     for entry in entries:
@@ -108,7 +108,10 @@ def _nearest(source: str, entries: Sequence[str]) -> str | None:
             fitting[entry] = common
     best = [entry for entry, common in fitting.items() if common == max(fitting.values())]
     if len(best) > 1:
-        raise DataError(f"annotations: {source} may be {best[0]} or {best[1]}; name its folders")
+        raise DataError(
+            f"annotations: {source} may have the boxes of {best[0]} or {best[1]}; add the folders "
+            "to their names"
+        )
     return best[0] if best else None
 
 
@@ -116,13 +119,13 @@ def read_annotations(source: Path) -> Annotations:
     """Read a COCO file or a folder of VOC files.
 
     Raises:
-        DataError: it is neither, or a box is not one; names the file and the box.
+        DataError: The source is neither, or a box is invalid; names the file and the box.
     """
     if source.is_dir():
         return _read_voc(source)
     if source.is_file():
         return _read_coco(source)
-    raise DataError(f"annotations={source}: no COCO file and no folder of VOC files is there")
+    raise DataError(f"annotations={source}: neither a COCO file nor a folder of VOC files")
 
 
 def _read_coco(file: Path) -> Annotations:
@@ -148,9 +151,9 @@ def _read_coco(file: Path) -> Annotations:
         raise DataError(f"annotations={file}: is not UTF-8 ({error}); save it as UTF-8") from error
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
         hint = "; give the folder of the VOC files" if file.suffix.lower() == ".xml" else ""
-        raise DataError(f"annotations={file}: is no COCO file ({error}){hint}") from error
+        raise DataError(f"annotations={file}: not a COCO file ({error}){hint}") from error
     except KeyError as error:
-        raise DataError(f"annotations={file}: is no COCO file: {error} is missing") from error
+        raise DataError(f"annotations={file}: not a COCO file: {error} is missing") from error
     return Annotations(by_image, categories)
 
 
@@ -198,7 +201,7 @@ def _read_voc(folder: Path) -> Annotations:
 
 
 def _voc_files(folder: Path) -> Iterator[Path]:
-    """The .xml files, by the rules of images: none that is hidden, any case of the extension."""
+    """Yield the .xml files, as for images: not hidden, in any case of the extension."""
 
     def stop(error: OSError) -> None:
         text = f"annotations={folder}: cannot list {error.filename}: {error.strerror}"
@@ -219,7 +222,7 @@ def _coco_hint(folder: Path) -> str:
 def _voc_root(file: Path) -> ElementTree.Element:
     try:
         text = _decoded(file.read_bytes())
-        # Files of labelling programs have no DTD; those that harm do.
+        # Annotation programs write no DTD; malicious files need one.
         if re.search(r"<!(DOCTYPE|ENTITY)", text):
             raise DataError(f"{file}: has a DOCTYPE or entities, which are not read; remove them")
         return ElementTree.fromstring(text)
@@ -232,7 +235,7 @@ def _voc_root(file: Path) -> ElementTree.Element:
 
 
 def _decoded(data: bytes) -> str:
-    """The text of an XML file, by its mark, the encoding that it declares, or as UTF-8."""
+    """Decode an XML file by its byte order mark, its declared encoding, or as UTF-8."""
     for mark, encoding in _MARKS.items():
         if data.startswith(mark):
             return data.decode(encoding)
@@ -263,13 +266,13 @@ _VOC_CORNERS = ("xmin", "ymin", "xmax", "ymax")
 
 
 def _voc_size(root: ElementTree.Element) -> tuple[int, int]:
-    """Width and height, 0 where they are not given."""
+    """Return width and height, 0 where they are not given."""
     texts = [root.findtext(f"size/{side}", "").strip() for side in ("width", "height")]
     width, height = (int(text) if re.fullmatch("[0-9]{1,9}", text) else 0 for text in texts)
     return width, height
 
 
 def _encoded(width: object, height: object, boxes: list[dict[str, Any]]) -> bytes:
-    # Many files have 0 where nobody knew the size.
+    # Many files have 0 where the size was unknown.
     size = {"width": width, "height": height} if width and height else {}
     return json.dumps({**size, "annotations": boxes}, sort_keys=True).encode()

@@ -1,6 +1,6 @@
-"""Stronger changes to one image than a crop, for training a classifier: RandAugment and erasing.
+"""Stronger augmentation for training a classifier: RandAugment and random erasing.
 
-All randomness comes from the generator that the caller gives; nothing is shared between threads.
+All randomness comes from the caller's generator; threads share nothing.
 """
 
 import math
@@ -31,22 +31,23 @@ def rand_augment(
     magnitude_std: float = 0.5,
     fill: tuple[int, ...] | None = None,
 ) -> Pixels:
-    """Apply `num_ops` random operations, each half of the time: timm's "rand-m9-mstd0.5-inc1".
+    """Apply `num_ops` random operations, each with probability 1/2: timm's "rand-m9-mstd0.5-inc1".
 
-    RGB of 8 bits gets all 15 operations, 8-bit grey all but the one on colours. Other numbers of
-    channels and 16 bits get the 5 that move pixels: the others are defined on what a screen shows.
+    8-bit RGB gets all 15 operations, 8-bit grey all but the one on colours. Images with another
+    number of channels or 16 bits get the 5 that move pixels: the others are defined on 8-bit
+    values of a screen.
 
-    Source: Cubuk et al. 2019, https://arxiv.org/abs/1909.13719, in timm's variant, as MAE
-    fine-tunes with it, bicubic. Differs: posterizing keeps one bit at least; timm's turns an image
+    Source: Cubuk et al. 2019, https://arxiv.org/abs/1909.13719, in timm's variant that MAE uses
+    for fine-tuning, bicubic. Differs: posterizing keeps at least one bit; timm's turns an image
     black at full magnitude.
 
     Args:
-        pixels: (H, W, C); left as they are.
-        generator: draws the same number of values for each of `num_ops`.
-        num_ops: drawn with replacement.
-        magnitude: the strength's mean, 0..10.
-        magnitude_std: its deviation; strengths are cut to 0..10.
-        fill: for each channel, what comes in from outside the image; None is mid-grey. The
+        pixels: (H, W, C); not changed.
+        generator: Draws the same number of values for each of the `num_ops` operations.
+        num_ops: Number of operations, drawn with replacement.
+        magnitude: Mean strength, 0..10.
+        magnitude_std: Standard deviation of the strength, which is clipped to 0..10.
+        fill: Value of each channel for pixels from outside the image; None is mid-grey. The
             reference takes the mean of the data.
     """
     num_channels = pixels.shape[2]
@@ -76,7 +77,7 @@ def rand_augment(
 
 
 def _bands(pixels: Pixels) -> list[Image.Image]:
-    # Pillow interpolates 16 bits only as float32, which holds them all.
+    # Pillow interpolates 16-bit values only as float32, which represents all of them exactly.
     kind = np.uint8 if pixels.dtype == np.uint8 else np.float32
     return [
         Image.fromarray(np.ascontiguousarray(pixels[..., c], dtype=kind))
@@ -92,7 +93,7 @@ def _joined(bands: list[Image.Image], like: Pixels) -> Pixels:
 
 
 def _move(image: Image.Image, matrix: tuple[float, ...], fill: Fill) -> Image.Image:
-    """Each place takes the pixel that `matrix` (a, b, c, d, e, f) sends it to."""
+    """Fill each place with the pixel that `matrix` (a, b, c, d, e, f) maps it to."""
     return image.transform(
         image.size,
         Image.Transform.AFFINE,
@@ -143,14 +144,14 @@ def _solarize(image: Image.Image, signed: float) -> Image.Image:
 
 
 def _solarize_add(image: Image.Image, signed: float) -> Image.Image:
-    """Brighten the darker half."""
+    """Brighten the darker half of the values."""
     added = int(abs(signed) * 110)
     table = [min(255, level + added) if level < 128 else level for level in range(256)]
     return image.point(table * len(image.getbands()))
 
 
 def _enhancement(signed: float) -> float:
-    """1 changes nothing; more exaggerates, less takes away."""
+    """Convert a strength to Pillow's factor: 1 changes nothing, more exaggerates, less weakens."""
     return max(0.1, 1 + 0.9 * signed)
 
 
@@ -170,7 +171,7 @@ def _sharpness(image: Image.Image, signed: float) -> Image.Image:
     return ImageEnhance.Sharpness(image).enhance(_enhancement(signed))
 
 
-# Each takes a strength in -1..1. Those without two directions ignore the sign.
+# Each function takes a strength in -1..1. Those without two directions ignore the sign.
 _MOVES: dict[str, Callable[[Image.Image, float, Fill], Image.Image]] = {
     "rotate": _rotate,
     "shear_x": _shear_x,
@@ -200,18 +201,18 @@ def random_erase(
     area: tuple[float, float] = (0.02, 1 / 3),
     aspect: tuple[float, float] = (0.3, 1 / 0.3),
 ) -> Floats:
-    """Replace a random rectangle with noise, and return the image, a new one if it changed.
+    """Replace a random rectangle with noise; returns a new image if anything changed.
 
-    Noise has mean 0 and deviation 1, as normalised pixels have: a value of its own for each pixel
-    and channel. Ten tries to fit a rectangle, then none. Source: Zhong et al. 2017,
-    https://arxiv.org/abs/1708.04896, in timm's variant (mode "pixel").
+    Noise has mean 0 and deviation 1, as normalised pixels have, and is independent for each pixel
+    and channel. After ten failed tries to fit a rectangle the image stays as it is. Source: Zhong
+    et al. 2017, https://arxiv.org/abs/1708.04896, in timm's variant (mode "pixel").
 
     Args:
         image: (C, H, W), normalised.
-        generator: draws all.
-        probability: that there is a rectangle.
-        area: its share of the image, uniform.
-        aspect: its height by width, log-uniform.
+        generator: Draws all random values.
+        probability: Probability that a rectangle is erased.
+        area: Range of its share of the image, uniform.
+        aspect: Range of its height divided by its width, log-uniform.
     """
     if generator.random() >= probability:
         return image

@@ -1,9 +1,9 @@
-"""Boxes around the things in a picture: their JSON form, and what crops and flips make of them.
+"""Boxes around the objects in a picture: parse their JSON, and keep them in step with crops.
 
-A box is x0, y0, x1, y1 in pixels, from the picture's upper left corner; x1 and y1 lie beyond its
-last pixel, so that its area is (x1 - x0) * (y1 - y0).
+A box is x0, y0, x1, y1 in pixels from the picture's upper left corner. x1 and y1 are exclusive: its
+area is (x1 - x0) * (y1 - y0).
 
-Source of the JSON form: COCO, https://cocodataset.org/#format-data, one file an image.
+Source of the JSON form: COCO, https://cocodataset.org/#format-data, one file per image.
 """
 
 import json
@@ -17,9 +17,9 @@ from mae_core.data.pixels import Pixels
 from mae_core.data.samples import DataError
 from mae_core.data.transforms import Crop, resize_crop
 
-_TOLERANCE_PX = 1.0  # beyond the picture; PASCAL VOC counts from 1
-_LARGEST_PX = 1e6  # float32 still tells such places apart
-_SMALLEST_PX = 1.0  # side of a box in a view
+_TOLERANCE_PX = 1.0  # how far a box may exceed the picture; PASCAL VOC counts from 1
+_LARGEST_PX = 1e6  # float32 still resolves coordinates of this size
+_SMALLEST_PX = 1.0  # smallest side of a box in a view
 _BARE_LIST = "boxes_xywh"
 _LISTS = ("annotations", "objects", _BARE_LIST)
 _BARE_CATEGORY = 0
@@ -27,14 +27,14 @@ _LARGEST_CATEGORY = 2**31 - 1
 
 
 class Boxes(NamedTuple):
-    """The things in one picture, N of them."""
+    """The N objects in one picture."""
 
     xyxy: npt.NDArray[np.float32]  # (N, 4)
-    labels: npt.NDArray[np.int64]  # (N,), from 0
-    is_crowd: npt.NDArray[np.bool_]  # (N,), True = a group that nobody took apart
+    labels: npt.NDArray[np.int64]  # (N,), counted from 0
+    is_crowd: npt.NDArray[np.bool_]  # (N,), True = one box around a group
 
     def chosen(self, which: npt.NDArray[Any]) -> "Boxes":
-        """Those that an index array or a mask picks."""
+        """Return the boxes that an index array or a mask selects."""
         return Boxes(self.xyxy[which], self.labels[which], self.is_crowd[which])
 
 
@@ -45,20 +45,20 @@ def parse_boxes(
     *,
     picture: tuple[int, ...] | None = None,
 ) -> Boxes:
-    """Read the boxes of one image; a list without boxes is fine.
+    """Read the boxes of one image; an empty list is valid.
 
     Args:
-        data: JSON, None where the sample has none. One of `{"annotations": [{"bbox": [x, y, w, h],
-            "category_id": 1, "iscrowd": 0}]}`, the same under `"objects"`, or `{"boxes_xywh":
-            [[x, y, w, h]]}`, whose boxes are all of label 0. With `"width"` and `"height"`, boxes
-            are checked against the picture, and clipped where they stick out by a pixel or less.
-        where: shard and key, named in errors.
-        categories: `category_id` to label; None takes any number as its own label.
-        picture: Height and width of the decoded image, as `pixels.shape` begins. The JSON must
-            have the same `"width"` and `"height"`, if it has any, and the boxes must lie inside.
+        data: JSON, or None where the sample has none. One of `{"annotations": [{"bbox": [x, y, w,
+            h], "category_id": 1, "iscrowd": 0}]}`, the same under `"objects"`, or `{"boxes_xywh":
+            [[x, y, w, h]]}`, whose boxes all have label 0. With `"width"` and `"height"`, boxes
+            are checked against the picture, and clipped where they exceed it by up to a pixel.
+        where: Shard and key, named in errors.
+        categories: Maps `category_id` to label; None uses each id as its own label.
+        picture: Height and width of the decoded image, as `pixels.shape` begins. If the JSON has
+            `"width"` and `"height"` they must be the same, and the boxes must lie inside.
 
     Raises:
-        DataError: says what is wrong, and with which box.
+        DataError: Says what is wrong, and with which box.
     """
     raw = _parse_object(data, where)
     size = _picture_size(raw, where)
@@ -81,7 +81,7 @@ def parse_boxes(
 
 
 def holds_boxes(data: bytes | None) -> bool:
-    """Whether a `.json` is one that `parse_boxes` should read, and not something else."""
+    """Return whether a `.json` holds boxes that `parse_boxes` should read."""
     try:
         raw = _parse_object(data, "")
         items = raw[_list_name(raw, "")]
@@ -96,10 +96,10 @@ def holds_boxes(data: bytes | None) -> bool:
 
 
 def collect_categories(datas: Iterable[bytes | None]) -> dict[int, int]:
-    """The `category_id`s that images have, in order, to labels from 0.
+    """Map the `category_id`s of the images, in ascending order, to labels from 0.
 
-    Boxes without a category count as category 0. What can't be read is passed over: `parse_boxes`
-    says what is wrong with it.
+    Boxes without a category count as category 0. JSON that can't be read is skipped here, because
+    `parse_boxes` reports what is wrong with it.
     """
     found: set[int] = set()
     for data in datas:
@@ -145,7 +145,7 @@ def _list_name(raw: dict[str, Any], where: str) -> str:
 
 
 def _picture_size(raw: dict[str, Any], where: str) -> tuple[float, float] | None:
-    """Width and height, where the JSON has both."""
+    """Return width and height if the JSON has both."""
     if "width" not in raw or "height" not in raw:
         return None
     width, height = raw["width"], raw["height"]
@@ -157,10 +157,10 @@ def _picture_size(raw: dict[str, Any], where: str) -> tuple[float, float] | None
 def _checked_size(
     said: tuple[float, float] | None, real: tuple[float, float], where: str
 ) -> tuple[float, float]:
-    """Return the real width and height, unless the JSON says another size."""
+    """Return the real width and height, or raise a DataError if the JSON says another size."""
     if said is None or said == real:
         return real
-    advice = "scale the boxes, or take the pictures that they were drawn on"
+    advice = "scale the boxes, or use the pictures that they were drawn on"
     if said == real[::-1]:
         advice = "an EXIF orientation may turn it; the boxes must be drawn on the upright picture"
     raise DataError(
@@ -170,7 +170,7 @@ def _checked_size(
 
 
 def _corners(bbox: object, size: tuple[float, float] | None) -> tuple[float, ...]:
-    """[x, y, w, h] to x0, y0, x1, y1, clipped to the picture."""
+    """Convert [x, y, w, h] to x0, y0, x1, y1, clipped to the picture."""
     if not (isinstance(bbox, list) and len(bbox) == 4 and all(_is_number(v) for v in bbox)):
         raise ValueError(f"not four finite numbers x, y, width, height below {_LARGEST_PX:.0e}")
     x, y, w, h = bbox
@@ -178,13 +178,13 @@ def _corners(bbox: object, size: tuple[float, float] | None) -> tuple[float, ...
         raise ValueError(f"width {w} and height {h} must be above 0")
     limits = (_LARGEST_PX, _LARGEST_PX) if size is None else size
     if x < -_TOLERANCE_PX or y < -_TOLERANCE_PX:
-        raise ValueError("lies outside of the picture, whose corner is 0, 0")
+        raise ValueError("lies outside the picture, whose corner is 0, 0")
     if x + w > limits[0] + _TOLERANCE_PX or y + h > limits[1] + _TOLERANCE_PX:
-        raise ValueError(f"lies outside of the picture, which is {limits[0]:g} x {limits[1]:g}")
+        raise ValueError(f"lies outside the picture, which is {limits[0]:g} x {limits[1]:g}")
     corners = (max(x, 0), max(y, 0), min(x + w, limits[0]), min(y + h, limits[1]))
     left, top, right, bottom = np.asarray(corners, np.float32).tolist()
     if right <= left or bottom <= top:
-        raise ValueError("has no area inside of the picture")
+        raise ValueError("has no area inside the picture")
     return left, top, right, bottom
 
 
@@ -209,7 +209,7 @@ def _is_crowd(item: dict[str, Any]) -> bool:
 
 
 def _is_number(value: object) -> bool:
-    """Finite and not too large; the comparison is False for NaN too."""
+    """Return whether a value is a finite number of valid size; comparing NaN gives False too."""
     is_real = isinstance(value, (int, float)) and not isinstance(value, bool)
     return is_real and abs(value) < _LARGEST_PX  # type: ignore[arg-type]
 
@@ -224,24 +224,25 @@ def detection_view(
     flip: bool = True,
     min_visible: float = 0.3,
 ) -> tuple[Pixels, Boxes]:
-    """A random view of exactly `size`, mirrored half of the time if `flip`, and its boxes.
+    """Cut a random view of exactly `size` and its boxes, mirrored half of the time if `flip`.
 
-    The picture is resized by what fits it into `size`, times a uniform draw from `scale`. Of what
-    is larger than `size` a random part is cut; what is smaller lies in the upper left corner, with
-    zeros beside it, as in `fitted_view`.
+    The picture is resized by the factor that fits it into `size`, times a uniform draw from
+    `scale`. If it is then larger than `size`, a random part is cut out; if it is smaller, it lies
+    in the upper left corner with zeros beside it, as in `fitted_view`.
 
     Source: large-scale jitter, Ghiasi et al. 2021, https://arxiv.org/abs/2012.07177, section 3, as
-    ViTDet trains with it. Differs: a default of (0.5, 2.0) for (0.1, 2.0), for smaller sets.
+    used to train ViTDet. Differs: the default is (0.5, 2.0) instead of (0.1, 2.0), for smaller
+    data sets.
 
     Args:
         pixels: (H, W, C) uint8 or uint16.
-        boxes: In its pixels.
+        boxes: Boxes in these pixels.
         generator: Owned by the caller; the same draws give the same view.
         size: Height and width.
         scale: Range of the draw; 1 fits the picture.
         flip: Whether to mirror.
-        min_visible: Boxes with a smaller share of their area in the view are left out, and so are
-            those with a side under a pixel.
+        min_visible: Boxes with a smaller share of their area in the view are dropped, and so are
+            boxes with a side shorter than a pixel.
     """
     height, width = pixels.shape[:2]
     factor = min(size[0] / height, size[1] / width) * generator.uniform(*scale)
@@ -266,11 +267,11 @@ def detection_view(
 
 
 def fitted_view(pixels: Pixels, size: tuple[int, int]) -> tuple[Pixels, float]:
-    """The whole picture, as large as `size` lets it be, in the upper left corner; zeros beside it.
+    """Resize the whole picture to fit into `size`, in the upper left corner beside zeros.
 
     Returns:
-        The (height, width, C) view, and what a place in the picture is multiplied by to find it
-        in the view; right to half a pixel of the view, for its sides are rounded.
+        The (height, width, C) view, and the factor from coordinates in the picture to coordinates
+        in the view. It is exact to half a pixel of the view, because the sides are rounded.
     """
     height, width = pixels.shape[:2]
     factor = min(size[0] / height, size[1] / width)

@@ -1,4 +1,4 @@
-"""What a sample's `.cls` or `.json` says that it is."""
+"""Read the class labels of a sample from its `.cls` or `.json`."""
 
 import json
 import re
@@ -11,16 +11,16 @@ RawLabel = int | str  # a class's number or its name
 
 
 def read_labels(data: bytes | None, where: str, *, key: str | None) -> tuple[RawLabel, ...]:
-    """The classes of one sample, as they are written.
+    """Read the class labels of one sample as they are written.
 
     Args:
-        data: of `.cls`: numbers, apart from each other by spaces, commas or bars; or of `.json`.
-        where: shard and key, for errors.
-        key: of the JSON object, whose value is a number, a name, or a list of them; a name may
-            hold several, apart from each other by bars, as in NIH's `Finding Labels`. None: `.cls`.
+        data: The `.cls` file: numbers separated by spaces, commas or bars; or the `.json` file.
+        where: Shard and key, for errors.
+        key: Key in the JSON object, whose value is a number, a name, or a list of them; a name may
+            hold several, separated by bars, as in NIH's `Finding Labels`. None reads `.cls`.
 
     Raises:
-        DataError: there is no label, or it is none of this; names `where`.
+        DataError: There is no label, or it has another form; names `where`.
     """
     if data is None:
         raise DataError(f"{where} has no label ({'.cls' if key is None else f'{key} in .json'})")
@@ -52,16 +52,17 @@ def class_indices(
     names: Sequence[str],
     numbers: Mapping[int, int] | None = None,
 ) -> tuple[int, ...]:
-    """Numbers of the classes from 0.
+    """Convert labels to class indices from 0.
 
     Args:
-        labels: as `read_labels` gives them.
-        where: shard and key, for errors.
-        names: of the run's classes.
-        numbers: the number in the sample's own set to the run's; None where they are the same.
+        labels: The result of `read_labels`.
+        where: Shard and key, for errors.
+        names: Names of the run's classes.
+        numbers: Maps class numbers of the sample's own data set to those of the run; None where
+            they are the same.
 
     Raises:
-        DataError: a class is not among `names`; names `where` and the class.
+        DataError: A class is not in `names`; names `where` and the class.
     """
     indices = []
     for label in labels:
@@ -81,7 +82,7 @@ LabelT = TypeVar("LabelT", bound=RawLabel)
 
 
 def one_class(indices: Sequence[LabelT], where: str) -> LabelT:
-    """Raises: DataError: a sample has no class, or several."""
+    """Return the only class of a sample, or raise a DataError if it has none or several."""
     if len(indices) != 1:
         raise DataError(
             f"{where} has {len(indices)} classes where one is expected; for several, set "
@@ -91,7 +92,7 @@ def one_class(indices: Sequence[LabelT], where: str) -> LabelT:
 
 
 def names_of(labels: Sequence[Sequence[RawLabel]]) -> tuple[str, ...]:
-    """Names of all classes that samples have: those that are written, or numbers from 0."""
+    """Name all classes that samples have: the names as written, or the numbers from 0."""
     found = {label for sample in labels for label in sample}
     numbers = [label for label in found if isinstance(label, int)]
     if len(numbers) == len(found):

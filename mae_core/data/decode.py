@@ -1,7 +1,7 @@
-"""Bytes to pixels, one sample at a time.
+"""Decode the bytes of one image to pixels.
 
-JPEG by libjpeg-turbo (simplejpeg), DICOM by pydicom, TIFFs that Pillow can't read whole by
-tifffile, everything else by Pillow. 8 bits stay uint8, 16 bits stay uint16, until the device.
+simplejpeg (libjpeg-turbo) decodes JPEG, pydicom DICOM, tifffile the TIFFs that Pillow can't read as
+a whole, and Pillow everything else. 8 bits stay uint8 and 16 bits stay uint16 up to the device.
 """
 
 import logging
@@ -21,10 +21,10 @@ from mae_core.data.pillow_images import decode_pillow, jpeg_orientation
 from mae_core.data.pixels import CorruptSampleError, Pixels, upright
 from mae_core.data.tiff_images import decode_tiff
 
-SHRINKS = (8, 4, 2)  # by which libjpeg-turbo decodes faster than in full
+SHRINKS = (8, 4, 2)  # libjpeg-turbo decodes to these fractions of the size faster than in full
 
 _TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
-# Of a JPEG's segment: 0xFF, marker, length, and if it starts a frame bits, height, width, channels.
+# A JPEG segment: 0xFF, marker, length; a frame goes on with bits, height, width, channels.
 _SEGMENT = struct.Struct(">BBHBHHB")
 _START_OF_FRAME = (0xC0, 0xC1, 0xC2)  # baseline, extended, progressive
 _OTHER_FRAMES = (0xC3, 0xC5, 0xC6, 0xC7, 0xCB, 0xCD, 0xCE, 0xCF)  # lossless, hierarchical
@@ -32,11 +32,11 @@ _PROGRESSIVE = 0xC2
 _START_OF_SCAN, _END_OF_IMAGE = 0xDA, 0xD9
 _APP1 = 0xE1
 _SAY_ORIENTATION = (b"Exif\0", b"tiff:Orientation")
-_MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")  # that is none of the coded data
-# Each scan may go over the whole picture, and each segment is a turn of a loop. Encoders write up
-# to a dozen scans; extended XMP and colour profiles take up to a few hundred segments.
+_MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")  # markers that can't be part of coded data
+# Each scan may cover the whole picture, and each segment costs one turn of a loop. Encoders write
+# up to a dozen scans; extended XMP and colour profiles take up to a few hundred segments.
 _MAX_SCANS, _MAX_SEGMENTS = 200, 2000
-# What the readers say where data inflates to more than there is room for.
+# Parts of the decoders' messages for data that inflates to more than its buffer holds.
 _INFLATES_FURTHER = (
     "data too large",
     "Too much memory",
@@ -47,26 +47,26 @@ _INFLATES_FURTHER = (
 )
 _LUMA = np.asarray([0.299, 0.587, 0.114])  # ITU-R 601
 
-logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # what is wrong with a file is raised
+logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # faults of a file are raised instead
 logging.getLogger("pydicom").setLevel(logging.CRITICAL)
 
 
 class JpegHeader(NamedTuple):
-    """What a JPEG says of itself before its pixels."""
+    """The facts in a JPEG's header."""
 
     height: int  # as stored
     width: int
-    orientation: int  # TIFF 6.0, tag 274; 1: as stored
+    orientation: int  # TIFF 6.0, tag 274; 1 means as stored
 
 
 def jpeg_header(data: bytes) -> JpegHeader | None:
     """Read the header of a grey or colour JPEG that libjpeg-turbo reads; None for anything else.
 
-    Only the segments up to the first scan are read, which are few; a search of the file costs more
-    (0.1 ms).
+    Only the segments before the first scan are read, which are few; searching the whole file
+    costs more (0.1 ms).
 
     Raises:
-        CorruptSampleError: it has more segments or scans than any camera or program writes.
+        CorruptSampleError: The file has more segments or scans than any camera or program writes.
     """
     if data[:2] != b"\xff\xd8":
         return None
@@ -74,14 +74,14 @@ def jpeg_header(data: bytes) -> JpegHeader | None:
     frame = num_channels = num_segments = 0
     while at + _SEGMENT.size <= len(data):
         mark, marker, length, precision, height, width, channels = _SEGMENT.unpack_from(data, at)
-        if mark != 0xFF:  # also after a length below 2, whose own bytes come next
+        if mark != 0xFF:  # also after a length below 2, which points to its own bytes
             return None
         num_segments += 1
         if num_segments > _MAX_SEGMENTS:
             raise CorruptSampleError(f"has more than {_MAX_SEGMENTS} segments", "bomb")
         end = at + 2 + length
         if marker == _START_OF_SCAN:
-            # The byte after the length is how many channels the scan has.
+            # The byte after the length is the number of channels in the scan.
             if frame == _PROGRESSIVE or precision < num_channels:
                 _check_scans(data, at)
             break
@@ -97,7 +97,7 @@ def jpeg_header(data: bytes) -> JpegHeader | None:
 
 
 def _check_scans(data: bytes, at: int) -> None:
-    """Raise a CorruptSampleError if more scans begin from byte `at` on than any encoder writes."""
+    """Raise a CorruptSampleError if more scans follow byte `at` than any encoder writes."""
     num_scans = 0
     while (found := _MARKER.search(data, at)) is not None:
         at = found.start()
@@ -112,19 +112,20 @@ def _check_scans(data: bytes, at: int) -> None:
 def decode_image(
     data: bytes, in_chans: int, *, shrink: int = 1, header: JpegHeader | None = None
 ) -> Pixels:
-    """Return (H, W, in_chans) uint8 or uint16, upright as EXIF says.
+    """Return (H, W, in_chans) uint8 or uint16 pixels, rotated upright by EXIF.
 
-    Grey fills three channels, colour becomes grey by its luma, alpha is left out unless `in_chans`
-    counts it; any other number of channels must be `in_chans`.
+    Grey is repeated for three channels and colour becomes grey by its luma. Alpha is dropped
+    unless `in_chans` includes it. Any other number of channels must equal `in_chans`.
 
     Args:
-        data: the file.
-        in_chans: channels that the model takes.
-        shrink: 2, 4 or 8 lets a plain JPEG come out smaller by that, rounded up, which is faster.
-        header: what `jpeg_header` says of it, where it was asked already.
+        data: The file's bytes.
+        in_chans: Number of channels that the model takes.
+        shrink: 2, 4 or 8 allows a plain JPEG to be decoded at that fraction of its size, rounded
+            up, which is faster.
+        header: The result of `jpeg_header` if it is known already.
 
     Raises:
-        CorruptSampleError: the bytes are no whole image, or one of other channels.
+        CorruptSampleError: The bytes are not a whole image, or have other channels.
     """
     with memory_in_flight(), _corrupt_sample_errors():
         header = (header or jpeg_header(data)) if in_chans in (1, 3) else None
@@ -149,7 +150,7 @@ def _decode_other(data: bytes, in_chans: int) -> Pixels:
 
 
 def _check_jpeg_kind(data: bytes) -> None:
-    """Raise a CorruptSampleError for JPEGs that are whole, but not for Pillow."""
+    """Raise a CorruptSampleError for valid kinds of JPEG that Pillow can't decode."""
     at = 2 if data[:2] == b"\xff\xd8" else len(data)
     while at + _SEGMENT.size <= len(data):
         mark, marker, length, precision, *_ = _SEGMENT.unpack_from(data, at)
@@ -164,10 +165,10 @@ def _check_jpeg_kind(data: bytes) -> None:
 
 
 def _decode_jpeg(data: bytes, in_chans: int, header: JpegHeader, shrink: int) -> Pixels | None:
-    """None where Pillow may know better.
+    """Decode a JPEG with libjpeg-turbo; return None where Pillow may do better.
 
-    libjpeg goes on with grey after data that ends early or makes no sense, and Pillow does not
-    hear its warning: that must not pass for a picture.
+    After data that ends early or makes no sense, libjpeg continues with grey, and Pillow does not
+    notice its warning. Such a file must not pass as a picture.
     """
     hold_memory(_jpeg_bytes(data, in_chans, header, shrink))
     try:
@@ -187,12 +188,12 @@ def _decode_jpeg(data: bytes, in_chans: int, header: JpegHeader, shrink: int) ->
             raise CorruptSampleError(text, "truncated") from error
         if any(harm in text for harm in ("Huffman", "instead of RST", "progress")):
             raise CorruptSampleError(text, "corrupt") from error
-        return None  # such as a broken colour profile, or bytes between the segments
+        return None  # for example a broken colour profile, or bytes between the segments
     return pixels
 
 
 def _jpeg_bytes(data: bytes, in_chans: int, header: JpegHeader, shrink: int) -> int:
-    """How much memory decoding takes: the pixels, and all coefficients of a progressive one."""
+    """Estimate the memory for decoding: the pixels, and all coefficients of a progressive JPEG."""
     num_pixels = header.height * header.width
     num_bytes = num_pixels * in_chans // shrink**2
     if num_bytes + 6 * num_pixels > 2**25 and b"\xff\xc2" in data[: 2**16]:
@@ -201,7 +202,7 @@ def _jpeg_bytes(data: bytes, in_chans: int, header: JpegHeader, shrink: int) -> 
 
 
 def encode_jpeg(pixels: Pixels, quality: int) -> bytes:
-    """Encode (H, W, 1 or 3) uint8 pixels to a JPEG; full colour resolution from quality 90 on."""
+    """Encode (H, W, 1 or 3) uint8 pixels as JPEG, with full colour resolution from quality 90."""
     colorspace = "GRAY" if pixels.shape[2] == 1 else "RGB"
     subsampling = "444" if quality >= 90 and colorspace == "RGB" else "420"
     if colorspace == "GRAY":
@@ -225,9 +226,9 @@ def _to_channels(pixels: Pixels, in_chans: int) -> Pixels:
 
 @contextmanager
 def _corrupt_sample_errors() -> Iterator[None]:
-    """Turn whatever the readers raise on broken files into a CorruptSampleError.
+    """Turn every error that the decoders raise for broken files into a CorruptSampleError.
 
-    Seen: OSError, ValueError, SyntaxError, TypeError, EOFError, RuntimeError, RecursionError,
+    Observed: OSError, ValueError, SyntaxError, TypeError, EOFError, RuntimeError, RecursionError,
     struct.error, zlib.error, DecompressionBombError.
     """
     try:
@@ -235,7 +236,7 @@ def _corrupt_sample_errors() -> Iterator[None]:
     except CorruptSampleError:
         raise
     except MemoryError as error:
-        raise CorruptSampleError("takes more memory than there is", "memory") from error
+        raise CorruptSampleError("needs more memory than there is", "memory") from error
     except Exception as error:
         text = f"{type(error).__name__}: {error}"
         is_bomb = isinstance(error, Image.DecompressionBombError) or any(

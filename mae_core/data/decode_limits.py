@@ -1,8 +1,8 @@
-"""Bound what a sample may cost: in pixels, bytes and seconds, and in memory over all threads.
+"""Bound what a sample may cost: pixels, bytes, seconds, and memory over all threads.
 
-A file's claims are checked before anything is allocated. What a file does not claim, such as how
-much its chunks inflate to, is bounded while it is read piece by piece. All limits but the one of
-time are functions of the file alone, so a sample is whole or a hole on every machine alike.
+A file's claims are checked before anything is allocated. What a file does not claim, such as the
+inflated size of its chunks, is bounded while it is read piece by piece. All limits except the time
+limit depend on the file alone, so a sample is readable or a hole on every machine alike.
 """
 
 import io
@@ -14,24 +14,24 @@ from contextlib import contextmanager
 
 from mae_core.data.pixels import CorruptSampleError
 
-MAX_PIXELS = 178_956_970  # Pillow's own limit: what claims more is taken for an attack
+MAX_PIXELS = 178_956_970  # Pillow's own limit: a file that claims more is treated as an attack
 MAX_PIXEL_BYTES = 2**30  # of one picture with all its channels
-MAX_CPU_S = 20.0  # the largest picture that is allowed takes 8: CMYK, progressive
-IN_FLIGHT_BYTES = 2**31  # what the decoders of a process may hold together
-_SMALL_BYTES = 2**25  # such pictures are not counted: no number of threads makes them many
+MAX_CPU_S = 20.0  # the slowest allowed picture takes 8: CMYK, progressive
+IN_FLIGHT_BYTES = 2**31  # memory that all decoders of a process may use together
+_SMALL_BYTES = 2**25  # smaller pictures are not counted: even many threads use little for them
 _READS_PER_LOOK = 64
 
-# Bytes of a value by its TIFF type.
+# Bytes per value of each TIFF type.
 _TYPE_BYTES = (0, 1, 1, 2, 4, 8, 1, 1, 2, 4, 8, 4, 8, 4, 0, 0, 8, 8, 8)
 
 
 def check_size(height: int, width: int, pixel_bytes: int = 1) -> None:
-    """Raise a CorruptSampleError if a picture of this size is larger than any may be.
+    """Raise a CorruptSampleError if a picture of this size exceeds the limits.
 
     Args:
-        height: in pixels, as the header claims.
-        width: in pixels, as the header claims.
-        pixel_bytes: bytes of one pixel with all its channels.
+        height: In pixels, as the header claims.
+        width: In pixels, as the header claims.
+        pixel_bytes: Bytes of one pixel with all its channels.
     """
     num_pixels = height * width
     if num_pixels > MAX_PIXELS or num_pixels * pixel_bytes > MAX_PIXEL_BYTES:
@@ -43,10 +43,10 @@ def check_size(height: int, width: int, pixel_bytes: int = 1) -> None:
 
 
 class WatchedBytes(io.BytesIO):
-    """A file in memory that refuses to be read for longer than `MAX_CPU_S` of its thread's time.
+    """A file in memory that can't be read after `MAX_CPU_S` of its thread's CPU time.
 
-    Decoders read piece by piece, so this ends one that is caught in a file made to be slow. CPU
-    time is counted, not the clock's, because a busy machine must not turn good samples into bad.
+    Decoders read piece by piece, so this stops one that hangs in a maliciously slow file. It
+    counts CPU time, not wall time, because a busy machine must not turn good samples into bad.
     """
 
     def __init__(self, data: bytes) -> None:
@@ -58,10 +58,10 @@ class WatchedBytes(io.BytesIO):
         """Read up to `size` bytes.
 
         Raises:
-            CorruptSampleError: the time is over.
+            CorruptSampleError: The time is over.
         """
         self._num_reads += 1
-        # A large piece may stand for much work; of small ones it takes many.
+        # A large piece may stand for much work; small pieces are checked in groups.
         large = size is None or not 0 <= size < 4096
         if (large or self._num_reads % _READS_PER_LOOK == 0) and time.thread_time() > self._end_s:
             raise CorruptSampleError(f"takes more than {MAX_CPU_S:.0f} s to decode", "bomb")
@@ -69,7 +69,7 @@ class WatchedBytes(io.BytesIO):
 
 
 class _Budget:
-    """Bytes that threads may hold together; one thread alone may hold any number."""
+    """Bytes that threads may hold together; a thread that is alone may hold any number."""
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
@@ -93,10 +93,10 @@ _per_thread = threading.local()
 
 @contextmanager
 def memory_in_flight() -> Iterator[None]:
-    """Give back at the end of the block what `hold_memory` took for this thread inside it.
+    """Release at the end of the block the memory that `hold_memory` reserved in it.
 
-    Blocks may be nested; the outermost counts. It should end where the decoded picture is no
-    longer needed.
+    Blocks may be nested; the outermost one releases. End it where the decoded picture is no longer
+    needed.
     """
     if getattr(_per_thread, "depth", 0):
         yield
@@ -112,10 +112,10 @@ def memory_in_flight() -> Iterator[None]:
 
 
 def hold_memory(num_bytes: int) -> None:
-    """Wait until other threads leave room for `num_bytes`, and hold them.
+    """Wait until other threads leave room for `num_bytes`, and reserve them.
 
-    Must be called inside `memory_in_flight`. A thread that holds some already gives those back
-    first, so that two threads never wait for each other.
+    Call it inside `memory_in_flight`. A thread that already holds memory releases it first, so
+    that two threads never wait for each other.
     """
     if num_bytes <= _SMALL_BYTES:
         return
@@ -130,8 +130,8 @@ def hold_memory(num_bytes: int) -> None:
 def check_tiff_directory(data: bytes) -> None:
     """Raise a CorruptSampleError if the first directory of a TIFF, or of EXIF, is a bomb.
 
-    Readers copy each tag's value, and nothing stops a thousand tags from naming the same megabyte.
-    In an honest file values do not overlap, so together they are no longer than the file.
+    Readers copy each tag's value, and nothing stops a thousand tags from pointing to the same
+    megabyte. In an honest file values do not overlap, so their sum is at most the file's length.
     """
     order = "<" if data[:2] == b"II" else ">"
     try:
@@ -146,10 +146,10 @@ def check_tiff_directory(data: bytes) -> None:
         for i in range(min(num_tags, (len(data) - at) // entry.size)):
             _, kind, count, inline = entry.unpack_from(data, at + i * entry.size)
             num_bytes = count * (_TYPE_BYTES[kind] if kind < len(_TYPE_BYTES) else 0)
-            # A value beyond the end of the file is not there to be copied.
+            # A value beyond the end of the file can't be copied.
             if len(inline) < num_bytes <= len(data):
                 claimed += num_bytes
-    except struct.error:  # cut: told by the reader
+    except struct.error:  # truncated: the reader reports it
         return
     if claimed > max(len(data), 2**16):
         raise CorruptSampleError(

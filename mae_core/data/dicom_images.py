@@ -1,7 +1,7 @@
-"""DICOM: the first frame, as a viewer shows it.
+"""Decode the first frame of a DICOM file as a viewer shows it.
 
-Grey is seen through its window, brighter where more is shown; colours come as RGB. A value in the
-header that can't be meant, such as a window of no width, counts as if it were not there.
+Grey values are mapped through the file's window, so that higher is brighter; colours become RGB. A
+header value that makes no sense, such as a window of zero width, is ignored.
 
 Source: DICOM PS3.3, C.7.6.3 (pixels), C.11.1 (modality) and C.11.2 (window); PS3.5, annex G (RLE).
 """
@@ -40,7 +40,7 @@ _WAY_OUT = (
 )
 _PIXELS_AT_A_TIME = 2**20
 _WORK_BYTES_PER_PIXEL = 8
-# Where enhanced CT and MR keep what older objects have at the top.
+# Enhanced CT and MR keep these attributes here, older objects at the top level.
 _FUNCTIONAL_GROUPS = {
     "FrameVOILUTSequence": ("WindowCenter", "WindowWidth", "VOILUTFunction"),
     "PixelValueTransformationSequence": ("RescaleSlope", "RescaleIntercept"),
@@ -57,7 +57,7 @@ _OFTEN_COMPRESSED_BY = (
 
 
 class _Window(NamedTuple):
-    """Values shown black and white."""
+    """The values that are shown as black and as white."""
 
     low: float
     high: float
@@ -65,7 +65,7 @@ class _Window(NamedTuple):
 
 
 def missing_syntaxes() -> list[str]:
-    """Name the compressions of DICOM, of those that are common, that can't be read here."""
+    """List the common DICOM compressions that this installation can't read."""
     return [
         syntax.name.partition(",")[0]
         for syntax in _OFTEN_COMPRESSED_BY
@@ -77,9 +77,9 @@ def decode_dicom(data: bytes) -> Pixels:
     """Decode the first frame to (H, W, 1 or 3) pixels.
 
     Raises:
-        CorruptSampleError: it is larger or takes longer than any may, or can't be read here.
+        CorruptSampleError: The file exceeds the limits of size or time, or can't be read here.
     """
-    if _is_deflated(data):  # pydicom inflates it without a limit
+    if _is_deflated(data):  # pydicom inflates without a limit
         raise CorruptSampleError(
             "is a deflated DICOM, which is not read; gdcmconv --raw writes one that is",
             "unsupported",
@@ -100,9 +100,9 @@ def decode_dicom(data: bytes) -> Pixels:
 
 
 def _is_deflated(data: bytes) -> bool:
-    """Whether the group of elements about the file itself says so."""
+    """Return whether the file's meta elements name the deflated transfer syntax."""
     source = WatchedBytes(data)
-    source.seek(132)  # of the preamble and the magic
+    source.seek(132)  # skips the preamble and the magic
     meta = read_dataset(
         source,
         is_implicit_VR=False,
@@ -126,7 +126,7 @@ def _check_pixels(dataset: pydicom.Dataset, samples: int) -> None:
 
 
 def _use_functional_groups(dataset: pydicom.Dataset) -> None:
-    """Bring the first frame's window and slope to the top, where all else looks for them."""
+    """Move the first frame's window and slope to the top level, where readers look for them."""
     for groups in ("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence"):
         for name, attributes in _FUNCTIONAL_GROUPS.items():
             frames = dataset.get(groups) or [{}]
@@ -138,7 +138,7 @@ def _use_functional_groups(dataset: pydicom.Dataset) -> None:
 
 
 def _stored(dataset: pydicom.Dataset) -> npt.NDArray[Any]:
-    """The first frame's samples."""
+    """Return the samples of the first frame as they are stored."""
     syntax = dataset.file_meta.TransferSyntaxUID
     if syntax == RLELossless:
         _unpack_rle(dataset)
@@ -157,9 +157,9 @@ def _stored(dataset: pydicom.Dataset) -> npt.NDArray[Any]:
 
 
 def _unpack_rle(dataset: pydicom.Dataset) -> None:
-    """Replace the pixels by those of the first frame, into room of the size that they claim.
+    """Unpack the first frame's RLE pixels into a buffer of the size that the header claims.
 
-    pydicom would make of a segment whatever it inflates to.
+    pydicom would accept whatever size a segment inflates to.
     """
     frame = get_frame(
         dataset.PixelData, 0, number_of_frames=int(dataset.get("NumberOfFrames") or 1)
@@ -175,7 +175,7 @@ def _unpack_rle(dataset: pydicom.Dataset) -> None:
         segment = imagecodecs.packbits_decode(
             frame[bounds[i] : bounds[i + 1]], out=num_pixels + _RLE_PADDING_BYTES
         )
-        # The most significant byte has the first segment, and little-endian pixels have it last.
+        # The first segment holds the most significant byte; in little-endian pixels it is last.
         planes[i // sample_bytes, :, sample_bytes - 1 - i % sample_bytes] = np.frombuffer(
             segment, np.uint8, num_pixels
         )
@@ -188,9 +188,9 @@ def _unpack_rle(dataset: pydicom.Dataset) -> None:
 
 
 def _grey(stored: npt.NDArray[Any], dataset: pydicom.Dataset) -> Pixels:
-    """What is shown of stored values, some rows at a time: fractions take four times the room."""
+    """Map stored values to grey, a few rows at a time: floats take four times the memory."""
     show = _shower(dataset)
-    inverted = dataset.PhotometricInterpretation == "MONOCHROME1"  # low values are shown bright
+    inverted = dataset.PhotometricInterpretation == "MONOCHROME1"  # low values are bright
     padding = _padding(dataset, stored.dtype)
     shown = np.empty((*stored.shape, 1), np.uint16)
     rows = max(1, _PIXELS_AT_A_TIME // stored.shape[1])
@@ -206,7 +206,7 @@ def _grey(stored: npt.NDArray[Any], dataset: pydicom.Dataset) -> Pixels:
 
 
 def _shower(dataset: pydicom.Dataset) -> Callable[[npt.NDArray[Any]], npt.NDArray[np.float64]]:
-    """Give the function from stored values to how bright they are, from 0 to 1."""
+    """Return the function that maps stored values to brightness from 0 to 1."""
     rescale, low, high = _modality(dataset)
     window = _window(dataset, low, high)
     if window is None and dataset.get("VOILUTSequence"):
@@ -222,7 +222,7 @@ def _shower(dataset: pydicom.Dataset) -> Callable[[npt.NDArray[Any]], npt.NDArra
 def _modality(
     dataset: pydicom.Dataset,
 ) -> tuple[Callable[[npt.NDArray[Any]], npt.NDArray[Any]], float, float]:
-    """Give the function from stored values to what they measure, and its least and largest."""
+    """Return the function from stored to measured values, and the measured minimum and maximum."""
     if dataset.get("ModalityLUTSequence"):
         bits = int(dataset.ModalityLUTSequence[0].LUTDescriptor[2])
         return lambda stored: apply_modality_lut(stored, dataset), 0.0, 2.0**bits - 1
@@ -238,7 +238,7 @@ def _modality(
 
 
 def _window(dataset: pydicom.Dataset, low: float, high: float) -> _Window | None:
-    """Choose the first window that has a width and shows some of the values there may be."""
+    """Choose the first window that has a width and overlaps the range of possible values."""
     pairs = zip(_numbers(dataset, "WindowCenter"), _numbers(dataset, "WindowWidth"), strict=False)
     is_sigmoid = dataset.get("VOILUTFunction") == "SIGMOID"
     for center, width in pairs:
@@ -249,7 +249,7 @@ def _window(dataset: pydicom.Dataset, low: float, high: float) -> _Window | None
 
 
 def _numbers(dataset: pydicom.Dataset, name: str) -> list[float]:
-    """The values of an attribute; NaN for one that is no number."""
+    """Return the values of an attribute; NaN for a value that is not a number."""
     value = dataset.get(name)
     if value is None or value == "":
         return []
@@ -263,14 +263,14 @@ def _numbers(dataset: pydicom.Dataset, name: str) -> list[float]:
 
 
 def _padding(dataset: pydicom.Dataset, kind: np.dtype[Any]) -> tuple[int, int] | None:
-    """The least and largest value of pixels that are none, which are shown black."""
+    """Return the smallest and largest padding value; such pixels are shown black."""
     ends: list[Any] = [
         dataset.get(name, dataset.get("PixelPaddingValue"))
         for name in ("PixelPaddingValue", "PixelPaddingRangeLimit")
     ]
     if not all(isinstance(end, int) for end in ends):
         return None
-    # Some writers give a signed value as an unsigned one.
+    # Some writers store a signed value as unsigned.
     bits = 8 * kind.itemsize
     wrapped = [
         end - 2**bits if kind.kind == "i" and end >= 2 ** (bits - 1) else end for end in ends

@@ -1,8 +1,9 @@
-"""What a folder's names tell: hidden files, splits of a data set, images beside their masks.
+"""Recognise folder layouts by their names: hidden files, data set splits, images beside masks.
 
-People keep a set as train/cat/1.jpg, or as images/1.png and masks/1.png. Taken for class folders,
-these lose the classes, mix validation images into training, or train on masks as if they were
-pictures. Names are compared without case, digits and signs: `Train_2017` is `train`.
+Data sets are often kept as train/cat/1.jpg, or as images/1.png and masks/1.png. Read as class
+folders, such a layout loses the classes, mixes validation images into training, or trains on masks
+as if they were pictures. Names are compared without case, digits and punctuation: `Train_2017` is
+`train`.
 """
 
 import re
@@ -17,7 +18,7 @@ _SPLIT = re.compile(
     r"(train(?:ing|val)?|trn|val(?:id|idation)?|dev|eval(?:uation)?|test(?:ing)?|tst|holdout)"
     r"(?:images?|imgs?|data|set|split|jpe?g|png|photos|pictures|[ab])*"
 )
-_SPLIT_KINDS = {"tr": "train", "va": "val", "de": "val", "ev": "val", "ho": "val"}  # else test
+_SPLIT_KINDS = {"tr": "train", "va": "val", "de": "val", "ev": "val", "ho": "val"}  # others: test
 _IMAGES = re.compile(
     r"images?|imgs?|jpe?gimages|pngimages|pictures?|pics|photos?|frames|rgb|inputs?|originals?|raw|"
     r"leftimgbit|images(?:tr|ts)"
@@ -38,24 +39,24 @@ _LITTER_FILES = frozenset({"thumbs.db", "ehthumbs.db", "desktop.ini"})
 
 
 def is_hidden_folder(name: str) -> bool:
-    """Whether a folder is one that people don't mean: hidden, or left behind by a system."""
+    """Return whether a folder is hidden, or left behind by an operating system."""
     return name.startswith(".") or name.lower() in _LITTER_FOLDERS
 
 
 def is_hidden_file(name: str) -> bool:
-    """Whether a file is one that people don't mean: hidden, or left behind by a system."""
+    """Return whether a file is hidden, or left behind by an operating system."""
     return name.startswith(".") or name.lower() in _LITTER_FILES
 
 
 def check_layout(root: Path, images: Sequence[PurePath]) -> None:
-    """Refuse folders that are known to mean something else than classes.
+    """Refuse folders that are known to mean something other than classes.
 
     Args:
-        root: the folder whose subfolders would be the classes.
-        images: paths of all images, relative to `root`.
+        root: The folder whose subfolders would be the classes.
+        images: Paths of all images, relative to `root`.
 
     Raises:
-        DataError: names the folders, and what to give instead.
+        DataError: Names the folders and what to pass instead.
     """
     inside = _subfolders(images)
     top = inside.get(PurePath(), [])
@@ -83,7 +84,7 @@ def check_layout(root: Path, images: Sequence[PurePath]) -> None:
 
 
 def layout_warnings(images: Sequence[PurePath]) -> list[str]:
-    """What may be meant otherwise, but is packed as it is."""
+    """Describe names that may be a mistake but are packed as they are."""
     found = []
     same_name: dict[str, list[str]] = defaultdict(list)
     for image in images:
@@ -92,27 +93,27 @@ def layout_warnings(images: Sequence[PurePath]) -> list[str]:
     if twins:
         found.append(
             f"{len(twins)} names belong to several images, such as {' and '.join(twins[0][:3])}: "
-            "each is packed, under a key of its own; if one is a mask, name it NAME.seg.png"
+            "each is packed under its own key; if one is a mask, name it NAME.seg.png"
         )
     classes = sorted({image.parts[0] for image in images if len(image.parts) > 1})
     alike = Counter(name.strip().casefold() for name in classes)
     doubles = [name for name in classes if alike[name.strip().casefold()] > 1]
     if doubles:
-        found.append(f"classes that differ in case or spaces alone: {_listed(doubles)}")
+        found.append(f"classes that differ only in case or spaces: {_listed(doubles)}")
     if len(classes) == 1:
-        found.append(f"all images are of the one class {classes[0]}, the name of their folder")
+        found.append(f"all images have the class {classes[0]}, the name of their folder")
     deep = Counter("/".join(image.parts[:2]) for image in images if len(image.parts) > 2)
     if deep:
         shown = ", ".join(f"{name} ({count})" for name, count in sorted(deep.items())[:3])
         more = f" and {len(deep) - 3} more" if len(deep) > 3 else ""
         found.append(
-            f"a class is the uppermost folder: images in folders in it count to it: {shown}{more}"
+            f"the top folder is the class, so images in deeper folders belong to it: {shown}{more}"
         )
     return found
 
 
 def _subfolders(images: Iterable[PurePath]) -> dict[PurePath, list[str]]:
-    """The names of the folders with images in each folder, sorted."""
+    """Map each folder to the sorted names of its subfolders with images."""
     folders: dict[PurePath, set[str]] = defaultdict(set)
     for parent in {image.parent for image in images}:
         for depth, name in enumerate(parent.parts):
@@ -164,12 +165,12 @@ def _wrappers_text(root: Path, parent: PurePath, names: Sequence[str]) -> str:
     verb = "are no classes" if len(names) > 1 else "is no class"
     return (
         f"source={root}: {_listed([(parent / name).as_posix() for name in names])} {verb}; "
-        f"{advice}. If it is meant so, give a list file"
+        f"{advice}. If this is intended, give a list file"
     )
 
 
 def _refuse_masks_beside_images(root: Path, images: Sequence[PurePath]) -> None:
-    """Refuse a_mask.png beside a.jpg: it would be trained on as a picture."""
+    """Refuse a_mask.png beside a.jpg: the mask would be trained on as a picture."""
     stems = {image.with_suffix("") for image in images}
     masks = []
     for image in images:

@@ -1,9 +1,10 @@
-"""Images in a folder or a list file, as they are before packing: where, how large, which class.
+"""Find images in a folder or a list file before packing: their paths, sizes and classes.
 
 A sample's key is its path in the folder without the extension. Dots and unprintable characters
-become `_`; where two paths would get one key, `-` and 8 hex digits of the path's hash are added.
-Files beside x.jpg named x.json, x.seg.png, x.cls and x.txt are its companions, in any case. Hidden
-files are no images, and neither is what systems leave behind (Thumbs.db, __MACOSX).
+become `_`; where two paths would get the same key, `-` and 8 hex digits of the path's hash are
+added. Files next to x.jpg named x.json, x.seg.png, x.cls and x.txt, in any case, are its
+companions. Hidden files are skipped, and so are files that operating systems leave behind
+(Thumbs.db, __MACOSX).
 """
 
 import hashlib
@@ -33,16 +34,16 @@ _SHOWN = 5
 
 
 class ImageFile(NamedTuple):
-    """One image to pack, before its bytes are read."""
+    """One image to pack; its bytes have not been read yet."""
 
     key: str
     path: str  # on this machine
-    source: str  # relative to the folder or as the list has it: names the image to people
+    source: str  # relative to the folder, or as written in the list; shown in messages
     num_bytes: int
     companions: tuple[tuple[str, str, int], ...]  # extension, path, bytes
     label: int | None
-    boxes: bytes | None = None  # of `.json`, where they come from elsewhere
-    problem: str | None = None  # why it, or what lies beside it, can't be read
+    boxes: bytes | None = None  # content of `.json`, where it comes from an annotation file
+    problem: str | None = None  # why the image or a companion can't be read
 
     @property
     def extension(self) -> str:
@@ -51,7 +52,7 @@ class ImageFile(NamedTuple):
 
     @property
     def packed_bytes(self) -> int:
-        """What it takes in a tar."""
+        """Bytes that the sample takes in a tar."""
         sizes = [self.num_bytes, *(size for *_, size in self.companions)]
         sizes += [] if self.label is None else [len(str(self.label))]
         sizes += [] if self.boxes is None else [len(self.boxes)]
@@ -60,7 +61,7 @@ class ImageFile(NamedTuple):
 
     @property
     def identity(self) -> str:
-        """What of it decides the bytes of a shard, as far as can be known without reading it."""
+        """Everything that decides its bytes in a shard and is known without reading it."""
         sizes = [(extension, size) for extension, _, size in self.companions]
         if self.boxes is not None:
             sizes.append((hashlib.sha256(self.boxes).hexdigest(), len(self.boxes)))
@@ -70,14 +71,14 @@ class ImageFile(NamedTuple):
 def find_images(
     source: Path, classes: Sequence[str] | None = None
 ) -> tuple[list[ImageFile], tuple[str, ...] | None]:
-    """Find the images of a folder or a list file, in the order of their keys, and the class names.
+    """Find the images of a folder or a list file, sorted by key, and the class names.
 
     Args:
-        source: a folder or a list file.
-        classes: names whose places are the class numbers; None numbers the names that are found.
+        source: A folder or a list file.
+        classes: Class names in the order of their numbers; None numbers the names that are found.
 
     Raises:
-        DataError: nothing is there, or it can't be told what the classes are.
+        DataError: There are no images, or the classes are ambiguous.
     """
     if source.is_dir():
         found = _scan_folder(source)
@@ -95,7 +96,7 @@ def find_images(
         size, problem = _look_at(path)
         companions, second_problem = _companions(path, listings[path.parent])
         if label is not None and any(extension == "cls" for extension, *_ in companions):
-            raise DataError(f"{path} has a .cls beside it, and the class {label}, too")
+            raise DataError(f"{path} has a .cls next to it and also the class {label}")
         files.append(
             ImageFile(
                 keys[name],
@@ -111,14 +112,14 @@ def find_images(
 
 
 def printable(text: str) -> str:
-    """A name of a file with bytes that are not UTF-8 written as escapes, for JSON and people."""
+    """Escape bytes of a file name that are not UTF-8, for JSON and for messages."""
     return text.encode(errors="surrogateescape").decode(errors="backslashreplace")
 
 
 def _numbers(
     labels: set[str | None], source: Path, classes: Sequence[str] | None
 ) -> tuple[Mapping[str | None, int | None], tuple[str, ...] | None]:
-    """The number of each label, and the names of all classes."""
+    """Return the number of each label, and the names of all classes."""
     names = sorted(label for label in labels if label is not None)
     if classes is not None:
         if not names:
@@ -126,7 +127,7 @@ def _numbers(
         unknown = [name for name in names if name not in classes]
         if unknown:
             raise DataError(
-                f"source={source}: classes that are not among the given ones: "
+                f"source={source}: found classes that are not among the given ones: "
                 f"{', '.join(unknown[:_SHOWN])}; given are {', '.join(classes[:20])}"
             )
         return {name: i for i, name in enumerate(classes)}, tuple(classes)
@@ -174,14 +175,14 @@ def _scan_folder(root: Path) -> list[ListedImage]:
 
 
 def _describe_others(others: Sequence[Path], images: Sequence[Path]) -> str:
-    """Count the files that are neither images nor beside one."""
+    """Count the files that are neither images nor companions of one."""
     stems = {(image.parent, image.stem) for image in images}
     counts: Counter[str] = Counter()
     dead = ""
     for path in others:
         extension = _companion_extension(path.name)
         if extension and (path.parent, path.name[: -len(extension) - 1]) in stems:
-            continue  # a companion
+            continue  # it is a companion
         if path.is_symlink() and not path.exists():
             counts["link to nowhere"] += 1
             dead = dead or f" (such as {printable(str(path))})"
@@ -199,7 +200,7 @@ def _companion_extension(name: str) -> str | None:
 
 
 def _walk(root: Path) -> Iterator[Path]:
-    """All files that are not hidden, through links, each folder once."""
+    """Yield all files that are not hidden, following links, but each folder only once."""
 
     def stop(error: OSError) -> None:
         raise DataError(f"source={root}: cannot list {error.filename}: {error.strerror}") from error
@@ -217,20 +218,20 @@ def _walk(root: Path) -> Iterator[Path]:
 
 
 def _look_at(path: Path) -> tuple[int, str | None]:
-    """The size of a file, and why it can't be read, or None."""
+    """Return the size of a file, and why it can't be read (None if it can)."""
     try:
         status = path.stat()
     except OSError as error:
         if path.is_symlink() and isinstance(error, FileNotFoundError):
             target = printable(str(path.readlink()))
-            return 0, f"a link to a file that is not there ({target}; fetch it, or mount its disk)"
+            return 0, f"a link to a missing file ({target}; fetch it, or mount its disk)"
         return 0, f"cannot be read: {error.strerror}"
-    # Not a pipe or a device: reading it would wait for ever.
+    # Pipes and devices are refused: reading one would block for ever.
     return (status.st_size, None) if stat.S_ISREG(status.st_mode) else (0, "not a regular file")
 
 
 def _listing(folder: Path) -> dict[str, list[str]]:
-    """Names of possible companions in a folder, by their name in lower case."""
+    """Map lower-case names to the names of possible companions in a folder."""
     listing: dict[str, list[str]] = {}
     try:
         names = sorted(path.name for path in folder.iterdir())
@@ -245,17 +246,17 @@ def _listing(folder: Path) -> dict[str, list[str]]:
 def _companions(
     image: Path, listing: Mapping[str, Sequence[str]]
 ) -> tuple[tuple[tuple[str, str, int], ...], str | None]:
-    """What lies beside an image, and why some of it can't be read, or None."""
+    """Return an image's companions, and why some can't be read (None if all can)."""
     companions = []
     problems = []
     for extension in COMPANIONS:
         names = [
             name
             for name in listing.get(f"{image.stem}.{extension}".lower(), ())
-            if name.startswith(f"{image.stem}.")  # only the extension's case may differ
+            if name.startswith(f"{image.stem}.")  # only the case of the extension may differ
         ]
         if len(names) > 1:
-            raise DataError(f"{image}: both {names[0]} and {names[1]} lie beside it; keep one")
+            raise DataError(f"{image}: both {names[0]} and {names[1]} are next to it; keep one")
         for name in names:
             path = image.with_name(name)
             size, problem = _look_at(path)
@@ -265,14 +266,14 @@ def _companions(
 
 
 def unique_keys(relatives: Iterable[str]) -> dict[str, str]:
-    """The key of each path, as the head of this file says."""
+    """Return the key of each path; the module's docstring has the rules."""
     keys = {relative: _key(relative) for relative in relatives}
     counts = Counter(keys.values())
     for relative, key in keys.items():
         if counts[key] > 1:
             digest = hashlib.sha256(relative.encode(errors="surrogateescape")).hexdigest()
             keys[relative] = f"{key}-{digest[:8]}"
-    if len(set(keys.values())) < len(keys):  # a file is named as another one's key with its hash
+    if len(set(keys.values())) < len(keys):  # a file's name equals another file's key with its hash
         (key, count), *_ = Counter(keys.values()).most_common(1)
         raise DataError(f"{count} images get the key {key!r}; rename one of them")
     return keys
@@ -281,6 +282,6 @@ def unique_keys(relatives: Iterable[str]) -> dict[str, str]:
 def _key(relative: str) -> str:
     parts = [part for part in Path(relative).with_suffix("").parts if part not in ("/", "..")]
     clean = ["".join(c if c.isprintable() and c != "." else "_" for c in part) for part in parts]
-    # Readers take names that start with two of them for metadata.
+    # Readers treat names that start with two underscores as metadata.
     clean = ["_" + part.lstrip("_") if part.startswith("__") else part for part in clean]
     return "/".join(clean)

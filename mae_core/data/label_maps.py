@@ -1,8 +1,8 @@
-"""Pictures of classes: read from PNG, and cut together with the image they belong to.
+"""Label maps: read them from PNG, and crop them together with their images.
 
-A label map is (H, W) uint8 class indices; `IGNORE` marks pixels that no loss and no score counts.
-An instance map is (H, W), 0 for background and 1..N for the instances. Both are taken as they are
-stored: they must be drawn on the upright image.
+A label map is (H, W) uint8 class indices; `IGNORE` marks pixels that neither losses nor scores
+count. An instance map is (H, W), 0 for background and 1..N for the instances. Both are used as
+stored, without EXIF rotation: they must be drawn on the upright image.
 """
 
 import io
@@ -25,17 +25,17 @@ InstanceMap = npt.NDArray[np.unsignedinteger[Any]]  # (H, W), 0 is background
 IGNORE = 255
 INSTANCE_CLASSES = ("background", "inside", "boundary")
 
-_GREY, _PALETTE = 0, 3  # colour types, as the header of a PNG has them
+_GREY, _PALETTE = 0, 3  # colour types in the header of a PNG
 _BIT_DEPTH_AT, _COLOUR_TYPE_AT = 24, 25
 _NO_CLASS = -1
-_NAMED_VALUES = 5  # of wrong values, so many are named
+_NAMED_VALUES = 5  # an error names this many wrong values
 
 
 class MaskValues(NamedTuple):
-    """What the values of a mask's pixels mean."""
+    """The meaning of the values in a mask's pixels."""
 
-    classes: tuple[int, ...] | None = None  # the value of each class; None: 0, 1, 2 and so on
-    ignored: int | None = IGNORE  # that no loss and no score counts, unless it is a class's
+    classes: tuple[int, ...] | None = None  # the value of each class; None means 0, 1, 2 and so on
+    ignored: int | None = IGNORE  # value that is not counted, unless it is a class's value
 
 
 MASK_VALUES = MaskValues()
@@ -49,17 +49,17 @@ def decode_label_map(
     num_classes: int,
     values: MaskValues = MASK_VALUES,
 ) -> LabelMap:
-    """Read the PNG beside an image.
+    """Read the label map PNG of an image.
 
     Args:
-        data: the file; None where the sample has none.
-        where: shard and key, named in errors.
-        kind: whether values are classes, or instances that become `INSTANCE_CLASSES`.
-        num_classes: that there are; `IGNORE` is none of them.
-        values: which values are classes, where `kind` is classes.
+        data: The file's bytes; None where the sample has none.
+        where: Shard and key, named in errors.
+        kind: Whether the values are classes, or instances that become `INSTANCE_CLASSES`.
+        num_classes: Number of classes; `IGNORE` is not one of them.
+        values: Which values are classes, if `kind` is classes.
 
     Raises:
-        DataError: there is no PNG that can be read, or it has a value that is no class.
+        DataError: There is no readable PNG, or it has a value that is not a class.
     """
     if kind == "instances":
         if num_classes != len(INSTANCE_CLASSES):
@@ -73,10 +73,10 @@ def decode_label_map(
 def indices_to_classes(
     indices: InstanceMap, where: str, num_classes: int, values: MaskValues = MASK_VALUES
 ) -> LabelMap:
-    """Give each pixel the number of the class whose value it has, or `IGNORE`.
+    """Convert each pixel's value to the number of its class, or to `IGNORE`.
 
     Raises:
-        DataError: a value is no class's; names `where` and the value.
+        DataError: A value belongs to no class; names `where` and the value.
     """
     wanted = values.classes or tuple(range(num_classes))
     numbers = np.full(int(indices.max(initial=0)) + 1, _NO_CLASS, np.int16)
@@ -101,10 +101,10 @@ def indices_to_classes(
 
 
 def decode_indices(data: bytes | None, where: str) -> InstanceMap:
-    """The values of a grey or palette PNG, (H, W) uint8 or uint16; of a palette the indices.
+    """Read a grey or palette PNG as (H, W) uint8 or uint16: grey values or palette indices.
 
     Raises:
-        DataError: there is no PNG that can be read, or it is in colour; names `where`.
+        DataError: There is no readable PNG, or it is in colour; names `where`.
     """
     if not data:
         raise DataError(f"{where}: has no label map")
@@ -112,11 +112,11 @@ def decode_indices(data: bytes | None, where: str) -> InstanceMap:
         with Image.open(io.BytesIO(data), formats=["PNG"]) as image:
             image.load()
     except UnidentifiedImageError as error:
-        # Pillow's text has the address of the buffer: never the same twice.
+        # Pillow's text contains the buffer's address, which is never the same twice.
         raise DataError(f"{where}: the label map is not a PNG") from error
     except MemoryError:
         raise
-    except Exception as error:  # Pillow raises anything on broken files
+    except Exception as error:  # Pillow raises any error for broken files
         raise DataError(f"{where}: the label map is broken: {error}") from error
     if data[_COLOUR_TYPE_AT] not in (_GREY, _PALETTE):
         raise DataError(
@@ -128,18 +128,18 @@ def decode_indices(data: bytes | None, where: str) -> InstanceMap:
     if values.dtype == np.bool_:
         values = values.astype(np.uint8)
     elif data[_COLOUR_TYPE_AT] == _GREY and bit_depth < 8:
-        # Pillow stretches 2 and 4 bits of grey over 0..255.
+        # Pillow scales 2-bit and 4-bit grey to 0..255.
         values = values // np.uint8(255 // (2**bit_depth - 1))
     return values.astype(np.uint16) if bit_depth == 16 else values
 
 
 def instances_to_classes(instances: InstanceMap) -> LabelMap:
-    """Classes that tell touching instances apart: `INSTANCE_CLASSES`.
+    """Convert instances to `INSTANCE_CLASSES`, which keep touching instances apart.
 
-    Boundary is a pixel of an instance one of whose four neighbours is of another, or background.
-    The edge of the picture is no boundary. The three classes of Caicedo et al. 2019,
-    https://pmc.ncbi.nlm.nih.gov/articles/PMC6771982. Differs: the boundary is one pixel wide and
-    inside the instance.
+    A boundary pixel is a pixel of an instance with a 4-neighbour in another instance or in the
+    background. The edge of the picture is not a boundary. The three classes are those of Caicedo
+    et al. 2019, https://pmc.ncbi.nlm.nih.gov/articles/PMC6771982. Differs: the boundary is one
+    pixel wide and inside the instance.
     """
     padded = np.pad(instances, 1, mode="edge")
     neighbours = (padded[:-2, 1:-1], padded[2:, 1:-1], padded[1:-1, :-2], padded[1:-1, 2:])
@@ -149,10 +149,10 @@ def instances_to_classes(instances: InstanceMap) -> LabelMap:
 
 
 def classes_to_instances(classes: LabelMap) -> InstanceMap:
-    """Undo `instances_to_classes`, but for corners and instances that have no inside.
+    """Undo `instances_to_classes`, except for corners and instances without an inside.
 
-    An instance is what hangs together of the inside (over four neighbours), grown by a pixel to
-    win back its boundary. Where two grow into a pixel, it goes to the one numbered later.
+    An instance is a 4-connected component of the inside, grown by one pixel to recover its
+    boundary. Where two instances grow into the same pixel, the one with the higher number gets it.
     """
     cross = ndimage.generate_binary_structure(2, 1)
     cores, _ = ndimage.label(classes == INSTANCE_CLASSES.index("inside"), structure=cross)
@@ -162,15 +162,15 @@ def classes_to_instances(classes: LabelMap) -> InstanceMap:
 
 
 def check_same_size(pixels: Pixels, label_map: InstanceMap, where: str) -> None:
-    """Raises: DataError: the label map is of another size than its image."""
+    """Raise a DataError if the label map and its image differ in size."""
     check_shape(pixels.shape, label_map, where)
 
 
 def check_shape(shape: Sequence[int], label_map: InstanceMap, where: str) -> None:
-    """Compare a label map with the shape of its image, which begins with height and width.
+    """Compare a label map with its image's shape, which begins with height and width.
 
     Raises:
-        DataError: they are of different sizes.
+        DataError: The sizes differ.
     """
     height, width = shape[:2]
     if (height, width) != label_map.shape:
@@ -189,19 +189,20 @@ def segmentation_view(
     scale: tuple[float, float] = (0.5, 2.0),
     flip: bool = True,
 ) -> tuple[Pixels, LabelMap]:
-    """Image and label map enlarged alike, cut to `size` and mirrored half of the time if `flip`.
+    """Resize image and label map alike, cut both to `size`, and maybe mirror both.
 
-    The factor is log-uniform in `scale`: half is as likely as double. What the picture does not
-    fill, at a random place, is 0 and `IGNORE`. Pixels are resampled as in `transforms`, classes
-    are those of the nearest pixel: none is invented.
+    Half of the views are mirrored if `flip`. The factor is log-uniform in `scale`: half is as
+    likely as double. Where the view extends beyond the picture, which is placed at random, it is 0
+    and `IGNORE`. Pixels are resampled as in `transforms`, classes by the nearest pixel, so that no
+    new class appears.
 
     Args:
         pixels: (H, W, C) uint8 or uint16.
         label_map: (H, W), of the same size.
-        generator: of the sample.
-        size: height and width of the view.
-        scale: smallest and largest factor.
-        flip: whether left and right may be swapped.
+        generator: The sample's generator.
+        size: Height and width of the view.
+        scale: Smallest and largest factor.
+        flip: Whether left and right may be swapped.
     """
     assert pixels.shape[:2] == label_map.shape, "check_same_size comes first"
     factor = math.exp(generator.uniform(math.log(scale[0]), math.log(scale[1])))
@@ -224,15 +225,15 @@ def segmentation_view(
 
 
 class _Span(NamedTuple):
-    """What a view shows along one side, in pixels of the resized picture."""
+    """The part of the picture that a view shows along one side, in pixels after resizing."""
 
-    start: int  # where it begins in the resized picture
+    start: int  # its first pixel in the resized picture
     length: int
-    at: int  # where it begins in the view
-    step: float  # pixels of the picture to one of the resized one
+    at: int  # its first pixel in the view
+    step: float  # pixels of the picture per pixel of the resized picture
 
     def nearest(self) -> npt.NDArray[np.int64]:
-        """The pixel of the picture under the centre of each pixel shown."""
+        """Return the picture's pixel under the centre of each pixel shown."""
         return ((self.start + np.arange(self.length) + 0.5) * self.step).astype(np.int64)
 
 

@@ -1,4 +1,4 @@
-"""A share of the labelled samples, of each class the same share."""
+"""Choose a share of the labelled samples, the same share of each class."""
 
 import math
 from collections.abc import Hashable, Sequence
@@ -12,15 +12,15 @@ from mae_core.data.randomness import named_generator
 def stratified_subset(
     strata: Sequence[Hashable], fraction: float, seed: int
 ) -> npt.NDArray[np.int64]:
-    """Places of the chosen samples, rising: of each class `fraction`, rounded, and one at least.
+    """Return sorted indices of the chosen samples: `fraction` of each class, at least one.
 
-    A smaller fraction's samples are among a larger one's of the same seed. A function of (strata,
-    fraction, seed).
+    The number per class is rounded. With the same seed, the samples of a smaller fraction are
+    among those of a larger one. Deterministic in (strata, fraction, seed).
 
     Args:
-        strata: the class of each sample, or whatever is to be spread evenly.
-        fraction: in (0, 1].
-        seed: chooses which.
+        strata: The class of each sample, or any other value to spread evenly.
+        fraction: In (0, 1].
+        seed: Decides which samples are chosen.
     """
     if fraction == 1:
         return np.arange(len(strata))

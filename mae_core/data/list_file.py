@@ -1,8 +1,8 @@
-"""List files: the path of an image on each line, and its label after a tab or a comma.
+"""Read list files: each line has an image's path, and its label after a tab or a comma.
 
-UTF-8 with or without a mark, or UTF-16 with one; lines end as on any system. A path or label in
-double quotes may hold the separator, as CSV files have it. A first line such as `path,label` is a
-header. Paths are relative to the list's folder; backslashes may stand for slashes.
+The encoding is UTF-8 with or without a byte order mark, or UTF-16 with one; any line ending is
+accepted. A path or label in double quotes may contain the separator, as in CSV files. A first line
+such as `path,label` is a header. Paths are relative to the list's folder and may use backslashes.
 """
 
 import codecs
@@ -22,13 +22,13 @@ _SHOWN = 5
 
 
 class ListedImage(NamedTuple):
-    name: str  # as the list has it
+    name: str  # as written in the list
     path: Path
     label: str | None
 
 
 def is_image_name(name: str) -> bool:
-    """Whether a file of this name is an image to pack; a mask, x.seg.png, is none."""
+    """Return whether a file of this name is an image to pack; a mask, x.seg.png, is not."""
     lowered = name.lower()
     return lowered.rpartition(".")[2] in IMAGE_EXTENSIONS and not lowered.endswith(".seg.png")
 
@@ -37,7 +37,7 @@ def read_list(file: Path) -> list[ListedImage]:
     """Read the images of a list file.
 
     Raises:
-        DataError: names the file and the lines that are wrong.
+        DataError: Names the file and the wrong lines.
     """
     lines = re.split(r"\r\n|\n|\r", _read_text(file))
     found: list[ListedImage] = []
@@ -48,14 +48,14 @@ def read_list(file: Path) -> list[ListedImage]:
             continue
         name, label = _split_line(line)
         if number == 1 and name and _HEADER.fullmatch(name):
-            log.info("%s:1: %r is taken for a header", file, line)
+            log.info("%s:1: %r is treated as a header", file, line)
             continue
         path = _find(file.parent, name)
         mistake = _mistake(path, name)
         if mistake is None and path in first:
-            mistake = f"{name!r} is in line {first[path]} already"
+            mistake = f"{name!r} is already in line {first[path]}"
         if mistake is None and found and (label is None) != (found[0].label is None):
-            mistake = "either each line has a label, or none has"
+            mistake = "some lines have a label and others have none"
         if mistake is None:
             first[path] = number
             found.append(ListedImage(name, path, label))
@@ -93,7 +93,7 @@ def _split_line(line: str) -> tuple[str, str | None]:
             return fields[0], fields[1].strip() if len(fields) == 2 else None
     for separator in ("\t", ","):
         name, found, label = text.rpartition(separator)
-        if found and not is_image_name(label):  # the comma of "a,b.jpg" separates nothing
+        if found and not is_image_name(label):  # in "a,b.jpg" the comma is part of the name
             return name.strip(), label.strip().strip('"')
     return text, None
 
@@ -108,10 +108,10 @@ def _find(folder: Path, name: str) -> Path:
 
 
 def _mistake(path: Path, name: str) -> str | None:
-    """Say what is wrong with a path; a link to nowhere is looked at where images are read."""
+    """Describe what is wrong with a path; a dead link is reported where images are read."""
     if not is_image_name(path.name):
         comma = "; a line is PATH, a tab or a comma, LABEL" if "," in name or "\t" in name else ""
-        return f"{name!r} has no image's extension{comma}"
-    if not os.path.lexists(path):  # False for a name that no file can have, too
+        return f"{name!r} does not end in an image's extension{comma}"
+    if not os.path.lexists(path):  # also False for a name that no file can have
         return f"no such file: {path}"
     return f"is a folder: {path}" if path.is_dir() else None

@@ -1,8 +1,8 @@
-"""What a shard set holds: shards, counts, bytes, checksums, classes, channel statistics.
+"""The manifest of a shard set: shards, counts, bytes, checksums, classes, channel statistics.
 
-`manifest.json` lies beside the shards; `<shard>.index.npy` beside each of them says where its
-samples lie, so that any range of samples is one ranged read. Foreign tars get both from an
-index pass, kept beside the run.
+`manifest.json` lies next to the shards. Next to each shard, `<shard>.index.npy` holds the offsets
+of its samples, so that any range of samples is one ranged read. Tars that were packed elsewhere
+are indexed first; the run keeps their manifest and indexes.
 """
 
 import hashlib
@@ -27,12 +27,12 @@ _FULL_SCALE = 65_535
 
 
 class ChannelStats(StrictConfig):
-    """Mean and standard deviation of each channel over all pixels, as a share of full scale."""
+    """Mean and standard deviation of each channel over all pixels, in units of full scale."""
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
     num_images: int = Field(gt=0)
-    """How many images were measured."""
+    """Number of images that were measured."""
 
 
 # Of the 1.28 million training images: https://github.com/facebookresearch/mae, main_pretrain.py.
@@ -43,22 +43,22 @@ IMAGENET_STATS = ChannelStats(
 
 class ShardInfo(StrictConfig):
     path: str
-    """Relative to the manifest's folder, or a full path or URI."""
+    """Path relative to the manifest's folder, or a full path or URI."""
     index: str
-    """The sample offsets, likewise."""
+    """Path of the sample offsets, in the same form."""
     num_samples: int = Field(ge=0)
     num_bytes: int = Field(ge=0)
     sha256: str | None = None
-    """Of the whole tar; None where it was indexed without reading the images."""
+    """Checksum of the whole tar; None if it was indexed without reading the images."""
     changed_at_ns: int | None = None
-    """When a tar without a checksum last changed, in nanoseconds since 1970."""
+    """Time of the last change of a tar without a checksum, in nanoseconds since 1970."""
 
     @field_validator("path", "index")
     @classmethod
     def _stays_in_the_folder(cls, name: str) -> str:
-        """Refuse a name that leads out of the folder: a manifest comes from whoever packed it."""
+        """Refuse a path that leads out of the folder, as manifests may come from other people."""
         if not name or "\0" in name or ".." in name.split("/"):
-            raise ValueError(f"{name!r} is no name of a file in the folder")
+            raise ValueError(f"{name!r} is not a file name inside the folder")
         return name
 
 
@@ -66,14 +66,14 @@ class Manifest(StrictConfig):
     version: Literal[1] = 1
     shards: tuple[ShardInfo, ...]
     classes: tuple[str, ...] | None = None
-    """Names of the classes, in the order of the `.cls` numbers."""
+    """Class names, in the order of the `.cls` numbers."""
     channel_stats: ChannelStats | None = None
     left_out: dict[str, int] = Field(default_factory=dict)
-    """Groups of tar members that are no samples, by reason, and pictures that are not used."""
+    """Number of groups of tar members that are not samples, by reason, and of unused pictures."""
     unused_extensions: tuple[str, ...] = ()
-    """Some of the extensions that those pictures have."""
+    """Examples of the extensions of unused pictures."""
     damaged: dict[str, str] = Field(default_factory=dict)
-    """Tars that are not whole, and where they end; the samples before that are in `shards`."""
+    """Truncated or damaged tars and where they end; `shards` has the samples before that."""
 
     @property
     def num_samples(self) -> int:
@@ -85,12 +85,12 @@ class Manifest(StrictConfig):
 
     @property
     def counts(self) -> npt.NDArray[np.int64]:
-        """Samples in each shard."""
+        """Number of samples in each shard."""
         return np.asarray([shard.num_samples for shard in self.shards], dtype=np.int64)
 
     @property
     def digest(self) -> str:
-        """Names the content, wherever it lies: 32 hex digits."""
+        """Identifies the content, wherever it is stored: 32 hex digits."""
         hasher = hashlib.sha256()
         for shard in self.shards:
             name = PurePosixPath(shard.path).name
@@ -99,17 +99,17 @@ class Manifest(StrictConfig):
 
 
 class PixelSums(StrictConfig):
-    """Sums over pixels in whole numbers, which add up the same in any order.
+    """Sums over pixels as integers, so that the order of adding does not matter.
 
-    Values are counted from 0 to 65,535; an 8-bit value is 257 times itself.
+    Values are scaled to 0..65,535: an 8-bit value is multiplied by 257.
     """
 
     sums: tuple[int, ...]
-    """Of the values of each channel."""
+    """Sum of the values of each channel."""
     squares: tuple[int, ...]
-    """Of the squares of the values."""
+    """Sum of the squared values of each channel."""
     num_pixels: int
-    """In one channel of all images."""
+    """Number of pixels in one channel, over all images."""
     num_images: int
 
     @classmethod
@@ -138,19 +138,19 @@ class PixelSums(StrictConfig):
         return sum_pixels([self, other])
 
     def channel_stats(self) -> ChannelStats | None:
-        """None where there is no pixel."""
+        """Compute mean and deviation; None if there is no pixel."""
         if not self.num_pixels:
             return None
         mean = tuple(s / (_FULL_SCALE * self.num_pixels) for s in self.sums)
-        # Whole numbers until the last step: no digits are lost in the difference.
+        # Integers up to the last step, so that the difference loses no digits.
         spread = [self.num_pixels * q - s * s for s, q in zip(self.sums, self.squares, strict=True)]
-        # Not 0, which readers would divide by.
+        # At least 1e-6, because readers divide by it.
         std = tuple(max(math.sqrt(x) / (_FULL_SCALE * self.num_pixels), 1e-6) for x in spread)
         return ChannelStats(mean=mean, std=std, num_images=self.num_images)
 
 
 def sum_pixels(parts: Iterable[PixelSums]) -> PixelSums:
-    """Of one part at least."""
+    """Add up sums; there must be at least one."""
     parts = list(parts)
     return PixelSums(
         sums=tuple(map(sum, zip(*(part.sums for part in parts), strict=True))),
@@ -161,11 +161,11 @@ def sum_pixels(parts: Iterable[PixelSums]) -> PixelSums:
 
 
 def merge_manifests(manifests: Sequence[Manifest]) -> Manifest:
-    """Put sets together that are used as one; their paths must be full ones.
+    """Merge sets that are used as one; their paths must be full ones.
 
-    Names of classes are kept where all sets that have any have the same. Otherwise a number means
-    another class in each set, and only the sets' own manifests have the names. Channel statistics
-    are those of all images, each image counted alike.
+    Class names are kept if all sets that have names have the same. Otherwise a number means another
+    class in each set, and only the sets' own manifests have the names. Channel statistics are
+    computed over all images, each with the same weight.
     """
     named = {manifest.classes for manifest in manifests} - {None}
     return Manifest(
@@ -181,7 +181,7 @@ def merge_manifests(manifests: Sequence[Manifest]) -> Manifest:
 
 
 def _pooled_stats(parts: Sequence[ChannelStats | None]) -> ChannelStats | None:
-    """The statistics of several sets together, or None where one has none, or other channels."""
+    """Pool the statistics of several sets; None if one has none or has other channels."""
     known = [part for part in parts if part is not None]
     if len(known) < len(parts) or len({len(part.mean) for part in known}) > 1:
         return None
@@ -198,7 +198,7 @@ def _pooled_stats(parts: Sequence[ChannelStats | None]) -> ChannelStats | None:
 
 
 def parse_manifest(text: bytes, uri: str) -> Manifest:
-    """Raises: DataError: the text is no manifest; names `uri`."""
+    """Parse a manifest, or raise a DataError that names `uri` if the text is not one."""
     try:
         return Manifest.model_validate_json(text)
     except ValidationError as error:
@@ -211,14 +211,14 @@ def parse_manifest(text: bytes, uri: str) -> Manifest:
 
 
 class SampleIndex(NamedTuple):
-    """Where the samples of a shard lie, and what their bytes add up to."""
+    """The positions of a shard's samples and the checksums of their bytes."""
 
     offsets: npt.NDArray[np.int64]  # (N + 1,), see ShardIndex
     checksums: npt.NDArray[np.int64] | None  # (N,), see sample_checksums; None: not read yet
 
 
 def index_to_bytes(index: SampleIndex) -> bytes:
-    """An .npy of the offsets; with checksums, these and one of all the others as second row."""
+    """Write an .npy of the offsets, and checksums (of samples and of the index) as second row."""
     rows = index.offsets
     if index.checksums is not None:
         own = _checksum(index.offsets, index.checksums)
@@ -229,7 +229,7 @@ def index_to_bytes(index: SampleIndex) -> bytes:
 
 
 def index_from_bytes(data: bytes, uri: str) -> SampleIndex:
-    """Raises: DataError: the bytes are no index; names `uri`."""
+    """Read an index, or raise a DataError that names `uri` if the bytes are not one."""
     try:
         rows = np.load(io.BytesIO(data), allow_pickle=False)
     except (ValueError, EOFError, OSError, MemoryError) as error:

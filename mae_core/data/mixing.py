@@ -1,4 +1,4 @@
-"""Blend the images of a batch and, to the same share, what they should be called.
+"""Mixup and CutMix: blend the images of a batch, and their labels in the same proportion.
 
 Targets are soft: (B, K), a probability for each class, rows summing to 1; or 0..1 for each of K
 findings. Images and targets may be on any device.
@@ -15,7 +15,7 @@ from torch import Tensor
 def soft_targets(
     labels: Int[Tensor, " B"], num_classes: int, smoothing: float = 0.1
 ) -> Float[Tensor, "B K"]:
-    """One-hot, with the share `smoothing` spread evenly over all classes.
+    """Return one-hot targets, with the share `smoothing` spread evenly over all classes.
 
     Source: Szegedy et al. 2015, https://arxiv.org/abs/1512.00567, section 7.
     """
@@ -34,22 +34,23 @@ def mix_batch(
     switch_probability: float = 0.5,
     probability: float = 1.0,
 ) -> tuple[Float[Tensor, "B C H W"], Float[Tensor, "B K"]]:
-    """Mix each image with the one in its place counted from the batch's end; new tensors.
+    """Mix each image with its mirror image in batch order (first with last); returns new tensors.
 
-    One share and, for CutMix, one box for the whole batch. The middle image of an odd batch meets
-    itself and stays as it is, but for a rounding; a batch of 1 is returned untouched.
+    The whole batch shares one proportion and, for CutMix, one box. The middle image of an odd
+    batch is mixed with itself and so unchanged except for rounding; a batch of 1 is returned as it
+    is.
 
     Source: mixup, Zhang et al. 2017, https://arxiv.org/abs/1710.09412; CutMix, Yun et al. 2019,
     https://arxiv.org/abs/1905.04899; timm's `Mixup(mode="batch")`.
 
     Args:
-        images: normalised.
-        targets: soft; `soft_targets` makes them.
-        generator: draws all; its own for a batch, so that a restart mixes alike.
-        mixup_alpha: of the share's distribution Beta(alpha, alpha); 0 turns mixup off.
-        cutmix_alpha: the same for CutMix.
-        switch_probability: of CutMix, where both are on.
-        probability: that the batch is mixed.
+        images: Normalised.
+        targets: Soft targets, as `soft_targets` makes them.
+        generator: Draws all random values; one per batch, so that a restart mixes alike.
+        mixup_alpha: The proportion is drawn from Beta(alpha, alpha); 0 turns mixup off.
+        cutmix_alpha: The same for CutMix.
+        switch_probability: Probability of CutMix if both are on.
+        probability: Probability that the batch is mixed.
     """
     can_mix = len(images) > 1 and (mixup_alpha > 0 or cutmix_alpha > 0)
     if generator.random() >= probability or not can_mix:
@@ -71,9 +72,9 @@ def _blend(values: Tensor, kept: float) -> Tensor:
 
 
 def _cut(images: Tensor, kept: float, generator: np.random.Generator) -> tuple[Tensor, float]:
-    """Return the images, and the share that was kept: the box is cut off at the image's edges."""
+    """Paste a box; return the images and the share kept, as the box is clipped at the edges."""
     height, width = images.shape[-2:]
-    side = math.sqrt(1 - kept)  # of the box, in sides of the image
+    side = math.sqrt(1 - kept)  # of the box, relative to the image's sides
     rows = _interval(int(height * side), height, generator)
     columns = _interval(int(width * side), width, generator)
     mixed = images.clone()
@@ -83,6 +84,6 @@ def _cut(images: Tensor, kept: float, generator: np.random.Generator) -> tuple[T
 
 
 def _interval(length: int, limit: int, generator: np.random.Generator) -> slice:
-    """`length` places around a random one, without those outside 0..limit."""
+    """Return `length` places around a random centre, clipped to 0..limit."""
     center = int(generator.integers(0, limit))
     return slice(max(0, center - length // 2), min(limit, center + (length + 1) // 2))

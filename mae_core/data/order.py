@@ -1,11 +1,11 @@
-"""The whole run as one fixed sequence of samples.
+"""Define the order of all samples in a run as one fixed sequence.
 
-Epoch after epoch, the shards are laid end to end in a permutation of (seed, epoch); the sequence
-is cut into windows of `window` samples, and each window is permuted by (seed, window). So sample
-i of the run is a pure function of (seed, counts, window): not of the number of workers, the
-micro batch or the restarts. The state of a run's data is one number, the samples trained on.
+In each epoch the shards are laid end to end in a permutation of (seed, epoch). The sequence is cut
+into windows of `window` samples, and each window is permuted by (seed, window). So sample i of the
+run depends only on (seed, counts, window): not on the number of workers, the micro batch or
+restarts. The state of a run's data is one number, the number of samples trained on.
 
-A window may straddle two epochs; every sample still comes once in each epoch. The last window
+A window may span two epochs; every sample still comes once in each epoch. The last window
 ends where the run ends.
 """
 
@@ -20,7 +20,7 @@ from mae_core.data.randomness import named_generator
 
 
 class Segment(NamedTuple):
-    """Neighbouring samples of one shard: rows [start, stop)."""
+    """Consecutive samples of one shard: rows [start, stop)."""
 
     epoch: int
     shard: int
@@ -30,9 +30,9 @@ class Segment(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class RunOrder:
-    counts: npt.NDArray[np.int64]  # samples in each shard
+    counts: npt.NDArray[np.int64]  # number of samples in each shard
     seed: int
-    window: int  # samples permuted together
+    window: int  # number of samples permuted together
     num_samples: int  # length of the run: steps x global batch
 
     @property
@@ -44,16 +44,16 @@ class RunOrder:
         return -(-self.num_samples // self.window)
 
     def window_of(self, position: int) -> int:
-        """The window that a place in the sequence lies in."""
+        """Return the window that contains a position of the sequence."""
         return position // self.window
 
     def window_bounds(self, window: int) -> tuple[int, int]:
-        """First and last-plus-one place in the run's sequence."""
+        """Return the first position of a window, and the one after its last."""
         start = window * self.window
         return start, min(start + self.window, self.num_samples)
 
     def window_segments(self, window: int) -> list[Segment]:
-        """The pieces of shards that fill a window, before it is permuted."""
+        """List the pieces of shards that fill a window, before it is permuted."""
         position, stop = self.window_bounds(window)
         segments: list[Segment] = []
         while position < stop:
@@ -68,25 +68,25 @@ class RunOrder:
         return segments
 
     def window_permutation(self, window: int) -> npt.NDArray[np.int64]:
-        """Place i of the window holds row `permutation[i]` of its laid-out segments."""
+        """Return the permutation: position i of the window is row `permutation[i]`."""
         start, stop = self.window_bounds(window)
         return named_generator(self.seed, "window", window).permutation(stop - start)
 
     @lru_cache(maxsize=4)  # noqa: B019  # an order lives as long as its process reads
     def _epoch_layout(self, epoch: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        """The epoch's shards in order, and where each ends in it."""
+        """Return the epoch's shards in order, and the position where each of them ends."""
         shards = named_generator(self.seed, "shards", epoch).permutation(len(self.counts))
         return shards, np.cumsum(self.counts[shards])
 
 
 @dataclass(frozen=True, eq=False)
 class ChainedOrder:
-    """Several runs one after the other, as one sequence; each of them has windows of its own.
+    """Several runs one after the other as one sequence; each run has its own windows.
 
-    Shards are counted through: those of the second run come after those of the first.
+    Shards are numbered consecutively: the second run's shards follow the first run's.
     """
 
-    orders: tuple[RunOrder, ...]  # of the same window
+    orders: tuple[RunOrder, ...]  # all with the same window
 
     @property
     def window(self) -> int:
@@ -133,12 +133,12 @@ class ChainedOrder:
             window -= order.num_windows
             samples += order.num_samples
             shards += len(order.counts)
-        # Beyond the end: nothing, as in a run.
+        # Beyond the end there are no samples, as in a single run.
         return _Place(order, order.num_windows + window, samples - order.num_samples, shards)
 
 
 class _Place(NamedTuple):
     order: RunOrder
-    window: int  # of this order
+    window: int  # counted within this order
     samples_before: int
     shards_before: int

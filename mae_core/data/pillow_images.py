@@ -1,4 +1,4 @@
-"""PNG, WebP, GIF, BMP, PPM, and the JPEGs and TIFFs that need it, by Pillow."""
+"""Decode PNG, WebP, GIF, BMP, PPM, and some JPEGs and TIFFs with Pillow."""
 
 import struct
 import zlib
@@ -17,7 +17,7 @@ from mae_core.data.decode_limits import (
 )
 from mae_core.data.pixels import CorruptSampleError, Pixels, upright
 
-# What comes under the names of IMAGE_EXTENSIONS. Not all that Pillow knows: EPS runs Ghostscript.
+# Formats found under IMAGE_EXTENSIONS. Pillow knows more, but its EPS reader runs Ghostscript.
 _FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "GIF", "BMP", "PPM")
 _EIGHT_BIT_MODES = frozenset({"1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX"}) | {
     "CMYK",
@@ -29,12 +29,12 @@ _SIXTEEN_BIT_MODES = frozenset({"I;16", "I;16B", "I;16L", "I;16N", "I"})
 _ALPHA_MODES = frozenset({"LA", "La", "PA", "RGBA", "RGBa"})
 _ORIENTATION_TAG = 0x0112
 _PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
-# Colour types of PNG that Pillow reads with 8 bits of 16: colour, grey with alpha, and both.
+# PNG colour types that Pillow reduces from 16 to 8 bits: colour, grey with alpha, and both.
 _PNG_DEEP_COLOUR = (2, 4, 6)
 _PIXELS_AT_A_TIME = 2**22
-_WORK_BYTES_PER_PIXEL = 8  # Pillow keeps 4 of a colour picture, and we have up to 4
+_WORK_BYTES_PER_PIXEL = 8  # Pillow uses 4 for a colour picture, and we use up to 4
 
-# Pictures that people have under other names, by what their files begin with.
+# Formats that are often stored under a wrong extension, by the first bytes of the file.
 _OTHER_FORMATS = (
     (b"\0\0\0\x0cjP  \r\n\x87\n", "JPEG 2000"),
     (b"\xff\x4f\xff\x51", "JPEG 2000"),
@@ -55,12 +55,12 @@ _OTHER_BRANDS = {
 def decode_pillow(data: bytes, in_chans: int) -> Pixels:
     """Decode the first frame to (H, W, C) pixels, upright.
 
-    Alpha is left out unless the model takes one channel more than there are colours. Grey stays
-    grey if the model takes other than 3 channels.
+    Alpha is dropped unless the model takes one channel more than there are colours. Grey stays
+    grey unless the model takes 3 channels.
 
     Raises:
-        CorruptSampleError: it is larger or takes longer than any may, or it is of a format that
-            is known and not read.
+        CorruptSampleError: The file exceeds the limits of size or time, or its format is known
+            and not supported.
     """
     if data[:8] == _PNG_MAGIC and data[24:26] in {bytes((16, kind)) for kind in _PNG_DEEP_COLOUR}:
         return _decode_deep_png(data, in_chans)
@@ -72,13 +72,13 @@ def decode_pillow(data: bytes, in_chans: int) -> Pixels:
 
 
 def jpeg_orientation(data: bytes) -> int:
-    """Read how a JPEG is to be turned, as EXIF or XMP say; 1 for not at all."""
+    """Read a JPEG's orientation from EXIF or XMP; 1 if it need not be rotated."""
     try:
         with Image.open(WatchedBytes(data), formats=("JPEG",)) as image:
             return _orientation(image)
     except MemoryError:
         raise
-    except Exception:  # no JPEG for Pillow either: told when it is decoded
+    except Exception:  # Pillow can't read it either, and decoding reports that
         return 1
 
 
@@ -91,7 +91,7 @@ def _open(data: bytes) -> Image.Image:
             raise CorruptSampleError(
                 f"is {name}, which is not read; convert it to PNG, TIFF or JPEG", "unsupported"
             ) from error
-        # Pillow's text has the address of the buffer: never the same twice.
+        # Pillow's text contains the buffer's address, which is never the same twice.
         raise CorruptSampleError("not an image of a known format", "not_an_image") from error
 
 
@@ -103,7 +103,7 @@ def _other_format(data: bytes) -> str | None:
 
 
 def _check_webp(data: bytes) -> None:
-    """Look at the size before Pillow does, because it makes room for the canvas as it opens one."""
+    """Check the size before Pillow does, because Pillow allocates the canvas when it opens one."""
     if data[:4] != b"RIFF" or data[8:12] != b"WEBP" or len(data) < 30:
         return
     if data[12:16] == b"VP8X":
@@ -119,12 +119,12 @@ def _check_webp(data: bytes) -> None:
 
 
 def _decode_deep_png(data: bytes, in_chans: int) -> Pixels:
-    """Colour or alpha with 16 bits, of which Pillow would show 8."""
+    """Decode 16-bit colour or alpha, of which Pillow would keep 8 bits."""
     width, height = struct.unpack_from(">II", data, 16)
     channels = {2: 4, 4: 2, 6: 4}[data[25]]  # a transparent colour counts as alpha
     check_size(height, width, 2 * channels)
     hold_memory(2 * width * height * 2 * channels)
-    with _open(data) as image:  # for its metadata, and its check of each chunk
+    with _open(data) as image:  # reads its metadata and checks each chunk
         image.load()
         orientation = _orientation(image)
     _check_png_data(data, height * (width * 2 * channels + 8))
@@ -135,7 +135,7 @@ def _decode_deep_png(data: bytes, in_chans: int) -> Pixels:
 
 
 def _check_png_data(data: bytes, max_bytes: int) -> None:
-    """Raise a CorruptSampleError if the pixels inflate to more; libpng goes on to their end."""
+    """Raise a CorruptSampleError if the pixels inflate to more; libpng has no such limit."""
     inflater, at, num_bytes = zlib.decompressobj(), 8, 0
     while at + 8 <= len(data):
         length, kind = struct.unpack_from(">I4s", data, at)
@@ -156,7 +156,7 @@ def _orientation(image: Image.Image) -> int:
         value = image.getexif().get(_ORIENTATION_TAG, 1)
     except (MemoryError, CorruptSampleError):
         raise
-    except Exception:  # Pillow raises anything on broken EXIF; the pixels may be fine
+    except Exception:  # Pillow raises any error for broken EXIF; the pixels may be fine
         return 1
     return value if isinstance(value, int) and 1 <= value <= 8 else 1
 
@@ -165,7 +165,7 @@ def _decode(image: Image.Image, in_chans: int) -> Pixels:
     mode = image.mode
     if mode not in _EIGHT_BIT_MODES | _SIXTEEN_BIT_MODES:
         raise CorruptSampleError(f"mode {mode} is neither 8 nor 16 bits a channel", "unsupported")
-    # Never load() twice: after an error Pillow returns half a picture the second time.
+    # Never load() twice: after an error, Pillow returns half a picture the second time.
     image.load()
     orientation = _orientation(image)
     if mode in _SIXTEEN_BIT_MODES:
@@ -175,13 +175,13 @@ def _decode(image: Image.Image, in_chans: int) -> Pixels:
         return upright(deep.astype(np.uint16)[..., None], orientation)
     if mode == "LAB":  # Pillow has no way from LAB to L
         image = image.convert("RGB")
-    elif mode in ("La", "RGBa"):  # nor from colours multiplied by alpha
+    elif mode in ("La", "RGBa"):  # nor from colours premultiplied by alpha
         image = image.convert({"La": "LA", "RGBa": "RGBA"}[mode])
     return upright(_pixels(image, _mode_for(image, in_chans)), orientation)
 
 
 def _mode_for(image: Image.Image, in_chans: int) -> str:
-    """What Pillow is to convert a picture of 8 bits to."""
+    """Choose the mode to which Pillow converts an 8-bit picture."""
     has_alpha = image.mode in _ALPHA_MODES or "transparency" in image.info
     if in_chans == 4 and has_alpha:
         return "RGBA"
@@ -191,7 +191,7 @@ def _mode_for(image: Image.Image, in_chans: int) -> str:
 
 
 def _pixels(image: Image.Image, mode: str) -> npt.NDArray[np.uint8]:
-    """The picture in `mode`, some rows at a time: a large one would be there three times over."""
+    """Convert to `mode` some rows at a time: a large picture would be in memory three times."""
     rows = max(1, _PIXELS_AT_A_TIME // image.width)
     if rows >= image.height:
         return _with_channels(np.asarray(image.convert(mode)))

@@ -1,4 +1,4 @@
-"""What a decoded picture is, and the error that is raised where there is none."""
+"""The type of a decoded picture, and the error for a sample without one."""
 
 from typing import Any
 
@@ -9,9 +9,9 @@ Pixels = npt.NDArray[np.unsignedinteger[Any]]  # (H, W, C), uint8 or uint16
 
 
 class CorruptSampleError(ValueError):
-    """A sample's image can't be used; names the reason, not the sample.
+    """A sample's image can't be used; the message has the reason, not the sample.
 
-    `kind` is what such samples are counted by: empty, lfs_pointer, not_an_image, truncated, bomb,
+    Such samples are counted by `kind`: empty, lfs_pointer, not_an_image, truncated, bomb,
     memory, channels, unsupported, corrupt.
     """
 
@@ -21,7 +21,7 @@ class CorruptSampleError(ValueError):
 
 
 def upright(pixels: Pixels, orientation: int) -> Pixels:
-    """Turn and mirror a picture as TIFF 6.0, tag 274, says."""
+    """Rotate and mirror a picture as TIFF 6.0, tag 274, specifies."""
     if orientation >= 5:
         pixels = pixels.swapaxes(0, 1)
     flips_rows, flips_columns = orientation in (3, 4, 7, 8), orientation in (2, 3, 6, 7)
@@ -30,10 +30,10 @@ def upright(pixels: Pixels, orientation: int) -> Pixels:
 
 
 def to_unsigned(pixels: npt.NDArray[Any], what: str) -> Pixels:
-    """Give whole numbers from 0 to 65535 as uint8 or uint16.
+    """Convert integers from 0 to 65535 to uint8 or uint16.
 
     Raises:
-        CorruptSampleError: there are others; `what` names the picture.
+        CorruptSampleError: There are other values; `what` describes the picture.
     """
     if pixels.dtype in (np.uint8, np.uint16):
         return pixels
@@ -44,7 +44,7 @@ def to_unsigned(pixels: npt.NDArray[Any], what: str) -> Pixels:
 
 
 def scale_to_full(pixels: Pixels, bits: int) -> Pixels:
-    """Bring values of which `bits` bits are used to the full range of 8 or 16 bits."""
+    """Scale values of `bits` bits to the full range of 8 or 16 bits."""
     if bits in (8, 16):
         return pixels
     kind, limit = (np.uint8, 255) if bits < 8 else (np.uint16, 65_535)

@@ -1,9 +1,9 @@
-"""WebDataset tars to samples, and where in the tar each sample lies.
+"""Read samples from WebDataset tars, and find where each sample lies in its tar.
 
-A sample is the run of tar members that share a key: the path up to the first dot of the file
-name. What follows the dot is the extension, lower-cased. Members that are not regular files,
-hidden files and `__meta__` names are no samples. Only groups with an image count. Nothing is ever
-written to disk under a member's name.
+A sample is a run of consecutive tar members with the same key: the path up to the first dot of the
+file name. The rest after the dot is the extension, in lower case. Members that are not regular
+files, hidden files and `__meta__` names are skipped. Only groups with an image count as samples.
+Nothing is ever written to disk under a member's name.
 
 Source: the WebDataset format, https://github.com/webdataset/webdataset.
 """
@@ -19,20 +19,20 @@ import numpy.typing as npt
 
 from mae_core.data.tar_members import Member, TarDamageError, TarReader
 
-# In order of preference, where a sample has more than one.
+# In order of preference if a sample has more than one.
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "tif", "tiff", "dcm")
-LABEL_MAP = "seg.png"  # no picture of its own
+LABEL_MAP = "seg.png"  # does not count as an image
 _NUM_EXAMPLES = 5
-MAX_MEMBER_BYTES = 2**30  # of a tar; a header can claim anything
+MAX_MEMBER_BYTES = 2**30  # of a tar; a header can claim any size
 
 
 class DataError(RuntimeError):
-    """The data can't be used as it is; says which shard and key, and what to do."""
+    """The data can't be used as it is; the message names shard, key and what to do."""
 
 
 class Sample(NamedTuple):
     key: str
-    parts: dict[str, bytes]  # extension, without the dot, to content
+    parts: dict[str, bytes]  # extension without the dot, to content
     offset: int  # of the sample's first byte in the tar
 
     @property
@@ -41,14 +41,14 @@ class Sample(NamedTuple):
 
 
 class ShardIndex(NamedTuple):
-    """Where the samples of one tar lie: sample i is the bytes [offsets[i], offsets[i + 1])."""
+    """Positions of a tar's samples: sample i is the bytes [offsets[i], offsets[i + 1])."""
 
     offsets: npt.NDArray[np.int64]  # (num_samples + 1,)
-    # Groups that are no samples, by reason: no_image, duplicate_key, cut; and unused_picture: those
-    # beside the one that is their sample's image, or in a group without one.
+    # Groups that are not samples, by reason: no_image, duplicate_key, cut; and unused_picture:
+    # pictures in a group besides its image, or in a group without an image.
     left_out: Counter[str]
-    damage: DataError | None = None  # where a tar that is not whole ends
-    unused: tuple[str, ...] = ()  # extensions of unused pictures, some of them
+    damage: DataError | None = None  # where the readable part of a damaged tar ends
+    unused: tuple[str, ...] = ()  # examples of the extensions of unused pictures
 
     @property
     def num_samples(self) -> int:
@@ -56,9 +56,9 @@ class ShardIndex(NamedTuple):
 
 
 def split_name(name: str) -> tuple[str, str] | None:
-    """Key and extension of a tar member, or None where the name is not a sample's."""
+    """Split a tar member's name into key and extension; None if it can't belong to a sample."""
     if not name.isascii():
-        # tarfile gives bytes that are not UTF-8 as lone surrogates, which Arrow and JSON refuse.
+        # tarfile decodes bytes that are not UTF-8 as lone surrogates; Arrow and JSON reject these.
         name = name.encode(errors="surrogateescape").decode(errors="backslashreplace")
     folder, _, base = name.removeprefix("./").rpartition("/")
     if base.startswith((".", "__")) or "." not in base:
@@ -68,15 +68,15 @@ def split_name(name: str) -> tuple[str, str] | None:
 
 
 def iter_samples(stream: BinaryIO, shard: str, *, lenient: bool = False) -> Iterator[Sample]:
-    """Read the samples of a tar, or of a slice of it that starts where a sample starts.
+    """Read the samples of a tar, or of a slice of it that starts with a sample.
 
     Args:
-        stream: need not be seekable.
-        shard: named in errors.
-        lenient: of what comes twice take the first, as a lenient index does.
+        stream: Need not be seekable.
+        shard: Named in errors.
+        lenient: If a key or file comes twice, take the first, as a lenient index does.
 
     Raises:
-        DataError: the tar is cut or damaged, or the members of a key are not next to each other.
+        DataError: The tar is truncated or damaged, or the members of a key are not consecutive.
     """
     tar = TarReader(stream)
     with _data_errors(shard):
@@ -86,19 +86,20 @@ def iter_samples(stream: BinaryIO, shard: str, *, lenient: bool = False) -> Iter
 
 
 def index_shard(stream: BinaryIO, shard: str, *, lenient: bool = False) -> ShardIndex:
-    """Find where each sample of a tar lies. Reads only headers where `stream` can seek.
+    """Find where each sample of a tar lies, reading only headers if `stream` can seek.
 
     Args:
-        stream: of the whole tar.
-        shard: named in errors.
-        lenient: of a damaged tar, take the samples before the damage but the last, which may
-            lack members; of what comes twice, the first. What is left out is counted.
+        stream: The whole tar.
+        shard: Named in errors.
+        lenient: Of a damaged tar, keep the samples before the damage except the last, which may
+            lack members; of duplicates, keep the first. What is left out is counted.
 
     Raises:
-        DataError: as `iter_samples`; also for a tar without the end marker, which is how a tar
-            that was cut between two members looks. Never if `lenient`: that is then `damage`.
+        DataError: As in `iter_samples`, and also for a tar without the end marker, because a tar
+            truncated between two members looks like that. With `lenient`, the error is
+            stored in `damage` instead of raised.
     """
-    groups: list[tuple[int, bool, list[str]]] = []  # offset, whether it has an image, unused ones
+    groups: list[tuple[int, bool, list[str]]] = []  # offset, whether there is an image, unused ones
     duplicates: Counter[str] | None = Counter() if lenient else None
     damage: DataError | None = None
     tar = TarReader(stream)
@@ -133,12 +134,12 @@ def index_shard(stream: BinaryIO, shard: str, *, lenient: bool = False) -> Shard
 
 
 def some_extensions(indexes: Iterable[ShardIndex]) -> tuple[str, ...]:
-    """Examples of the extensions of unused pictures in a set of tars."""
+    """Return examples of the extensions of unused pictures in a set of tars."""
     return tuple(sorted({name for index in indexes for name in index.unused}))[:_NUM_EXAMPLES]
 
 
 def describe_unused(extensions: tuple[str, ...]) -> str:
-    """Say why pictures under these extensions are nobody's image, and what to do; or nothing."""
+    """Explain why pictures with these extensions are unused and what to do; "" without any."""
     if not extensions:
         return ""
     names = ", ".join(f".{name}" for name in extensions)
@@ -152,11 +153,11 @@ def describe_unused(extensions: tuple[str, ...]) -> str:
 def sample_checksums(
     data: bytes | memoryview, offsets: npt.NDArray[np.int64]
 ) -> npt.NDArray[np.int64]:
-    """CRC-32 of the bytes of each sample.
+    """Return the CRC-32 of each sample's bytes.
 
     Args:
-        data: from offsets[0] to offsets[-1] of the tar.
-        offsets: (N + 1,) where each sample begins, and where the last one ends.
+        data: The tar's bytes from offsets[0] to offsets[-1].
+        offsets: (N + 1,) positions where each sample begins, and where the last one ends.
     """
     view, first = memoryview(data), int(offsets[0])
     pairs = zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True)
@@ -168,7 +169,7 @@ def _has_image(sample: Sample) -> bool:
 
 
 def _unused_pictures(sample: Sample) -> list[str]:
-    """Extensions of the pictures of a group that are nobody's image."""
+    """Return the extensions of a group's pictures that are not its image."""
     names = [
         name
         for name in sample.parts
@@ -189,7 +190,7 @@ def _data_errors(shard: str) -> Iterator[None]:
 
 
 def _name_of(member: Member, shard: str) -> tuple[str, str] | None:
-    """Key and extension; None for what is no part of a sample."""
+    """Return key and extension, or None for a member that is not part of a sample."""
     if not member.is_file:
         return None
     name = split_name(member.name)
@@ -207,13 +208,13 @@ def _groups(
     contents: bool,
     duplicates: Counter[str] | None = None,
 ) -> Iterator[Sample]:
-    """Members of one key after the other; parts are empty without `contents`.
+    """Yield one group of members per key; parts are empty without `contents`.
 
-    A key that comes again is an error, or counted in `duplicates` and left out.
+    A repeated key raises a DataError, or is counted in `duplicates` and skipped.
     """
     current: Sample | None = None
     seen: set[str] = set()
-    skipped = ""  # the key that is being left out
+    skipped = ""  # the key that is being skipped
     for member in tar:
         name = _name_of(member, shard)
         if name is None:

@@ -1,9 +1,9 @@
-"""Drawn scenes with a known answer: data for the demo and the tests, without a download.
+"""Draw scenes with known labels: data for the demo and the tests, without a download.
 
-A scene has one large object and, now and then, small ones of any class. A class is a shape and
-the strokes that fill it, about upright and in the middle, so a masked part can be told from the
-others after a minute of training. Colour, contrast, size and background say nothing about the
-class. Scene i is a function of (seed, i) alone, so any range of scenes can be drawn anywhere.
+A scene has one large object and sometimes small ones of any class. A class is a shape and the
+strokes that fill it. Objects are about upright and central, so that a model learns to predict
+masked parts within a minute of training. Colour, contrast, size and background are independent
+of the class. Scene i depends on (seed, i) alone, so any range can be drawn on any machine.
 """
 
 import io
@@ -20,9 +20,9 @@ from mae_core.data.randomness import named_generator
 
 JPEG_QUALITY = 90
 MAX_DISTRACTORS = 2
-_DISTRACTOR_SHARES = (0.7, 0.2, 0.1)  # of the scenes have 0, 1 and 2
-_MAX_TILT = 0.2  # radians; below pi / 8, so that stripes and diagonals stay apart
-_OVERSAMPLING = 4  # sides of a mask are drawn this much larger, then averaged
+_DISTRACTOR_SHARES = (0.7, 0.2, 0.1)  # shares of scenes with 0, 1 and 2 small objects
+_MAX_TILT = 0.2  # radians; below pi / 8, so that stripes and diagonals differ
+_OVERSAMPLING = 4  # masks are drawn with sides this much larger and then averaged
 
 Floats = npt.NDArray[np.floating[Any]]
 Points = npt.NDArray[np.float64]  # (N, 2), x and y, inside the unit circle
@@ -30,7 +30,7 @@ Points = npt.NDArray[np.float64]  # (N, 2), x and y, inside the unit circle
 
 class SceneObject(NamedTuple):
     category: int  # index in SHAPE_CLASSES
-    bbox: tuple[int, int, int, int]  # x, y, width, height in pixels, of what can be seen
+    bbox: tuple[int, int, int, int]  # x, y, width, height in pixels, of the visible part
 
 
 class Scene(NamedTuple):
@@ -81,7 +81,7 @@ def _bowtie() -> Points:
     return np.asarray([(0.72, -0.7), (0.72, 0.7), (0.1, 0), (-0.72, 0.7), (-0.72, -0.7), (-0.1, 0)])
 
 
-# Class name to the outline of its shape; a ring is a disc with a hole.
+# The outline of each class's shape; a ring is drawn as a disc with a hole.
 _OUTLINES: dict[str, Points] = {
     "disc": _regular(40) * 0.9,
     "ring": _regular(40) * 0.95,
@@ -105,19 +105,19 @@ class _Place(NamedTuple):
 
 
 class _Pose(NamedTuple):
-    """From an object's own frame, where its outline fits the unit circle, to shares of the side."""
+    """Maps an object's own frame, with its outline in the unit circle, to shares of the side."""
 
-    turn: Floats  # (2, 2), a row vector is multiplied from the left
+    turn: Floats  # (2, 2), multiplied from the right to a row vector
     offset: Floats  # (2,)
 
 
 class _Palette(NamedTuple):
     background: Floats  # (2, 3), two colours
-    object: Floats  # (2, 3), of the strokes and between them
+    object: Floats  # (2, 3), colour of the strokes and of the space between them
 
 
 def draw_scene(seed: int, index: int, size: int) -> Scene:
-    """Draw scene `index`, `size` pixels square."""
+    """Draw scene `index` as a square of `size` pixels."""
     generator = named_generator(seed, "shapes", index)
     label = int(generator.integers(len(SHAPE_CLASSES)))
     palette = _palette(generator)
@@ -142,7 +142,7 @@ def draw_scene(seed: int, index: int, size: int) -> Scene:
 
 
 def encode_scene(scene: Scene) -> dict[str, bytes]:
-    """The members of its sample, extension to content."""
+    """Encode a scene as the members of its sample: extension to content."""
     height, width = scene.segmentation.shape
     boxes = [
         {"bbox": list(item.bbox), "category_id": item.category + 1, "category": name}
@@ -162,7 +162,7 @@ def encode_scene(scene: Scene) -> dict[str, bytes]:
 
 
 def _places(generator: np.random.Generator) -> list[_Place]:
-    """One large place, and small ones that do not touch it or each other."""
+    """Choose one large place, and small ones that touch neither it nor each other."""
     radius = generator.uniform(0.34, 0.44)
     x, y = generator.uniform(0.45, 0.55, size=2)
     places = [_Place(x, y, radius)]
@@ -184,7 +184,7 @@ def _pose(generator: np.random.Generator, place: _Place) -> _Pose:
 
 
 def _mask(name: str, pose: _Pose, size: int) -> Image.Image:
-    """How much of each pixel the shape covers, 0 to 255."""
+    """Draw how much of each pixel the shape covers, 0 to 255."""
     image = Image.new("L", (size * _OVERSAMPLING, size * _OVERSAMPLING))
     draw = ImageDraw.Draw(image)
     outlines = [(_OUTLINES[name], 255)] + ([(_HOLES[name], 0)] if name in _HOLES else [])
@@ -195,13 +195,13 @@ def _mask(name: str, pose: _Pose, size: int) -> Image.Image:
 
 
 def _strokes(generator: np.random.Generator, name: str, pose: _Pose, size: int) -> Floats:
-    """(S, S), 0 to 1: how much of each pixel is stroke, wherever the shape may lie."""
+    """Compute how much of each pixel is stroke: (S, S), 0 to 1, also outside the shape."""
     centres = (np.arange(size, dtype=np.float32) + 0.5) / size
     inverse = np.linalg.inv(pose.turn).astype(np.float32)
     across, down = centres - np.float32(pose.offset[0]), centres - np.float32(pose.offset[1])
     x = across[None] * inverse[0, 0] + down[:, None] * inverse[1, 0]
     y = across[None] * inverse[0, 1] + down[:, None] * inverse[1, 1]
-    # One width of stroke for all classes, so that it tells none apart.
+    # All classes have the same stroke width, so that it reveals no class.
     pitch = np.float32(generator.uniform(2.6, 3.2))
     return 0.5 + 0.5 * np.tanh(_SHARPNESS * _STROKES[name](x, y, pitch))
 
@@ -211,7 +211,7 @@ def _mix(colours: Floats, share: Floats) -> Floats:
 
 
 def _paint(canvas: Floats, coverage: Image.Image, filling: Floats) -> Floats:
-    """Lay an object with a soft shadow on the canvas."""
+    """Draw an object with a soft shadow on the canvas."""
     size = canvas.shape[0]
     blurred = coverage.filter(ImageFilter.GaussianBlur(size / 40))
     shift = max(1, size // 32)
@@ -222,7 +222,7 @@ def _paint(canvas: Floats, coverage: Image.Image, filling: Floats) -> Floats:
 
 
 def _palette(generator: np.random.Generator) -> _Palette:
-    """Bright objects with dark strokes on a dark background, of any hues."""
+    """Choose bright objects with dark strokes on a dark background, in any hues."""
     dark, bright = generator.uniform(45, 105), generator.uniform(150, 210)
     return _Palette(
         _pair(generator, dark, -generator.uniform(6, 14)),
@@ -231,9 +231,9 @@ def _palette(generator: np.random.Generator) -> _Palette:
 
 
 def _pair(generator: np.random.Generator, brightness: float, contrast: float) -> Floats:
-    """Two related colours, as far from `brightness` on either side as `contrast` says."""
+    """Choose two related colours whose brightness is `contrast` above and below `brightness`."""
     hue = generator.uniform(0, 2 * math.pi) + np.asarray([0.0, generator.uniform(-1.2, 1.2)])
-    # The three channels are a third of a turn apart, so a hue adds nothing to their mean.
+    # The channels' phases are a third of a turn apart, so a hue does not change their mean.
     wheel = np.cos(hue[:, None] - np.asarray([0.0, 2.1, 4.2]))  # (2, 3)
     spread = np.asarray([-contrast, contrast])
     colours = (brightness + spread)[:, None] + wheel * generator.uniform(10, 36)
@@ -241,7 +241,7 @@ def _pair(generator: np.random.Generator, brightness: float, contrast: float) ->
 
 
 def _background(size: int, colours: Floats) -> Floats:
-    """From the first colour in the middle to the second in the corners."""
+    """Draw a gradient from the first colour in the middle to the second in the corners."""
     ramp = (np.arange(size, dtype=np.float32) + 0.5) / size - 0.5
     return _mix(colours, 2 * (ramp[None] ** 2 + ramp[:, None] ** 2))
 
@@ -252,8 +252,8 @@ def _bounding_box(inside: npt.NDArray[np.bool_]) -> tuple[int, int, int, int]:
     return x, y, int(columns[-1]) + 1 - x, int(rows[-1]) + 1 - y
 
 
-# Strokes are functions of a place (x, y) in the object's frame, positive where the stroke lies.
-# `pitch` is how many of them lie side by side along a radius.
+# Strokes are functions of a place (x, y) in the object's frame, positive on a stroke. `pitch` is
+# the number of strokes side by side along a radius.
 _SHARPNESS = 2.5
 _TURN = np.float32(2 * math.pi)
 _Strokes = Callable[[Floats, Floats, np.float32], Floats]
@@ -305,7 +305,7 @@ def _ripples(x: Floats, y: Floats, pitch: np.float32) -> Floats:
     return _wave((y + np.float32(0.12) * np.sin(x * (_TURN * np.float32(1.3)))) * pitch)
 
 
-# Mirrored left to right, none becomes another: a flip keeps the class.
+# None becomes another when mirrored left to right, so a flip keeps the class.
 _STROKES: dict[str, _Strokes] = {
     "disc": _circles,
     "ring": _spokes,

@@ -1,9 +1,9 @@
-"""The members of a tar, whatever the file holds.
+"""Read the members of a tar safely, whatever the file contains.
 
 The standard library's tarfile reads the same formats, but it follows extension headers by
-recursion, reads as much of one as it claims to have, searches it with patterns whose time grows
-with the square of its length, and takes a damaged header for the end. Here each step is bounded,
-and what is wrong is an error that says at which byte.
+recursion, allocates what they claim, searches them with patterns whose time grows with the square
+of the length, and takes a damaged header for the end of the tar. Here each step is bounded, and a
+fault raises an error with its byte position.
 
 Source: POSIX.1-2024, pax, "ustar Interchange Format" and "pax Extended Header"; GNU tar manual,
 "Basic Tar Format".
@@ -15,7 +15,7 @@ from typing import BinaryIO, NamedTuple
 
 BLOCK_BYTES = tarfile.BLOCKSIZE
 _READ_BYTES = 2**20
-_MAX_EXTENSION_BYTES = 2**20  # of one header: a name has at most some thousand bytes
+_MAX_EXTENSION_BYTES = 2**20  # of one header: names have a few thousand bytes at most
 _MAX_EXTENSIONS = 16  # of one member; writers use up to three
 _LONG_NAME, _LONG_LINK = tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK
 _PAX = (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE)
@@ -29,34 +29,34 @@ _COMPRESSED = (
 
 
 class TarDamageError(ValueError):
-    """A tar ends early or has something that no tar can have; says what, and at which byte."""
+    """A tar ends early or has invalid content; the message says what and at which byte."""
 
 
 class Member(NamedTuple):
     name: str
     size: int
-    is_file: bool  # no folder, link, device or file with holes
+    is_file: bool  # False for folders, links, devices and sparse files
     offset: int  # of its first header
 
 
 class TarReader:
-    """Reads the headers of a tar, or of a slice that begins at one, and what is asked of the rest.
+    """Reads the headers of a tar or of a slice that begins with one, and contents on demand.
 
     Args:
-        stream: need not be seekable.
+        stream: Need not be seekable.
     """
 
     def __init__(self, stream: BinaryIO) -> None:
         self._stream = stream
         self._can_seek = stream.seekable()
-        self._ahead = bytearray()  # read from a stream that can't seek, and not yet asked for
+        self._ahead = bytearray()  # read from an unseekable stream before it was needed
         self._start = self._size = 0
         if self._can_seek:
             self._start = stream.tell()
             self._size = stream.seek(0, 2) - self._start
             stream.seek(self._start)
-        self._block = b""  # of the last header
-        self._unread = 0  # of the member, with what fills its last block
+        self._block = b""  # the last header
+        self._unread = 0  # bytes left of the member, including the padding of its last block
         self._content_size = 0
         self.position = 0
         self.has_end_marker = False
@@ -65,7 +65,7 @@ class TarReader:
         """Yield each member up to the end marker, or to the end of the bytes.
 
         Raises:
-            TarDamageError: there is something else.
+            TarDamageError: The tar contains something else.
         """
         while (header := self._next_header()) is not None:
             yield self._member(header)
@@ -74,7 +74,7 @@ class TarReader:
         """Read the bytes of the member that was yielded last.
 
         Raises:
-            TarDamageError: the tar ends before they do.
+            TarDamageError: The tar ends before the member does.
         """
         data = self._read(self._content_size)
         self._unread -= len(data)
@@ -114,7 +114,7 @@ class TarReader:
         return header
 
     def _member(self, header: tarfile.TarInfo | None) -> Member:
-        """The member that a header begins, with what extension headers say of it."""
+        """Build the member that a header begins, including its extension headers."""
         told: dict[str, bytes] = {}
         first: int | None = None
         for _ in range(_MAX_EXTENSIONS + 1):
@@ -122,7 +122,7 @@ class TarReader:
                 raise self._damage("it ends after an extension header")
             kind = header.type
             if kind == tarfile.XGLTYPE:
-                self._extension(header)  # of what all members have in common nothing is needed
+                self._extension(header)  # global attributes are not needed
             elif kind in (*_PAX, _LONG_NAME, _LONG_LINK):
                 first = header.offset if first is None else first
                 data = self._extension(header)
@@ -159,7 +159,7 @@ class TarReader:
         return self.content()
 
     def _pax_records(self, data: bytes) -> dict[str, bytes]:
-        """The records of a pax header, each `length key=value` and a new line."""
+        """Parse the records of a pax header, each `length key=value` and a newline."""
         records: dict[str, bytes] = {}
         at = 0
         while at < len(data) and data[at] != 0:
@@ -174,15 +174,15 @@ class TarReader:
         return records
 
     def _skip_sparse_map(self) -> None:
-        """Read past the blocks that list the pieces of a file with holes."""
+        """Skip the blocks that list the pieces of a sparse file."""
         goes_on = self._block[482:483]
         while goes_on.strip(b"\0"):
             goes_on = self._read(BLOCK_BYTES)[504:505]
 
     def _read(self, size: int) -> bytes:
-        """Read `size` bytes, or those that are left."""
+        """Read `size` bytes, or fewer at the end of the tar."""
         if self._can_seek:
-            # Never more than there is: some streams make room for what they are asked for.
+            # Never ask for more than there is, because some streams allocate what they are asked.
             data = self._stream.read(min(size, max(0, self._size - self.position)))
         else:
             while len(self._ahead) < size:

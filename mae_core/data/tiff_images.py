@@ -1,7 +1,7 @@
-"""TIFF of any number of bands, as its tags say that it is to be seen.
+"""Decode TIFF with any number of bands, as its tags describe it.
 
-Pillow reads what has 8 bits or less and no bands beyond colour and alpha; tifffile and imagecodecs
-read the rest. What neither can show as the file means it is refused, never shown otherwise.
+Pillow reads files with 8 bits or less and no bands beyond colour and alpha; tifffile and
+imagecodecs read the rest. A file that neither can show correctly is refused, never shown wrongly.
 
 Source: TIFF 6.0; its supplements by Adobe for the compressions 7, 8 and 32946.
 """
@@ -34,9 +34,9 @@ _COLOURS = {
     _YCBCR: 3,
     _CIELAB: 3,
 }
-_ASSOCIATED_ALPHA, _UNASSOCIATED_ALPHA = 1, 2  # of ExtraSamples
+_ASSOCIATED_ALPHA, _UNASSOCIATED_ALPHA = 1, 2  # values of ExtraSamples
 _JPEGS = (6, 7)
-# Those that inflate into room of a size given beforehand, and the codec that each needs.
+# Compressions that inflate into a buffer of known size, and the codec that each needs.
 _CODECS = {
     1: None,
     2: "CCITTRLE",
@@ -52,12 +52,12 @@ _CODECS = {
     50000: "ZSTD",
 }
 _WAY_OUT = "gdal_translate -co COMPRESS=DEFLATE writes one that is read"
-_LARGEST_SEGMENT_BYTES = 2**26  # of a picture that is smaller
+_LARGEST_SEGMENT_BYTES = 2**26  # of a picture that is smaller than this
 _JPEG_FRAMES = (0xC0, 0xC1, 0xC2, 0xC3)
 
 
 class _Layout(NamedTuple):
-    """What a page's tags say of its samples."""
+    """What a page's tags say about its samples."""
 
     photometric: int
     bits: int
@@ -71,10 +71,10 @@ class _Layout(NamedTuple):
 
     @property
     def has_alpha(self) -> bool:
-        """Whether the last sample is alpha and no band of its own.
+        """Whether the last sample is alpha and not a band of its own.
 
-        A fourth sample of a colour picture counts as alpha whatever the file calls it, as
-        everywhere.
+        A fourth sample of a colour picture counts as alpha whatever the file calls it, as in all
+        other formats.
         """
         if self.extra_samples[-1:] in ((_ASSOCIATED_ALPHA,), (_UNASSOCIATED_ALPHA,)):
             return self.num_samples > self.num_colours
@@ -82,7 +82,7 @@ class _Layout(NamedTuple):
 
 
 def missing_codecs() -> list[str]:
-    """Name the compressions of TIFF that this installation can't read."""
+    """List the TIFF compressions that this installation can't read."""
     return sorted({name for name in _CODECS.values() if name is not None and not _has_codec(name)})
 
 
@@ -90,11 +90,11 @@ def decode_tiff(data: bytes, in_chans: int) -> Pixels:
     """Decode the first page to (H, W, C) pixels, upright.
 
     Args:
-        data: the file.
-        in_chans: channels that the model takes; alpha is left out unless they count it.
+        data: The file's bytes.
+        in_chans: Number of channels that the model takes; alpha is dropped unless it is included.
 
     Raises:
-        CorruptSampleError: it is larger than any may be, or can't be shown as it means.
+        CorruptSampleError: The file exceeds the limits, or can't be shown correctly.
     """
     check_tiff_directory(data)
     with tifffile.TiffFile(WatchedBytes(data)) as tiff:
@@ -114,7 +114,7 @@ def decode_tiff(data: bytes, in_chans: int) -> Pixels:
             _check_jpegs(page, data)
         hold_memory(3 * page.nbytes)
         pixels = page.asarray(maxworkers=1)
-        if page.axes.startswith("S"):  # bands one after the other
+        if page.axes.startswith("S"):  # bands are stored one after the other
             pixels = np.moveaxis(pixels, 0, -1)
         orientation = page.tags.valueof(274) or 1
         colours = page.colormap
@@ -134,7 +134,7 @@ def _layout(page: Any) -> _Layout:
     bits, photometric = page.bitspersample, page.tags.valueof(262)
     if isinstance(bits, tuple):
         raise _unsupported(f"is a TIFF of {bits} bits a sample")
-    if photometric is None:  # as libtiff guesses
+    if photometric is None:  # guess as libtiff does
         photometric = _RGB if page.samplesperpixel in (3, 4) else _MIN_IS_BLACK
     if int(photometric) not in _COLOURS:
         raise _unsupported(f"is a TIFF of photometric interpretation {photometric!r}")
@@ -148,7 +148,7 @@ def _layout(page: Any) -> _Layout:
 
 
 def _check_claims(page: Any, layout: _Layout) -> None:
-    """Raise a CorruptSampleError for a size that is too large, of the page or of its segments."""
+    """Raise a CorruptSampleError if the page or its segments claim too large a size."""
     pixel_bytes = math.ceil(layout.num_samples * layout.bits / 8)
     check_size(page.imagelength, page.imagewidth, max(pixel_bytes, 1))
     page_bytes = max(page.nbytes, page.imagelength * page.imagewidth * pixel_bytes)
@@ -156,7 +156,7 @@ def _check_claims(page: Any, layout: _Layout) -> None:
     if not page.is_tiled:
         return
     bands = layout.num_samples if int(page.planarconfig) == 1 else 1
-    # Of a tile as it lies in memory, where a bit takes a byte.
+    # Size of a tile in memory, where a bit takes a byte.
     tile_bytes = page.tiledepth * page.tilelength * page.tilewidth * bands
     tile_bytes *= max(1, layout.bits // 8)
     room = _LARGEST_SEGMENT_BYTES + 8 * page_bytes
@@ -169,14 +169,14 @@ def _check_claims(page: Any, layout: _Layout) -> None:
 
 
 def _is_for_pillow(page: Any, layout: _Layout) -> bool:
-    """Whether Pillow shows all of it, and as it is meant."""
+    """Return whether Pillow shows the whole picture correctly."""
     if layout.bits > 8 or page.sampleformat != 1 or page.tags.valueof(262) is None:
         return False
     if layout.photometric == _YCBCR and layout.compression == 1 and page.is_subsampled:
-        return False  # it would take the samples for those of each pixel
+        return False  # Pillow would read band after band as if it were pixel after pixel
     if layout.num_samples == layout.num_colours:
         return layout.num_samples == 1 or int(page.planarconfig) == 1
-    # Pillow has no way to read the alpha of other pictures than those in RGB.
+    # Pillow can read alpha only in RGB pictures.
     four_samples = layout.photometric == _RGB and layout.num_samples == 4
     return four_samples and int(page.planarconfig) == 1
 
@@ -199,7 +199,7 @@ def _check_codec(page: Any, layout: _Layout) -> None:
 
 
 def _check_jpegs(page: Any, data: bytes) -> None:
-    """Raise a CorruptSampleError if a JPEG in the page is larger than the segment it stands for."""
+    """Raise a CorruptSampleError if a JPEG in the page is larger than its segment."""
     sides = (page.tilelength, page.tilewidth) if page.is_tiled else page.shape[:2]
     if not page.is_tiled and page.axes.startswith("S"):
         sides = page.shape[1:3]
@@ -220,11 +220,11 @@ def _check_jpegs(page: Any, data: bytes) -> None:
 def _shown(
     pixels: npt.NDArray[Any], layout: _Layout, colours: npt.NDArray[Any] | None, in_chans: int
 ) -> Pixels:
-    """Bring samples to what they stand for: bright is high, colours are RGB, alpha is apart."""
+    """Convert samples so that high is bright, colours are RGB and alpha is separate."""
     num_samples = pixels.shape[2]
     photometric = layout.photometric
     if photometric == _YCBCR and layout.compression in _JPEGS:
-        photometric = _RGB  # imagecodecs has turned them
+        photometric = _RGB  # imagecodecs has converted them
     what = f"is a TIFF of {pixels.dtype}"
     shown = to_unsigned(pixels.view(np.uint8) if pixels.dtype == bool else pixels, what)
     if photometric == _PALETTE and colours is not None and num_samples == 1:
@@ -260,18 +260,18 @@ def _negative(pixels: Pixels, layout: _Layout, kind: str) -> Pixels:
 
 
 def _looked_up(indices: Pixels, colours: npt.NDArray[Any]) -> Pixels:
-    """Colours of a palette, with its 16 bits; with 8 where it uses no more."""
+    """Look up palette colours: 16 bits, or 8 if the palette uses no more."""
     if int(indices.max()) >= colours.shape[1]:
         raise CorruptSampleError(f"has colours beyond its palette of {colours.shape[1]}")
     table = colours.astype(np.uint16)
-    if indices.dtype == np.uint8:  # as Pillow shows it
+    if indices.dtype == np.uint8:  # as Pillow does
         table = (table >> 8).astype(np.uint8)
     shown: Pixels = table.T[indices[..., 0]]
     return shown
 
 
 def _without_alpha_in_colours(pixels: Pixels) -> Pixels:
-    """Divide colours by the alpha they were multiplied by; the last channel is alpha."""
+    """Divide colours by the alpha that they were multiplied by; the last channel is alpha."""
     limit = np.iinfo(pixels.dtype).max
     alpha = np.maximum(pixels[..., -1:], 1).astype(np.float32)
     divided = np.minimum(np.rint(pixels[..., :-1] * (limit / alpha)), limit).astype(pixels.dtype)
@@ -279,7 +279,7 @@ def _without_alpha_in_colours(pixels: Pixels) -> Pixels:
 
 
 def _from_inks(pixels: Pixels) -> Pixels:
-    """Cyan, magenta, yellow and black to RGB, each ink taking its share of the light."""
+    """Convert cyan, magenta, yellow and black to RGB; each ink absorbs its share of the light."""
     limit = np.iinfo(pixels.dtype).max
     left = (limit - pixels).astype(np.float32)
     return np.rint(left[..., :3] * left[..., 3:] / limit).astype(pixels.dtype)

@@ -1,7 +1,8 @@
-"""Crops, flips and sizes. Pixels stay uint8 or uint16 until the device.
+"""Crop, flip and resize. Pixels stay uint8 or uint16 up to the device.
 
-Resizing is bicubic (a = -0.5) and antialiased, as Pillow's, by the Rust library fast_image_resize:
-the same pictures (median PSNR 55 dB over 256 photographs) in less time.
+Resizing is bicubic (a = -0.5) and antialiased like Pillow's, but uses the Rust library
+fast_image_resize, which takes less time for the same pictures (median PSNR 55 dB over 256
+photographs).
 """
 
 import math
@@ -34,7 +35,7 @@ _per_thread = threading.local()
 
 
 class Crop(NamedTuple):
-    """In pixels; fractions where the picture was decoded smaller than the crop was drawn for."""
+    """A crop in pixels, fractional if the picture was decoded smaller than the crop assumed."""
 
     top: float
     left: float
@@ -53,10 +54,10 @@ def random_crop(
     scale: tuple[float, float],
     ratio: tuple[float, float] = (3 / 4, 4 / 3),
 ) -> Crop:
-    """A crop of random area (a share in `scale`) and aspect (log-uniform in `ratio`).
+    """Draw a crop of random area (a share in `scale`) and aspect (log-uniform in `ratio`).
 
-    Ten tries, then the largest central crop whose aspect is allowed: torchvision's
-    RandomResizedCrop, https://docs.pytorch.org/vision/stable.
+    After ten failed tries, returns the largest central crop with an allowed aspect. Source:
+    torchvision's RandomResizedCrop, https://docs.pytorch.org/vision/stable.
     """
     area = height * width
     for _ in range(10):
@@ -74,9 +75,9 @@ def random_crop(
 
 
 def resize_crop(pixels: Pixels, crop: Crop, size: tuple[int, int]) -> Pixels:
-    """Cut `crop` out and bring it to `size` (height, width)."""
+    """Cut out `crop` and resize it to `size` (height, width)."""
     top, left = math.floor(crop.top), math.floor(crop.left)
-    # Never beyond the picture: a sum of fractions may be, by a rounding.
+    # Clip to the picture: a sum of fractions may exceed it by a rounding error.
     bottom = min(math.ceil(crop.top + crop.height - 1e-6), pixels.shape[0])
     right = min(math.ceil(crop.left + crop.width - 1e-6), pixels.shape[1])
     region = pixels[top:bottom, left:right]
@@ -105,7 +106,7 @@ def _resize(region: Pixels, box: Crop, size: tuple[int, int]) -> Pixels:
 
 
 def _resizer() -> Resizer:
-    """One a thread: it keeps its buffers."""
+    """Return this thread's resizer, which keeps its buffers."""
     resizer: Resizer | None = getattr(_per_thread, "resizer", None)
     if resizer is None:
         resizer = _per_thread.resizer = Resizer()
@@ -120,13 +121,13 @@ def cut_view(
     size: tuple[int, int],
     flip: bool,
 ) -> Pixels:
-    """The crop at `size`, mirrored half of the time if `flip`."""
+    """Cut the crop at `size` and mirror it half of the time if `flip`."""
     view = resize_crop(pixels, crop, size)
     return _mirrored(view) if flip and generator.random() < 0.5 else view
 
 
 def _mirrored(pixels: Pixels) -> Pixels:
-    """A channel at a time: NumPy's own copy of pixels in reverse takes six times as long."""
+    """Mirror one channel at a time: NumPy takes six times as long for whole reversed pixels."""
     mirrored = np.empty_like(pixels)
     for channel in range(pixels.shape[2]):
         mirrored[..., channel] = pixels[:, ::-1, channel]
@@ -134,13 +135,13 @@ def _mirrored(pixels: Pixels) -> Pixels:
 
 
 def largest_shrink(crops: Sequence[Crop], size: tuple[int, int]) -> int:
-    """The largest of 8, 4, 2 by which no crop becomes smaller than `size`; else 1."""
+    """Return the largest of 8, 4, 2 by which no crop becomes smaller than `size`, else 1."""
     room = min(min(crop.height / size[0], crop.width / size[1]) for crop in crops)
     return next((shrink for shrink in SHRINKS if shrink <= room), 1)
 
 
 def center_crop(pixels: Pixels, size: tuple[int, int]) -> Pixels:
-    """The largest central crop of `size`'s aspect, brought to `size`. For evaluation."""
+    """Cut the largest central crop with `size`'s aspect and resize it to `size`, for evaluation."""
     height, width = pixels.shape[:2]
     scale = min(height / size[0], width / size[1])
     h, w = max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
@@ -148,7 +149,7 @@ def center_crop(pixels: Pixels, size: tuple[int, int]) -> Pixels:
 
 
 def shrink_to_short_side(pixels: Pixels, short_side: int) -> Pixels:
-    """The whole picture with its shorter side at most `short_side` pixels long."""
+    """Shrink the whole picture so that its shorter side is at most `short_side` pixels."""
     height, width = pixels.shape[:2]
     scale = short_side / min(height, width)
     if scale >= 1:
@@ -158,7 +159,7 @@ def shrink_to_short_side(pixels: Pixels, short_side: int) -> Pixels:
 
 
 def stack_pixels(pictures: Sequence[Pixels]) -> Pixels:
-    """(B, H, W, C): uint16 if any of them is, and then 8-bit values times 257."""
+    """Stack to (B, H, W, C), uint16 if any picture is; 8-bit values are then times 257."""
     deep = any(picture.dtype == np.uint16 for picture in pictures)
     if not deep:
         return np.stack(pictures)

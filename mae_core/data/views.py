@@ -1,8 +1,7 @@
-"""The picture and the mask that a sample becomes in an epoch.
+"""Compute the augmented picture and the mask of a sample in an epoch.
 
-Both are functions of (seed, epoch, sample key) alone: not of the worker, the batch or the restart
-that the sample met. Crop and mask have generators of their own, so that changing the one leaves
-the other as it was.
+Both depend on (seed, epoch, sample key) alone, not on the worker, the batch or a restart. Crop and
+mask have separate generators, so that a change to one does not affect the other.
 """
 
 from typing import NamedTuple
@@ -26,7 +25,7 @@ class ViewSpec(NamedTuple):
 
 
 def training_view(image: bytes, epoch: int, key: str, spec: ViewSpec) -> Pixels:
-    """The sample's augmented pixels, (H, W, C) uint8 or uint16: the first of `training_views`."""
+    """Return the first of `training_views`: augmented (H, W, C) uint8 or uint16 pixels."""
     return training_views(image, epoch, key, spec, 1)[0]
 
 
@@ -36,13 +35,13 @@ def training_views(
     """Cut random resized crops of one sample, each mirrored half of the time; decode it once.
 
     Raises:
-        CorruptSampleError: the bytes are no image.
+        CorruptSampleError: The bytes are not an image.
     """
     try:
         with memory_in_flight():
             return _training_views(image, epoch, key, spec, num_views)
     except MemoryError as error:
-        raise CorruptSampleError("takes more memory than there is", "memory") from error
+        raise CorruptSampleError("needs more memory than there is", "memory") from error
 
 
 def _training_views(
@@ -62,7 +61,7 @@ def _training_views(
         shrink = largest_shrink(crops, spec.size)
         pixels = decode_image(image, spec.in_chans, shrink=shrink, header=header)
         if pixels.shape[:2] == tuple(-(-side // shrink) for side in size):
-            scale = 1 / shrink  # the sides are rounded up; a pixel stands for shrink x shrink
+            scale = 1 / shrink  # sides are rounded up; one pixel stands for shrink x shrink
         elif pixels.shape[:2] != size:
             raise CorruptSampleError("is not of the size that its header claims")
     return [
@@ -72,14 +71,14 @@ def _training_views(
 
 
 def view_generator(seed: int, epoch: int, key: str, view: int) -> np.random.Generator:
-    """The generator of a view's crop and flip."""
+    """Return the generator for a view's crop and flip."""
     if view == 0:
         return sample_generator(seed, epoch, key)
     return named_generator(seed, "view", epoch, key, view)
 
 
 def mask_generator(seed: int, epoch: int, key: str, view: int = 0) -> np.random.Generator:
-    """The generator of a view's masking noise."""
+    """Return the generator for a view's masking noise."""
     names = (epoch, key) if view == 0 else (epoch, key, view)
     return named_generator(seed, "mask", *names)
 
@@ -87,7 +86,7 @@ def mask_generator(seed: int, epoch: int, key: str, view: int = 0) -> np.random.
 def normalize(
     pixels: Pixels, mean: tuple[float, ...], std: tuple[float, ...]
 ) -> npt.NDArray[np.float32]:
-    """(B, H, W, C) uint8 or uint16 to (B, C, H, W) float32, in units of the channels' deviation."""
+    """Convert (B, H, W, C) uint8 or uint16 to (B, C, H, W) float32, normalised per channel."""
     scaled = pixels.astype(np.float32) / np.iinfo(pixels.dtype).max
     normalized = (scaled - np.asarray(mean, np.float32)) / np.asarray(std, np.float32)
     return np.ascontiguousarray(normalized.transpose(0, 3, 1, 2))

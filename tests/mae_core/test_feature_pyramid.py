@@ -22,7 +22,7 @@ def test_each_level_has_the_size_that_its_stride_says(
 
 
 def test_a_stride_that_no_doubling_reaches_is_refused() -> None:
-    with pytest.raises(ValueError, match="stride 12 is not the encoder.s stride times a power of two"):
+    with pytest.raises(ValueError, match="stride 12 is not the encoder's stride times a"):
         FeaturePyramid(24, 16, strides=(12,))
 
 
