@@ -388,10 +388,10 @@ def test_training_state_of_another_shape_is_named(folder: Path) -> None:
 def test_training_state_that_one_side_lacks_is_named(folder: Path) -> None:
     model = Pair()
     fewer = torch.optim.AdamW(list(model.encoder.parameters()))
-    with pytest.raises(ValueError, match=r"decoder\.\S+: the training state has it"):
+    with pytest.raises(ValueError, match=r"decoder\.\S+ is in the training state"):
         load_training_state(folder, model, fewer)
     model.decoder.append(nn.Linear(3, 3))
-    with pytest.raises(ValueError, match=r"decoder\.2\.weight: the optimizer has it"):
+    with pytest.raises(ValueError, match=r"decoder\.2\.weight is in the optimizer"):
         load_training_state(folder, model, make_optimizer(model))
 
 

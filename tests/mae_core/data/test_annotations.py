@@ -69,8 +69,8 @@ def test_voc_boxes_go_with_their_images(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"images": None}, "is no COCO file"),
-        ({"categories": [{"id": 1}]}, "is no COCO file: 'name' is missing"),
+        ({"images": None}, "not a COCO file"),
+        ({"categories": [{"id": 1}]}, "not a COCO file: 'name' is missing"),
         (
             {"annotations": [{"image_id": 99, "bbox": [0, 0, 1, 1], "category_id": 3}]},
             "annotation 1 is of image_id=99",
@@ -103,7 +103,7 @@ def test_a_broken_voc_box_is_named(
 
 
 def test_what_is_neither_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="no COCO file and no folder"):
+    with pytest.raises(DataError, match="neither a COCO file nor a folder"):
         read_annotations(tmp_path / "nothing")
     with pytest.raises(DataError, match=r"no \.xml in it"):
         read_annotations(tmp_path)
@@ -177,7 +177,7 @@ def test_the_entry_with_most_folders_in_common_is_the_images(tmp_path: Path) -> 
     write_voc(tmp_path / "y", "1", ("cat", "5", "6", "7", "8"))
     found = read_annotations(tmp_path)
     assert found.names_of(["set/x/1.jpg", "y/1.jpg"]) == {"set/x/1.jpg": "x/1", "y/1.jpg": "y/1"}
-    with pytest.raises(DataError, match=r"1 may be x/1 or y/1; name its folders"):
+    with pytest.raises(DataError, match=r"1 may have the boxes of x/1 or y/1; add the folders"):
         found.names_of(["1.jpg"])
 
 

@@ -61,9 +61,9 @@ PICTURE = (40, 48, 3)  # the shape of decoded pixels, 48 wide and 40 high
         (make_json(width=40, height=48), "the picture is 48x40; an EXIF orientation may turn it"),
         (
             make_json({"bbox": [200, 200, 150, 150], "category_id": 1}),
-            "lies outside of the picture, which is 48 x 40",
+            "lies outside the picture, which is 48 x 40",
         ),
-        (b'{"boxes_xywh": [[40, 30, 9.5, 2]]}', "lies outside of the picture, which is 48 x 40"),
+        (b'{"boxes_xywh": [[40, 30, 9.5, 2]]}', "lies outside the picture, which is 48 x 40"),
     ],
 )
 def test_boxes_of_another_picture_size_are_refused(data: bytes, message: str) -> None:
@@ -146,10 +146,10 @@ def test_a_box_that_sticks_out_by_a_pixel_is_clipped() -> None:
         ([1, 2, 10**400, 4], "not four finite numbers"),
         ([1, 2, 0, 4], "width 0 and height 4 must be above 0"),
         ([1, 2, 3, -4], "width 3 and height -4 must be above 0"),
-        ([-1.5, 2, 30, 4], "outside of the picture, whose corner is 0, 0"),
-        ([90, 2, 11.5, 4], "outside of the picture, which is 100 x 80"),
-        ([9, 2, 11.5, 79.5], "outside of the picture, which is 100 x 80"),
-        ([-0.9, 2, 0.5, 4], "no area inside of the picture"),
+        ([-1.5, 2, 30, 4], "outside the picture, whose corner is 0, 0"),
+        ([90, 2, 11.5, 4], "outside the picture, which is 100 x 80"),
+        ([9, 2, 11.5, 79.5], "outside the picture, which is 100 x 80"),
+        ([-0.9, 2, 0.5, 4], "no area inside the picture"),
     ],
 )
 def test_a_wrong_box_is_named_with_its_number_and_the_reason(bbox: object, reason: str) -> None:

@@ -106,8 +106,8 @@ def test_what_may_be_classes_is_taken_for_classes(names: list[str]) -> None:
             "1 names belong to several images, such as x/a.jpg and",
         ),
         (["a.JPG", "a.jpg"], "a.JPG and a.jpg"),
-        (["Cat/a.jpg", "cat/b.jpg"], "classes that differ in case or spaces alone: Cat, cat"),
-        (["cat/a.jpg"], "all images are of the one class cat"),
+        (["Cat/a.jpg", "cat/b.jpg"], "classes that differ only in case or spaces: Cat, cat"),
+        (["cat/a.jpg"], "all images have the class cat"),
         (["a/x/1.jpg", "a/x/2.jpg", "b/3.jpg"], "images in folders in it count to it: a/x (2)"),
     ],
 )

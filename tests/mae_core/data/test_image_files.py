@@ -244,10 +244,10 @@ def test_comma_in_a_name_separates_nothing(tmp_path: Path) -> None:
     [
         ("a.jpg\nmissing.jpg\n", r"list\.txt:2: no such file: .*/missing\.jpg"),
         ("a.jpg\n\n\ngone.jpg\n", r"list\.txt:4: no such file"),
-        ("a.jpg\nnotes.md\n", r"list\.txt:2: 'notes\.md' has no image's extension"),
-        ("a.jpg\nb.jpg\n./a.jpg\n", r"list\.txt:3: '\./a\.jpg' is in line 1 already"),
-        ("a.jpg,cat\nb.jpg\n", r"list\.txt:2: either each line has a label, or none has"),
-        ("a.jpg\nb.jpg,cat\n", r"list\.txt:2: either each line has a label, or none has"),
+        ("a.jpg\nnotes.md\n", r"list\.txt:2: 'notes\.md' does not end in an image's extension"),
+        ("a.jpg\nb.jpg\n./a.jpg\n", r"list\.txt:3: '\./a\.jpg' is already in line 1"),
+        ("a.jpg,cat\nb.jpg\n", r"list\.txt:2: some lines have a label and others have none"),
+        ("a.jpg\nb.jpg,cat\n", r"list\.txt:2: some lines have a label and others have none"),
         ("\n  \n", "the list is empty"),
         ("x1.jpg\nx2.jpg\nx3.jpg\nx4.jpg\nx5.jpg\nx6.jpg\nx7.jpg\n", r"and 2 more mistakes"),
     ],
@@ -270,7 +270,7 @@ def test_links_to_nowhere_are_images_with_a_problem(tmp_path: Path) -> None:
     (tmp_path / "self.jpg").symlink_to(tmp_path / "self.jpg")
     (tmp_path / "b.json").symlink_to("/nowhere/b.json")
     files, _ = find_images(tmp_path)
-    text = "a link to a file that is not there (/nowhere/{}; fetch it, or mount its disk)"
+    text = "a link to a missing file (/nowhere/{}; fetch it, or mount its disk)"
     assert {file.key: file.problem for file in files} == {
         "a": None,
         "b": "its .json is " + text.format("b.json"),
@@ -297,7 +297,7 @@ def test_companions_are_found_in_any_case(tmp_path: Path) -> None:
     ((file,), _) = find_images(tmp_path)
     assert [c[0] for c in file.companions] == ["cls", "json", "seg.png", "txt"]
     make_files(tmp_path, "a.json")
-    with pytest.raises(DataError, match=r"both a\.JSON and a\.json lie beside it"):
+    with pytest.raises(DataError, match=r"both a\.JSON and a\.json are next to it"):
         find_images(tmp_path)
 
 
@@ -316,7 +316,7 @@ def test_companions_that_belong_to_no_image_are_told(
 
 def test_a_class_from_two_places_is_refused(tmp_path: Path) -> None:
     make_files(tmp_path, "cat/a.jpg", "cat/a.cls")
-    with pytest.raises(DataError, match=r"a\.jpg has a \.cls beside it, and the class cat"):
+    with pytest.raises(DataError, match=r"a\.jpg has a \.cls next to it and also the class cat"):
         find_images(tmp_path)
 
 

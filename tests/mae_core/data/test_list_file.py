@@ -48,7 +48,7 @@ def test_a_list_is_read_as_it_was_meant(
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (b"a.jpg,cat,3\n", r"list\.csv:1: 'a\.jpg,cat' has no image's extension; a line is PATH"),
+        (b"a.jpg,cat,3\n", r"list\.csv:1: 'a\.jpg,cat' does not end in an image's extension"),
         (b"a.jpg\n" + b"x" * 300 + b".jpg\n", r"list\.csv:2: no such file: .*x\.jpg"),
         (b"a.jpg\nb\0c.jpg\n", "bytes of zero"),
         (b"a.jpg\nsub.jpg\n", r"list\.csv:2: is a folder: .*/sub\.jpg"),

@@ -191,7 +191,7 @@ def test_a_name_that_leads_out_of_the_folder_is_refused(key: str, name: str) -> 
     names = {"path": "0.tar", "index": "0.tar.index.npy", key: name}
     text = json.dumps({"shards": [{**names, "num_samples": 1, "num_bytes": 512}]}).encode()
     with pytest.raises(
-        DataError, match=f"set/manifest.json: .*shards.0.{key}: .*no name of a file"
+        DataError, match=f"set/manifest.json: .*shards.0.{key}: .*not a file name inside"
     ):
         parse_manifest(text, "set/manifest.json")
 

@@ -97,7 +97,7 @@ def test_boxes_that_may_be_of_two_images_are_refused(photos: Path, tmp_path: Pat
     first = photos / names[0]["file_name"]
     (photos / "dog" / first.name).write_bytes(first.read_bytes())
     coco.write_text(coco.read_text().replace(names[0]["file_name"], first.name))
-    with pytest.raises(DataError, match=rf"{first.name} may be .* or .*{first.name}"):
+    with pytest.raises(DataError, match=rf"{first.name} may belong to .* or .*{first.name}"):
         pack(photos, tmp_path / "out", annotations=str(coco))
 
 

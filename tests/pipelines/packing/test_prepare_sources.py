@@ -115,16 +115,14 @@ def test_links_to_nowhere_are_left_out_and_counted(flat: Path, tmp_path: Path) -
         pack(flat, tmp_path / "out")
     text = str(error.value)
     assert text.startswith("2 of 5 images can't be used")
-    assert "1 x a link to a file that is not there" in text
+    assert "1 x a link to a missing file" in text
     assert "/nowhere/" in text
     result = pack(flat, tmp_path / "out", max_bad_ratio=0.5)
     assert (result.metrics["num_samples"], result.metrics["num_skipped"]) == (3, 2)
     lines = (tmp_path / "out/skipped.jsonl").read_text().splitlines()
     reasons = {line["source"]: line["reason"] for line in map(json.loads, lines)}
     assert "(/nowhere/gone.png;" in reasons["gone.png"]
-    assert reasons["1.png"].startswith(
-        "its .json is a link to a file that is not there (/nowhere/1"
-    )
+    assert reasons["1.png"].startswith("its .json is a link to a missing file (/nowhere/1")
     assert pack(flat, tmp_path / "out", max_bad_ratio=0.5).status == "reused"
 
 
@@ -144,7 +142,7 @@ def test_what_was_found_is_said(
         pack(photos, tmp_path / "out")
     assert "31 images of 3 classes: cat (10), dog (10), owl (11)" in caplog.text
     assert "beside them: 1 .json, 1 .txt" in caplog.text
-    assert "1 can't be read: 1 x a link to a file that is not there" in caplog.text
+    assert "1 can't be read: 1 x a link to a missing file" in caplog.text
 
 
 def test_images_with_nothing_beside_them_are_told_in_words(
