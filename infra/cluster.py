@@ -1,7 +1,7 @@
-"""What a Kubernetes cluster lends us, and where the services on it keep things.
+"""The config of a Kubernetes cluster: its resources, and where its services store data.
 
-What runs on it is in the stages' configs. Secrets are named here, never held:
-docs/guides/kubernetes.md says how to make them.
+What runs on the cluster is in the stages' configs. Secrets are named here but never contained;
+docs/guides/kubernetes.md explains how to create them.
 """
 
 from pathlib import Path
@@ -13,48 +13,48 @@ from infra.config import _StrictConfig
 from infra.typed_text import typed
 from infra.yaml_files import YamlFileError, read_yaml
 
-# Operator and pods must agree on it; a test compares it with requirements.lock.
+# The operator and the pods must use the same version; a test compares it with requirements.lock.
 RAY_VERSION = "2.60.0"
 
 
 class ClusterConfigError(ValueError):
-    """The cluster config can't be rendered; says the file, the key and what is wrong."""
+    """The cluster config can't be rendered; the message has the file, the key and the problem."""
 
 
 def _check_pinned(image: str) -> str:
     name, _, tag = image.rpartition(":")
     if not name or "/" in tag or tag == "latest":
-        raise ValueError(f"{image!r} names no version; write image:tag, and not latest")
+        raise ValueError(f"{image!r} has no fixed version; write image:tag, and not latest")
     return image
 
 
-# A DNS-1035 label, as RayCluster and Service ask for. Short, so that what is appended fits in 63.
+# A DNS-1035 label, as RayCluster and Service require. Short, so that suffixes fit into 63.
 Name = Annotated[str, Field(pattern=r"^[a-z]([-a-z0-9]*[a-z0-9])?$", max_length=24)]
-# A Secret may have dots (DNS-1123).
+# A Secret's name may contain dots (DNS-1123).
 SecretName = Annotated[str, Field(pattern=r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$", max_length=253)]
 Image = Annotated[str, Field(pattern=r"^[a-z0-9][\w./:@-]*$"), AfterValidator(_check_pinned)]
 
 
 class HeadConfig(_StrictConfig):
     cpus: int = Field(default=4, gt=0)
-    """CPU cores of the head's pod. Jobs' drivers run there; tasks do not."""
+    """CPU cores of the head's pod. The drivers of jobs run there, tasks do not."""
     memory_gib: int = Field(default=16, gt=0)
-    """Memory of the head's pod."""
+    """Memory of the head's pod, in GiB."""
 
 
 class WorkerGroupConfig(_StrictConfig):
     cpus: int = Field(default=8, gt=0)
     """CPU cores of a worker's pod."""
     memory_gib: int = Field(default=32, gt=0)
-    """Memory of a worker's pod, what lies in /dev/shm included."""
+    """Memory of a worker's pod in GiB, including what is in /dev/shm."""
     gpus: int = Field(default=0, ge=0)
     """GPUs of a worker's pod."""
     min_workers: int = Field(default=0, ge=0)
-    """Pods that stay when nothing runs."""
+    """Number of pods that stay when nothing runs."""
     max_workers: int = Field(default=4, ge=0)
-    """Pods that the autoscaler may ask for."""
+    """Largest number of pods that the autoscaler may start."""
     node_selector: dict[str, str] = Field(default_factory=dict)
-    """Labels of the nodes that may carry these pods."""
+    """Labels of the nodes on which these pods may run."""
 
     @model_validator(mode="after")
     def _check_order(self) -> Self:
@@ -65,55 +65,55 @@ class WorkerGroupConfig(_StrictConfig):
 
 class ObjectStoreConfig(_StrictConfig):
     root: str = Field(default="s3://mae/runs", pattern=r"^s3://[^/]+(/.*)?$")
-    """Where runs keep checkpoints and results (`storage.root` of every stage)."""
+    """Folder for the runs' checkpoints and results (`storage.root` of every stage)."""
     endpoint_url: str | None = None
     """Address of an S3 server that is not AWS."""
     region: str = "us-east-1"
-    """Region of the buckets."""
+    """AWS region of the buckets."""
     secret: SecretName = "mae-s3"
     """Secret with AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY."""
 
 
 class MlflowConfig(_StrictConfig):
     artifacts: str = Field(default="s3://mlflow", pattern=r"^s3://[^/]+(/.*)?$")
-    """Where the server puts artifacts; clients send them to the server, so need no key to it."""
+    """Folder for the server's artifacts; clients upload through the server and need no key."""
     cpus: int = Field(default=1, gt=0)
-    """CPU cores of the server's pod, and of its database's."""
+    """CPU cores of the server's pod, and of its database's pod."""
     memory_gib: int = Field(default=2, gt=0)
-    """Memory of the server's pod, and of its database's."""
+    """Memory of the server's pod, and of its database's pod, in GiB."""
     postgres_image: Image = "postgres:15.18-bookworm"
-    """Image of the database."""
+    """Container image of the database."""
     postgres_disk_gib: int = Field(default=20, gt=0)
-    """Disk of the database; it keeps metrics, not artifacts."""
+    """Disk of the database in GiB; it stores metrics, not artifacts."""
     postgres_secret: SecretName = "mae-postgres"
     """Secret with the database's `password`."""
 
 
 class JobConfig(_StrictConfig):
     retries: int = Field(default=1, ge=0)
-    """New clusters that a failed RayJob gets; the chain resumes, so finished stages don't rerun."""
+    """Number of new clusters for a failed RayJob; finished stages do not run again."""
     keep_s: int = Field(default=600, ge=0)
-    """Seconds that a finished RayJob's cluster stays, for a look at its logs."""
+    """Seconds that the cluster of a finished RayJob stays, to look at its logs."""
 
 
 class ClusterConfig(_StrictConfig):
     name: Name = "mae"
-    """What everything here is called, or begins with."""
+    """Name of the cluster, and prefix of the names of all other objects."""
     namespace: Name = "mae"
-    """Kubernetes namespace; made if it does not exist."""
+    """Kubernetes namespace; created if it does not exist."""
     image: Image
-    """Image of infra/docker/Dockerfile, for head, workers, MLflow and what submits jobs."""
+    """Image built from infra/docker/Dockerfile, for head, workers, MLflow and job submission."""
     image_pull_secret: SecretName | None = None
-    """Secret for a private image registry."""
+    """Secret that gives access to a private image registry."""
     head: HeadConfig = HeadConfig()
     cpu_workers: WorkerGroupConfig = WorkerGroupConfig(min_workers=1)
     gpu_workers: WorkerGroupConfig = WorkerGroupConfig(gpus=1)
     idle_timeout_s: int = Field(default=300, ge=0)
-    """Seconds without work after which a worker's pod is given back."""
+    """Seconds without work after which a worker's pod is released."""
     stop_wait_s: int = Field(default=60, gt=0)
     """Seconds between SIGTERM and SIGKILL when a job is stopped (Ray's own default is 3)."""
     ray_token_secret: SecretName = "mae-ray-token"
-    """Secret with the cluster's `auth_token`, which jobs and the dashboard ask for."""
+    """Secret with the cluster's `auth_token`, which jobs and the dashboard require."""
     storage: ObjectStoreConfig = ObjectStoreConfig()
     mlflow: MlflowConfig = MlflowConfig()
     job: JobConfig = JobConfig()
@@ -129,7 +129,7 @@ def load_cluster(file: Path) -> ClusterConfig:
     """Read a cluster's YAML file.
 
     Raises:
-        ClusterConfigError: no such file, not YAML, or a wrong or misspelt key.
+        ClusterConfigError: The file is missing or not YAML, or a key is wrong or misspelt.
     """
     try:
         return ClusterConfig.model_validate(typed(ClusterConfig, read_yaml(file).values))

@@ -1,6 +1,6 @@
-"""Write an object on S3 only if none is there, or only if it is still the one that was read.
+"""Write an S3 object only if it does not exist, or only if it is unchanged since it was read.
 
-pyarrow cannot ask for that. AWS and SeaweedFS keep to it.
+pyarrow does not offer conditional writes. AWS and SeaweedFS support them.
 """
 
 import logging
@@ -14,17 +14,17 @@ from botocore.exceptions import BotoCoreError, ClientError
 
 from infra import storage
 
-logging.getLogger("botocore.credentials").setLevel(logging.WARNING)  # says that it found some
+logging.getLogger("botocore.credentials").setLevel(logging.WARNING)  # it logs what it found
 
 REFUSED = ("PreconditionFailed", "412", "ConditionalRequestConflict", "409")
 ABSENT = ("NoSuchKey", "404")
 
 
 def put_if(uri: str, data: bytes, **condition: str) -> str | None:
-    """ETag of what was written; None where the condition, IfNoneMatch or IfMatch, does not hold.
+    """Write if IfNoneMatch or IfMatch holds and return the new ETag; return None if it does not.
 
     Raises:
-        StorageError: the store cannot be used.
+        StorageError: The store cannot be used.
     """
     try:
         written = s3_client().put_object(**_place(uri), Body=data, **condition)
@@ -36,10 +36,10 @@ def put_if(uri: str, data: bytes, **condition: str) -> str | None:
 
 
 def get(uri: str) -> dict[str, Any] | None:
-    """S3's answer: Body, ETag, LastModified, headers; None if there is no such object.
+    """Return S3's answer (Body, ETag, LastModified, headers), or None if there is no such object.
 
     Raises:
-        StorageError: the store cannot be used.
+        StorageError: The store cannot be used.
     """
     try:
         found = s3_client().get_object(**_place(uri))
@@ -63,8 +63,8 @@ def s3_client() -> Any:
 
 @lru_cache(maxsize=4)
 def _client_of(region: str, endpoint: str | None, *_keys: str | None) -> Any:
-    # A session of its own: the default one keeps the first keys that it saw. And no request may
-    # outlast the time in which others take a lease for stale.
+    # A separate session, because the default one keeps the first keys that it saw. And no request
+    # may last so long that others consider a lease stale.
     patience = Config(connect_timeout=3, read_timeout=10, retries={"total_max_attempts": 2})
     session = boto3.Session()
     return session.client("s3", endpoint_url=endpoint, region_name=region, config=patience)

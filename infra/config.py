@@ -1,4 +1,4 @@
-"""Where things live. Secrets come from the environment, never from YAML."""
+"""Settings of the storage and of MLflow. Secrets come from the environment, never from YAML."""
 
 from pathlib import Path
 
@@ -21,6 +21,6 @@ class TrackingConfig(_StrictConfig):
     uri: str = Field(default_factory=lambda: f"sqlite:///{Path('runs/mlflow.db').resolve()}")
     """MLflow tracking server (http://...) or an absolute sqlite store (sqlite:////...)."""
     experiment: str = "mae"
-    """MLflow experiment that the run joins."""
+    """MLflow experiment that the run belongs to."""
     parent_run_id: str | None = None
-    """MLflow run that this one is shown below; a pipeline sets it."""
+    """MLflow run under which this one is shown; a pipeline sets it."""

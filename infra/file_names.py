@@ -1,24 +1,24 @@
-"""Refuse names from outside that would lead out of the folder that they are joined to.
+"""Refuse file names from outside that would lead out of their folder.
 
-A listing, a manifest or an archive comes from whoever could write it. A name in it becomes a path
-only after one of these functions has looked at it.
+A listing, a manifest or an archive may have been written by anybody. A name in it becomes a path
+only after one of these functions has checked it.
 """
 
 import re
 from pathlib import Path
 
-# Also refused where they mean nothing: what is fetched on Linux may be copied to Windows.
+# Drive letters are refused on Linux too: files fetched here may be copied to Windows.
 _DRIVE = re.compile(r"^[A-Za-z]:")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 MAX_PART_BYTES = 255
 
 
 class UnsafeNameError(ValueError):
-    """A name leads out of its folder, or no file can have it."""
+    """A name leads out of its folder, or no file can have this name."""
 
 
 def problem_of_name(name: str) -> str | None:
-    """Say why a relative path must not be joined to a folder; None if it may be."""
+    """Return why a relative path must not be joined to a folder; None if it may be."""
     parts = name.split("/")
     if not name:
         return "is empty"
@@ -39,12 +39,12 @@ def path_below(folder: Path, name: str, source: str) -> Path:
     """Join a name from outside to a local folder.
 
     Args:
-        folder: that the path must not leave.
-        name: as `source` gave it.
-        source: where the name comes from, for the error.
+        folder: The folder that the path must not leave.
+        name: The name as `source` gave it.
+        source: Where the name comes from, for the error.
 
     Raises:
-        UnsafeNameError: the path would lie outside of the folder, also by a symbolic link in it.
+        UnsafeNameError: The path would be outside the folder, for example through a symbolic link.
     """
     problem = problem_of_name(name)
     if problem is None:

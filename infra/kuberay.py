@@ -1,9 +1,9 @@
-"""A cluster config as Kubernetes manifests: Ray, MLflow with PostgreSQL, jobs and schedules.
+"""Render a cluster config as Kubernetes manifests: Ray, MLflow with PostgreSQL, jobs, schedules.
 
     python -m infra.kuberay render configs/cluster/kuberay.yaml [--chain FILE] [--out FOLDER]
 
-Pure: the same config is the same text. Sources for what KubeRay v1.7 takes: its custom resource
-definitions, and the checks of its operator that no schema has
+The same config always gives the same text. Sources for what KubeRay v1.7 accepts: its custom
+resource definitions, and the checks of its operator that are in no schema
 (github.com/ray-project/kuberay, ray-operator/controllers/ray/utils/validation.go).
 """
 
@@ -29,30 +29,30 @@ from infra.pods import Manifest, container, object_of, pod_spec, secret_env, val
 Overlap = Literal["skip", "queue", "replace"]
 CatchUp = Literal["none", "latest", "all"]
 
-# The operator appends 6 characters to a RayJob's name for its cluster's, which may have 53; a
+# The operator appends 6 characters to a RayJob's name to name its cluster, which may have 53. A
 # RayCronJob appends "-" and the tick's minute, 8 digits, to its own name.
 MAX_RAY_JOB_NAME = 47
 MAX_RAY_CRON_JOB_NAME = MAX_RAY_JOB_NAME - 9
-# Kubernetes appends "-" and 10 digits for the Job's name, which may have 63.
+# Kubernetes appends "-" and 10 digits to name the Job, which may have 63 characters.
 MAX_CRON_JOB_NAME = 52
 
-# A pod's share of memory for /dev/shm. Ray keeps objects there, in 30 % of the memory.
+# Share of a pod's memory for /dev/shm. Ray keeps its objects there, in 30 % of the memory.
 SHM_SHARE = 0.4
-# What a pod has beyond a job's grace time to end by itself.
+# Seconds that a pod has to stop, beyond the job's own grace period.
 TERMINATION_MARGIN_S = 30
 
-# Kubernetes sees the submitting pod only. It starts one after another for "queue" and "skip"
-# alike; what becomes of a tick whose predecessor still runs on Ray is for the command to say.
+# Kubernetes sees only the submitting pod. It runs one after another for "queue" and "skip" alike;
+# the command decides what happens to a tick whose predecessor still runs on Ray.
 CONCURRENCY_POLICY: dict[Overlap, str] = {"skip": "Forbid", "queue": "Forbid", "replace": "Replace"}
-# Kubernetes starts the latest of the missed ticks, if it is not older than this; earlier ones are
-# for the command to make up ("all"). Not without a limit: after 100 missed ticks it would give up.
+# Kubernetes starts the latest missed tick if it is not older than this; with "all" the command
+# makes up for earlier ones. There must be a limit: Kubernetes gives up after 100 missed ticks.
 STARTING_DEADLINE_S: dict[CatchUp, int] = {"none": 60, "latest": 86_400, "all": 86_400}
 
 
 def render_platform(config: ClusterConfig) -> list[Manifest]:
-    """All that stays: namespace, MLflow with its database, and a Ray cluster to submit jobs to."""
+    """Render what stays: namespace, MLflow with its database, a Ray cluster that accepts jobs."""
     labels = {
-        # What is not allowed for "restricted" pods is told by kubectl.
+        # kubectl warns about pods that violate the "restricted" policy.
         "pod-security.kubernetes.io/enforce": "baseline",
         "pod-security.kubernetes.io/warn": "restricted",
     }
@@ -66,11 +66,11 @@ def render_platform(config: ClusterConfig) -> list[Manifest]:
 
 
 def render_ray_job(config: ClusterConfig, chain: str) -> Manifest:
-    """A chain on a cluster of its own, which goes when the chain is done.
+    """Render a chain on its own cluster, which is removed when the chain is done.
 
     Args:
-        config: also says how large the cluster may grow.
-        chain: the chain's file, as the image has it.
+        config: Also sets how large the cluster may grow.
+        chain: Path of the chain's file in the image.
     """
     stem = re.sub(r"[^a-z0-9]+", "-", Path(chain).stem.lower()).strip("-")
     name = _checked_name(f"{config.name}-{stem}", MAX_RAY_JOB_NAME)
@@ -89,9 +89,9 @@ def render_cron_job(
     catch_up: CatchUp = "latest",
     suspend: bool = False,
 ) -> Manifest:
-    """A schedule that Kubernetes keeps: at each tick a pod runs `command`, which submits to Ray.
+    """Render a CronJob: at each tick a pod runs `command`, which submits a job to Ray.
 
-    Kubernetes may, rarely, start a tick twice: the command must give its job an id of the tick.
+    Kubernetes may, rarely, start a tick twice: the command must derive its job's id from the tick.
     """
     _check_cron(cron)
     ray = {
@@ -127,10 +127,10 @@ def render_ray_cron_job(
     config: ClusterConfig,
     suspend: bool = False,
 ) -> Manifest:
-    """A schedule that KubeRay keeps: at each tick `command` runs on a Ray cluster of its own.
+    """Render a RayCronJob: at each tick `command` runs on its own Ray cluster.
 
-    Alpha in KubeRay 1.7, behind the feature gate RayCronJob. It knows no overlap and no catch-up:
-    runs may overlap, and all ticks missed while it was suspended start when it is resumed.
+    This is alpha in KubeRay 1.7, behind the feature gate RayCronJob, and has no rules for overlap
+    or catch-up: runs may overlap, and all ticks missed while suspended start when it is resumed.
     """
     _check_cron(cron)
     spec = {
@@ -144,7 +144,7 @@ def render_ray_cron_job(
 
 
 def dump(manifests: list[Manifest]) -> str:
-    """YAML that kubectl reads, without anchors, which it reads but people do not."""
+    """Write YAML without anchors, which kubectl understands but people find hard to read."""
     return yaml.dump_all(manifests, Dumper=_PlainDumper, sort_keys=False, width=100)
 
 
@@ -167,7 +167,7 @@ def _cluster_spec(config: ClusterConfig) -> Manifest:
             "securityContext": head["securityContext"],
         },
         "headGroupSpec": {
-            # Drivers only: a task there would take the memory that they and Ray's tables need.
+            # Drivers only: a task would take the memory that they and Ray's tables need.
             "rayStartParams": {"num-cpus": "0"},
             "template": {"spec": _ray_pod(config, head, config.head.memory_gib)},
         },
@@ -186,7 +186,7 @@ def _worker_group(config: ClusterConfig, name: str, group: WorkerGroupConfig) ->
     if group.gpus:
         for amounts in worker["resources"].values():
             amounts["nvidia.com/gpu"] = group.gpus
-        # GPU nodes are often kept free of other pods by this taint.
+        # This taint often keeps other pods off GPU nodes.
         pod["tolerations"] = [
             {"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}
         ]
@@ -209,10 +209,10 @@ def _ray_container(config: ClusterConfig, name: str, cpus: int, memory_gib: int)
 
 
 def _ray_pod(config: ClusterConfig, ray: Manifest, memory_gib: int) -> Manifest:
-    # The runtime's own /dev/shm has 64 MB: Ray would keep its objects on disk.
+    # The runtime's default /dev/shm has 64 MB, so Ray would keep its objects on disk.
     shm = {"medium": "Memory", "sizeLimit": f"{int(memory_gib * 1024 * SHM_SHARE)}Mi"}
     return pod_spec(config, ray) | {
-        # A pod that starts again would be another Ray node under the old one's name.
+        # A restarted pod would be a new Ray node under the old node's name.
         "restartPolicy": "Never",
         "terminationGracePeriodSeconds": config.stop_wait_s + TERMINATION_MARGIN_S,
         "volumes": [{"name": "shm", "emptyDir": shm}],
@@ -251,7 +251,7 @@ def _env(config: ClusterConfig) -> list[Manifest]:
             "AWS_DEFAULT_REGION": config.storage.region,
             "MAE__STORAGE__ROOT": config.storage.root,
             "MAE__TRACKING__URI": mlflow_uri(config),
-            # Read by the process beside a job's driver, which has the environment of its node.
+            # Read by the process that supervises a job's driver, which has its node's environment.
             "RAY_JOB_STOP_WAIT_TIME_S": str(config.stop_wait_s),
             "RAY_USAGE_STATS_ENABLED": "0",
         }
@@ -276,15 +276,15 @@ def _checked_name(name: str, max_length: int) -> str:
 
 
 def _check_cron(cron: str) -> None:
-    """Refuse what other readers of cron lines take and Kubernetes does not."""
+    """Raise a ClusterConfigError for cron syntax that only other cron implementations accept."""
     fields = cron.split()
     for field in fields:
         if not all(re.fullmatch(r"[*?]|\d+|[A-Za-z]{3}", x) for x in re.split("[,/-]", field)):
-            raise ClusterConfigError(f"cron {cron!r}: Kubernetes does not know {field!r}")
+            raise ClusterConfigError(f"cron {cron!r}: Kubernetes does not accept {field!r}")
     if len(fields) != 5:
         raise ClusterConfigError(f"cron {cron!r}: has {len(fields)} fields, not 5")
     if re.search(r"(^|[,-])7", fields[4]):
-        raise ClusterConfigError(f"cron {cron!r}: Kubernetes calls Sunday 0, not 7")
+        raise ClusterConfigError(f"cron {cron!r}: in Kubernetes Sunday is 0, not 7")
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -292,7 +292,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", required=True)
     render = commands.add_parser("render", help="print or write manifests")
     render.add_argument("cluster", type=Path, help="e.g. configs/cluster/kuberay.yaml")
-    render.add_argument("--chain", type=Path, help="a RayJob that runs this, and nothing else")
+    render.add_argument("--chain", type=Path, help="render only a RayJob that runs this chain")
     render.add_argument("--out", type=Path, help="folder to write to, instead of stdout")
     return parser.parse_args(arguments)
 

@@ -1,10 +1,10 @@
-"""At most one at a time works in a folder, on one machine or on many.
+"""Let at most one process at a time work in a folder, on one machine or on many.
 
-On a local disk the operating system keeps the lock, and drops it with the process. On S3 an object
-that only one can create is kept fresh by a heartbeat; when it was not for STALE_S, whoever wants
-it takes it over, by a write that the store refuses if another came first. Giving it back is such
-a write, too: it leaves an empty object, never deletes one that is another's by now. Ages are by the
-store's clock.
+On a local disk the operating system holds the lock and releases it when the process ends. On S3 a
+conditional write creates an object, and a heartbeat keeps it fresh. If it has not been refreshed
+for STALE_S, another process may take it over, by a write that the store refuses if someone else was
+faster. Releasing it is such a write too: it leaves an empty object and never deletes a lease that
+another process holds by now. Ages are measured by the store's clock.
 """
 
 import fcntl
@@ -33,11 +33,11 @@ GIVEN_BACK = b""
 
 
 class HeldError(storage.StorageError):
-    """Another process works there; says which."""
+    """Another process works in the folder; the message says which."""
 
 
 class Lease:
-    """One that is held, or was lost to another."""
+    """A lease that this process holds, or has lost to another."""
 
     def __init__(self, uri: str) -> None:
         self.uri = uri
@@ -45,18 +45,18 @@ class Lease:
         self.tag = ""  # ETag of what we wrote last, on S3
 
     def check(self) -> None:
-        """Raises: HeldError: another took it over."""
+        """Raise a HeldError if another process has taken the lease over."""
         if self.is_lost:
-            raise HeldError(f"{self.uri}: another took it over while we did not keep it fresh")
+            raise HeldError(f"{self.uri}: another process took it over while it was not refreshed")
 
 
 @contextmanager
 def lease(uri: str, purpose: str) -> Iterator[Lease]:
-    """Hold the file at `uri` while inside.
+    """Hold the lease at `uri` for the duration of the block.
 
     Raises:
-        HeldError: another holds it.
-        StorageError: the store cannot be used.
+        HeldError: Another process holds it.
+        StorageError: The store cannot be used.
     """
     holder = {"purpose": purpose, "host": socket.gethostname(), "pid": os.getpid()}
     text = json.dumps({**holder, "token": secrets.token_hex(8)})
@@ -113,35 +113,35 @@ def _hold_object(uri: str, text: str) -> Iterator[Lease]:
         beating.join(timeout=HEARTBEAT_S)
         with suppress(storage.StorageError):
             if put_if(uri, GIVEN_BACK, IfMatch=held.tag) is None:
-                # A heartbeat whose answer was lost made another ETag of ours.
+                # A heartbeat whose answer got lost has changed our ETag.
                 found = get(uri)
                 if found is not None and found["Body"].decode() == text:
                     put_if(uri, GIVEN_BACK, IfMatch=found["ETag"])
 
 
 def _take(uri: str, text: str) -> str:
-    """Write the object, if none is there or the one there is stale; returns its ETag."""
+    """Write the object if there is none or only a stale one; return its ETag."""
     if (tag := put_if(uri, text.encode(), IfNoneMatch="*")) is not None:
         return tag
     found = get(uri)
-    if found is None:  # given back since
+    if found is None:  # released in the meantime
         return _take(uri, text)
     holder = found["Body"].decode()
-    if holder == text:  # our own write, whose answer was lost
+    if holder == text:  # our own write, whose answer got lost
         return str(found["ETag"])
     now = parsedate_to_datetime(found["ResponseMetadata"]["HTTPHeaders"]["date"])
     age_s = (now - found["LastModified"]).total_seconds()
     is_given_back = found["Body"] == GIVEN_BACK
     if is_given_back or age_s >= STALE_S or _is_dead_here(holder):
         if not is_given_back:
-            logger.warning("%s: not heard of for %.0f s; taken over", _held_by(uri, holder), age_s)
+            logger.warning("%s: not refreshed for %.0f s; taken over", _held_by(uri, holder), age_s)
         if (tag := put_if(uri, text.encode(), IfMatch=found["ETag"])) is not None:
             return tag
-    raise HeldError(f"{_held_by(uri, holder)}, heard of {max(age_s, 0):.0f} s ago")
+    raise HeldError(f"{_held_by(uri, holder)}, refreshed {max(age_s, 0):.0f} s ago")
 
 
 def _is_dead_here(text: str) -> bool:
-    """The holder was a process of this machine that is gone: no need to wait."""
+    """Return whether the holder was a process on this machine that has ended."""
     with suppress(ValueError, KeyError, TypeError):
         holder = json.loads(text)
         return holder["host"] == socket.gethostname() and not psutil.pid_exists(holder["pid"])
@@ -153,12 +153,12 @@ def _beat(held: Lease, text: str, stopped: threading.Event) -> None:
         try:
             written = put_if(held.uri, text.encode(), IfMatch=held.tag)
             if written is None and not _is_ours(held.uri, text):
-                logger.error("%s: another took it over", held.uri)
+                logger.error("%s: another process took it over", held.uri)
                 held.is_lost = True
                 return
             held.tag = written or held.tag
         except storage.StorageError as error:
-            logger.warning("%s: could not be kept fresh: %s", held.uri, error)
+            logger.warning("%s: could not be refreshed: %s", held.uri, error)
 
 
 def _is_ours(uri: str, text: str) -> bool:

@@ -1,6 +1,6 @@
-"""How much of this machine the process may use: CPU cores, memory and GPUs.
+"""Find out how many CPU cores, GPUs and how much memory of this machine the process may use.
 
-A scheduler (Slurm, Kubernetes, Docker, taskset) often gives a process less than the machine has.
+A scheduler (Slurm, Kubernetes, Docker, taskset) often grants a process less than the machine has.
 """
 
 import os
@@ -13,7 +13,7 @@ import psutil
 
 NVIDIA_SMI_TIMEOUT_S = 30.0
 
-# Below this, Ray's own processes leave no room for the data in the object store.
+# With less than this, Ray's own processes leave no room for data in the object store.
 MIN_OBJECT_STORE_BYTES = 2**27
 MAX_OBJECT_STORE_BYTES = 2**30
 
@@ -21,10 +21,10 @@ MAX_OBJECT_STORE_BYTES = 2**30
 def count_cpus(root: Path = Path("/"), env: Mapping[str, str] = os.environ) -> int:
     """Count the CPU cores that this process may use.
 
-    The smallest of these holds: CPU affinity, the cgroup's quota and Slurm's allocation.
+    The result is the smallest of CPU affinity, the cgroup's quota and Slurm's allocation.
     """
     limits = [float(_count_affine_cpus()), *_cgroup_cpus(root)]
-    # Slurm does not enforce its allocation on clusters without a plugin for it.
+    # Without a plugin, a Slurm cluster does not enforce its allocation.
     for name in ("SLURM_CPUS_PER_TASK", "SLURM_CPUS_ON_NODE"):
         if env.get(name, "").isdecimal():
             limits.append(float(env[name]))
@@ -39,31 +39,31 @@ def _count_affine_cpus() -> int:
 
 
 def memory_bytes(root: Path = Path("/"), env: Mapping[str, str] = os.environ) -> int:
-    """Return the memory that this process may use: the machine's, the cgroup's or Slurm's limit."""
+    """Return the memory in bytes that this process may use: of the machine, cgroup or Slurm job."""
     limits = [int(psutil.virtual_memory().total), *_cgroup_memory(root)]
     slurm_mib = env.get("SLURM_MEM_PER_NODE", "")
-    if slurm_mib.isdecimal() and int(slurm_mib) > 0:  # 0 stands for the whole node
+    if slurm_mib.isdecimal() and int(slurm_mib) > 0:  # 0 means the whole node
         limits.append(int(slurm_mib) * 2**20)
     return min(limits)
 
 
 def object_store_bytes(memory: int, shared_memory: Path = Path("/dev/shm")) -> int:
-    """Return how much memory Ray's object store may take.
+    """Return how many bytes Ray's object store may take.
 
-    It lies in shared memory, which counts towards the cgroup's limit. Where shared memory is too
-    small to be of use, Ray takes a folder on the disk in its place, so it sets no limit then.
+    The store is in shared memory, which counts towards the cgroup's limit. Where shared memory is
+    too small to be useful, Ray uses a folder on disk instead, so it sets no limit then.
     """
     wanted = min(MAX_OBJECT_STORE_BYTES, memory * 3 // 10)
     if shared_memory.is_dir():
         free = shutil.disk_usage(shared_memory).free
-        # Ray takes the folder on the disk unless all that is asked for is free.
+        # Ray uses the folder on disk unless the whole size is free.
         if free * 9 // 10 >= MIN_OBJECT_STORE_BYTES:
             wanted = min(wanted, free * 9 // 10)
     return max(wanted, MIN_OBJECT_STORE_BYTES)
 
 
 def count_gpus(env: Mapping[str, str] = os.environ) -> int:
-    """Count the GPUs that CUDA would offer this process, without importing torch (seconds)."""
+    """Count the GPUs that CUDA would offer this process, without the slow import of torch."""
     gpus, slices = _list_gpus()
     chosen = env.get("CUDA_VISIBLE_DEVICES")
     if chosen is None:
@@ -72,29 +72,29 @@ def count_gpus(env: Mapping[str, str] = os.environ) -> int:
     for word in (part.strip() for part in chosen.split(",")):
         device = _find_device(word, gpus, slices)
         if device is None:
-            break  # as CUDA does: what follows a device that does not exist is not used
+            break  # as in CUDA: devices after one that does not exist are ignored
         if device in seen:
-            return 0  # CUDA offers none at all where one is named twice
+            return 0  # CUDA offers no device if one is named twice
         seen.add(device)
     return len(seen)
 
 
 def _find_device(word: str, gpus: list[str], slices: list[str]) -> str | None:
-    """Return the UUID of the device that CUDA_VISIBLE_DEVICES names by number or UUID."""
+    """Return the UUID of the device that CUDA_VISIBLE_DEVICES names by number or by UUID."""
     if word.isdecimal():
         return gpus[int(word)] if int(word) < len(gpus) else None
     if not word.startswith(("GPU-", "MIG-")):
         return None
-    # The beginning of a UUID is enough where only one device has it.
+    # The beginning of a UUID is enough if it is unique.
     found = [uuid for uuid in [*gpus, *slices] if uuid.startswith(word)]
-    # MIG-GPU-UUID/INSTANCE/INSTANCE is the name that drivers before 470 gave a slice.
+    # Drivers before 470 name a slice MIG-GPU-UUID/INSTANCE/INSTANCE.
     if not found and word.startswith("MIG-GPU-"):
         found = [word for gpu in gpus if word.removeprefix("MIG-").startswith(gpu)]
     return found[0] if len(found) == 1 else None
 
 
 def _list_gpus() -> tuple[list[str], list[str]]:
-    """List the UUIDs of the GPUs, and of the slices (MIG) that some of them are cut into."""
+    """List the UUIDs of the GPUs, and of the MIG slices that some of them are split into."""
     try:
         listing = subprocess.run(
             ["nvidia-smi", "-L"],
@@ -121,7 +121,7 @@ def _cgroup_cpus(root: Path) -> list[float]:
         if quota != "max" and float(period) > 0:
             limits.append(float(quota) / float(period))
         v1 = [_read_words(folder / f"cpu.cfs_{name}_us") for name in ("quota", "period")]
-        if v1[0] and v1[1] and float(v1[0][0]) > 0:  # -1 stands for no limit
+        if v1[0] and v1[1] and float(v1[0][0]) > 0:  # -1 means no limit
             limits.append(float(v1[0][0]) / float(v1[1][0]))
     return limits
 
@@ -137,7 +137,7 @@ def _cgroup_memory(root: Path) -> list[int]:
 
 
 def _cgroup_folders(root: Path, controller: str) -> list[Path]:
-    """List the process's cgroup of one controller and all above it, each of which may limit it."""
+    """List the process's cgroup of one controller and its parents, each of which may limit it."""
     mounts = root / "sys/fs/cgroup"
     try:
         lines = (root / "proc/self/cgroup").read_text().splitlines()
@@ -153,7 +153,7 @@ def _cgroup_folders(root: Path, controller: str) -> list[Path]:
         else:
             continue
         for top in tops:
-            # Inside a container the path may be the host's, which does not exist here.
+            # In a container the path may be the host's, which does not exist here.
             place = top / path.lstrip("/")
             folders += [each for each in [place, *place.parents] if each.is_relative_to(top)]
     return folders

@@ -1,8 +1,8 @@
-"""Clients of MLflow, each bound to the store that it is told.
+"""Create MLflow clients, each bound to the store that it is given.
 
 MLflow keeps a tracking URI and a registry URI for the whole process, in variables and in
 MLFLOW_TRACKING_URI and MLFLOW_REGISTRY_URI, and falls back to files in the working folder. Nothing
-in this project reads or sets them: whoever talks to MLflow takes a client from here, and calls no
+in this project reads or sets these: all code that talks to MLflow gets its client here and calls no
 function of `mlflow` that has no client.
 """
 
@@ -15,7 +15,7 @@ from mlflow.exceptions import MlflowException
 
 from infra.config import TrackingConfig
 
-# Without a kind, MLflow 3 opens an experiment as one of GenAI, on its traces.
+# Without this tag, MLflow 3 treats an experiment as GenAI and opens it on its traces.
 EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
 
 SQLITE_SCHEME = "sqlite:///"
@@ -23,18 +23,18 @@ SQLITE_SCHEME = "sqlite:///"
 
 @lru_cache(maxsize=4)
 def client_of(uri: str) -> MlflowClient:
-    """Return the client of the store at `uri`, for its runs as well as its model registry."""
+    """Return the client of the store at `uri`, for its runs and for its model registry."""
     if uri.startswith(SQLITE_SCHEME):
         Path(uri.removeprefix(SQLITE_SCHEME)).parent.mkdir(parents=True, exist_ok=True)
-    # It would warn of each retry of a request; we warn once that the server is down.
+    # It would warn about each retry of a request; we warn once that the server is down.
     logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)
     return MlflowClient(tracking_uri=uri, registry_uri=uri)
 
 
 def artifact_location(uri: str) -> str | None:
-    """Return the folder beside a sqlite store; None lets a server decide.
+    """Return the folder next to a sqlite store, or None to let a server decide.
 
-    MLflow's default for a sqlite store is the folder where the program started.
+    MLflow's default for a sqlite store is the folder in which the program was started.
     """
     if not uri.startswith(SQLITE_SCHEME):
         return None
@@ -43,14 +43,14 @@ def artifact_location(uri: str) -> str | None:
 
 
 def experiment_of(client: MlflowClient, tracking: TrackingConfig) -> str:
-    """Return the id of the experiment, which is created if it is not there."""
+    """Return the id of the experiment, creating it if necessary."""
     experiment = client.get_experiment_by_name(tracking.experiment)
     if experiment is None:
         location = artifact_location(tracking.uri)
         try:
             return client.create_experiment(tracking.experiment, location, EXPERIMENT_TAGS)
         except MlflowException as error:
-            # Another run may have created it since.
+            # Another run may have created it in the meantime.
             experiment = client.get_experiment_by_name(tracking.experiment)
             if experiment is None:
                 raise error

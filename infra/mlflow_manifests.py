@@ -1,17 +1,17 @@
-"""MLflow on Kubernetes: a server for metrics and artifacts, and its PostgreSQL."""
+"""Kubernetes manifests of MLflow: a server for metrics and artifacts, and its PostgreSQL."""
 
 from infra.cluster import ClusterConfig
 from infra.pods import Manifest, container, object_of, pod_spec, secret_env, values_env
 
 MLFLOW_PORT = 5000
 POSTGRES_PORT = 5432
-# The user `postgres` of its official image.
+# Id of the user `postgres` in its official image.
 POSTGRES_USER_ID = 999
 POSTGRES_DATA = "/var/lib/postgresql/data"
 
 
 def mlflow_uri(config: ClusterConfig) -> str:
-    """Where stages inside the cluster find the server."""
+    """Return the server's address for stages inside the cluster."""
     return f"http://{_server_name(config)}.{config.namespace}.svc:{MLFLOW_PORT}"
 
 
@@ -45,7 +45,7 @@ def _database_spec(config: ClusterConfig) -> Manifest:
     postgres |= {
         "ports": [{"containerPort": POSTGRES_PORT}],
         "env": [
-            # A folder of its own: a new disk has lost+found, which initdb refuses.
+            # A subfolder: a new disk contains lost+found, which initdb refuses.
             *values_env({"POSTGRES_USER": "mlflow", "PGDATA": f"{POSTGRES_DATA}/pgdata"}),
             secret_env("POSTGRES_PASSWORD", mlflow.postgres_secret, "password"),
         ],
@@ -67,7 +67,7 @@ def _database_spec(config: ClusterConfig) -> Manifest:
 
 def _server_spec(config: ClusterConfig) -> Manifest:
     name, mlflow = _server_name(config), config.mlflow
-    # Its tables are changed at the start of a new version: never two at once.
+    # A new version changes the tables when it starts, so two must never run at once.
     strategy = {"type": "Recreate"}
     health = {"httpGet": {"path": "/health", "port": MLFLOW_PORT}}
     server = container("mlflow", config.image, mlflow.cpus, f"{mlflow.memory_gib}Gi")
@@ -76,11 +76,11 @@ def _server_spec(config: ClusterConfig) -> Manifest:
         "ports": [{"containerPort": MLFLOW_PORT}],
         "env": [
             *values_env(_server_env(config)),
-            # Read by PostgreSQL's client library, so that the address needs no password.
+            # Read by PostgreSQL's client library, so the address needs no password.
             secret_env("PGPASSWORD", mlflow.postgres_secret, "password"),
         ],
         "envFrom": [{"secretRef": {"name": config.storage.secret}}],
-        # Ten minutes: the first start makes 60 tables, and may have to wait for the database.
+        # Ten minutes: the first start creates 60 tables, and may have to wait for the database.
         "startupProbe": health | {"periodSeconds": 5, "failureThreshold": 120},
         "readinessProbe": health,
         "livenessProbe": health | {"timeoutSeconds": 10, "failureThreshold": 6},
@@ -92,7 +92,7 @@ def _server_spec(config: ClusterConfig) -> Manifest:
 def _server_command(config: ClusterConfig) -> list[str]:
     service = _server_name(config)
     names = [service, f"{service}.{config.namespace}", f"{service}.{config.namespace}.svc"]
-    # It refuses requests for a host that is not listed. localhost: kubectl port-forward.
+    # It refuses requests for a host that is not listed. localhost is for kubectl port-forward.
     hosts = [f"{name}:{MLFLOW_PORT}" for name in names] + ["localhost:*", "127.0.0.1:*"]
     database = f"mlflow@{_database_name(config)}:{POSTGRES_PORT}/mlflow"
     return [

@@ -1,8 +1,8 @@
-"""Read the small files that this program writes for itself, and say what is wrong with one.
+"""Read the small files that this program writes for itself, and report damage.
 
-A file that is cut, empty, not JSON or of another shape is damaged. Who can make its content anew
-reads it with `read_or_none`, which warns; all else reads it with `read_own`, which raises, so that
-nothing is written over what cannot be made again.
+A file that is truncated, empty, not JSON or of another shape is damaged. Code that can recompute
+the content reads it with `read_or_none`, which warns. Other code reads it with `read_own`, which
+raises, so that nothing overwrites a file that cannot be recomputed.
 """
 
 import logging
@@ -19,20 +19,20 @@ SHOWN_CHARS = 200
 
 
 class DamagedFileError(RuntimeError):
-    """A file of our own is not what we wrote; names it, what is wrong, and what to do."""
+    """One of our own files is not what we wrote; the message has the file, problem and remedy."""
 
 
 def read_own(uri: str, shape: type[T], way_out: str) -> T | None:
-    """The content of a JSON file that we wrote; None if there is no such file.
+    """Read a JSON file that we wrote; None if there is no such file.
 
     Args:
-        uri: of the file.
-        shape: a pydantic model, a NamedTuple, or a type such as `dict[str, float]`.
-        way_out: what to do where the file is damaged, for the error: a full clause.
+        uri: The file.
+        shape: A pydantic model, a NamedTuple, or a type such as `dict[str, float]`.
+        way_out: What to do if the file is damaged, for the error: a full clause.
 
     Raises:
-        DamagedFileError: it is not JSON, or not of this shape.
-        StorageError: the store cannot be used.
+        DamagedFileError: The file is not JSON, or not of this shape.
+        StorageError: The store cannot be used.
     """
     try:
         data = storage.read_bytes(uri)
@@ -42,7 +42,7 @@ def read_own(uri: str, shape: type[T], way_out: str) -> T | None:
 
 
 def parse_own(data: bytes, uri: str, shape: Any, way_out: str) -> Any:
-    """Do what `read_own` does with content that has been read already."""
+    """Parse content that has been read already, as `read_own` does."""
     try:
         return TypeAdapter(shape).validate_json(data)
     except ValidationError as error:
@@ -50,12 +50,12 @@ def parse_own(data: bytes, uri: str, shape: Any, way_out: str) -> Any:
 
 
 def read_or_none(uri: str, shape: type[T], consequence: str) -> T | None:
-    """The content of a JSON file that can be made anew; None, with a warning, if it is damaged.
+    """Read a JSON file that can be recomputed; warn and return None if it is damaged.
 
     Args:
-        uri: of the file.
-        shape: see `read_own`.
-        consequence: what is done instead, for the warning.
+        uri: The file.
+        shape: See `read_own`.
+        consequence: What happens instead, for the warning.
     """
     try:
         return read_own(uri, shape, consequence)
@@ -73,7 +73,7 @@ def _first(error: ValidationError, data: bytes) -> str:
 
 
 def read_lines(uri: str) -> list[dict[str, Any]]:
-    """The objects of a file with one a line; a warning counts the lines that are damaged."""
+    """Read a file with one JSON object per line, and warn about the number of damaged lines."""
     found, num_damaged = [], 0
     for line in storage.read_bytes(uri).splitlines():
         try:

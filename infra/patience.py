@@ -1,7 +1,7 @@
-"""Reads over a bad network: tried again while their fault is one that may pass.
+"""Read over a bad network: retry while the error is one that may pass.
 
-A read is ours to try again, each try one request: pyarrow takes some faults for success, and does
-not retry an error whose text is longer than the range asked for.
+Retries are done here, with one request each: pyarrow takes some errors for success, and does not
+retry an error whose text is longer than the requested range.
 """
 
 import io
@@ -14,8 +14,8 @@ import tenacity
 
 logger = logging.getLogger(__name__)
 
-# An outage of 29 s is waited out, at most 58 s; a server that hangs is given up after READ_TRIES
-# times the client's timeout more.
+# An outage of 29 s is bridged, at most one of 58 s. A server that hangs takes READ_TRIES times the
+# client's timeout in addition.
 READ_TRIES = 20
 READ_BACKOFF_S = 0.1
 READ_BACKOFF_MAX_S = 4.0
@@ -26,7 +26,7 @@ _TRANSIENT = re.compile(
 
 
 def patiently(uri: str, action: Callable[[], Any]) -> Any:
-    """What `action` returns, tried again while its fault is one that may pass."""
+    """Return the result of `action`, retried while its error is one that may pass."""
 
     def warn(state: tenacity.RetryCallState) -> None:
         error = state.outcome.exception() if state.outcome else None
@@ -38,7 +38,7 @@ def patiently(uri: str, action: Callable[[], Any]) -> Any:
 
     return tenacity.Retrying(
         stop=tenacity.stop_after_attempt(READ_TRIES),
-        # Half of it random, or all workers would come back at once.
+        # Half of the wait is random, or all workers would retry at once.
         wait=tenacity.wait_exponential(READ_BACKOFF_S / 2, READ_BACKOFF_MAX_S / 2)
         + tenacity.wait_random_exponential(READ_BACKOFF_S / 2, READ_BACKOFF_MAX_S / 2),
         retry=tenacity.retry_if_exception(_may_pass),
@@ -52,26 +52,26 @@ def _may_pass(error: BaseException) -> bool:
 
 
 def _fill(file: Any, start: int, buffer: memoryview) -> None:
-    # On S3 pyarrow counts the bytes that it asked for, whatever came, and leaves the rest of the
-    # buffer as it was (25.0.1). So what stood in its last byte must be gone; twice, since the
-    # byte that belongs there may be the same.
+    # On S3 pyarrow (25.0.1) reports the number of bytes requested, whatever it received, and leaves
+    # the rest of the buffer unchanged. So the mark in the last byte must have been overwritten;
+    # two marks are tried, because the byte that belongs there may equal the first.
     for mark in b"U\xaa":
         buffer[-1] = mark
         file.seek(start)
         count = file.readinto(buffer)
         if count == len(buffer) and buffer[-1] != mark:
             return
-    raise OSError(f"SHORT_READ: fewer than the {len(buffer)} bytes from {start} on came")
+    raise OSError(f"SHORT_READ: received fewer than the {len(buffer)} bytes from {start} on")
 
 
 def fill_patiently(uri: str, file: Any, start: int, buffer: memoryview) -> None:
-    """Read exactly `buffer`'s length from `start` on."""
+    """Fill `buffer` with the bytes from `start` on; raise an OSError if there are fewer."""
     if len(buffer):
         patiently(uri, lambda: _fill(file, start, buffer))
 
 
 class ObjectStream(io.RawIOBase):
-    """An object on S3, read by ranges, each of which may be tried again."""
+    """An object on S3, read in ranges; each range may be retried."""
 
     def __init__(self, uri: str, file: Any) -> None:
         self._uri, self._file, self._position = uri, file, 0

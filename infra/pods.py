@@ -1,4 +1,4 @@
-"""The parts that all pods are made of: no root, no privileges, bounded CPU and memory."""
+"""The common parts of all pods: no root, no privileges, limited CPU and memory."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,14 +7,14 @@ from infra.cluster import ClusterConfig
 
 Manifest = dict[str, Any]
 
-# The user `mae` of infra/docker/Dockerfile.
+# Id of the user `mae` of infra/docker/Dockerfile.
 USER_ID = 1000
 
 
 def object_of(
     config: ClusterConfig, api_version: str, kind: str, name: str, spec: Manifest
 ) -> Manifest:
-    """A Kubernetes object in the cluster's namespace."""
+    """Build a Kubernetes object in the cluster's namespace."""
     labels = {"app.kubernetes.io/name": name, "app.kubernetes.io/part-of": config.name}
     return {
         "apiVersion": api_version,
@@ -25,7 +25,7 @@ def object_of(
 
 
 def pod_spec(config: ClusterConfig, main: Manifest, user_id: int = USER_ID) -> Manifest:
-    """A pod of one container that runs as `user_id`, who also owns the pod's volumes."""
+    """Build a pod of one container that runs as `user_id`, who also owns the pod's volumes."""
     spec: Manifest = {
         "securityContext": {
             "runAsNonRoot": True,
@@ -34,7 +34,7 @@ def pod_spec(config: ClusterConfig, main: Manifest, user_id: int = USER_ID) -> M
             "fsGroup": user_id,
             "seccompProfile": {"type": "RuntimeDefault"},
         },
-        # Or each Service would put variables into each pod, with names that programs may read.
+        # Otherwise each Service adds variables to each pod, with names that programs may read.
         "enableServiceLinks": False,
         "containers": [main],
     }
@@ -44,7 +44,7 @@ def pod_spec(config: ClusterConfig, main: Manifest, user_id: int = USER_ID) -> M
 
 
 def container(name: str, image: str, cpus: int, memory: str) -> Manifest:
-    """What is asked for is what is given: Ray counts CPUs and memory by the limits."""
+    """Build a container whose requests equal its limits: Ray counts resources by the limits."""
     return {
         "name": name,
         "image": image,
@@ -64,5 +64,5 @@ def values_env(values: Mapping[str, str]) -> list[Manifest]:
 
 
 def secret_env(name: str, secret: str, key: str) -> Manifest:
-    """A variable whose value is a Secret's, put in by Kubernetes when the pod starts."""
+    """Define a variable whose value Kubernetes takes from a Secret when the pod starts."""
     return {"name": name, "valueFrom": {"secretKeyRef": {"name": secret, "key": key}}}

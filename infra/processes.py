@@ -1,7 +1,7 @@
-"""Background processes that outlive the command that started them, and can be found again.
+"""Manage background processes that outlive the command that started them.
 
-Each has a folder's NAME.json with its pid and start time, so that a pid that now belongs to
-another program is never taken for ours, and NAME.log with its output.
+Each has two files in a folder: NAME.json with its pid and start time, so that another program with
+the same pid is never mistaken for it, and NAME.log with its output.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import psutil
 
-# psutil derives start times from the clock, which may be set meanwhile.
+# psutil derives start times from the clock, which may be changed in the meantime.
 START_TIME_TOLERANCE_S = 5.0
 POLL_S = 0.2
 LOG_TAIL_LINES = 15
@@ -34,11 +34,11 @@ class _Record(NamedTuple):
 
 
 class ServiceError(RuntimeError):
-    """A service cannot be started; says which, why, and what to try."""
+    """A service cannot be started; the message says which, why, and what to try."""
 
 
 def start_process(folder: Path, name: str, command: list[str], env: Mapping[str, str]) -> int:
-    """Start a program in a session of its own, with `folder` as its working folder."""
+    """Start a program in its own session, with `folder` as its working folder; return its pid."""
     with _log_file(folder, name).open("ab") as log:
         process = subprocess.Popen(
             command,
@@ -49,7 +49,7 @@ def start_process(folder: Path, name: str, command: list[str], env: Mapping[str,
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
-    # It is meant to outlive this object, which would warn of that.
+    # The process is meant to outlive this object, which would warn about that.
     process.returncode = 0
     record = _Record(process.pid, psutil.Process(process.pid).create_time())
     _record_file(folder, name).write_text(json.dumps(record._asdict()))
@@ -57,7 +57,7 @@ def start_process(folder: Path, name: str, command: list[str], env: Mapping[str,
 
 
 def find_process(folder: Path, name: str) -> psutil.Process | None:
-    """The process that `start_process` started under this name, if it still runs."""
+    """Return the process that `start_process` started under this name, or None if it has ended."""
     record = _read_record(folder, name)
     if record is None:
         return None
@@ -71,28 +71,28 @@ def find_process(folder: Path, name: str) -> psutil.Process | None:
 
 
 def is_alive(process: psutil.Process) -> bool:
-    """Not so for a zombie, which stays as long as its parent, or a container's pid 1, likes."""
+    """Return whether a process runs; a zombie, which stays until its parent reaps it, does not."""
     with contextlib.suppress(psutil.NoSuchProcess):
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     return False
 
 
 def end_with_parent() -> None:
-    """Where PARENT_VARIABLE names our parent, SIGTERM comes when it dies, however it does.
+    """Ask for SIGTERM when our parent dies for any reason, if PARENT_VARIABLE names the parent.
 
-    Linux only; elsewhere a child whose parent was killed goes on.
+    Works on Linux only; elsewhere a child whose parent was killed keeps running.
     """
     parent = os.environ.pop(PARENT_VARIABLE, None)
     if parent is None:
         return
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-    if os.getppid() != int(parent):  # it died before we asked
+    if os.getppid() != int(parent):  # it died before the request
         os.kill(os.getpid(), signal.SIGTERM)
 
 
 def stop_process(folder: Path, name: str, grace_s: float) -> bool:
-    """Stop it and all that it started: SIGTERM, and SIGKILL after `grace_s`.
+    """Stop a process and all that it started: SIGTERM first, SIGKILL after `grace_s`.
 
     Returns:
         False if there was nothing to stop.
@@ -101,7 +101,7 @@ def stop_process(folder: Path, name: str, grace_s: float) -> bool:
     family = _find_family(folder, name)
     _signal_all([root] if root else family, psutil.Process.terminate)
     _wait_until_dead([root] if root else family, grace_s)
-    # Asked again, for it may have started others meanwhile.
+    # Looked up again, because it may have started other processes in the meantime.
     remaining = {*family, *_find_family(folder, name)}
     _signal_all(remaining, psutil.Process.kill)
     _wait_until_dead(remaining, grace_s)
@@ -110,7 +110,7 @@ def stop_process(folder: Path, name: str, grace_s: float) -> bool:
 
 
 def _find_family(folder: Path, name: str) -> set[psutil.Process]:
-    """It, what it started, and what they left behind: the last are no one's children any more."""
+    """Find the process, its descendants, and descendants whose own parents have ended."""
     root = find_process(folder, name)
     found = [root] if root else []
     for process in psutil.process_iter():
@@ -125,18 +125,18 @@ def _find_family(folder: Path, name: str) -> set[psutil.Process]:
 
 
 def _has_marker(process: psutil.Process, folder: Path, name: str) -> bool:
-    """Misses those that write themselves another title over it, as Ray's workers do."""
+    """Look for our variable; misses processes that overwrote it with a title, as Ray workers do."""
     with contextlib.suppress(psutil.AccessDenied):
         return process.environ().get(MARKER_VARIABLE) == _marker(folder, name)
     return False
 
 
 def _is_in_session(process: psutil.Process, folder: Path, name: str) -> bool:
-    """Misses those that start a session of their own, as the drivers of Ray's jobs do."""
+    """Look for our session; misses processes with their own, such as the drivers of Ray jobs."""
     record = _read_record(folder, name)
     if record is None or os.getsid(process.pid) != record.pid:
         return False
-    # A session's number is given out again only after its last process has ended.
+    # A session's number is reused only after its last process has ended.
     return process.create_time() > record.started_at_s - START_TIME_TOLERANCE_S
 
 
@@ -144,7 +144,7 @@ def _signal_all(
     processes: Iterable[psutil.Process], send: Callable[[psutil.Process], None]
 ) -> None:
     for process in processes:
-        # psutil compares start times, too: it signals no process that has taken over a pid.
+        # psutil compares start times too, so it never signals another process with the same pid.
         with contextlib.suppress(psutil.NoSuchProcess):
             send(process)
 
@@ -153,17 +153,17 @@ def _wait_until_dead(processes: Iterable[psutil.Process], timeout_s: float) -> N
     deadline_s = time.monotonic() + timeout_s
     while any(is_alive(process) for process in processes) and time.monotonic() < deadline_s:
         time.sleep(POLL_S)
-    # Those that this program started stay zombies until it asks for their end.
+    # Processes that this program started stay zombies until their exit status is read.
     psutil.wait_procs(processes, timeout=0)
 
 
 def wait_until_ready(
     folder: Path, name: str, is_ready: Callable[[], bool], timeout_s: float
 ) -> None:
-    """Poll `is_ready` until it holds.
+    """Poll `is_ready` until it returns True.
 
     Raises:
-        ServiceError: the process ended, or the time is up; has the end of its log.
+        ServiceError: The process ended or the time is up; has the end of its log.
     """
     deadline_s = time.monotonic() + timeout_s
     while not is_ready():
@@ -183,7 +183,7 @@ def _log_tail(folder: Path, name: str) -> str:
 
 def is_port_free(port: int) -> bool:
     with socket.socket() as probe:
-        # As servers do, so that a connection that has just ended does not count.
+        # As servers do, so that a connection that has just closed does not count.
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind(("127.0.0.1", port))
@@ -193,9 +193,9 @@ def is_port_free(port: int) -> bool:
 
 
 def find_free_ports(count: int, also_free_at: int) -> int:
-    """The first of `count` ports in a row that are free, and are free `also_free_at` higher.
+    """Return the first of `count` consecutive free ports that are also free `also_free_at` higher.
 
-    All below 32768: the system gives higher ones to outgoing connections at any moment.
+    All are below 32768, because the system assigns higher ones to outgoing connections.
     """
     for _ in range(1000):
         first = random.randrange(20_000, 32_768 - also_free_at - count)

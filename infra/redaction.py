@@ -1,8 +1,8 @@
-"""Take passwords and keys out of text before it is written, wherever it is written to.
+"""Remove passwords and keys from all text before it is written anywhere.
 
-Everything that leaves a process passes here: logs (a filter on each handler), the command line's
-own lines, what MLflow gets, and the small files of a run. Left out are known secrets from the
-environment, passwords in addresses, and the keys that sign an address or a request.
+Everything that leaves a process passes through here: logs (by a filter on each handler), the
+command line's own lines, what is sent to MLflow, and the small files of a run. Known secrets from
+the environment, passwords in addresses, and keys that sign an address or a request are removed.
 """
 
 import base64
@@ -15,15 +15,15 @@ from typing import Any
 from urllib.parse import quote, quote_plus, urlsplit
 
 MASK = "***"
-# A shorter value may be part of any word, such as the password "test".
+# A shorter value, such as the password "test", may be part of any word.
 MIN_SECRET_CHARS = 6
-# Whose values are secrets, by the end of the variable's name.
+# Variables whose values are secrets, by the end of their name.
 _SECRET_VARIABLE = re.compile(
     r"(SECRET|SECRETS|SECRET_KEY|SECRET_ACCESS_KEY|SESSION_TOKEN|SECURITY_TOKEN|TOKEN|PASSWORD|PASSWD"
     r"|PGPASSWORD|PASSPHRASE|API_KEY|APIKEY|PRIVATE_KEY|CREDENTIALS|ACCOUNT_KEY)$"
 )
 _USER_INFO = re.compile(r"(?<=://)[^\s/?#\"'<>@]*@(?=[^\s/?#\"'<>]|$)")
-# With an @ in the password itself, which should have been written %40.
+# Matches a password that contains an @, which should have been written %40.
 _USER_INFO_WITH_AT = re.compile(r"(?<=://)[^\s/?#\"'<>:@]*:[^\s/?#\"'<>]*@")
 _QUERY = re.compile(
     r"(?i)(?<=[?&;])((?:[\w.-]*(?:signature|credential|security-token|token|secret|password|passwd"
@@ -46,7 +46,7 @@ def redact(text: str) -> str:
 
 
 def redact_value(value: Any) -> Any:
-    """Redact each text in what JSON can hold: its keys and values, at any depth."""
+    """Redact all texts in a JSON-like value: keys and values, at any depth."""
     if isinstance(value, str):
         return redact(value)
     if isinstance(value, Mapping):
@@ -57,7 +57,7 @@ def redact_value(value: Any) -> Any:
 
 
 def _environment() -> tuple[tuple[str, str], ...]:
-    """What in the environment may be or hold a secret; asked anew each time, for it may change."""
+    """Return the variables that may contain a secret, read anew because they may change."""
     return tuple(
         (name, value)
         for name, value in os.environ.items()
@@ -67,7 +67,7 @@ def _environment() -> tuple[tuple[str, str], ...]:
 
 @lru_cache(maxsize=8)
 def _known_secrets(variables: tuple[tuple[str, str], ...]) -> tuple[str, ...]:
-    """The secrets, longest first, as they are and as an address, a header or JSON spells them."""
+    """List the secrets, longest first, as they are and as addresses, headers and JSON spell them."""
     secrets: set[str] = set()
     for name, value in variables:
         if _SECRET_VARIABLE.search(name.upper()):
@@ -84,7 +84,7 @@ def _known_secrets(variables: tuple[tuple[str, str], ...]) -> tuple[str, ...]:
 
 
 def _passwords_of(address: str) -> set[str]:
-    """The password of an address, such as of MAE__TRACKING__URI, also where it stands alone."""
+    """Return an address's password, such as in MAE__TRACKING__URI, to find it on its own too."""
     try:
         password = urlsplit(address).password
     except ValueError:
@@ -93,12 +93,12 @@ def _passwords_of(address: str) -> set[str]:
 
 
 class RedactionFilter(logging.Filter):
-    """Redact a record before its handler formats it; never drop one."""
+    """Redacts a record before its handler formats it; never drops one."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         try:
             message = record.getMessage()
-        except (TypeError, ValueError):  # logging itself will tell of the mistake
+        except (TypeError, ValueError):  # logging itself reports the mistake
             return True
         record.msg, record.args = redact(message), None
         if record.exc_info and not record.exc_text:
@@ -109,7 +109,7 @@ class RedactionFilter(logging.Filter):
 
 
 def redact_logs() -> None:
-    """Put the filter on every handler that there is; a handler has it once."""
+    """Add the filter to every existing handler, once each."""
     names = [None, *logging.root.manager.loggerDict]
     for name in names:
         for handler in logging.getLogger(name).handlers:
@@ -123,7 +123,7 @@ def redact_texts(texts: Mapping[str, str]) -> dict[str, str]:
 
 
 def redact_bytes(data: bytes) -> bytes:
-    """Redact a file of UTF-8 text; what is none stays as it is."""
+    """Redact a file of UTF-8 text; other files stay as they are."""
     try:
         return redact(data.decode()).encode()
     except UnicodeDecodeError:

@@ -1,4 +1,4 @@
-"""Versions of a model in MLflow's registry, and the alias that says which one is in use."""
+"""Model versions in MLflow's registry, and the alias that marks the one in use."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -34,7 +34,7 @@ def _version(found: ModelVersion) -> Version:
 
 
 def alias_holder(uri: str, model: str, alias: str) -> Version | None:
-    """The version that has the alias; None if there is no such model or alias.
+    """Return the version that has the alias; None if there is no such model or alias.
 
     Raises:
         StorageError: MLflow can't be used.
@@ -49,15 +49,14 @@ def alias_holder(uri: str, model: str, alias: str) -> Version | None:
 
 
 def register(uri: str, model: str, run_id: str, source: str, tags: Mapping[str, str]) -> Version:
-    """A version of the model that a run made, or the one there is with these tags brought up to
-    date.
+    """Register the model that a run made, or update the tags of its existing version.
 
     Args:
-        uri: of MLflow.
-        model: made if it is not there.
-        run_id: of the run; its logged model is the source, if it has one.
-        source: where the files are, otherwise.
-        tags: of the version.
+        uri: Address of MLflow.
+        model: Name of the model; created if it does not exist.
+        run_id: The run; its logged model is the source, if it has one.
+        source: Where the files are, otherwise.
+        tags: Tags of the version.
 
     Raises:
         StorageError: MLflow can't be used.
@@ -82,12 +81,12 @@ def register(uri: str, model: str, run_id: str, source: str, tags: Mapping[str, 
 def _source(client: MlflowClient, run_id: str, otherwise: str) -> tuple[str, str | None]:
     """Return where the version's files are, and the logged model that they belong to, if any.
 
-    The source is a place and never `models:/ID`: MLflow looks such a name up through the tracking
-    URI of the process, and not through that of the client.
+    The source is a location and never `models:/ID`, because MLflow resolves such a name with the
+    tracking URI of the process and not with the client's.
     """
     logged = _logged_model(client, run_id)
     if logged is None:
-        # A server takes no local folder, for it could not be its own.
+        # A server accepts no local folder, which might be on another machine.
         is_taken = "://" in otherwise or not client.tracking_uri.startswith("http")
         return otherwise if is_taken else f"runs:/{run_id}/checkpoint", None
     return logged.artifact_location, logged.model_id
@@ -101,6 +100,6 @@ def _logged_model(client: MlflowClient, run_id: str) -> LoggedModel | None:
 
 
 def set_alias(uri: str, model: str, alias: str, number: str) -> None:
-    """Raises: StorageError: MLflow can't be used."""
+    """Point the alias to a version, or raise a StorageError if MLflow can't be used."""
     with _as_storage_errors(uri):
         client_of(uri).set_registered_model_alias(model, alias, number)

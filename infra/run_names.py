@@ -1,9 +1,9 @@
-"""Names of runs in a list: what a run is, and what it has that others have not."""
+"""Name runs in a list by what they are and by how they differ from others."""
 
 import re
 from collections.abc import Mapping
 
-# Values in the name of a run, and characters of each.
+# Number of values in a run's name, and characters of each.
 MAX_NAMED = 3
 MAX_NAMED_CHARS = 24
 
@@ -11,7 +11,7 @@ MAX_NAMED_CHARS = 24
 def name_with_differences(
     run_name: str, params: Mapping[str, str], first: Mapping[str, str] | None
 ) -> str:
-    """Return the name, with the values that differ from those of the first run of that name."""
+    """Return the name, followed by the values that differ from the first run of that name."""
     changed = {} if first is None else {k: v for k, v in params.items() if first.get(k, v) != v}
     shown = [f"{key.rsplit('.', 1)[-1]}={_brief(value)}" for key, value in changed.items()]
     more = [f"+{len(shown) - MAX_NAMED}"] if len(shown) > MAX_NAMED else []
@@ -19,7 +19,7 @@ def name_with_differences(
 
 
 def _brief(value: str) -> str:
-    """Return a param's value without JSON's marks; of a path the last two names."""
+    """Return a param's value without JSON punctuation, and of a path only the last two names."""
     text = re.sub(r'[\[\]"{} ]', "", value)
     if "/" in text:
         text = "/".join(text.rstrip("/").split("/")[-2:])

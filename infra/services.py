@@ -2,9 +2,9 @@
 
     python -m infra.services up | status | down
 
-All listen on 127.0.0.1, ask for keys, a login or a token that the first start makes, and keep what
-they hold in `.services/`, which only this user may enter. A job submitted to the Ray head finds the
-other two through its environment.
+All listen on 127.0.0.1 and require a key, a login or a token, which the first start generates. They
+keep their data in `.services/`, which only this user may enter. A job submitted to the Ray head
+finds the other two services through its environment.
 """
 
 import argparse
@@ -41,14 +41,14 @@ STATE_DIR = Path(__file__).parents[1] / ".services"
 HOST = "127.0.0.1"
 BUCKETS = ("data", "mae", "mlflow")
 
-# In the order in which they start; they stop in the opposite one.
+# In the order in which they start; they stop in the reverse order.
 NAMES = ("s3", "mlflow", "ray")
-# SeaweedFS may take over 15 s to stop, and keeps its data when it is killed.
+# SeaweedFS may take over 15 s to stop, and does not lose data when it is killed.
 STOP_GRACE_S = {"s3": 3.0, "mlflow": 10.0, "ray": 15.0}
-# On 2 idle cores they take 2, 8 and 6 s; 180 s did not do at a load of 120.
+# On 2 idle cores they take 2, 8 and 6 s; 180 s was not enough at a load of 120.
 START_TIMEOUT_S = 300.0
 
-# SeaweedFS listens for gRPC this much above each of its ports.
+# SeaweedFS serves gRPC on ports this much higher than its other ports.
 GRPC_OFFSET = 10_000
 NUM_S3_PORTS = 5
 NUM_RAY_PORTS = 4
@@ -58,7 +58,7 @@ MLFLOW_USER = "mae"
 
 @dataclass(frozen=True)
 class Ports:
-    """The first port of each; the object store takes 5 in a row, and the Ray head 4."""
+    """The first port of each service; the object store uses 5 in a row, and the Ray head 4."""
 
     s3: int = 8333
     mlflow: int = 5000
@@ -74,16 +74,16 @@ class Ports:
 
 
 def up(state_dir: Path, ports: Ports) -> dict[str, str]:
-    """Start what does not run yet, wait until all answer, and return what a client needs to know.
+    """Start the services that do not run yet, wait until all answer, and return the client's env.
 
     Raises:
-        ServiceError: a program is not installed, a port is taken, or a service does not start.
+        ServiceError: A program is not installed, a port is taken, or a service does not start.
     """
     with _locked(state_dir):
         missing = [name for name in NAMES if find_process(state_dir, name) is None]
         _check_same_ports(state_dir, ports, missing)
         for name in missing:
-            # What it left behind when it was killed would hold its ports.
+            # Processes left behind when it was killed would hold its ports.
             stop_process(state_dir, name, STOP_GRACE_S[name])
             _check_ports_free(ports, name)
         _write_private(_ports_file(state_dir), json.dumps(asdict(ports)))
@@ -99,7 +99,7 @@ def up(state_dir: Path, ports: Ports) -> dict[str, str]:
 
 
 def down(state_dir: Path) -> list[str]:
-    """Stop what `up` started and return its names; data and logs stay."""
+    """Stop what `up` started and return the names; data and logs stay."""
     if not state_dir.is_dir():
         return []
     with _locked(state_dir):
@@ -110,7 +110,7 @@ def down(state_dir: Path) -> list[str]:
 
 @contextmanager
 def object_store(data_dir: Path) -> Iterator[dict[str, str]]:
-    """An object store for a test, on free ports; gives the AWS_* variables that reach it."""
+    """Run an object store for a test, on free ports; yield the AWS_* variables to reach it."""
     data_dir.mkdir(parents=True, exist_ok=True)
     ports = Ports(s3=find_free_ports(NUM_S3_PORTS, also_free_at=GRPC_OFFSET))
     env = _object_store_env(ports, secrets.token_hex(8), secrets.token_hex(16))
@@ -137,11 +137,11 @@ def _client_env(state_dir: Path, ports: Ports) -> dict[str, str]:
         "MAE__TRACKING__URI": f"http://{HOST}:{ports.mlflow}",
         "MLFLOW_TRACKING_USERNAME": MLFLOW_USER,
         "MLFLOW_TRACKING_PASSWORD": password_file.read_text(),
-        # Not RAY_ADDRESS, which a local run's ray.init would follow, too.
+        # Not RAY_ADDRESS, because a local run's ray.init would use it too.
         "RAY_API_SERVER_ADDRESS": f"http://{HOST}:{ports.ray}",
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(token_file),
-        # Its default makes each worker of a job under `uv run` install again.
+        # By default, each worker of a job under `uv run` would install the project again.
         "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
     }
 
@@ -163,11 +163,11 @@ def _start_object_store(state_dir: Path, ports: Ports, env: Mapping[str, str]) -
     flags = [f"-{kind}.port={ports.s3 + offset}" for offset, kind in enumerate(kinds)]
     command = [_program("weed"), "-logtostderr=true", "mini", f"-dir={data}", *flags]
     command += [f"-ip={HOST}", f"-ip.bind={HOST}", f"-bucket={','.join(BUCKETS)}"]
-    # A misspelt bucket is an error, as it is at AWS.
+    # A misspelt bucket is an error, as on AWS.
     command += ["-s3.autoCreateBucket=false"]
     command += ["-admin.ui=false", "-webdav=false", "-master.telemetry=false"]
     command += ["-s3.port.iceberg=0", "-s3.port.lance=0"]
-    # Master and filer would read and write for whoever asks; S3 talks to them by gRPC.
+    # Over HTTP, master and filer would serve anyone; S3 talks to them by gRPC.
     command += ["-disableHttp"]
     write_guards(state_dir)
     start_process(state_dir, "s3", command, {**os.environ, **env})
@@ -184,17 +184,17 @@ def _start_mlflow(state_dir: Path, ports: Ports, env: Mapping[str, str]) -> None
         "[mlflow]\n"
         "default_permission = NO_PERMISSIONS\n"
         f"database_uri = sqlite:///{state_dir}/mlflow-login.db\n"
-        # A password is checked slowly, on purpose, and a run sends many requests.
+        # Checking a password is slow on purpose, and a run sends many requests.
         "auth_cache_ttl_seconds = 600\n",
     )
     server_env = {
         "MLFLOW_AUTH_CONFIG_PATH": str(state_dir / "mlflow-login.ini"),
         "MLFLOW_AUTH_ADMIN_USERNAME": env["MLFLOW_TRACKING_USERNAME"],
         "MLFLOW_AUTH_ADMIN_PASSWORD": env["MLFLOW_TRACKING_PASSWORD"],
-        # It signs what the login page sends.
+        # Signs the login page's forms.
         "MLFLOW_FLASK_SERVER_SECRET_KEY": secrets.token_hex(32),
         "MLFLOW_S3_ENDPOINT_URL": env["AWS_ENDPOINT_URL"],
-        # Eight more processes of 240 MB each, for jobs that nothing here submits.
+        # Would start eight more processes of 240 MB each, for jobs that nothing here submits.
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
         "MLFLOW_DISABLE_TELEMETRY": "true",
     }
@@ -210,23 +210,23 @@ def _start_ray(state_dir: Path, ports: Ports, env: Mapping[str, str]) -> None:
     command += [f"--node-ip-address={HOST}", f"--dashboard-host={HOST}", f"--temp-dir={temp_dir}"]
     flags = ("dashboard-port", "port", "ray-client-server-port", "dashboard-agent-listen-port")
     command += [f"--{flag}={ports.ray + offset}" for offset, flag in enumerate(flags)]
-    # More than there are: training workers reserve CPUs, and Ray Data needs some beside them.
+    # More CPUs than there are: training workers reserve some, and Ray Data needs more.
     command += [f"--num-cpus={max(4, machine.count_cpus())}"]
     command += [f"--object-store-memory={memory_bytes}"]
-    # A job's `python` is looked up in the PATH of the head.
+    # A job's `python` is looked up in the head's PATH.
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     # Ray would prefer a token in the environment to ours, which is in a file.
     left_out = ("RAY_ADDRESS", "RAY_AUTH_TOKEN")
     inherited = {key: value for key, value in os.environ.items() if key not in left_out}
-    # Ray takes 127.0.0.1 for a node's address only where it believes that it has no cluster.
+    # Ray uses 127.0.0.1 as a node's address only where it believes there is no cluster.
     loopback = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
     start_process(state_dir, "ray", command, {**inherited, **env, **loopback, "PATH": path})
 
 
 def ray_temp_dir(state_dir: Path) -> Path:
-    """Where the Ray head keeps its sockets and logs, until the next `up`."""
-    # Not in the state folder: a socket's path has at most 107 characters. And not Ray's default,
-    # or ray.init in other programs on this machine would join this head.
+    """Return the folder where the Ray head keeps its sockets and logs, until the next `up`."""
+    # Not in the state folder, because a socket's path may have 107 characters. And not Ray's
+    # default, or ray.init in other programs on this machine would join this head.
     digest = hashlib.sha256(str(state_dir).encode()).hexdigest()[:8]
     return Path(f"/tmp/mae-{os.getuid()}-{digest}")
 
@@ -273,7 +273,7 @@ def _can_write_buckets(env: Mapping[str, str]) -> bool:
 
 def _answers(url: str, token: str = "") -> bool:
     headers = {"Authorization": f"Bearer {token}"} if token else {}
-    # No proxy, whatever the environment says: it is this machine.
+    # No proxy, whatever the environment says, because it is this machine.
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
         with opener.open(urllib.request.Request(url, headers=headers), timeout=5) as response:
@@ -319,9 +319,9 @@ def _write_private(file: Path, text: str) -> None:
 
 @contextmanager
 def _locked(state_dir: Path) -> Iterator[None]:
-    """One `up` or `down` at a time."""
+    """Allow one `up` or `down` at a time."""
     state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-    state_dir.chmod(0o700)  # it may have been there before
+    state_dir.chmod(0o700)  # it may have existed before
     with (state_dir / "lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield

@@ -1,4 +1,4 @@
-"""Find the shards that a specification names: a folder, a tar, a pattern, or a list of these."""
+"""Find the shards of a specification: a folder, a tar, a pattern, or a list of these."""
 
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
@@ -11,15 +11,15 @@ SHARD_SUFFIX = ".tar"
 
 
 def expand_shards(spec: str | Sequence[str]) -> list[str]:
-    """Absolute URIs of the shards that `spec` names, all of which are there.
+    """Return the absolute URIs of the shards that `spec` names, all of which must exist.
 
-    An entry is a folder or s3:// prefix (its *.tar, not those of its subfolders), one .tar, a
+    An entry is a folder or s3:// prefix (its *.tar, without those in subfolders), one .tar, a
     brace pattern such as train-{000000..000099}.tar, a pattern with * or ? in its last part, or
-    a list of these. Entries keep their order; inside one, names are sorted.
+    a list of these. Entries keep their order; names within an entry are sorted.
 
     Raises:
-        NoShardsError: an entry matches nothing, or a named shard is not there.
-        ValueError: a shard is named twice.
+        NoShardsError: An entry matches nothing, or a named shard does not exist.
+        ValueError: A shard is named twice.
     """
     entries = [spec] if isinstance(spec, str) else list(spec)
     shards = [shard for entry in entries for shard in _expand_entry(entry)]
@@ -57,7 +57,7 @@ def _is_shard(name: str) -> bool:
 
 
 def _named_shards(entry: str, shards: list[str]) -> list[str]:
-    # One listing a folder, not one request a shard.
+    # One listing per folder instead of one request per shard.
     folders = {_parent(shard) for shard in shards}
     present = {
         storage.join(folder, name) for folder in folders for name in storage.list_files(folder)
@@ -76,7 +76,7 @@ def _parent(place: str) -> str:
 
 
 def _what_is_near(folder: str) -> str:
-    """What a person would look at next: the nearest folder that is there, and what it holds."""
+    """Describe the nearest existing folder and its contents, for the error."""
     nearest = folder
     while nearest.count("/") > (2 if storage.is_remote(nearest) else 0) and not storage.exists(
         nearest

@@ -1,13 +1,13 @@
 """Read and write files by URI: a local path and s3://bucket/key behave alike.
 
-Paths are absolute or relative local ones, or s3://; a listing is sorted by name. S3 takes its
-endpoint and keys from AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and, if set,
-AWS_SESSION_TOKEN and AWS_REGION. A transient fault is retried: of a read for 30 to 60 s, of all
-else, and of `open_random`, for 3 s.
+Paths are absolute or relative local paths, or s3://. Listings are sorted by name. For S3 the
+endpoint and keys come from AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and, if set,
+AWS_SESSION_TOKEN and AWS_REGION. Transient errors are retried: reads for 30 to 60 s, everything
+else including `open_random` for 3 s.
 
 Errors:
-    FileNotFoundError    a file that a function was asked to read is not there
-    NoShardsError        a shard specification names something that is not there
+    FileNotFoundError    a file to read does not exist
+    NoShardsError        a shard specification names something that does not exist
     StorageError         the store itself: unreachable, keys refused, no such bucket, disk full
 """
 
@@ -36,19 +36,19 @@ S3_SCHEME = "s3://"
 TEXT_SUFFIXES = (".json", ".jsonl", ".html", ".md", ".txt", ".csv", ".mmd", ".yaml", ".log")
 
 # A request is sent up to 8 times, with 3.2 s of back-off; a server that hangs costs
-# 8 * READ_TIMEOUT_S. Not AwsStandardS3RetryStrategy: pyarrow does not give its quota back, so that
-# a client stops retrying for good after 100 retries (measured on 25.0.1: with 30 % of the
-# connections reset, 89 of 1,500 reads failed, the first after 557; 0 with this one).
+# 8 * READ_TIMEOUT_S. AwsStandardS3RetryStrategy is not used: pyarrow never restores its quota, so a
+# client stops retrying for good after 100 retries (measured on 25.0.1: with 30 % of the connections
+# reset, 89 of 1,500 reads failed, the first after 557; with this strategy 0).
 MAX_RETRIES = 7
 CONNECT_TIMEOUT_S = 3
 READ_TIMEOUT_S = 10
 
-# Each read of a stream below this size would be a request of its own.
+# Without a buffer, each smaller read of a stream would be a request.
 STREAM_BUFFER_BYTES = 8 * 2**20
 COPY_BYTES = 8 * 2**20
 
 
-# What a disk says when the same write would fail again, and what to do about it.
+# Disk errors that the same write would hit again, and what to do about them.
 DISK_ERRORS = {
     errno.ENOSPC: "the disk is full ({}). Make room, or choose another {}",
     errno.EDQUOT: "the disk quota is used up ({}). Make room, or choose another {}",
@@ -59,7 +59,7 @@ DISK_ERRORS = {
 
 
 class StorageError(RuntimeError):
-    """The store cannot be used; says what failed, where, and what to try."""
+    """The store cannot be used; the message says what failed, where, and what to try."""
 
     def __init__(self, message: str, *, is_lasting: bool = False) -> None:
         super().__init__(message)
@@ -68,7 +68,7 @@ class StorageError(RuntimeError):
 
 
 class NoShardsError(RuntimeError):
-    """A shard specification matches nothing, or names a shard that is not there."""
+    """A shard specification matches nothing, or names a shard that does not exist."""
 
 
 def is_remote(uri: str) -> bool:
@@ -80,10 +80,10 @@ def join(uri: str, *parts: str) -> str:
 
 
 def absolute(uri: str) -> str:
-    """One spelling for one place: local paths absolute, no empty parts, no slash at the end.
+    """Return the canonical spelling: absolute, without empty parts or a slash at the end.
 
     Raises:
-        ValueError: another scheme than s3://, or no bucket.
+        ValueError: The scheme is not s3://, or there is no bucket.
     """
     if is_remote(uri):
         parts = [part for part in uri.removeprefix(S3_SCHEME).split("/") if part]
@@ -101,18 +101,18 @@ def absolute(uri: str) -> str:
         return S3_SCHEME + "/".join(parts)
     if "://" in uri:
         raise ValueError(f"{uri!r}: only local paths and s3:// are supported")
-    # Not Path.resolve: it would replace a linked shard's name by its target's.
+    # Not Path.resolve, which would replace a linked shard's name with its target's.
     return os.path.normpath(Path(uri).expanduser().absolute())
 
 
 def open_filesystem(uri: str, max_retries: int = MAX_RETRIES) -> tuple[pafs.FileSystem, str]:
-    """The filesystem that holds `uri`, one a process, and the path inside it."""
+    """Return the filesystem that holds `uri`, cached per process, and the path inside it."""
     place = absolute(uri)
     if not is_remote(place):
         return _local_filesystem(), place
     variables = ("AWS_ENDPOINT_URL", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
     settings = [os.environ.get(name) or None for name in (*variables, "AWS_SESSION_TOKEN")]
-    # With a region given, pyarrow does not ask the network for the bucket's.
+    # Given a region, pyarrow does not ask the network for the bucket's.
     region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or "us-east-1"
     return _s3_filesystem(*settings, region, max_retries), place.removeprefix(S3_SCHEME)
 
@@ -131,7 +131,7 @@ def _s3_filesystem(
     region: str,
     max_retries: int,
 ) -> pafs.FileSystem:
-    # Without both keys pyarrow looks for a profile or an instance role.
+    # Without both keys, pyarrow looks for a profile or an instance role.
     keys = {"access_key": access_key, "secret_key": secret_key, "session_token": session_token}
     return pafs.S3FileSystem(
         **(keys if access_key and secret_key else {}),
@@ -140,24 +140,24 @@ def _s3_filesystem(
         connect_timeout=CONNECT_TIMEOUT_S,
         request_timeout=READ_TIMEOUT_S,
         retry_strategy=pafs.AwsDefaultS3RetryStrategy(max_attempts=max_retries),
-        allow_delayed_open=True,  # a small object is one PUT, not a multipart upload
+        allow_delayed_open=True,  # a small object is then one PUT, not a multipart upload
     )
 
 
 @contextmanager
 def storage_errors(action: str, uri: str, local: Path | None = None) -> Iterator[None]:
-    """Turn what pyarrow and the system raise inside into a StorageError that names `uri`.
+    """Convert errors of pyarrow and the system in the block to a StorageError that names `uri`.
 
-    For code that reads from `open_stream` or `open_random`, too: their reads fail later than
-    the call that opened them.
+    Also use it around reads from `open_stream` or `open_random`, which fail later than the call
+    that opened them.
 
     Args:
-        action: a verb, for the message.
-        uri: of the file.
-        local: the file on this machine that is written meanwhile, if there is one.
+        action: A verb, for the message.
+        uri: The file.
+        local: The local file that is being written, if there is one.
 
     Raises:
-        FileNotFoundError: as it came, unless it is the bucket that is not there.
+        FileNotFoundError: Unchanged, unless the bucket itself does not exist.
     """
     try:
         yield
@@ -177,12 +177,12 @@ def storage_errors(action: str, uri: str, local: Path | None = None) -> Iterator
 
 
 def disk_error(action: str, error: BaseException, local: Path | None = None) -> StorageError | None:
-    """The StorageError for a disk that is full, read-only or closed to us; None for another error.
+    """Return the StorageError for a full, read-only or inaccessible disk; None for other errors.
 
     Args:
-        action: what was tried and where, such as "write runs/run.json".
-        error: of the system.
-        local: the file in a temporary folder that was written, if it was that.
+        action: What was tried and where, such as "write runs/run.json".
+        error: The system's error.
+        local: The file in a temporary folder that was being written, if it was one.
     """
     number = error.errno if isinstance(error, OSError) else None
     if number not in DISK_ERRORS:
@@ -194,7 +194,7 @@ def disk_error(action: str, error: BaseException, local: Path | None = None) -> 
 
 
 def _check_bucket(uri: str) -> None:
-    """Tell a missing bucket, or refused keys, from a missing object: both look like a 404."""
+    """Raise a StorageError for a missing bucket or refused keys, which look like a 404 as well."""
     filesystem, path = open_filesystem(uri)
     try:
         filesystem.get_file_info(pafs.FileSelector(f"{path.split('/')[0]}/.no-such-folder"))
@@ -209,7 +209,7 @@ def _explain(uri: str, error: BaseException) -> str:
     if not is_remote(uri):
         return text
     if "ACCESS_DENIED during HeadObject" in text:
-        # A HEAD has no body to say why; a listing has one.
+        # The answer to a HEAD has no body with the reason; the answer to a listing has one.
         try:
             _check_bucket(uri)
         except StorageError as precise:
@@ -232,15 +232,15 @@ def _explain(uri: str, error: BaseException) -> str:
 
 
 def exists(uri: str) -> bool:
-    """Whether a file or a folder is there."""
+    """Return whether a file or a folder exists."""
     return _file_info(uri).type != pafs.FileType.NotFound
 
 
 def file_size(uri: str) -> int:
-    """Size in bytes.
+    """Return the size in bytes.
 
     Raises:
-        FileNotFoundError: there is no such file, or it is a folder.
+        FileNotFoundError: There is no such file, or it is a folder.
     """
     info = _file_info(uri)
     if info.type != pafs.FileType.File:
@@ -263,7 +263,7 @@ def read_bytes(uri: str) -> bytes:
 
 
 def read_range(uri: str, start: int, stop: int) -> bytes:
-    """Bytes [start, stop); fewer where the file ends before `stop`."""
+    """Read the bytes [start, stop), or fewer if the file ends before `stop`."""
     with storage_errors("read", uri):
         return _read(uri, start, stop)
 
@@ -273,7 +273,7 @@ def _read(uri: str, start: int, stop: int | None) -> bytes:
         size = file.size()
         length = max(0, min(size if stop is None else stop, size) - start)
         if not is_remote(uri):
-            return file.read_at(length, start)  # without the copy below
+            return file.read_at(length, start)  # avoids the copy below
         buffer = bytearray(length)
         fill_patiently(uri, file, start, memoryview(buffer))
     return bytes(buffer)
@@ -285,7 +285,7 @@ def _open_patiently(uri: str) -> Any:
 
 
 def open_stream(uri: str) -> BinaryIO:
-    """A file to read once from its start, as tarfile's mode "r|" does."""
+    """Open a file to read once from its start, as tarfile's mode "r|" does."""
     filesystem, path = open_filesystem(uri)
     with storage_errors("open", uri):
         if is_remote(uri):
@@ -294,22 +294,22 @@ def open_stream(uri: str) -> BinaryIO:
 
 
 def open_random(uri: str) -> BinaryIO:
-    """A seekable file; on S3 each read is one request."""
+    """Open a seekable file; on S3 each read is one request."""
     filesystem, path = open_filesystem(uri)
     with storage_errors("open", uri):
         return filesystem.open_input_file(path)
 
 
 def write_bytes(uri: str, data: bytes) -> None:
-    """Write a whole file: a reader sees the old one or the new one, never a part.
+    """Write a whole file; a reader sees the old content or the new, never a part.
 
-    Secrets are taken out of what is text, by its name: records, tables, pages.
+    In text files, recognised by name (records, tables, pages), secrets are redacted.
     """
     write_chunks(uri, [redact_bytes(data) if uri.endswith(TEXT_SUFFIXES) else data])
 
 
 def write_chunks(uri: str, chunks: Iterable[bytes]) -> None:
-    """Do what `write_bytes` does with a file that comes in pieces."""
+    """Write a file like `write_bytes`, from content that comes in pieces."""
     filesystem, path = open_filesystem(uri)
     with storage_errors("write", uri):
         if is_remote(uri):
@@ -324,7 +324,7 @@ def _put_object(filesystem: pafs.FileSystem, path: str, chunks: Iterable[bytes])
         for chunk in chunks:
             stream.write(chunk)
     except BaseException:
-        # pyarrow cannot give an upload up: closing it makes an object of what came so far.
+        # pyarrow cannot abort an upload: closing it makes an object of what was sent so far.
         with suppress(OSError):
             stream.close()
             filesystem.delete_file(path)
@@ -344,7 +344,7 @@ def _replace_file(path: Path, chunks: Iterable[bytes]) -> None:
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
-    # The new name is on the disk only when its folder is.
+    # The new name is safely on disk only after its folder is synced.
     folder = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(folder)
@@ -353,12 +353,12 @@ def _replace_file(path: Path, chunks: Iterable[bytes]) -> None:
 
 
 def list_files(uri: str) -> list[str]:
-    """Names of the files directly in a folder; none if it is not there."""
+    """List the names of the files directly in a folder; empty if it does not exist."""
     return _list_names(uri, pafs.FileType.File)
 
 
 def list_folders(uri: str) -> list[str]:
-    """Names of the folders directly in a folder; none if it is not there."""
+    """List the names of the folders directly in a folder; empty if it does not exist."""
     return _list_names(uri, pafs.FileType.Directory)
 
 
@@ -366,7 +366,7 @@ def _list_names(uri: str, kind: pafs.FileType) -> list[str]:
     filesystem, path = open_filesystem(uri)
     try:
         with storage_errors("list", uri):
-            # Not allow_not_found: it takes a missing bucket for an empty one.
+            # Not allow_not_found, which treats a missing bucket as an empty one.
             infos = filesystem.get_file_info(pafs.FileSelector(path))
     except FileNotFoundError:
         return []
@@ -376,7 +376,7 @@ def _list_names(uri: str, kind: pafs.FileType) -> list[str]:
 
 
 def _is_name(name: str, uri: str) -> bool:
-    """Whether a listed name is one that a file can have: a store may list any key."""
+    """Return whether a listed name is a valid file name: a store may list any key."""
     if name and "\0" not in name and not {".", "..", ""} & set(name.split("/")):
         return True
     logger.warning("%s lists %r, which is no file name; it is left out", uri, name)
@@ -389,8 +389,9 @@ class FileFacts(NamedTuple):
 
 
 def list_tree(uri: str, *, deep: bool = True) -> dict[str, FileFacts]:
-    """Size and time of change of each file below a folder, by its path in it; none if there is no
-    such folder. Of a file, that of the file, by its name.
+    """Return size and time of change of each file below a folder, by its path in the folder.
+
+    The result is empty if there is no such folder. For a file, it has that file under its name.
     """
     filesystem, path = open_filesystem(uri)
     try:
@@ -409,7 +410,7 @@ def list_tree(uri: str, *, deep: bool = True) -> dict[str, FileFacts]:
 
 
 def delete_file(uri: str) -> None:
-    """Delete a file; nothing happens if it is not there."""
+    """Delete a file; do nothing if it does not exist."""
     filesystem, path = open_filesystem(uri)
     try:
         with storage_errors("delete", uri):
@@ -419,7 +420,7 @@ def delete_file(uri: str) -> None:
 
 
 def delete_folder(uri: str) -> None:
-    """Delete a folder and all in it; nothing happens if it is not there."""
+    """Delete a folder and all its contents; do nothing if it does not exist."""
     filesystem, path = open_filesystem(uri)
     if "/" not in path.strip("/"):
         raise ValueError(f"{absolute(uri)} is a whole bucket or disk; not deleted")
@@ -431,7 +432,7 @@ def delete_folder(uri: str) -> None:
 
 
 def copy_files(source: str, target: str) -> int:
-    """Copy the files directly in a folder to another place; returns how many."""
+    """Copy the files directly in a folder to another place; return their number."""
     names = list_files(source)
     if not names:
         raise NoShardsError(f"no files in {absolute(source)}")
@@ -443,7 +444,7 @@ def copy_files(source: str, target: str) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """`python -m infra.storage copy FOLDER s3://BUCKET/FOLDER`, either way round."""
+    """Run `python -m infra.storage copy FOLDER s3://BUCKET/FOLDER`, in either direction."""
     parser = argparse.ArgumentParser(prog="python -m infra.storage", description=main.__doc__)
     parser.add_argument("action", choices=["copy"])
     parser.add_argument("source", help="folder or s3:// prefix")

@@ -1,7 +1,7 @@
-"""Keys for a SeaweedFS on this machine: only its own parts and S3 clients with a key get in.
+"""Create the keys of a local SeaweedFS: only its own parts and S3 clients with a key get access.
 
-SeaweedFS is several servers, of which only the S3 one asks for a key unless it is told otherwise.
-docs/guides/security.md lists its ports and what guards each.
+SeaweedFS consists of several servers, and by default only the S3 server requires a key.
+docs/guides/security.md lists its ports and how each is protected.
 """
 
 import json
@@ -16,20 +16,20 @@ from cryptography.x509.oid import NameOID
 
 PARTS = ("master", "volume", "filer", "s3", "admin", "worker", "client")
 TOKENS = ("jwt.signing", "jwt.signing.read", "jwt.filer_signing", "jwt.filer_signing.read")
-# For development: nobody leaves it running longer. Each start makes a new one.
+# The store is for development and never runs longer. Each start creates a new certificate.
 VALID_DAYS = 3650
 
 
 def write_guards(folder: Path) -> None:
     """Write `security.toml`, which SeaweedFS reads from its working folder, and its certificate.
 
-    Its servers then speak gRPC only with who holds the certificate's key, and hand out or take
-    stored bytes over HTTP only with a token that they sign for each other.
+    Its servers then accept gRPC only from holders of the certificate's key, and serve stored bytes
+    over HTTP only with a token that they sign for each other.
     """
     certificate, key = _make_certificate()
     _write_private(folder / "s3-cert.pem", certificate)
     _write_private(folder / "s3-key.pem", key)
-    # A JSON string is a TOML string.
+    # A JSON string is also a valid TOML string.
     cert_path, key_path = (json.dumps(str(folder / f"s3-{name}.pem")) for name in ("cert", "key"))
     lines = [f"[grpc]\nca = {cert_path}"]
     lines += [f"[grpc.{part}]\ncert = {cert_path}\nkey = {key_path}" for part in PARTS]
@@ -38,7 +38,7 @@ def write_guards(folder: Path) -> None:
 
 
 def _make_certificate() -> tuple[bytes, bytes]:
-    """Make a certificate that is its own authority, and its private key."""
+    """Create a self-signed certificate and its private key."""
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "mae object store")])
     now = datetime.now(UTC)
@@ -48,7 +48,7 @@ def _make_certificate() -> tuple[bytes, bytes]:
         .issuer_name(name)
         .public_key(key.public_key())
         .serial_number(x509.random_serial_number())
-        .not_valid_before(now - timedelta(days=1))  # clocks may be set meanwhile
+        .not_valid_before(now - timedelta(days=1))  # clocks may be changed in the meantime
         .not_valid_after(now + timedelta(days=VALID_DAYS))
         .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
         .add_extension(x509.SubjectAlternativeName([x509.DNSName("localhost")]), critical=False)

@@ -1,7 +1,7 @@
-"""Record runs in MLflow, off the training step's path.
+"""Record runs in MLflow without delaying training steps.
 
-MLflow is the record and never a reason to stop: a server that is down costs a warning and some
-seconds, and no function here raises. `run_id=None` (no run could be started) makes each do nothing.
+Problems with MLflow never stop a run: a server that is down costs a warning and some seconds, and
+no function here raises. With `run_id=None` (no run could be started) every function does nothing.
 """
 
 import json
@@ -34,18 +34,18 @@ RunStatus = Literal["FINISHED", "FAILED", "KILLED", "RUNNING", "SCHEDULED", "MIS
 
 logger = logging.getLogger(__name__)
 
-# What a server takes in one request; its client cuts what is longer.
+# Largest number in one request to a server; its client splits longer batches.
 MAX_METRICS_PER_BATCH = 1000
 MAX_DIGEST_CHARS = 36
 
-# Without it a browser that has not chosen yet shows MLflow's side for GenAI.
+# Without it, a browser that has no preference yet shows MLflow's GenAI pages.
 WORKSPACE = "workflowType=machine_learning"
-LOCAL_UI = "http://127.0.0.1:5000"  # where `mlflow ui` serves, if it is told nothing else
+LOCAL_UI = "http://127.0.0.1:5000"  # where `mlflow ui` serves by default
 
-# Answers that the same request would get again.
+# Errors that the same request would get again.
 _REFUSALS = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST", "RESOURCE_DOES_NOT_EXIST", "INVALID_STATE")
 
-_REFUSED_CHARACTERS = re.compile(r"[^\w\-. :/]")  # in the name of a metric
+_REFUSED_CHARACTERS = re.compile(r"[^\w\-. :/]")  # in a metric's name
 
 
 @contextmanager
@@ -57,7 +57,7 @@ def _or_warn(action: str, uri: str) -> Iterator[None]:
 
 
 def _reason(error: BaseException) -> str:
-    """One line: below MLflow's, requests' and urllib3's wrapping, what the system said."""
+    """Return the system's message in one line, without the wrapping of MLflow and urllib3."""
     chain = [error]
     while cause := chain[-1].__cause__ or chain[-1].__context__:
         chain.append(cause)
@@ -75,18 +75,18 @@ def start_run(
     run_id: str | None,
     unnamed: tuple[str, ...] | None = None,
 ) -> str | None:
-    """Start a run, or reopen `run_id`; None, after one warning, where the store does not answer.
+    """Start a run or reopen `run_id`; None, after one warning, if the store does not answer.
 
-    A param cannot change once it is logged: where a reopened run has another value, the new one
-    becomes the tag `resumed_with.<param>`.
+    A param cannot change once it is logged: if a reopened run has another value, the new one is
+    stored as the tag `resumed_with.<param>`.
 
     Args:
-        tracking: the store, and the experiment that the run joins.
-        run_name: of the first run of its kind; of a later one it is followed by what differs.
-        params: the config.
-        tags: for searching; `stage` is the kind of run.
-        run_id: of the run to reopen.
-        unnamed: how the keys of params begin that a name never tells; None keeps `run_name`.
+        tracking: The store, and the experiment that the run belongs to.
+        run_name: Name of the first run of its kind; later ones get their differences appended.
+        params: The config.
+        tags: Tags for searching; `stage` is the kind of run.
+        run_id: The run to reopen.
+        unnamed: Prefixes of params that never appear in a name; None keeps `run_name` unchanged.
     """
     run_name, params, tags = redact(run_name), redact_texts(params), redact_texts(tags)
     try:
@@ -112,7 +112,7 @@ def start_run(
         new_tags = [RunTag(key, value) for key, value in {**tags, **changed}.items()]
         client.log_batch(run.info.run_id, params=new_params, tags=new_tags)
     except Exception as error:
-        # Whatever it is, a run without a record is better than no run.
+        # Whatever the error is, a run without a record is better than no run.
         logger.warning(
             "MLflow at %s cannot be used, so this run is not recorded: %s. %s, or set tracking.uri",
             tracking.uri,
@@ -126,7 +126,7 @@ def start_run(
 def _first_params(
     client: MlflowClient, experiment_id: str, run_name: str, stage: str
 ) -> dict[str, str] | None:
-    """Return the params of the oldest run that has the bare name; None if there is none."""
+    """Return the params of the oldest run with the bare name; None if there is none."""
     runs = client.search_runs(
         [experiment_id],
         f"attributes.run_name = '{run_name}' and tags.stage = '{stage}'",
@@ -144,7 +144,7 @@ def _reopen_run(client: MlflowClient, run_id: str) -> Any:
             raise
         run = None
     if run is None or run.info.lifecycle_stage == "deleted":
-        logger.warning("MLflow has no run %s any more; a new one is started", run_id)
+        logger.warning("MLflow no longer has run %s; starting a new one", run_id)
         return None
     client.update_run(run_id, status="RUNNING")
     return run
@@ -157,7 +157,7 @@ def end_run(uri: str, run_id: str | None, status: Status) -> None:
 
 
 def run_status(uri: str, run_id: str | None) -> RunStatus:
-    """How a run ended; "MISSING" if the store has no such run, "UNKNOWN" if it does not answer."""
+    """Return how a run ended; "MISSING" if the store has no such run, "UNKNOWN" without answer."""
     if run_id is None:
         return "MISSING"
     try:
@@ -171,7 +171,7 @@ def run_status(uri: str, run_id: str | None) -> RunStatus:
 
 
 def run_link(uri: str, run_id: str) -> str:
-    """Address of a run in the UI: below a page of the UI, wherever that is served."""
+    """Return the path of a run's page, relative to where the UI is served."""
     with _or_warn(f"find run {run_id}", uri):
         experiment = client_of(uri).get_run(run_id).info.experiment_id
         return f"#/experiments/{experiment}/runs/{run_id}?{WORKSPACE}"
@@ -179,7 +179,7 @@ def run_link(uri: str, run_id: str) -> str:
 
 
 def how_to_open(uri: str, run_id: str) -> str:
-    """Return the address of a run's page, or the command that serves it and then the address."""
+    """Return the address of a run's page, or the command that serves it, then the address."""
     link = run_link(uri, run_id)
     if not uri.startswith(SQLITE_SCHEME):
         return f"{uri.rstrip('/')}/{link}"
@@ -187,7 +187,7 @@ def how_to_open(uri: str, run_id: str) -> str:
 
 
 def set_tags(uri: str, run_id: str | None, tags: Mapping[str, str]) -> None:
-    """`mlflow.note.content` is the description, in Markdown."""
+    """Set tags of a run; `mlflow.note.content` is its description, in Markdown."""
     if run_id is not None:
         with _or_warn("set tags", uri):
             texts = redact_texts(tags)
@@ -198,7 +198,7 @@ Points = list[tuple[int, float]]  # step and value
 
 
 def histories(uri: str, run_id: str | None, ends: tuple[str, ...]) -> dict[str, Points]:
-    """All points of the metrics whose names end so; none where the store has or gives none."""
+    """Return all points of the metrics with these name endings; {} if the store gives none."""
     found: dict[str, Points] = {}
     if run_id is not None:
         with _or_warn(f"read the metrics of run {run_id}", uri):
@@ -213,7 +213,7 @@ def histories(uri: str, run_id: str | None, ends: tuple[str, ...]) -> dict[str, 
 def log_dataset(
     uri: str, run_id: str | None, *, name: str, digest: str, source: str, context: str
 ) -> None:
-    """Record what data a run read: `source` is a URI, `context` such as "train"."""
+    """Record which data a run read: `source` is a URI, `context` a word such as "train"."""
     if run_id is None:
         return
     dataset = Dataset(
@@ -240,7 +240,7 @@ def log_artifact_file(uri: str, run_id: str | None, file: Path, folder: str | No
 
 
 def log_artifact_bytes(uri: str, run_id: str | None, data: bytes, artifact_file: str) -> None:
-    """Log a file that is in memory, under a path such as `folder/name.png`."""
+    """Log a file from memory, under a path such as `folder/name.png`."""
     if run_id is None:
         return
     folder, _, name = artifact_file.rpartition("/")
@@ -253,7 +253,7 @@ def log_artifact_bytes(uri: str, run_id: str | None, data: bytes, artifact_file:
 def log_picture(
     uri: str, run_id: str | None, image: NDArray[np.uint8], key: str, step: int
 ) -> None:
-    """Log an (H, W, 3) image; the MLflow UI shows those of one key with a slider over steps."""
+    """Log an (H, W, 3) image; the UI shows all images of a key with a slider over the steps."""
     if run_id is not None:
         with _or_warn(f"log picture {key}", uri):
             client_of(uri).log_image(run_id, image, key=key, step=step, synchronous=True)
@@ -269,7 +269,7 @@ def log_final_metrics(
 
 
 def last_logged_step(uri: str, run_id: str | None, metric: str) -> int:
-    """The highest step that a run has a value of `metric` for; -1 if there is none."""
+    """Return the highest step for which a run has a value of `metric`; -1 if there is none."""
     if run_id is not None:
         with _or_warn(f"read the history of {metric}", uri):
             history = client_of(uri).get_metric_history(run_id, metric)
@@ -282,7 +282,7 @@ def _now_ms() -> int:
 
 
 def _to_points(timestamp_ms: int, step: int, metrics: Mapping[str, float]) -> list[Metric]:
-    """Names of classes are part of names: what MLflow refuses in them becomes `_`."""
+    """Convert metrics to points; characters that MLflow refuses in a name become `_`."""
     return [Metric(_metric_name(key), value, timestamp_ms, step) for key, value in metrics.items()]
 
 
@@ -307,23 +307,23 @@ _Entry = _StepEntry | _PictureEntry
 
 
 class MetricWriter:
-    """Send metrics and pictures from a thread of its own; `write` costs microseconds.
+    """Sends metrics and pictures from its own thread; `write` costs microseconds.
 
-    What cannot be sent is kept, up to the limits below, and sent when the server is back, with
-    the time at which it was written. MLflow stores a point that comes twice once, so a batch
-    whose answer got lost is sent again.
+    What cannot be sent is kept, up to the limits below, and sent with its original time when the
+    server is back. MLflow stores a duplicate point only once, so a batch whose answer got lost is
+    sent again.
 
     Args:
         run_id: None makes a writer that does nothing.
-        after_step: steps up to this one are in MLflow already (see `last_logged_step`).
-        is_superseded: asked before each sending; once it says yes, nothing is sent any more.
+        after_step: Steps up to this one are already in MLflow (see `last_logged_step`).
+        is_superseded: Called before each request; once it returns True, nothing more is sent.
     """
 
     SEND_INTERVAL_S = 2.0
     MAX_BACKOFF_S = 30.0
     # While somebody waits in `flush` or `close`.
     MAX_HURRIED_BACKOFF_S = 0.5
-    # About 1 kB each; the oldest go first.
+    # About 1 kB each; the oldest are dropped first.
     MAX_KEPT_STEPS = 20_000
     MAX_KEPT_PICTURES = 16
 
@@ -346,10 +346,10 @@ class MetricWriter:
         self._warned_of: set[str] = set()
         self._is_closed = run_id is None
         self._is_stopped = False
-        self.is_failing = False  # the last try did not reach the server
+        self.is_failing = False  # whether the last try did not reach the server
         self._changed = threading.Condition()
         if run_id is not None:
-            # Daemon: a server that hangs must not keep the process alive.
+            # A daemon, because a server that hangs must not keep the process alive.
             threading.Thread(
                 target=self._run, args=(run_id,), name="mlflow-writer", daemon=True
             ).start()
@@ -361,7 +361,7 @@ class MetricWriter:
             values = {key: float(value) for key, value in metrics.items()}
         except (TypeError, ValueError) as error:
             self._num_dropped += 1
-            self._warn_once("value", f"takes only numbers; step {step} is left out", error)
+            self._warn_once("value", f"accepts only numbers; step {step} is left out", error)
             return
         with self._changed:
             self._steps.append(_StepEntry(_now_ms(), step, values))
@@ -377,7 +377,7 @@ class MetricWriter:
             self._drop_oldest()
 
     def flush(self, timeout_s: float) -> bool:
-        """Wait until all that was written is sent; False if it is not within `timeout_s`."""
+        """Wait until everything is sent; return False if that takes longer than `timeout_s`."""
         with self._changed:
             self._num_waiting += 1
             self._changed.notify_all()
@@ -386,7 +386,7 @@ class MetricWriter:
         return is_sent
 
     def close(self, timeout_s: float = 30.0) -> None:
-        """Flush, and say once what could not be recorded. Later writes do nothing."""
+        """Flush, and warn once about what could not be recorded. Later writes do nothing."""
         if self._is_closed:
             return
         self._is_closed = True
@@ -396,7 +396,7 @@ class MetricWriter:
             self._is_stopped = True
             self._changed.notify_all()
         if num_lost:
-            logger.warning("MLflow at %s did not get %d steps or pictures", self._uri, num_lost)
+            logger.warning("MLflow at %s did not receive %d steps or pictures", self._uri, num_lost)
 
     def _num_left(self) -> int:
         return len(self._steps) + len(self._pictures) + self._num_in_flight
@@ -427,9 +427,9 @@ class MetricWriter:
                 backoff_s = min(2 * backoff_s or 1.0, self.MAX_BACKOFF_S)
 
     def _send_all(self, run_id: str) -> bool:
-        """Send what is kept, oldest first; False as soon as the server does not answer."""
+        """Send what is kept, oldest first; return False as soon as the server does not answer."""
         while entries := self._take():
-            # Whoever took the run over reports these steps itself.
+            # Whoever took over the run reports these steps itself.
             is_sent = self._is_superseded() or self._send(run_id, entries)
             with self._changed:
                 self._num_in_flight = 0
@@ -461,15 +461,15 @@ class MetricWriter:
         self._drop_oldest()
 
     def _send(self, run_id: str, entries: list[_Entry]) -> bool:
-        """False if it is worth another try; what MLflow refuses is dropped and counted."""
+        """Return False if it is worth retrying; what MLflow refuses is dropped and counted."""
         try:
             self._send_once(run_id, entries)
         except Exception as error:
             if not _is_refusal(error):
-                self._warn_once("down", "is not reached; metrics are kept and sent later", error)
+                self._warn_once("down", "is not reachable; metrics are kept for later", error)
                 return False
             if len(entries) > 1:
-                # One bad value must not take its neighbours with it.
+                # One bad value must not discard the others in its batch.
                 return all(self._send(run_id, [entry]) for entry in entries)
             self._warn_once("refusal", f"refused what was logged at step {entries[0].step}", error)
             self._num_dropped += 1
@@ -494,7 +494,7 @@ class MetricWriter:
 
 
 def _is_refusal(error: Exception) -> bool:
-    """Whether the same request would fail again: a bad name or value, a run that is gone."""
+    """Return whether the same request would fail again: a bad name or value, a deleted run."""
     if isinstance(error, MlflowException):
         return error.error_code in _REFUSALS
     return isinstance(error, TypeError | ValueError) and not isinstance(error, OSError)

@@ -1,11 +1,11 @@
-"""What to do where MLflow can't be used."""
+"""Suggest what to do if MLflow can't be used."""
 
 
 def remedy(uri: str, error: Exception) -> str:
-    """Say what may help: a login, a start, or another path."""
+    """Return a suggestion: check the login, start the server, or check the path."""
     if not uri.startswith("http"):
         return "Check the path"
-    # The server is there, and refuses: MLflow has a status for some of these, text for others.
+    # The server answers but refuses: MLflow has a status for some of these, text for others.
     refused = ("UNAUTHENTICATED", "PERMISSION_DENIED", "401", "403")
     if any(word in f"{getattr(error, 'error_code', '')} {error}" for word in refused):
         return (

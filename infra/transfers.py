@@ -10,16 +10,16 @@ from infra.file_names import path_below
 
 
 class WrongSizeError(ValueError):
-    """A file is not as long as its manifest says."""
+    """A file's size differs from its manifest."""
 
 
 def upload_folder(
     local: Path, uri: str, *, last: str, before_last: Callable[[], None] = lambda: None
 ) -> None:
-    """Copy a folder, the file named `last` after all others: its presence says "complete".
+    """Copy a folder, with the file named `last` after all others: its presence means "complete".
 
-    A `last` that is already at `uri` is removed first, so that it never vouches for a mixture.
-    `before_last` is called before it is written; if that raises, it is not.
+    A `last` that already exists at `uri` is removed first, so that it never marks a mixture as
+    complete. `before_last` is called before it is written; if that raises, it is not written.
     """
     files = sorted(file for file in local.rglob("*") if file.is_file())
     marker = local / last
@@ -44,16 +44,16 @@ def download_files(uri: str, sizes: Mapping[str, int], local: Path) -> None:
     """Copy the named files of a folder, and no others, to a local one.
 
     Args:
-        uri: of the folder.
-        sizes: bytes of each file, by its path in the folder. They come from a manifest: a file of
+        uri: The folder.
+        sizes: Bytes of each file, by its path in the folder. They come from a manifest: a file of
             another size is refused before it is fetched.
-        local: folder that no file may leave.
+        local: The folder that no file may leave.
 
     Raises:
-        FileNotFoundError: a file is not there.
-        UnsafeNameError: a name leads out of the folder.
-        WrongSizeError: a file has another size.
-        StorageError: also when a file came out shorter than it is.
+        FileNotFoundError: A file does not exist.
+        UnsafeNameError: A name leads out of the folder.
+        WrongSizeError: A file has another size.
+        StorageError: The store cannot be used, or a file was received incompletely.
     """
     targets = {name: path_below(local, name, uri) for name in sizes}
     for name, target in targets.items():
@@ -62,7 +62,7 @@ def download_files(uri: str, sizes: Mapping[str, int], local: Path) -> None:
             raise WrongSizeError(f"{place}: has {found} bytes, not {sizes[name]}")
         with storage.storage_errors("download", place, target):
             target.parent.mkdir(parents=True, exist_ok=True)
-            # "x": a file or a link that is there already is not written through.
+            # "x" refuses to write through a file or link that already exists.
             with storage.open_stream(place) as source, target.open("xb") as file:
                 shutil.copyfileobj(source, file, storage.COPY_BYTES)
             if target.stat().st_size != found:

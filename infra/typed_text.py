@@ -1,7 +1,7 @@
-"""Give text the type that its field asks for.
+"""Convert text to the type of its config field.
 
-Text from a YAML file, the environment or the command line is a path where the field holds text,
-and a number where it holds a number, whatever YAML would guess: `name=2024`, `source="set #2"`.
+Text from a YAML file, the environment or the command line becomes a string if the field holds text
+and a number if it holds a number, whatever YAML would guess: `name=2024`, `source="set #2"`.
 """
 
 import re
@@ -19,26 +19,26 @@ _BOOLS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "o
 _DECIMAL = re.compile(r"[-+]?[0-9][0-9_]*")
 _OTHER_BASE = re.compile(r"[-+]?0(x[0-9a-fA-F_]+|o[0-7_]+|b[01_]+)")
 _FLOAT = re.compile(r"[-+]?([0-9][0-9_]*\.?[0-9_]*|\.[0-9][0-9_]*)([eE][-+]?[0-9]+)?")
-_MAX_DIGITS = 400  # longer ones are no numbers that a config can mean
+_MAX_DIGITS = 400  # no config value has more
 _QUOTES = "'\""
 
 
 class Word(str):
-    """Text of the command line or the environment, not yet read: its field decides how."""
+    """Text from the command line or environment that is not parsed yet: the field decides how."""
 
 
 class Written:
-    """In `Annotated[Any, Written]`: values stay as written, for a reader that knows their types."""
+    """Marks, in `Annotated[Any, Written]`, values that stay as written for a later reader."""
 
 
 def read_word(annotation: Any, text: str) -> Any:
-    """What a word means to a field of this type; `typed` brings it to that type.
+    """Parse a word as a value for a field of this type; `typed` then converts it to that type.
 
-    `[a, b]` is a list and `{a: b}` a section only where the field can be one. What is wholly in
-    quotes is taken out of them. All else is text as it was typed.
+    `[a, b]` is a list and `{a: b}` a section only if the field can hold one. Quotes around the
+    whole word are removed. Everything else is text as it was typed.
 
     Raises:
-        YamlFileError: a section that can't be read.
+        YamlFileError: A section can't be parsed.
     """
     options = list(_options(annotation))
     if Written in options:
@@ -53,18 +53,18 @@ def read_word(annotation: Any, text: str) -> Any:
     if is_quoted or (Any in options and text[:1] in ("[", "{")):
         try:
             return read_yaml_text(text)
-        except YamlFileError:  # 'a' and 'b', or a pattern
+        except YamlFileError:  # for example 'a' and 'b', or a pattern
             return Plain(text)
     return Plain(text)
 
 
 def typed(annotation: Any, value: Any) -> Any:
-    """Turn each `Plain` in a tree of dicts and lists into what the field there asks for.
+    """Convert each `Plain` in a tree of dicts and lists to the type of its field.
 
-    What has no place in the type is left for pydantic to refuse.
+    Values that have no place in the type are left for pydantic to refuse.
 
     Raises:
-        YamlFileError: a comment that may be meant as the end of a text.
+        YamlFileError: A comment may have been meant as the end of a text.
     """
     options = list(_options(annotation))
     if Written in options:
@@ -115,7 +115,7 @@ def _typed_scalar(options: Sequence[Any], text: Plain) -> Any:
 
 
 def _options(annotation: Any) -> Iterator[Any]:
-    """The members of a union, and what is in `Annotated`; `Written` for what it marks."""
+    """Yield the members of a union and of `Annotated`, and `Written` for a marked field."""
     if get_origin(annotation) is Annotated:
         inner, *marks = get_args(annotation)
         if Written in marks:
@@ -144,7 +144,7 @@ def _is_sequence(option: Any) -> bool:
 
 
 def _holds_text(option: Any) -> bool:
-    """Whether text is what pydantic should get for it: a name, a path, a date."""
+    """Return whether pydantic should get text for this type: a name, a path, a date."""
     if get_origin(option) is Literal:
         return any(isinstance(x, str) for x in get_args(option))
     return isinstance(option, type) and not (
@@ -166,7 +166,7 @@ def _item_type(option: Any, index: int) -> Any:
 
 
 def _number(text: str) -> int | float | None:
-    """Decimal also with leading zeros, where YAML 1.1 reads 010 as 8 and 1:30 as 90."""
+    """Parse a decimal number, even with leading zeros; YAML 1.1 reads 010 as 8 and 1:30 as 90."""
     if len(text) > _MAX_DIGITS:
         return None
     digits = text.replace("_", "")
@@ -178,15 +178,15 @@ def _number(text: str) -> int | float | None:
 
 
 def _guess(text: str) -> Any:
-    """What YAML makes of it: the field can hold anything."""
+    """Parse as YAML would, for a field that can hold anything."""
     try:
         return yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError):  # such as a date that is none
+    except (yaml.YAMLError, ValueError):  # for example an invalid date
         return str(text)
 
 
 def _split(text: str) -> list[str]:
-    """Items between commas, of which those in quotes and brackets part nothing."""
+    """Split at commas, except those inside quotes or brackets."""
     items, depth, quote = [""], 0, ""
     for char in text:
         if quote:

@@ -1,8 +1,8 @@
-"""Read YAML strictly: each key once, bounded work, and unquoted text as it is written.
+"""Read YAML strictly: no duplicate keys, bounded work, and unquoted text as written.
 
-YAML guesses the type of what stands without quotes: 2024 is a number, `no` is false, 010 is 8.
-Here it stays text until the field that it is for is known (infra/typed_text.py), so `name: 2024`
-is a name and `seed: 2024` is a number.
+YAML guesses the type of an unquoted value: 2024 is a number, `no` is false, 010 is 8. Here it stays
+text until its field is known (infra/typed_text.py), so `name: 2024` is a name and `seed: 2024` is a
+number.
 """
 
 import re
@@ -12,9 +12,9 @@ from typing import Any, NamedTuple, cast
 
 import yaml
 
-MAX_BYTES = 2**20  # PyYAML reads about 0.5 MB a second
+MAX_BYTES = 2**20  # PyYAML parses about 0.5 MB per second
 MAX_DEPTH = 50
-MAX_VALUES = 100_000  # after aliases are written out: ten short lines can stand for billions
+MAX_VALUES = 100_000  # after aliases are expanded: ten short lines can stand for billions
 
 _TAG = "tag:yaml.org,2002:"
 _SCALARS = {f"{_TAG}{x}" for x in ("null", "bool", "int", "float", "str", "timestamp", "value")}
@@ -22,13 +22,13 @@ _COMMENT_WITHOUT_SPACE = re.compile(r"[ \t]+#[^\s#].*")
 
 
 class YamlFileError(ValueError):
-    """The file can't be read as a config; says file, line and what is wrong."""
+    """The file can't be read as a config; the message has the file, the line and the problem."""
 
 
 class Plain(str):
-    """Text that stands without quotes, so that its field decides what it means.
+    """Unquoted text, whose field decides what it means.
 
-    `comment` is what follows it on its line where that might be meant as a part of it: ` #2`.
+    `comment` is the rest of its line if that might be meant as a part of it: ` #2`.
     """
 
     comment: str = ""
@@ -37,7 +37,7 @@ class Plain(str):
 
 class YamlFile(NamedTuple):
     values: Any
-    """Dicts, lists, `Plain` for text without quotes and `str` for text in quotes."""
+    """Dicts, lists, `Plain` for unquoted text and `str` for quoted text."""
     lines: dict[str, int]
     """The line of each key and list item, by dotted name: `optim.epochs`, `schedules.0`."""
 
@@ -57,8 +57,8 @@ def read_yaml(file: Path) -> YamlFile:
     """Read a file that holds one YAML document.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        YamlFileError: it can't be read, is no YAML, gives a key twice, or is far too large.
+        FileNotFoundError: There is no such file.
+        YamlFileError: It can't be read, is not YAML, repeats a key, or is far too large.
     """
     try:
         with file.open("rb") as stream:
@@ -73,10 +73,10 @@ def read_yaml(file: Path) -> YamlFile:
 
 
 def read_yaml_text(text: str) -> Any:
-    """The values in a text, as `read_yaml` has them.
+    """Parse the values in a text, as `read_yaml` does.
 
     Raises:
-        YamlFileError: as `read_yaml`.
+        YamlFileError: For the same reasons as `read_yaml`.
     """
     return _read(text.encode(errors="surrogateescape"), "").values
 
@@ -102,14 +102,14 @@ def _read(data: bytes, name: str) -> YamlFile:
 
 
 def _place(name: str, line: int | None) -> str:
-    """Begins a message; a text that is no file has no lines to name."""
+    """Return the start of a message; a text that is not a file has no line to name."""
     if not name:
         return ""
     return f"{name}: " if line is None else f"{name}:{line} "
 
 
 class _Loader(yaml.SafeLoader):
-    """Composes nodes, which is recursive, to a limited depth."""
+    """Composes nodes, which is recursive, up to a limited depth."""
 
     depth = 0
 
@@ -127,13 +127,13 @@ class _Loader(yaml.SafeLoader):
 
 
 class _Tree:
-    """Turns composed nodes into dicts whose values know their lines, lists and text."""
+    """Converts composed nodes to dicts whose values know their lines, lists and text."""
 
     def __init__(self, loader: _Loader, name: str) -> None:
-        self._loader: Any = loader  # some of its methods have no types
+        self._loader: Any = loader  # some of its methods are untyped
         self._name = name
         self._count = 0
-        self._open: set[int] = set()  # the nodes that are being built
+        self._open: set[int] = set()  # nodes that are being built
 
     def build(self, node: yaml.Node, depth: int) -> Any:
         self._count += 1
@@ -171,7 +171,7 @@ class _Tree:
         return {**merged, **own}
 
     def _merged(self, node: yaml.Node, depth: int) -> dict[str, _Entry]:
-        """What `<<` brings in: of several sections, the first that has a key."""
+        """Return what `<<` merges in: of several sections, the first that has a key wins."""
         sources = node.value if isinstance(node, yaml.SequenceNode) else [node]
         found: dict[str, _Entry] = {}
         for source in sources:
@@ -210,7 +210,7 @@ def _line(node: yaml.Node) -> int:
 
 
 def _text(node: yaml.ScalarNode) -> str:
-    """JSON writes what is beyond 16 bits as two escapes, which YAML leaves apart."""
+    """Join surrogates: JSON writes characters beyond 16 bits as two escapes, YAML keeps both."""
     text: str = node.value
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
