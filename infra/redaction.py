@@ -67,7 +67,7 @@ def _environment() -> tuple[tuple[str, str], ...]:
 
 @lru_cache(maxsize=8)
 def _known_secrets(variables: tuple[tuple[str, str], ...]) -> tuple[str, ...]:
-    """List the secrets, longest first, as they are and as addresses, headers and JSON spell them."""
+    """List the secrets, longest first, also as addresses, headers and JSON spell them."""
     secrets: set[str] = set()
     for name, value in variables:
         if _SECRET_VARIABLE.search(name.upper()):

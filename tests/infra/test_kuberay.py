@@ -429,9 +429,9 @@ def test_any_config_fits_the_schemas(ray_schemas: dict[str, Manifest]) -> None:
     ("text", "message"),
     [
         ("image: mae:1\nimagee: x", "imagee: Extra inputs"),
-        ("image: mae", "image: .*names no version"),
+        ("image: mae", "image: .*has no fixed version"),
         ("image: mae:latest", "not latest"),
-        ("image: host:80/mae", "names no version"),
+        ("image: host:80/mae", "has no fixed version"),
         ("{}", "image: Field required"),
         ("image: mae:1\nname: Mae", "name: "),
         (f"image: mae:1\nname: {'x' * 25}", "name: .*at most 24"),
