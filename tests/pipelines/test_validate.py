@@ -112,7 +112,7 @@ def test_an_image_of_training_in_validation_is_a_duplicate(
         ([{"bbox": [1, 1, 5, 5], "category_id": 2}], None),
         ([{"bbox": [1, 1, 5, 5], "category_id": 4}], "class 4 is not in 1 to 3"),
         ([{"bbox": [1, 1, -5, 5], "category_id": 1}], "000"),
-        ([{"bbox": [200, 200, 50, 50], "category_id": 1}], "lies outside of the picture"),
+        ([{"bbox": [200, 200, 50, 50], "category_id": 1}], "lies outside the picture"),
     ],
 )
 def test_boxes_are_read_as_detection_reads_them(

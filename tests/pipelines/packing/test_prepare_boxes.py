@@ -129,7 +129,7 @@ def test_boxes_of_larger_pictures_are_refused(photos: Path, tmp_path: Path) -> N
     coco.write_text(text)
     assert pack(photos, tmp_path / "other", annotations=str(coco)) == "done"
     skipped = json.loads((tmp_path / "other/skipped.jsonl").read_text())
-    assert skipped["reason"].startswith("box 1 ([9, 1, 2, 2]): lies outside of the picture")
+    assert skipped["reason"].startswith("box 1 ([9, 1, 2, 2]): lies outside the picture")
 
 
 @pytest.mark.parametrize(
