@@ -108,7 +108,10 @@ def test_what_may_be_classes_is_taken_for_classes(names: list[str]) -> None:
         (["a.JPG", "a.jpg"], "a.JPG and a.jpg"),
         (["Cat/a.jpg", "cat/b.jpg"], "classes that differ only in case or spaces: Cat, cat"),
         (["cat/a.jpg"], "all images have the class cat"),
-        (["a/x/1.jpg", "a/x/2.jpg", "b/3.jpg"], "so images in deeper folders belong to it: a/x (2)"),
+        (
+            ["a/x/1.jpg", "a/x/2.jpg", "b/3.jpg"],
+            "so images in deeper folders belong to it: a/x (2)",
+        ),
     ],
 )
 def test_what_may_be_meant_otherwise_is_told(names: list[str], told: str) -> None:
