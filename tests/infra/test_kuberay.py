@@ -315,7 +315,7 @@ def test_cron_lines_that_kubernetes_reads(cron: str) -> None:
         ("0 0 2 * * *", "has 6 fields"),
         ("0 2 L * *", "'L'"),
         ("0 2 * * 1#2", "'1#2'"),
-        ("0 2 * * 5-7", "Sunday 0"),
+        ("0 2 * * 5-7", "Sunday is 0"),
         ("TZ=UTC 0 2 * * *", "TZ=UTC"),
         ("@daily", "@daily"),
     ],

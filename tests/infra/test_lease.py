@@ -98,7 +98,7 @@ def test_what_a_holder_elsewhere_left_is_taken_over_when_it_is_stale(
     place = f"{store}/stale/lease"
     holder = {"purpose": "elsewhere", "host": "another-machine", "pid": 1, "token": "x"}
     storage.write_bytes(place, json.dumps(holder).encode())
-    says = r"elsewhere.*another-machine.*heard of"
+    says = r"elsewhere.*another-machine.*refreshed"
     with pytest.raises(HeldError, match=says), lease(place, "mine"):
         pytest.fail("held twice")
     monkeypatch.setattr(leases, "STALE_S", 1.0)
@@ -131,10 +131,10 @@ def test_one_that_was_taken_over_does_not_take_it_back(
         held.check()
         storage.write_bytes(place, b"theirs")
         wait_for(lambda: held.is_lost)
-        with pytest.raises(HeldError, match="another took it over"):
+        with pytest.raises(HeldError, match="another process took it over"):
             held.check()
     assert storage.read_bytes(place) == b"theirs"
-    assert "another took it over" in caplog.text
+    assert "another process took it over" in caplog.text
 
 
 @pytest.mark.services

@@ -383,7 +383,7 @@ def test_a_server_that_goes_and_comes_back_gets_everything(
     writer.close(20.0)
     assert fake.points == [("loss", step, float(step)) for step in range(2500)]
     assert [record.levelname for record in caplog.records] == ["WARNING"]
-    assert "metrics are kept and sent later" in caplog.text
+    assert "metrics are kept for later" in caplog.text
 
 
 def test_what_could_not_be_sent_comes_before_what_was_written_since() -> None:
