@@ -34,6 +34,7 @@ def complete_page(app: Sphinx, page: str, source: list[str]) -> None:
     """Put the text of README, CONTRIBUTING or CHANGELOG into the page that stands for it."""
     for name, stands_for in PAGES.items():
         if page == stands_for:
+            app.env.note_dependency(ROOT / name, docname=page)
             text = LINK.sub(lambda link: f"]({from_docs(link[1])}", (ROOT / name).read_text())
             source[0] = f"{text}\n{source[0]}"
     # Links of other pages to these three: Sphinx reads a leading slash as docs/.

@@ -98,6 +98,23 @@ def test_a_marked_block_says_what_it_needs_or_which_test_runs_it(block: Block) -
 
 
 @pytest.mark.parametrize("block", SHELL, ids=str)
+def test_the_tests_that_a_mark_names_mention_each_command(block: Block) -> None:
+    mark = MARK.fullmatch(block.mark)
+    if mark and mark[1] == "tested by":
+        tests = "".join((ROOT / path.strip()).read_text() for path in mark[2].split(","))
+        named = [word for words in commands(block) for word in named_words(words)]
+        assert [word for word in named if not re.search(rf"\b{word}\b", tests)] == []
+
+
+def named_words(words: list[str]) -> list[str]:
+    """Return what a command is called: the target of make, the stage or command of `mae`."""
+    known = {"pause", "resume", "serve", "once", "backfill", "schema", "show", "search"}
+    if words[0] in {"make", "mae"}:
+        return [words[1], *(word for word in words[2:3] if word in known)]
+    return []
+
+
+@pytest.mark.parametrize("block", SHELL, ids=str)
 def test_every_command_is_one_that_exists(block: Block, monkeypatch: pytest.MonkeyPatch) -> None:
     """Run or not: stages, keys, values, config files, make targets and modules are real ones."""
     monkeypatch.chdir(ROOT)
