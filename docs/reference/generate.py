@@ -8,11 +8,15 @@ from pipelines.chain.kinds import KINDS
 from pipelines.config.fields import describe
 
 FOLDER = Path(__file__).parent
+INTRODUCTION = (
+    "Look up every setting here. Set it as `section.key=value` on the command line or in a "
+    "YAML file ([how](../guides/config.md)). `make docs` writes this page from the config's fields."
+)
 
 
 def page(stage: str, config_type: type[StrictConfig], summary: str) -> str:
-    head = f"# `mae {stage}`\n\n{summary} Written by `make docs` from the config's fields.\n\n"
-    return head + table(config_type)
+    """Return the reference page of a stage."""
+    return f"# `mae {stage}`\n\n{summary} {INTRODUCTION}\n\n{table(config_type)}"
 
 
 def table(config_type: type[StrictConfig]) -> str:
@@ -33,10 +37,11 @@ def pages() -> dict[Path, str]:
 
 
 def chain_page() -> str:
-    """A pipeline's file is a table of tables, which `describe` does not go into."""
-    head = "# `mae run`, `mae plan`\n\nA pipeline's file; see [the guide](../guides/chain.md). "
+    """Return the page of a pipeline's file, whose tables lie in each other."""
     parts = [
-        head + "Written by `make docs` from the config's fields.\n",
+        "# `mae run`, `mae plan`\n",
+        "Look up every field of a pipeline's file here ([guide](../guides/chain.md)). "
+        "`make docs` writes this page from the config's fields.\n",
         "## The pipeline\n\n" + table(ChainConfig),
         "## `stages.NAME`\n\n" + table(StageSpec),
         "## `promote`\n\n" + table(PromoteSpec),
