@@ -25,9 +25,6 @@ from functools import partial
 from typing import NamedTuple
 
 import numpy as np
-import ray.data
-import ray.train
-from ray.train.torch import TorchTrainer
 
 from infra import storage, tracking
 from mae_core.data.decode import decode_image
@@ -58,7 +55,6 @@ from pipelines.reading.shards import measure_channel_stats, open_shards, read_ro
 from pipelines.training.export import log_encoder
 from pipelines.reading.fingerprints import fingerprint
 from pipelines.training.knn import METRICS_PREFIX, check_labels
-from pipelines.training.process_group import OneAddressTorchConfig
 from pipelines.training.recording import (
     earlier_record,
     ended_in_mlflow,
@@ -70,6 +66,7 @@ from pipelines.training.recording import (
     tell_evaluation,
 )
 from pipelines.training.reporting import RunSize
+from pipelines.training.run import fit
 from pipelines.training.run_folder import RunFolder
 from pipelines.training.pretrain_worker import Pictures, TrainTask, remaining_data, train_worker
 
@@ -347,18 +344,16 @@ def _train(
     Returns:
         Why the evaluation failed, if it did: what was trained is there all the same.
     """
-    trainer = TorchTrainer(
+    work = partial(
+        fit,
         train_worker,
-        train_loop_config={"task": task},
-        scaling_config=launch.ray_scaling(config.scaling),
-        run_config=launch.ray_run(task.run_uri, config.scaling),
-        # Called before each start of the workers, so a recovery reads from its own position on.
-        datasets={"train": partial(remaining_data, task)},
-        dataset_config=ray.train.DataConfig(enable_shard_locality=False),
-        torch_config=OneAddressTorchConfig(),
+        task,
+        run_uri=task.run_uri,
+        scaling=config.scaling,
+        read=partial(remaining_data, task),
     )
     try:
-        run_until_stopped(stopper, trainer.fit, task.channel, config.checkpoint)
+        run_until_stopped(stopper, work, task.channel, config.checkpoint)
     except Exception as error:
         task.folder.check_start()
         # A step beyond the last one is none of this run's: then nothing was evaluated.

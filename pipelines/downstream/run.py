@@ -8,9 +8,7 @@ from types import MappingProxyType
 from typing import NamedTuple, TypeVar
 
 import numpy as np
-import ray.train
 import torch
-from ray.train.torch import TorchTrainer
 from torch import nn
 
 from infra import storage, tracking
@@ -40,7 +38,6 @@ from pipelines.reading.shards import (
 )
 from pipelines.training import launch
 from pipelines.training.checkpoints import at_newest_checkpoint, fetch_manifest
-from pipelines.training.process_group import OneAddressTorchConfig
 from pipelines.training.recording import (
     earlier_record,
     ended_in_mlflow,
@@ -50,6 +47,7 @@ from pipelines.training.recording import (
     say_where_to_compare,
     take_over,
 )
+from pipelines.training.run import fit
 from pipelines.training.run_folder import RunFolder
 
 logger = logging.getLogger(__name__)
@@ -354,17 +352,17 @@ def _rows(
 
 
 def _train(config: DownstreamConfig, job: TuningJob, stopper: driver.Stopper) -> None:
-    trainer = TorchTrainer(
+    work = partial(
+        fit,
         tuning_worker,
-        train_loop_config={"job": job},
-        scaling_config=launch.ray_scaling(config.scaling),
-        run_config=launch.ray_run(job.run_uri, config.scaling),
-        datasets={"train": partial(remaining_data, job)} if job.is_trained else {},
-        dataset_config=ray.train.DataConfig(enable_shard_locality=False),
+        job,
+        run_uri=job.run_uri,
+        scaling=config.scaling,
+        read=partial(remaining_data, job) if job.is_trained else None,
         # The others wait while the first worker measures an arm.
-        torch_config=OneAddressTorchConfig(timeout_s=MEASURING_TIMEOUT_S),
+        timeout_s=MEASURING_TIMEOUT_S,
     )
-    run_until_stopped(stopper, trainer.fit, job.channel, config.checkpoint)
+    run_until_stopped(stopper, work, job.channel, config.checkpoint)
 
 
 def _finish(

@@ -64,7 +64,7 @@ LOSS_METRIC = "train/loss"
 
 def tuning_worker(arguments: dict[str, TuningJob]) -> None:
     """Ray Train's entry: runs in each worker, and again in each after one was lost."""
-    job = arguments["job"]
+    job = arguments["task"]
     try:
         _Worker(job).run()
     except Exception as error:
