@@ -9,7 +9,7 @@ NUM_PACKAGES = $(shell grep -c '==' requirements.lock)
 export RAY_USAGE_STATS_ENABLED := 0
 export MLFLOW_DISABLE_TELEMETRY := true
 
-# Says every four seconds that a command which is silent still runs: $(call told,what it does,command)
+# Print every four seconds that a silent command still runs: $(call told,what it does,command)
 define told
 @echo "$(1) ..." >&2; \
 (t=0; while sleep 4 > /dev/null; do t=$$((t + 4)); echo "still $(1), $$t s" >&2; done) & beat=$$!; \
@@ -45,19 +45,19 @@ format: $(STAMP)  ## Rewrite files to the house format
 	$(PYTHON) -m ruff format .
 
 .PHONY: check
-check: $(STAMP)  ## Format, lint, types and layers; writes nothing
+check: $(STAMP)  ## Check format, lint, types and layers; writes nothing
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m mypy
 	$(BIN)/lint-imports
 
 .PHONY: test
-test: $(STAMP)  ## All tests: core, Ray, services (no GPU needed)
+test: $(STAMP)  ## Run all tests: core, Ray, services (no GPU needed)
 	$(PYTHON) -m pytest -m "not compile" --numprocesses 2 --dist loadfile
 	SHAPE_CHECKS=0 $(PYTHON) -m pytest -m compile
 
 .PHONY: test-fast
-test-fast: $(STAMP)  ## Tests that start no Ray and no service
+test-fast: $(STAMP)  ## Run the tests that start neither Ray nor a service
 	$(PYTHON) -m pytest -m "not (ray or services or slow or compile)"
 
 .PHONY: up
@@ -65,7 +65,7 @@ up: $(STAMP)  ## Start an object store, MLflow and a Ray head on loopback
 	$(call told,starting the services,$(PYTHON) -m infra.services up)
 
 .PHONY: down
-down: $(STAMP)  ## Stop what `make up` started, and nothing else
+down: $(STAMP)  ## Stop what `make up` started and nothing else
 	$(call told,stopping the services,$(PYTHON) -m infra.services down)
 
 .PHONY: mlflow-ui
@@ -73,19 +73,19 @@ mlflow-ui: $(STAMP)  ## Open the local MLflow store on http://127.0.0.1:5000
 	$(BIN)/mlflow ui --backend-store-uri sqlite:///$(CURDIR)/runs/mlflow.db
 
 .PHONY: render
-render: $(STAMP)  ## Kubernetes manifests of configs/cluster/kuberay.yaml
+render: $(STAMP)  ## Print the Kubernetes manifests of configs/cluster/kuberay.yaml
 	@$(PYTHON) -m infra.kuberay render configs/cluster/kuberay.yaml
 
 .PHONY: bench-data
-bench-data: $(STAMP)  ## How fast images come, and where the rest goes; DATA="a.tar b.tar" for yours
+bench-data: $(STAMP)  ## Measure reading and decoding; DATA="a.tar b.tar" for your images
 	$(call told,measuring,$(PYTHON) benchmarks/data.py $(DATA))
 
 .PHONY: chaos
-chaos: $(STAMP)  ## Stop and kill runs at random steps: what each lost; TIMES=10 of each
+chaos: $(STAMP)  ## Stop and kill runs at random steps and show what each lost; TIMES=10 of each
 	$(PYTHON) benchmarks/stopping.py $(or $(TIMES),3)
 
 .PHONY: docs
-docs: $(STAMP)  ## Write docs/reference from the configs' fields
+docs: $(STAMP)  ## Write docs/reference from the fields of the configs
 	$(PYTHON) docs/reference/generate.py
 
 .PHONY: docs-site
@@ -94,7 +94,7 @@ docs-site: $(STAMP)  ## Build the documentation as a site with search: site/inde
 	@echo "Open site/index.html"
 
 .PHONY: ci
-ci: check test  ## What .ci/run runs
+ci: check test  ## Run what .ci/run runs
 
 .PHONY: clean
 clean:  ## Remove caches and the demo's data and runs; keeps .venv
