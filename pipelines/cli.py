@@ -1,6 +1,6 @@
-"""The `mae` command: words to a config, a stage's result to one line, errors to exit codes.
+"""The `mae` command: turn words into a config, a result into one line, errors into exit codes.
 
-Exit codes: 0 done, 2 config, 3 a gate refused, 4 data, 5 infrastructure, 6 training, 130 and 143
+Exit codes: 0 done, 2 config, 3 refused by a gate, 4 data, 5 infrastructure, 6 training, 130 and 143
 stopped, 1 anything else (docs/guides/run.md).
 """
 
@@ -21,8 +21,8 @@ from pipelines.terminal import progress
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a stage; returns the exit code."""
-    # Quiet the libraries before they are imported.
+    """Run a stage or another command; return the exit code."""
+    # Silence the libraries before they are imported.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_DEDUP_LOGS", "0")
@@ -46,45 +46,45 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.stage == "stage":
             stage = load_own_stage(arguments.file)
         else:
-            # By name: a wrong config is told before torch and Ray are loaded.
+            # Imported by name, so that a wrong config is reported before torch and Ray load.
             with _telling_that_it_loads():
                 stage = importlib.import_module(f"pipelines.{arguments.stage}")
         result: StageResult = stage.run(config, fresh=arguments.fresh)
     except BaseException as error:
         exit_code = _report(error, debug=arguments.debug)
-        if not sys.stdout.isatty():  # a person has been told
+        if not sys.stdout.isatty():  # a person has already seen the message
             explained = explain(error)
-            # Of an error that is not ours, the words alone: its class is on stderr.
+            # For an error that is not ours, only its text: its class is on stderr.
             message = str(error) if explained.exit_code == 1 else explained.message
             failed = {"status": "failed", "error": message, "can_pass": explained.can_pass}
             print(redact(json.dumps({"stage": arguments.stage, **failed})), flush=True)
         return exit_code
-    # A count stays one; numpy's numbers are none that JSON knows.
+    # Integers stay integers; numpy numbers cannot be written as JSON.
     metrics = {k: x if isinstance(x, int) else float(x) for k, x in result.metrics.items()}
     result = result._replace(metrics=metrics)
     fields = {**result._asdict(), "seconds": round(time.monotonic() - started_s, 1)}
     print(redact(json.dumps(fields)), flush=True)
-    # By name: not every stage has loaded MLflow.
+    # Imported by name, because not every stage has loaded MLflow.
     if sys.stdout.isatty() and result.run_id is not None:
         importlib.import_module("pipelines.training.recording").say_run_page(config, result.run_id)
     return 0
 
 
 def _telling_that_it_loads() -> AbstractContextManager[None]:
-    """Tell a person at a terminal that torch and Ray are being loaded, which takes seconds."""
+    """Show a person at a terminal that torch and Ray are loading, which takes seconds."""
     return progress.doing("loading") if progress.shows_bar() else nullcontext()
 
 
 def _version() -> str:
     try:
         return importlib.import_module("importlib.metadata").version("mae-pipeline")
-    except ModuleNotFoundError:  # PackageNotFoundError is one: a copy that is not installed
+    except ModuleNotFoundError:  # PackageNotFoundError is a subclass: the copy is not installed
         return "of a copy that is not installed"
 
 
 def _run_command(words: list[str]) -> int:
     module, _ = COMMANDS[words[0]]
-    # Those of `chain` begin with which of the two is meant.
+    # The words of `chain` begin with the command that is meant, run or plan.
     own_words = words if module == "chain.command" else words[1:]
     try:
         code: int = importlib.import_module(f"pipelines.{module}").command(own_words)
@@ -94,7 +94,7 @@ def _run_command(words: list[str]) -> int:
 
 
 def _report(error: BaseException, *, debug: bool) -> int:
-    """Say what went wrong on stderr; returns the exit code."""
+    """Explain the error on stderr; return the exit code."""
     if debug:
         logging.getLogger(__name__).error("traceback follows", exc_info=error)
     exit_code = getattr(error, "exit_code", None)

@@ -1,4 +1,4 @@
-"""Where this process runs: which sources, in which Ray job, and which cluster it joins."""
+"""Where this process runs: the sources, the Ray job, and the cluster to join."""
 
 import json
 import os
@@ -7,27 +7,27 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 
 
-JOB_STOP_WAIT_S = 3.0  # Ray's own default
+JOB_STOP_WAIT_S = 3.0  # Ray's default
 
 
-JOB_STOP_MARGIN_S = 1.0  # in which the end is told
+JOB_STOP_MARGIN_S = 1.0  # time to report the end
 
 
 def ray_job_id() -> str | None:
-    """The submission id of the Ray job that this process is the driver of."""
+    """Return the submission id of the Ray job whose driver this process is, or None."""
     raw = os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR")
     return json.loads(raw).get("metadata", {}).get("job_submission_id") if raw else None
 
 
 def cluster_address() -> str | None:
-    """Return the address of the cluster to join, or None where a run starts a Ray of its own."""
+    """Return the address of the cluster to join, or None if a run starts its own Ray."""
     address = os.environ.get("RAY_ADDRESS")
-    # Ray's own word for a new Ray on this machine, which must be a guarded one, too.
+    # "local" is Ray's word for a new Ray on this machine, which must be a guarded one as well.
     return None if address in (None, "", "local") else address
 
 
 def grace_s(wanted_s: float) -> float:
-    """How long a stopped run may take: as wanted, or what `ray job stop` leaves it."""
+    """Return how long a stopped run may take: as wanted, limited by what `ray job stop` allows."""
     if ray_job_id() is None:
         return wanted_s
     try:

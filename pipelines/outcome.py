@@ -1,23 +1,22 @@
-"""How a stage ends: its result, or an error with an exit code that may or may not pass.
+"""How a stage ends: with a result, or with an error that has an exit code and may be temporary.
 
-The errors of the three packages, and the exit code of each:
+The errors of the three packages and the exit code of each:
 
     ConfigError             2  the user's config can't run
     RefusedError            3  a gate refused
     DataError               4  the data can't be used (mae_core.data.samples)
-      ChangedDataError         a shard is not what its index says (pipelines.reading.shards)
+      ChangedDataError         a shard does not match its index (pipelines.reading.shards)
       NotMeasuredError         an evaluation failed (pipelines.downstream.measuring)
     NoShardsError           4  there are no shards (infra.storage)
     DamagedFileError        4  one of our own files is damaged (infra.own_files)
-    CorruptCheckpointError  4  a checkpoint is not what its manifest says (mae_core.checkpoint)
+    CorruptCheckpointError  4  a checkpoint does not match its manifest (mae_core.checkpoint)
     StorageError            5  a store or a disk failed (infra.storage)
       HeldError                another process holds the lease (infra.lease)
-      RayStartError            no Ray starts here (pipelines.training.local_ray)
-      SupersededError          a later start took the run over (pipelines.training.run_folder)
+      RayStartError            Ray cannot be started here (pipelines.training.local_ray)
+      SupersededError          a later start took over the run (pipelines.training.run_folder)
     NonFiniteLossError      6  the loss is not finite (mae_core.train_step)
 
-Classes are recognised by their names, so that neither torch nor Ray is imported to report an
-error.
+Classes are recognised by name, so that reporting an error imports neither torch nor Ray.
 """
 
 import importlib
@@ -25,7 +24,7 @@ from typing import Any, Literal, NamedTuple
 
 OURS = ("infra", "mae_core", "pipelines")
 INFRASTRUCTURE = "infrastructure error"
-# By class: the exit code, and how the line on stderr begins. See docs/guides/run.md.
+# Exit code and first words on stderr of each class. See docs/guides/run.md.
 EXIT_CODES: dict[str, tuple[int, str]] = {
     "ConfigError": (2, "config error"),
     "RefusedError": (3, "refused"),
@@ -36,7 +35,7 @@ EXIT_CODES: dict[str, tuple[int, str]] = {
     "StorageError": (5, INFRASTRUCTURE),
     "NonFiniteLossError": (6, "training error"),
 }
-# Ray's: a machine or a process failed, not what it was asked.
+# Ray's errors for a machine or process that failed, whatever it was asked to do.
 PASSING_TYPES = {
     "ActorDiedError",
     "ActorUnavailableError",
@@ -53,7 +52,7 @@ PASSING_TYPES = {
     "WorkerHealthCheckTimeoutError",
     "WorkerGroupStartupTimeoutError",
 }
-# What a store says when the same request would fail again.
+# Parts of a store's messages for requests that would fail again.
 LASTING_TEXTS = (
     "ACCESS_DENIED",
     "AccessDenied",
@@ -75,9 +74,9 @@ LASTING_TEXTS = (
 
 
 OUT_OF_MEMORY = (
-    "this machine, or what it gives the run, ran out of memory; the same command goes on from the "
-    "last checkpoint. If it happens again: a smaller optim.micro_batch_size or "
-    "data.shuffle_window, fewer scaling.num_workers, or more memory"
+    "this machine, or the share of it that the run may use, ran out of memory; the same command "
+    "resumes from the last checkpoint. If it happens again, use a smaller optim.micro_batch_size "
+    "or data.shuffle_window, fewer scaling.num_workers, or more memory"
 )
 NOT_STARTED = (
     "the training workers did not start in time; the machine or the cluster may be busy: try again"
@@ -85,37 +84,37 @@ NOT_STARTED = (
 
 
 class ConfigError(ValueError):
-    """The user's config can't run; says what, where, and what to try."""
+    """The user's config can't run; the message says what is wrong, where, and what to try."""
 
 
 class RefusedError(RuntimeError):
-    """A gate refused; says what was found, as a table."""
+    """A gate refused; the message is a table of what was found."""
 
 
 class StageResult(NamedTuple):
-    """What a stage made. Printed as the last line of stdout."""
+    """What a stage produced. Printed as the last line of stdout."""
 
     stage: str
-    status: Literal["done", "reused", "evaluated"]  # evaluated: trained before, measured anew
-    run_id: str | None  # MLflow's
-    output: str  # URI of what the stage made
+    status: Literal["done", "reused", "evaluated"]  # evaluated: trained earlier, measured again
+    run_id: str | None  # in MLflow
+    output: str  # URI of what the stage produced
     metrics: dict[str, float]
 
 
 class Explanation(NamedTuple):
-    """An error in the words of the command line."""
+    """An error in terms of the command line."""
 
     exit_code: int
     title: str
     message: str
     can_pass: bool
-    """Whether the same command may succeed: a store or a worker failed, not what it was asked."""
+    """Whether the same command may succeed later: a store or a worker failed, not the request."""
 
 
 def explain(error: BaseException) -> Explanation:
-    """Explain an error by the first one that we know among it and what caused it."""
+    """Explain an error by the first known error in its chain of causes."""
     links = chain(error)
-    # First, since a worker that was killed for its memory also looks like one that crashed.
+    # Checked first, because a worker killed for its memory also looks like one that crashed.
     if any(_is_out_of_memory(link) for link in links):
         return Explanation(5, INFRASTRUCTURE, OUT_OF_MEMORY, True)
     for link in links:
@@ -129,26 +128,26 @@ def explain(error: BaseException) -> Explanation:
 
 
 def can_pass(error: BaseException) -> bool:
-    """Whether the same command may succeed: a store or a worker failed, not what it was asked."""
+    """Return whether the same command may succeed later: a store or worker failed."""
     return explain(error).can_pass
 
 
 def known_error(error: BaseException) -> Exception | None:
-    """The first error that has an exit code of its own, among an error and what caused it.
+    """Return the first error with an exit code of its own in the chain of causes.
 
-    A full or read-only disk that the system told of becomes a StorageError.
+    A system error about a full or read-only disk becomes a StorageError.
     """
     return next((known for link in chain(error) if (known := _known(link)) is not None), None)
 
 
 def lasting_error(error: BaseException) -> Exception | None:
-    """The known error that the same step would meet again; None where another try may help."""
+    """Return the known error that the same step would hit again; None if a retry may help."""
     known = known_error(error)
     return None if known is None or _is_passing(known) else known
 
 
 def chain(error: BaseException) -> list[BaseException]:
-    """An error, what caused it, and the errors of each worker that a group's error holds."""
+    """List an error, its causes, and the errors of each worker that a group's error holds."""
     found: list[BaseException] = []
     waiting: list[BaseException | None] = [error]
     while waiting:
@@ -158,8 +157,8 @@ def chain(error: BaseException) -> list[BaseException]:
         found.append(link)
         workers = getattr(link, "worker_failures", None)
         waiting += list(workers.values()) if isinstance(workers, dict) else []
-        # Ray keeps what a task raised in `cause`, what its controller met in the second, and what a
-        # worker's own code raised in the third.
+        # Ray keeps a task's error in `cause`, its controller's in the second attribute, and the one
+        # of a worker's own code in the third.
         inner = ("cause", "controller_failure", "_base_exc")
         waiting += [getattr(link, name, None) for name in inner]
         waiting += [link.__cause__, link.__context__]
@@ -167,17 +166,17 @@ def chain(error: BaseException) -> list[BaseException]:
 
 
 def _kind(error: BaseException) -> str:
-    """The name of the first class that has an exit code; "" without one."""
+    """Return the name of the first class that has an exit code, or ""."""
     return next((x.__name__ for x in type(error).__mro__ if x.__name__ in EXIT_CODES), "")
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
-    # CUDA has an OutOfMemoryError, too, which the same step meets again.
+    # CUDA has an OutOfMemoryError too, but the same step would hit that again.
     return isinstance(error, MemoryError) or "OutOfMemoryError" in _names_of_ray(error)
 
 
 def _names_of_ray(error: BaseException) -> set[str]:
-    """The names of an error's classes that are Ray's, which joins its own and that of the cause."""
+    """Return the names of the error's classes from Ray, which merges its own with the cause's."""
     return {x.__name__ for x in type(error).__mro__ if x.__module__.split(".")[0] == "ray"}
 
 
@@ -188,11 +187,11 @@ def _is_from(error: BaseException, *packages: str) -> bool:
 def _known(error: BaseException) -> Exception | None:
     if isinstance(error, Exception) and _kind(error) and _is_from(error, *OURS):
         return error
-    # Of a user's own file that we may not read, the system's words are better than ours.
+    # For a user's own file that we may not read, the system's message is better than ours.
     if isinstance(error, PermissionError):
         return None
     file = getattr(error, "filename", None)
-    # By name: a mistake in a config is told before Arrow, which storage needs, is loaded.
+    # Imported by name: a wrong config is reported before Arrow, which storage needs, is loaded.
     disk_error: Any = importlib.import_module("infra.storage").disk_error
     found: Exception | None = disk_error(f"write {file}" if file else "write", error)
     return found

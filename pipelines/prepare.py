@@ -4,23 +4,23 @@
     mae prepare photos shards/photos
     mae prepare list.txt s3://bucket/photos
     mae prepare --synthetic shapes data/shapes
-    mae prepare index s3://bucket/tars      # tars that lie there: manifest and index beside them
-    mae prepare stats s3://bucket/tars      # and the channel statistics of all their images
+    mae prepare index s3://bucket/tars      # existing tars: write manifest and indexes beside them
+    mae prepare stats s3://bucket/tars      # also compute the channel statistics of all images
     python pipelines/prepare.py configs/prepare/demo.yaml num_train=10000
 
-A folder of folders is a class each, in the order of their names; a flat folder has no labels. Files
-beside x.jpg that are named x.json, x.cls, x.txt or x.seg.png go with it. The same input and config
-give the same bytes, whatever the number of workers. The same command goes on where it was stopped,
-if all files are still those that were packed.
+In a folder of folders each folder is a class, numbered by name; a flat folder has no labels. Files
+next to x.jpg named x.json, x.cls, x.txt or x.seg.png are packed with it. The same input and config
+give the same bytes, whatever the number of workers. The same command resumes after an interruption,
+provided that no file has changed since.
 
-The image's own bytes are kept. What can't be decoded is left out and listed in skipped.jsonl.
-How images are found and keyed: mae_core/data/image_files.py.
+The original bytes of each image are kept. Images that can't be decoded are left out and listed in
+skipped.jsonl. mae_core/data/image_files.py describes how images are found and keyed.
 """
 
 import sys
 from pathlib import Path
 
-if __name__ == "__main__":  # run as a file: import the package, not the files beside this one
+if __name__ == "__main__":  # run as a file: import the package, not the files in this folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
     from pipelines.cli import main
 
@@ -69,16 +69,16 @@ from pipelines.packing.process_pool import process_pool
 log = logging.getLogger(__name__)
 
 PROGRESS_EVERY_S = 5.0
-# Validation scenes are far away from any training scene, so neither count moves the other's.
+# Validation scenes are numbered far above training scenes, so the two counts are independent.
 FIRST_VAL_SCENE = 1 << 32
 
 
 def run(config: PrepareConfig, *, fresh: bool) -> StageResult:
-    """Pack what `config` names; go on where an earlier run was stopped, or start over if `fresh`.
+    """Pack what `config` names, resuming an interrupted run, or start over if `fresh`.
 
     Raises:
-        DataError: there is no image, or too many are broken.
-        ConfigError: the output holds something else.
+        DataError: There is no image, or too many are broken.
+        ConfigError: The output contains something else.
     """
     if config.existing is not None:
         return existing_shards.run(config, fresh=fresh)
@@ -112,11 +112,11 @@ def run(config: PrepareConfig, *, fresh: bool) -> StageResult:
 
 
 def _plan(config: PrepareConfig) -> list[SetPlan]:
-    """Say which image goes where, before any pixel is read."""
+    """Assign every image to a shard, before any pixel is read."""
     if config.source is not None:
         if "://" in config.source:
             raise ConfigError(
-                f"source={config.source}: images are read from folders of this machine; fetch them "
+                f"source={config.source}: images are read from local folders only; fetch them "
                 "first. The output may be s3://bucket/prefix"
             )
         return [_plan_source(config, Path(config.source).expanduser())]
@@ -153,10 +153,10 @@ def _plan_source(config: PrepareConfig, source: Path) -> SetPlan:
 def _with_boxes(
     config: PrepareConfig, files: Sequence[ImageFile], found: Annotations
 ) -> list[ImageFile]:
-    """Each image with its boxes.
+    """Add to each image its boxes.
 
     Raises:
-        DataError: an image has a .json of its own too, or none of the images has boxes.
+        DataError: An image also has a .json of its own, or no image has boxes.
     """
     entries = found.names_of([file.source for file in files])
     boxed = []
@@ -166,12 +166,12 @@ def _with_boxes(
             boxed.append(file)
             continue
         if any(name == "json" for name, *_ in file.companions):
-            raise DataError(f"{file.source} has a .json beside it, and boxes in annotations, too")
+            raise DataError(f"{file.source} has a .json next to it and also boxes in annotations")
         boxed.append(file._replace(boxes=found.by_image[entry]))
     without = [file.source for file in boxed if file.boxes is None]
     if len(without) == len(boxed):
         raise DataError(
-            f"annotations={config.annotations}: knows none of the images, such as {without[0]}; it "
+            f"annotations={config.annotations}: has none of the images, such as {without[0]}; it "
             f"has {next(iter(found.by_image), 'nothing')}"
         )
     if without:
@@ -232,7 +232,7 @@ def _plan_set(
 
 
 def _drawing_digest(size: int) -> str:
-    """Changes when the code that draws or encodes changes: half of a set must not be of each."""
+    """Return a digest of the code that draws and encodes: a set must not mix two versions."""
     drawn = [encode_scene(draw_scene(0, i, size)) for i in range(8)]
     return hashlib.sha256(repr(drawn).encode()).hexdigest()[:8]
 
@@ -253,14 +253,14 @@ def _cut(items: Sequence[Item], max_samples: int, max_bytes: int) -> Iterator[li
 
 class PackedSet(NamedTuple):
     manifest: Manifest
-    is_new: bool  # False: all of it was there
+    is_new: bool  # False: everything was packed already
 
 
 def _pack_set(plan: SetPlan, config: PrepareConfig) -> PackedSet:
-    """Pack the shards that are not there yet; the manifest comes last.
+    """Pack the shards that do not exist yet; the manifest is written last.
 
     Raises:
-        ConfigError: a shard that is there was packed from files that have changed since.
+        ConfigError: An existing shard was packed from files that have changed since.
     """
     started_at_s = time.monotonic()
     finished = finished_manifest(plan)
@@ -348,12 +348,12 @@ def _check_companions(items: Sequence[Item]) -> None:
         if has_boxes or not {"json", "seg.png"}.isdisjoint(names):
             raise ConfigError(
                 f"transcode_short_side: {item.source} has boxes or a mask in pixels beside it, "
-                "which would not fit the smaller image any more; pack this set as it is"
+                "which would not fit the smaller image; pack this set as it is"
             )
 
 
 def _pack_shards(plan: SetPlan, workers: int) -> Iterator[tuple[str, PackedShard]]:
-    """Pack in any order, and give each shard's record when it is done."""
+    """Pack in parallel, and yield each shard's record when it is finished."""
     arguments = plan.output, plan.digest, plan.in_chans, plan.transcode
     if workers == 1:
         for shard in plan.shards:
@@ -363,7 +363,7 @@ def _pack_shards(plan: SetPlan, workers: int) -> Iterator[tuple[str, PackedShard
         waiting = iter(plan.shards)
         running: dict[Future[PackedShard], str] = {}
         while True:
-            # Few at a time: a plan of millions of images is not copied at once.
+            # A few at a time, so that a plan of millions of images is not copied at once.
             for shard in islice(waiting, 2 * workers - len(running)):
                 task = pool.submit(pack_shard, shard, *arguments)
                 running[task] = shard.name

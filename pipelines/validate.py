@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Check shards before they are trained on: a gate, exit code 3 where it refuses.
+"""Check shards before training on them: a gate that exits with code 3 if it refuses.
 
 mae validate data=data/shapes/train labels=class num_classes=10
 """
@@ -7,7 +7,7 @@ mae validate data=data/shapes/train labels=class num_classes=10
 import sys
 from pathlib import Path
 
-if __name__ == "__main__":  # run as a file: import the package, not the files beside this one
+if __name__ == "__main__":  # run as a file: import the package, not the files in this folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
     from pipelines.cli import main
 
@@ -53,16 +53,16 @@ MAX_NAMED = 10
 
 
 class Look(NamedTuple):
-    """What one sample told."""
+    """The findings about one sample."""
 
     where: str
     digest: str  # of the image's bytes
-    pixels: PixelSums | None  # None: can't be decoded
+    pixels: PixelSums | None  # None if it can't be decoded
     decode_error: str
     label_error: str
     classes: tuple[int, ...]
-    folder: str = ""  # of its shard
-    has_ignored: bool = False  # its mask has pixels that count for nothing
+    folder: str = ""  # folder of its shard
+    has_ignored: bool = False  # whether its mask has pixels that are not counted
 
 
 class Check(NamedTuple):
@@ -76,22 +76,22 @@ class Check(NamedTuple):
 
 
 class Profile(NamedTuple):
-    """What a set looks like, to tell drift by."""
+    """Statistics of a set, to measure drift between sets."""
 
     mean: list[float]
     std: list[float]
-    classes: dict[str, float]  # share by the class's number
+    classes: dict[str, float]  # share of each class by its number
     names: Mapping[str, float] = MappingProxyType(
         {}
-    )  # share by its name; empty where a set has no names
+    )  # share of each class by its name; empty if the set has no names
 
 
 def run(config: ValidateConfig, *, fresh: bool) -> StageResult:
-    """Check, and write the table; nothing is kept that `fresh` could delete.
+    """Check the shards and write the table; `fresh` has nothing to delete.
 
     Raises:
-        RefusedError: a check failed; its text is the table.
-        ConfigError, NoShardsError, DataError, StorageError: the shards can't be read.
+        RefusedError: A check failed; the message is the table.
+        ConfigError, NoShardsError, DataError, StorageError: The shards can't be read.
     """
     del fresh
     uris = [config.data] if isinstance(config.data, str) else config.data
@@ -134,13 +134,13 @@ def _open(config: ValidateConfig, place: str) -> tuple[list[ShardInfo], Counter[
 
 
 def _num_looked_at(config: ValidateConfig, shards: list[ShardInfo]) -> list[int]:
-    """How many samples of each shard are looked at."""
+    """Return how many samples to check in each shard."""
     share = min(1.0, config.max_images / sum(shard.num_samples for shard in shards))
     return [int(np.ceil(share * shard.num_samples)) for shard in shards]
 
 
 def _look_at(config: ValidateConfig, shards: list[ShardInfo]) -> Iterator[Look]:
-    """About `max_images` samples: from the start of each shard, as many as its share."""
+    """Check about `max_images` samples, from the start of each shard in proportion to its size."""
     pieces = [
         (shard, start, min(start + ROWS_PER_READ, stop))
         for shard, stop in zip(shards, _num_looked_at(config, shards), strict=True)
@@ -183,12 +183,12 @@ def _look(config: ValidateConfig, shard: str, row: Sample | BrokenSample) -> Loo
 def _classes(
     config: ValidateConfig, row: Sample, where: str, pixels: Pixels | None
 ) -> tuple[int, ...]:
-    """Return the numbers of the classes that a sample's label has, with the ignored one.
+    """Return the class numbers in a sample's label, including the ignored one.
 
-    `pixels` are the image's, or None where it can't be decoded.
+    `pixels` are the image's, or None if it can't be decoded.
 
     Raises:
-        DataError: it is missing, can't be read, or out of range.
+        DataError: The label is missing, unreadable, or out of range.
     """
     if config.labels == "none":
         return ()
@@ -220,7 +220,7 @@ def _box_items(data: bytes | None) -> list[dict[str, int]]:
 
 
 def _names(config: ValidateConfig, shards: list[ShardInfo]) -> dict[str, dict[int, str]]:
-    """What the numbers of the classes mean, by folder; without those that name none."""
+    """Return the names of the class numbers by folder, for folders that name any."""
     if config.labels == "boxes":
         named = {folder: read_category_names(folder) for folder in folders_of(shards)}
     elif config.labels == "class":
@@ -249,20 +249,20 @@ def _profile(looks: list[Look], named: dict[str, dict[int, str]]) -> Profile:
 
 
 def _class_checks(config: ValidateConfig, looks: list[Look]) -> Iterator[Check]:
-    """Tell classes that are nowhere; refuse masks that hold one class alone."""
+    """Report classes that never occur; refuse masks that contain a single class."""
     found = {number for look in looks for number in look.classes}
     first = 1 if config.labels == "boxes" else 0
     wanted = range(first, first + (config.num_classes or 0))
     if absent := [str(number) for number in wanted if number not in found]:
         logger.warning(
-            "%s: class %s of num_classes=%d is in none of the %d samples that were looked at",
+            "%s: class %s of num_classes=%d is in none of the %d samples that were checked",
             config.name,
             ", ".join(absent[:MAX_NAMED]),
             config.num_classes,
             len(looks),
         )
     if config.labels == "mask" and config.num_classes != 1:
-        only = f"the masks hold {f'class {min(found)} alone' if found else 'no class'}"
+        only = f"the masks contain {f'only class {min(found)}' if found else 'no class'}"
         num_ignored = sum(look.has_ignored for look in looks)
         if num_ignored:
             value = config.ignore_value
@@ -312,14 +312,14 @@ def _drift(config: ValidateConfig, now: Profile) -> Iterator[Check]:
     except FileNotFoundError:
         return
     except (ValueError, TypeError) as error:
-        raise DataError(f"reference={config.reference}: is no profile ({error})") from error
+        raise DataError(f"reference={config.reference}: not a profile ({error})") from error
     if len(before.mean) != len(now.mean):
         counts = f"{len(before.mean)} -> {len(now.mean)}"
         yield Check("drift channels", float("inf"), "as many", False, (counts,))
         return
     means = [abs(a - b) / s for a, b, s in zip(now.mean, before.mean, before.std, strict=True)]
     spreads = [abs(a / b - 1) for a, b in zip(now.std, before.std, strict=True)]
-    # By name where both have names: the same number may mean another class by now.
+    # By name if both sets have names, because a number may mean another class by now.
     by_name = bool(before.names and now.names)
     old, new = (p.names if by_name else p.classes for p in (before, now))
     classes = sum(abs(new.get(n, 0) - old.get(n, 0)) for n in {*old, *new}) / 2
@@ -330,7 +330,7 @@ def _drift(config: ValidateConfig, now: Profile) -> Iterator[Check]:
 
 
 def checks_table(name: str, checks: list[Check]) -> str:
-    """For a terminal: a line a check, and examples of what failed."""
+    """Format a table for a terminal: a line per check, with examples of failures."""
     width = max(len(check.name) for check in checks)
     lines = [f"{name}:"]
     for check in checks:

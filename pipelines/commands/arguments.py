@@ -1,6 +1,6 @@
-"""The words of `mae`: what each stage takes, its help, and how words become a config.
+"""Parse the words of `mae`: what each stage accepts, its help, and the resulting config.
 
-Imports no torch, Ray, MLflow or numpy: help and a mistake are there at once.
+Imports no torch, Ray, MLflow or numpy, so help and error messages appear at once.
 """
 
 import argparse
@@ -16,28 +16,28 @@ from pipelines.config.fields import describe, did_you_mean
 from pipelines.config.loading import Given, load_config
 from pipelines.outcome import ConfigError
 
-# Words that are no stage, and the module whose `command` takes what follows.
+# Commands that are not stages, and the module whose `command` takes the words that follow.
 COMMANDS = {
     "run": (
         "chain.command",
-        "Run a pipeline: the stages that changed, in parallel where they can.",
+        "Run a pipeline: only the stages that changed, in parallel where possible.",
     ),
-    "plan": ("chain.command", "Say what `run` would do, and why."),
-    "schedule": ("schedule.command", "Run pipelines at times, or when there is new data."),
+    "plan": ("chain.command", "Show what `run` would do, and why."),
+    "schedule": ("schedule.command", "Run pipelines at set times, or when there is new data."),
     "doctor": ("doctor.command", "Check this machine, the store, MLflow and Ray."),
     "config": ("commands.config", "Show where each value of a config comes from; its JSON Schema."),
     "completion": (
         "commands.completion",
-        "Print what makes Tab complete stages and keys, for bash or zsh.",
+        "Print a script for bash or zsh that completes stages and keys with Tab.",
     ),
 }
 DEFAULT_USAGE = "mae {stage} [FILE.yaml ...] [section.key=value ...] [--fresh] [--debug]"
 USAGES = {
     "prepare": """mae prepare PICTURES OUT [key=value ...]     pack a folder or a list of images
        mae prepare --synthetic shapes OUT [...]     draw a small labelled data set
-       mae prepare index TARS [key=value ...]       write a manifest beside tars that are there
+       mae prepare index TARS [key=value ...]       write a manifest beside existing tars
        mae prepare stats TARS [key=value ...]       the same, with channel statistics
-       mae prepare FILE.yaml [key=value ...]        do what a file says""",
+       mae prepare FILE.yaml [key=value ...]        read the settings from a file""",
     "embed": """mae embed init_from=CHECKPOINT data=SHARDS [key=value ...]
        mae embed search IMAGE init_from=CHECKPOINT data=SHARDS [key=value ...]
        mae embed FILE.yaml [key=value ...]""",
@@ -45,15 +45,15 @@ USAGES = {
 
 
 def stage_type(arguments: argparse.Namespace) -> type[StrictConfig]:
-    """The config model of the stage that the words name."""
+    """Return the config model of the stage that the words name."""
     if arguments.stage == "stage":
         return load_own_stage(arguments.file).Config
     return KINDS[arguments.stage].config_type
 
 
 def load_own_stage(file: str) -> Any:
-    """The module of a stage that is a .py file."""
-    # By name: what reads pipelines is needed for these stages alone.
+    """Load the module of a stage that is a .py file."""
+    # Imported by name, because only these stages need the code that reads pipelines.
     return importlib.import_module("pipelines.chain.config").load_stage_file(Path(file))
 
 
@@ -62,7 +62,7 @@ STAGE_WORDS = (*KINDS, *COMMANDS, "stage")
 
 
 def parse(words: Sequence[str]) -> argparse.Namespace:
-    """Options may stand anywhere among the words, which argparse alone does not allow here."""
+    """Parse the words; options may be anywhere among them, which argparse does not allow here."""
     parser = make_parser()
     first = words[0] if words else ""
     if first and not first.startswith("-") and first not in STAGE_WORDS:
@@ -78,11 +78,11 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The parser of all stages, with a line of help for each."""
+    """Build the parser of all stages, with a line of help for each."""
     parser = argparse.ArgumentParser(
         prog="mae",
         description="Masked-autoencoder pretraining on WebDataset shards.",
-        epilog="`mae STAGE --help` shows what a stage takes.",
+        epilog="`mae STAGE --help` shows what a stage accepts.",
         formatter_class=_OneLineEach,
     )
     parser.add_argument("--version", action="store_true", help="print the version")
@@ -127,9 +127,9 @@ def _add_stage_arguments(parser: argparse.ArgumentParser) -> None:
         "words",
         nargs="*",
         metavar="FILE.yaml | section.key=value",
-        help="files are merged left to right, then the values",
+        help="files are merged from left to right, then the values are set",
     )
-    parser.add_argument("--fresh", action="store_true", help="delete what is there; start over")
+    parser.add_argument("--fresh", action="store_true", help="delete earlier output and start over")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
 
 
@@ -142,7 +142,7 @@ def _fields_help(config_type: type[StrictConfig]) -> str:
 
 
 def read_config(arguments: argparse.Namespace) -> StrictConfig:
-    """What files, environment and words come to, for the stage that they name."""
+    """Build the config of the named stage from files, environment and words."""
     config_type = stage_type(arguments)
     values = {word for word in arguments.words if _is_value(word, config_type)}
     files = [Path(word) for word in arguments.words if word not in values and _is_file(word)]
@@ -158,7 +158,7 @@ def read_config(arguments: argparse.Namespace) -> StrictConfig:
 
 
 def _is_value(word: str, config_type: type[StrictConfig]) -> bool:
-    """Whether it is `key=value`, and not the path of something that has such a name."""
+    """Return whether a word is `key=value`, and not the path of a file with such a name."""
     key, separator, _ = word.partition("=")
     is_known = key.partition(".")[0] in config_type.model_fields
     return bool(separator) and (is_known or not Path(word).exists())
@@ -169,7 +169,7 @@ def _is_file(word: str) -> bool:
 
 
 def _prepare_words(bare: list[str], synthetic: str | None) -> list[Given]:
-    """`mae prepare SOURCE OUT`, `--synthetic shapes OUT`, `index TARS` and such as key=value."""
+    """Turn `mae prepare SOURCE OUT`, `--synthetic shapes OUT`, `index TARS` into key=value."""
     if bare and bare[0] in ("index", "stats") and not synthetic:
         return [_bare("existing", bare[0]), *_prepare_words(bare[1:], "")]
     keys = ["source", "output"] if synthetic is None else ["output"]
@@ -180,7 +180,7 @@ def _prepare_words(bare: list[str], synthetic: str | None) -> list[Given]:
 
 
 def _bare(key: str, word: str) -> Given:
-    """A word without `key=` is taken as it was typed."""
+    """Take a word without `key=` as it was typed."""
     if not word:
         raise ConfigError(f"{key}: is empty")
     return Given(key, word, "command line")

@@ -1,10 +1,10 @@
-"""`mae completion`: what makes Tab complete stages, options, keys and files.
+"""`mae completion`: print a script that completes stages, options, keys and files with Tab.
 
     eval "$(mae completion bash)"      in ~/.bashrc
     eval "$(mae completion zsh)"       in ~/.zshrc, after compinit
 
-The words are written into the script, so that Tab starts no Python; print it anew after an update.
-Keys are completed up to `=`, choices and files after it.
+The words are written into the script, so that Tab starts no Python. Print it again after an
+update. Keys are completed up to `=`; choices and files after it.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from pipelines.commands.arguments import OPTIONS, STAGE_WORDS
 from pipelines.config.fields import annotation_of, choices_of, describe
 
 PIPELINE_OPTIONS = ("--set", "--sweep", "--force", "--from", "--only", "--debug", "--help")
-# What may follow a command, besides files.
+# Words that may follow a command, besides files.
 COMMAND_WORDS: dict[str, tuple[str, ...]] = {
     "run": PIPELINE_OPTIONS,
     "plan": (*PIPELINE_OPTIONS, "--mermaid"),
@@ -52,7 +52,7 @@ ZSH = "autoload -Uz bashcompinit && bashcompinit\n"
 
 
 def command(words: Sequence[str]) -> int:
-    """`mae completion WORDS`; returns the exit code."""
+    """Run `mae completion WORDS`; return the exit code."""
     parser = argparse.ArgumentParser(
         prog="mae completion",
         description=__doc__,
@@ -66,7 +66,7 @@ def command(words: Sequence[str]) -> int:
 
 
 def script() -> str:
-    """The completion for bash; zsh reads it with bashcompinit."""
+    """Return the completion script for bash; zsh reads it with bashcompinit."""
     after = dict(COMMAND_WORDS)
     for name, kind in KINDS.items():
         keys = [f"{key}=" for key, *_ in describe(kind.config_type)]
@@ -79,7 +79,7 @@ def script() -> str:
 
 
 def _choices() -> Iterator[str]:
-    """A case for each field that is one of a few words."""
+    """Yield a case for each field that accepts one of a few words."""
     for name, kind in KINDS.items():
         for key in (key for key, *_ in describe(kind.config_type)):
             words = choices_of(annotation_of(kind.config_type, key.split(".")))

@@ -1,10 +1,10 @@
-"""`mae config`: where each value of a config comes from; JSON Schema for editors.
+"""`mae config`: show where each value of a config comes from, and JSON Schema for editors.
 
     mae config show STAGE [FILE.yaml ...] [section.key=value ...] [--json]
     mae config schema [STAGE]
 
-STAGE is a stage of `mae --help`, or the .py file of one of your own; `schema` takes `chain`,
-`cluster` and `schedules` as well, for the files of those kinds.
+STAGE is a stage of `mae --help`, or the .py file of a stage of your own. `schema` also accepts
+`chain`, `cluster` and `schedules`, for files of those kinds.
 """
 
 import argparse
@@ -32,12 +32,12 @@ OTHER_FILES: dict[str, type[BaseModel]] = {
     "cluster": ClusterConfig,
     "schedules": ScheduleFile,
 }
-# A validator takes one number for both sides, which pydantic's schema does not tell.
+# A validator accepts one number for both sides, which pydantic's schema does not show.
 SQUARES = ("img_size",)
 
 
 def command(words: Sequence[str]) -> int:
-    """`mae config WORDS`; returns the exit code."""
+    """Run `mae config WORDS`; return the exit code."""
     arguments = _parse(words)
     if arguments.action == "show":
         text = _show(arguments.stage, arguments.words, as_json=arguments.json)
@@ -54,15 +54,15 @@ def _parse(words: Sequence[str]) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
-    show = actions.add_parser("show", help="every value, and where it was written")
+    show = actions.add_parser("show", help="show every value and where it was set")
     show.add_argument("stage", metavar="STAGE")
     show.add_argument("words", nargs="*", metavar="FILE.yaml | section.key=value")
     show.add_argument("--json", action="store_true", help='{"key": {"value": ..., "origin": ...}}')
-    schema = actions.add_parser("schema", help="JSON Schema of a kind of file, or of all stages'")
+    schema = actions.add_parser("schema", help="print the JSON Schema of one or all kinds of file")
     schema.add_argument("stage", nargs="?", metavar="STAGE")
     for action in (show, schema):
         action.add_argument("--debug", action="store_true", help="show tracebacks")
-    # Options may stand anywhere among the words, which argparse does not allow.
+    # Options may be anywhere among the words, which argparse does not allow.
     return parser.parse_args(sorted(words, key=lambda word: word.startswith("--")))
 
 
@@ -78,7 +78,7 @@ def _show(stage: str, words: Sequence[str], *, as_json: bool) -> str:
             {key: {"value": typed[key], "origin": places[key]} for key in values}, indent=2
         )
     key_width = max(map(len, values))
-    # A long value pushes its own line's origin away, not that of all.
+    # A long value shifts the origin on its own line only.
     value_width = min(max(map(len, values.values())), 48)
     return "\n".join(
         f"{key:{key_width}}  {value:{value_width}}  {places[key]}" for key, value in values.items()
@@ -86,7 +86,7 @@ def _show(stage: str, words: Sequence[str], *, as_json: bool) -> str:
 
 
 def _typed(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Dotted keys to values as JSON has them."""
+    """Flatten nested values to dotted keys, with values as in JSON."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
         flat |= (
@@ -109,7 +109,7 @@ def _unknown(stage: str, names: list[str]) -> str:
 
 
 def _schema(stage: str | None) -> dict[str, Any]:
-    """Of one kind of file; of all stages' files if none is named."""
+    """Return the schema of one kind of file, or of all stages' files if none is named."""
     types: list[type[BaseModel]] = [kind.config_type for kind in KINDS.values()]
     if stage is not None:
         if stage not in {*KINDS, *OTHER_FILES} and not stage.endswith(".py"):
@@ -127,7 +127,7 @@ def _schema(stage: str | None) -> dict[str, Any]:
 
 
 def _definitions(definitions: dict[str, Any], *, is_partial: bool) -> dict[str, Any]:
-    """As they are meant for files, of which the command line may hold the rest (`is_partial`)."""
+    """Adapt definitions to files; with `is_partial` the command line may supply the rest."""
     changed = {}
     for name, definition in definitions.items():
         one = dict(definition)
@@ -135,7 +135,7 @@ def _definitions(definitions: dict[str, Any], *, is_partial: bool) -> dict[str, 
             one.pop("required", None)
         for field in set(SQUARES) & set(one.get("properties", {})):
             given = one["properties"][field]
-            # What is said of the field stays outside, where editors look for it.
+            # The field's description stays outside, where editors look for it.
             about = {key: given[key] for key in ("description", "default") if key in given}
             number = {"type": "integer", "exclusiveMinimum": 0}
             one["properties"] = {

@@ -1,4 +1,4 @@
-"""Configs of the stages that train on a checkpoint: classify, detect, segment."""
+"""Configs of the stages that start from a checkpoint: classify, detect, segment."""
 
 from typing import Annotated, ClassVar, Literal, Self
 
@@ -16,7 +16,7 @@ from pipelines.config.sections import (
 )
 
 Share = float  # in (0, 1]
-Value = Annotated[int, Field(ge=0, le=65_535)]  # of a mask's pixel
+Value = Annotated[int, Field(ge=0, le=65_535)]  # value of a mask's pixel
 
 
 class LabelledDataConfig(StrictConfig):
@@ -24,48 +24,50 @@ class LabelledDataConfig(StrictConfig):
     """Labelled training shards: a folder, an s3://bucket/prefix, a pattern with
     {000000..000099}.tar, a tar, or a list of these."""
     val: str | tuple[str, ...]
-    """Labelled shards that the result is measured on; likewise."""
+    """Labelled shards used to measure the result, in the same form."""
     shuffle_window: int = Field(default=1024, gt=0)
-    """Samples permuted together, after the shards are permuted; a multiple of the micro batch. The
-    default is rounded up to one."""
+    """Number of samples that are shuffled together, after the shards; a multiple of the micro
+    batch. The default is rounded up to one."""
     max_bad_ratio: float = Field(default=0.01, ge=0, le=1)
-    """The run stops when a larger share of the samples can't be used."""
+    """The run stops if a larger share of the samples can't be used."""
 
 
 class TuningOptimConfig(StrictConfig):
-    """Defaults: fine-tuning of ViT-B in He et al. 2021, table 9."""
+    """The defaults are those for fine-tuning ViT-B in He et al. 2021, table 9."""
 
     base_lr: float = Field(default=5e-4, gt=0)
     """Learning rate at a global batch of 256; scaled linearly."""
     global_batch_size: int = Field(default=1024, gt=0)
-    """Images per optimizer step, over all workers and accumulation."""
+    """Images per optimizer step, summed over all workers and accumulation steps."""
     micro_batch_size: int = Field(default=64, gt=0)
     """Images per worker and forward pass."""
     epochs: float = Field(default=100, gt=0)
-    """Passes over the labelled samples, of each arm; a fraction ends mid-epoch."""
+    """Passes over the labelled samples for each arm; a fraction ends in the middle of an epoch."""
     max_steps: int | None = Field(default=None, gt=0)
-    """Most optimizer steps of an arm: the same budget for much and for little data."""
+    """Largest number of optimizer steps of an arm: the same budget for much and for little
+    data."""
     warmup_epochs: float = Field(default=5, ge=0)
-    """Epochs in which the learning rate rises from 0; at most a fifth of the steps."""
+    """Number of epochs during which the learning rate rises from 0; at most a fifth of the
+    steps."""
     min_lr_ratio: float = Field(default=0.0, ge=0, lt=1)
-    """Share of the learning rate that the cosine ends at."""
+    """Share of the learning rate at which the cosine ends."""
     weight_decay: float = Field(default=0.05, ge=0)
-    """Applied to tensors of two and more dimensions."""
+    """Applied to tensors of two or more dimensions."""
     betas: tuple[float, float] = (0.9, 0.999)
-    """AdamW's decay rates for the two moments."""
+    """AdamW's decay rates for its two moments."""
     layer_decay: float = Field(default=0.65, gt=0, le=1)
-    """Factor of the learning rate from each encoder block to the one below (BEiT, Bao et al.
-    2021); an encoder from scratch has the same rate everywhere."""
+    """Learning rate factor from each encoder block to the block below it (BEiT, Bao et al. 2021);
+    an encoder trained from scratch has the same rate everywhere."""
     drop_path_rate: float = Field(default=0.1, ge=0, lt=1)
     """Stochastic depth of the encoder's last block, rising from 0 at the first."""
     max_grad_norm: float | None = Field(default=None, gt=0)
-    """Gradients are clipped to this norm."""
+    """Clip gradients to this norm."""
     precision: Literal["fp32", "bf16"] = "bf16"
-    """bf16: autocast where the device has it (CUDA)."""
+    """bf16: use autocast where the device supports it (CUDA)."""
 
     @property
     def learning_rate(self) -> float:
-        """Linear scaling rule, Goyal et al. 2017, https://arxiv.org/abs/1706.02677."""
+        """Learning rate after linear scaling, Goyal et al. 2017, https://arxiv.org/abs/1706.02677."""
         return self.base_lr * self.global_batch_size / 256
 
 
@@ -73,9 +75,10 @@ class ArmsConfig(StrictConfig):
     """What is trained and compared: each arm, with each share of the labels and each seed."""
 
     label_fraction: tuple[Share, ...] = (1.0,)
-    """Shares of the labelled training samples, of each class alike; one arm of training each."""
+    """Shares of the labelled training samples, equal for each class; each arm is trained once for
+    every share."""
     seeds: tuple[int, ...] = (0,)
-    """Each chooses samples, order, augmentation and fresh weights; results get a spread."""
+    """Each seed chooses samples, order, augmentation and fresh weights; several give a spread."""
 
     @field_validator("label_fraction")
     @classmethod
@@ -83,7 +86,7 @@ class ArmsConfig(StrictConfig):
         if not fractions or not all(0 < fraction <= 1 for fraction in fractions):
             raise ValueError(f"label_fraction={list(fractions)}: each must be above 0, at most 1")
         if len(set(fractions)) < len(fractions):
-            raise ValueError(f"label_fraction={list(fractions)}: each only once")
+            raise ValueError(f"label_fraction={list(fractions)}: give each only once")
         return fractions
 
     @field_validator("seeds")
@@ -100,17 +103,18 @@ class TuningReportConfig(StrictConfig):
 
 
 class DownstreamConfig(StrictConfig):
-    """What classify, detect and segment have in common."""
+    """The fields that classify, detect and segment have in common."""
 
     name: str = Field(default="", pattern=r"^([A-Za-z0-9][A-Za-z0-9_.-]*)?$")
-    """Starts the run's name, else the stage does; a hash of what determines the result ends it."""
+    """Prefix of the run's name, by default the stage; a hash of all that determines the result
+    follows."""
     init_from: str
-    """Checkpoint of the pretrained encoder, whose size, channels and channel statistics are used,
-    or a run's folder, whose newest checkpoint is taken; a folder or URI."""
+    """Checkpoint of the pretrained encoder, or a run's folder, whose newest checkpoint is used; a
+    folder or URI. It determines the encoder's size, channels and channel statistics."""
     data: LabelledDataConfig
     img_size: tuple[int, int] | None = None
-    """Height and width of the images that are trained on, in pixels; one number means a square.
-    The checkpoint's where it is left out; positions are interpolated."""
+    """Height and width of the training images, in pixels; one number means a square. By default
+    the checkpoint's; otherwise positions are interpolated."""
     optim: TuningOptimConfig = TuningOptimConfig()
     scaling: ScalingConfig = ScalingConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -128,9 +132,9 @@ class DownstreamConfig(StrictConfig):
 
     @model_validator(mode="after")
     def _defaults_fit(self) -> Self:
-        """Fit what the user did not set to what they did: a default is never the mistake."""
+        """Adapt the defaults to the user's values, so that a default is never the mistake."""
         optim = fitted_batches(self.optim, self.scaling.num_workers, 1)
-        object.__setattr__(self, "optim", optim)  # the model is frozen from here on
+        object.__setattr__(self, "optim", optim)  # the model is frozen
         object.__setattr__(self, "data", fitted_window(self.data, optim.micro_batch_size))
         return self
 
@@ -153,7 +157,7 @@ class DownstreamConfig(StrictConfig):
     def _each_arm_once(self) -> Self:
         arms = self.arms if hasattr(self, "stage") else ("none",)
         if not arms or len(set(arms)) < len(arms):
-            raise ValueError(f"{self.stage}.arms={list(arms)}: give one at least, each only once")
+            raise ValueError(f"{self.stage}.arms={list(arms)}: give at least one, each only once")
         return self
 
     @property
@@ -164,7 +168,7 @@ class DownstreamConfig(StrictConfig):
 
     @property
     def arms(self) -> tuple[str, ...]:
-        """Ways to train, of the stage's own section."""
+        """The ways to train, from the stage's own section."""
         arms: tuple[str, ...] = self.arms_config.model_dump()["arms"]
         return arms
 
@@ -183,37 +187,37 @@ class ClassifySection(ArmsConfig):
     )
     """knn: nearest neighbours of frozen features; logistic: logistic regression on them; linear:
     the paper's linear probe (batch norm, LARS, augmented images); finetune: all weights, or the
-    last `trainable_blocks`; scratch: as finetune, from random weights."""
+    last `trainable_blocks`; scratch: like finetune, from random weights."""
     labels: Literal["one", "many"] = "one"
     """one: each sample has one class; many: each has any number of findings."""
     label_key: str | None = None
-    """Key in the samples' .json that holds the class, or the list of findings; else .cls is read:
-    a number, or for many several of them."""
+    """Key in the samples' .json that holds the class, or the list of findings. By default .cls is
+    read: a number, or several for many."""
     names: tuple[str, ...] | None = None
-    """Names of the classes in the order of their numbers; else the manifest's, those that
-    classes.json beside the shards lists, or the numbers."""
+    """Class names in the order of their numbers. By default those in the manifest, those listed in
+    classes.json beside the shards, or the numbers."""
     pool: Literal["mean", "cls"] = "mean"
-    """What is classified: the mean of the patch tokens, or the class token."""
+    """Input of the classifier: the mean of the patch tokens, or the class token."""
     trainable_blocks: int | None = Field(default=None, ge=0)
-    """finetune trains the encoder's last so many blocks; all of it where left out."""
+    """Number of the encoder's last blocks that finetune trains; by default all."""
     linear_base_lr: float = Field(default=0.1, gt=0)
     """The linear probe's `base_lr` (LARS), He et al. 2021, section A.1."""
     k: int = Field(default=20, gt=0)
-    """Neighbours that vote."""
+    """Number of neighbours that vote."""
     crop_scale: tuple[float, float] = (0.08, 1.0)
-    """Share of the image's area that a random crop covers, from and to."""
+    """Smallest and largest share of the image's area that a random crop covers."""
     flip: bool = True
     """Mirror half of the images."""
     rand_augment: float = Field(default=9.0, ge=0, le=10)
-    """Magnitude of RandAugment (Cubuk et al. 2019); 0 leaves it out, as linear does."""
+    """Magnitude of RandAugment (Cubuk et al. 2019); 0 turns it off; linear never uses it."""
     random_erase: float = Field(default=0.25, ge=0, le=1)
-    """Share of the images a rectangle of which is erased (Zhong et al. 2017)."""
+    """Share of the images in which a rectangle is erased (Zhong et al. 2017)."""
     mixup: float = Field(default=0.8, ge=0)
-    """Alpha of mixup (Zhang et al. 2017); 0 leaves it out."""
+    """Alpha of mixup (Zhang et al. 2017); 0 turns it off."""
     cutmix: float = Field(default=1.0, ge=0)
-    """Alpha of CutMix (Yun et al. 2019); 0 leaves it out."""
+    """Alpha of CutMix (Yun et al. 2019); 0 turns it off."""
     smoothing: float = Field(default=0.1, ge=0, lt=1)
-    """Share of the label spread over all classes."""
+    """Share of the label that is spread over all classes."""
 
     @model_validator(mode="after")
     def _neighbours_have_one_class(self) -> Self:
@@ -232,23 +236,23 @@ DenseArm = Literal["finetune", "frozen", "scratch"]
 
 class DetectSection(ArmsConfig):
     arms: tuple[DenseArm, ...] = ("finetune", "scratch")
-    """finetune: the pretrained encoder and the head; frozen: the head alone; scratch: as finetune,
-    from random weights."""
+    """finetune: train the pretrained encoder and the head; frozen: only the head; scratch: like
+    finetune, from random weights."""
     head: Literal["fcos", "faster_rcnn"] = "fcos"
     """Detector on the pyramid: FCOS (Tian et al. 2019) or Faster R-CNN (Ren et al. 2015)."""
     categories: dict[int, str] | None = None
-    """category_id to name; else those that the training samples have, named by their numbers or
-    by categories.json beside the shards."""
+    """Maps category_id to name. By default the categories of the training samples, named by
+    categories.json beside the shards or by their numbers."""
     strides: tuple[int, ...] = (8, 16, 32)
-    """Pixels that a place stands for, of each level of the pyramid."""
+    """Stride of each level of the pyramid: pixels per place of its map."""
     channels: int = Field(default=128, gt=0)
-    """Of each level."""
+    """Channels of each level."""
     num_convs: int = Field(default=2, gt=0)
-    """3x3 convolutions of the head."""
+    """Number of 3x3 convolutions in the head."""
     window: int = Field(default=0, ge=0)
-    """Patches along the side of the windows that attention stays in, for large images; 0: none."""
+    """Side, in patches, of the windows that limit attention, for large images; 0: no windows."""
     scale: tuple[float, float] = (0.7, 1.5)
-    """Large-scale jitter: factor on the picture fitted into `img_size`, from and to."""
+    """Large-scale jitter: smallest and largest factor on the picture fitted into `img_size`."""
     flip: bool = True
     """Mirror half of the images."""
 
@@ -260,35 +264,35 @@ class DetectConfig(DownstreamConfig):
 
 class SegmentSection(ArmsConfig):
     arms: tuple[DenseArm, ...] = ("finetune", "scratch")
-    """finetune: the pretrained encoder and the head; frozen: the head alone; scratch: as finetune,
-    from random weights."""
+    """finetune: train the pretrained encoder and the head; frozen: only the head; scratch: like
+    finetune, from random weights."""
     head: Literal["linear", "fpn", "upernet"] = "fpn"
-    """linear: batch norm and a 1x1 convolution; fpn: a pyramid, fused (Kirillov et al. 2019);
-    upernet: with pyramid pooling (Xiao et al. 2018)."""
+    """linear: batch norm and a 1x1 convolution; fpn: a fused pyramid (Kirillov et al. 2019);
+    upernet: a pyramid with pooling (Xiao et al. 2018)."""
     masks: Literal["classes", "instances"] = "classes"
-    """What .seg.png holds: a class a pixel (see `values` and `ignore_value`), or numbered
+    """Content of .seg.png: a class per pixel (see `values` and `ignore_value`), or numbered
     instances, which become background, inside and boundary."""
     names: tuple[str, ...] | None = None
-    """Names of the classes in the order of their numbers; needed for `masks=classes`."""
+    """Class names in the order of their numbers; required for `masks=classes`."""
     values: tuple[Value, ...] | None = None
     """Values of the classes in the masks, in the order of `names`, such as [0,255] for masks of 0
-    and 255; 0, 1, 2 and so on where left out."""
+    and 255. By default 0, 1, 2 and so on."""
     ignore_value: Value | None = 255
-    """Value of the pixels that no loss and no score counts, unless `values` has it; null: every
-    pixel counts."""
+    """Value of pixels that neither the loss nor the scores count, unless it is in `values`; null:
+    every pixel counts."""
     channels: int = Field(default=128, gt=0)
-    """Of the head."""
+    """Channels of the head."""
     window: int = Field(default=0, ge=0)
-    """Patches along the side of the windows that attention stays in, for large images; 0: none."""
+    """Side, in patches, of the windows that limit attention, for large images; 0: no windows."""
     scale: tuple[float, float] = (0.7, 1.5)
-    """Factor on the picture before the random crop, from and to."""
+    """Smallest and largest factor on the picture before the random crop."""
     flip: bool = True
     """Mirror half of the images."""
     class_weights: tuple[float, ...] | None = None
-    """Factor on the loss of each class's pixels, in the order of their numbers: rare classes
-    drown otherwise; all the same where left out."""
+    """Factor on the loss of each class's pixels, in the order of their numbers, by default 1.
+    Raise it for classes with few pixels, which hardly count otherwise."""
     overlap: float = Field(default=0.5, ge=0, lt=1)
-    """Share of a window that the next one covers too, where images are larger than `img_size`."""
+    """Share of a window that the next one also covers, for images larger than `img_size`."""
 
     @model_validator(mode="after")
     def _each_class_has_a_weight(self) -> Self:
@@ -304,7 +308,7 @@ class SegmentSection(ArmsConfig):
     def _each_class_has_a_value(self) -> Self:
         values = self.values
         if values is not None and self.masks == "instances":
-            raise ValueError("values is for masks=classes: instances are numbered as they come")
+            raise ValueError("values needs masks=classes: instances have no fixed values")
         if values is not None and not len(values) == len(set(values)) == len(self.names or ()):
             raise ValueError(
                 f"values={list(values)}: give one value for each of {len(self.names or ())} names, "
@@ -316,7 +320,7 @@ class SegmentSection(ArmsConfig):
     def _classes_have_names(self) -> Self:
         if self.masks == "classes" and self.names is None:
             raise ValueError(
-                "segment.names is needed for masks=classes: the classes' names, in the order of "
+                "segment.names is needed for masks=classes: the class names, in the order of "
                 "their numbers"
             )
         return self

@@ -12,25 +12,25 @@ from pipelines.config.sections import NAME_PATTERN, SavingConfig, ScalingConfig
 
 class EmbedConfig(StrictConfig):
     name: str = Field(default="embed", pattern=NAME_PATTERN)
-    """Starts the run's name; a hash of what determines the result ends it."""
+    """Prefix of the run's name; a hash of all that determines the result follows."""
     init_from: str
-    """Checkpoint of the encoder, or a run's folder, whose newest is taken; a folder or URI."""
+    """Checkpoint of the encoder, or a run's folder, whose newest one is used; a folder or URI."""
     data: str | tuple[str, ...]
-    """Shards whose images are embedded."""
+    """Shards whose images are encoded."""
     features: Literal["mean", "cls", "grid"] = "mean"
-    """What is kept of an image: the mean of the patch tokens, the class token, or every patch."""
+    """Output per image: the mean of the patch tokens, the class token, or every patch token."""
     img_size: tuple[int, int] | None = None
-    """Height and width that images are brought to; the checkpoint's where it is left out."""
+    """Height and width to which images are resized; by default the checkpoint's."""
     query: str | None = None
-    """An image file whose like is looked for among the features (`mae embed search FILE`)."""
+    """An image file whose most similar images are searched (`mae embed search FILE`)."""
     num_neighbours: int = Field(default=10, gt=0)
-    """Images that are shown for a query."""
+    """Number of images shown for a query."""
     rows_per_file: int = Field(default=4096, gt=0)
-    """Images in a Parquet file."""
+    """Number of images in a Parquet file."""
     batch_size: int = Field(default=64, gt=0)
     """Images per forward pass."""
     max_bad_ratio: float = Field(default=0.01, ge=0, le=1)
-    """The stage fails when a larger share of the images can't be used."""
+    """The stage fails if a larger share of the images can't be used."""
     scaling: ScalingConfig = ScalingConfig()
     checkpoint: SavingConfig = SavingConfig()
     storage: StorageConfig = StorageConfig()

@@ -1,4 +1,4 @@
-"""The fields of a config model: names, types, defaults, meanings, and values as text.
+"""Describe the fields of a config model: names, types, defaults, meanings, and values as text.
 
 Imports no torch, Ray or MLflow.
 """
@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, Union, cast, get_args, get_origin
 
 from mae_core.config import StrictConfig
 
-NEAR = 0.6  # least likeness of two names of which one may be meant for the other
+NEAR = 0.6  # smallest similarity at which one name may be a misspelling of the other
 _WORDS: dict[Any, str] = {
     str: "text",
     int: "whole number",
@@ -23,7 +23,7 @@ _WORDS: dict[Any, str] = {
 
 
 def section(config_type: type[StrictConfig], parts: list[str]) -> type[StrictConfig]:
-    """The model below these keys, through `dict[str, Model]` and `Model | None`."""
+    """Return the model at these keys, looking through `dict[str, Model]` and `Model | None`."""
     found: Any = config_type
     for part in parts:
         if not hasattr(found, "model_fields"):  # `part` is a key of a dict
@@ -37,7 +37,7 @@ def section(config_type: type[StrictConfig], parts: list[str]) -> type[StrictCon
 
 
 def annotation_of(config_type: type[StrictConfig], keys: Sequence[str]) -> Any:
-    """The type of the field below these keys; Any where there is none."""
+    """Return the type of the field at these keys; Any if there is none."""
     found: Any = config_type
     for key in keys:
         options = [found, *get_args(found)]
@@ -52,7 +52,7 @@ def annotation_of(config_type: type[StrictConfig], keys: Sequence[str]) -> Any:
 
 
 def did_you_mean(name: str, names: Iterable[str], cutoff: float = NEAR) -> str:
-    """The end of a message that names the most similar name; empty where none is near."""
+    """Return the end of a message that suggests the most similar name; "" if none is similar."""
     near = difflib.get_close_matches(name, sorted(names), n=1, cutoff=cutoff)
     return f"; did you mean {near[0]}?" if near else ""
 
@@ -60,7 +60,7 @@ def did_you_mean(name: str, names: Iterable[str], cutoff: float = NEAR) -> str:
 def describe(
     config_type: type[StrictConfig], prefix: str = ""
 ) -> Iterator[tuple[str, str, str, str]]:
-    """(dotted key, type, default, meaning) of every field, for --help and the reference page."""
+    """Yield (dotted key, type, default, meaning) of each field, for --help and the reference."""
     for name, field in config_type.model_fields.items():
         annotation: Any = field.annotation
         if isinstance(annotation, type) and hasattr(annotation, "model_fields"):
@@ -79,7 +79,7 @@ def describe(
 
 
 def flatten(config: StrictConfig) -> dict[str, str]:
-    """Dotted keys to values as text, as MLflow keeps params."""
+    """Map dotted keys to values as text, the form of params in MLflow."""
     return dict(_flat_items(config.model_dump(mode="json")))
 
 
@@ -92,7 +92,7 @@ def _flat_items(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str,
 
 
 def type_in_words(annotation: Any) -> str:
-    """The type of a field for a reader who does not know Python: `text or null`."""
+    """Describe a field's type to a reader who does not know Python: `text or null`."""
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
         return type_in_words(arguments[0])
@@ -112,7 +112,7 @@ def type_in_words(annotation: Any) -> str:
 
 
 def choices_of(annotation: Any) -> list[str]:
-    """The words that a field takes; none where it takes others, too."""
+    """List the words that a field accepts; empty if it also accepts other values."""
     options = get_args(annotation) if _is_union(annotation) else [annotation]
     if annotation is bool:
         return ["true", "false"]

@@ -1,6 +1,6 @@
-"""How YAML files, the environment and `key=value` become one config.
+"""Merge YAML files, the environment and `key=value` into one config.
 
-Imports no torch, Ray or MLflow: a mistake in a config is reported within a second.
+Imports no torch, Ray or MLflow, so a mistake in a config is reported within a second.
 """
 
 import difflib
@@ -18,19 +18,19 @@ from pipelines.config.fields import NEAR, annotation_of, describe, did_you_mean,
 from pipelines.outcome import ConfigError
 
 ENVIRONMENT_PREFIX = "MAE__"
-MAX_SHOWN = 120  # characters of a value in a message
+MAX_SHOWN = 120  # characters of a value shown in a message
 ConfigT = TypeVar("ConfigT", bound=StrictConfig)
 
 
 class Given(NamedTuple):
-    """A value that does not stand in a config file."""
+    """A value that is not from a config file."""
 
     key: str
-    """Dotted."""
+    """Dotted key."""
     value: Any
-    """A `Word` is read as its field asks; other text is taken as it is."""
+    """A `Word` is parsed according to its field; other text is taken as it is."""
     origin: str
-    """Where it was written, for messages."""
+    """Where the value was given, for messages."""
 
 
 def load_config(
@@ -42,7 +42,7 @@ def load_config(
     """Merge YAML files left to right, then MAE__SECTION__KEY, then `section.key=value`.
 
     Raises:
-        ConfigError: names file, line and key of each mistake, and the nearest valid name.
+        ConfigError: Names file, line and key of each mistake, and the most similar valid name.
     """
     return load_with_origins(config_type, files, overrides, environment)[0]
 
@@ -53,7 +53,7 @@ def load_with_origins(
     overrides: Iterable[str | Given] = (),
     environment: Mapping[str, str] = os.environ,
 ) -> tuple[ConfigT, dict[str, str]]:
-    """As `load_config`, and where each value that is no default was written, by dotted key."""
+    """Load as `load_config`, and map the dotted keys of non-default values to their origins."""
     raw: dict[str, Any] = {}
     origins: dict[str, str] = {}
     for file in files:
@@ -81,7 +81,7 @@ def _of_environment(
 ) -> Iterator[Given]:
     for name, text in sorted(environment.items()):
         keys = name.removeprefix(ENVIRONMENT_PREFIX).lower().split("__")
-        # One environment serves every stage: what another stage reads is not this one's mistake.
+        # One environment serves all stages, so keys of another stage are not a mistake here.
         if name.startswith(ENVIRONMENT_PREFIX) and keys[0] in config_type.model_fields:
             yield Given(".".join(keys), Word(text), f"environment {name}")
 
@@ -103,7 +103,7 @@ def _read(config_type: type[StrictConfig], key: str, text: Word, origin: str) ->
 
 
 def _keys(key: str, value: Any) -> Iterator[str]:
-    """The key, and those below it."""
+    """Yield the key and all keys below it."""
     yield key
     if isinstance(value, dict):
         for name, below in value.items():
@@ -111,10 +111,10 @@ def _keys(key: str, value: Any) -> Iterator[str]:
 
 
 def read_config_file(file: Path) -> YamlFile:
-    """Read the sections of a YAML file, not yet typed, and the line of each dotted key.
+    """Read the untyped sections of a YAML file, and the line of each dotted key.
 
     Raises:
-        ConfigError: there is no such file, or it is no config; names the line.
+        ConfigError: There is no such file, or it is not a config; names the line.
     """
     try:
         values, lines = read_yaml(file)
@@ -125,7 +125,7 @@ def read_config_file(file: Path) -> YamlFile:
     if isinstance(values, Plain) and values in NULLS:
         return YamlFile({}, {})
     if not isinstance(values, dict):
-        raise ConfigError(f"{file}: holds no `section: ...` at its top level")
+        raise ConfigError(f"{file}: has no `section: ...` at its top level")
     return YamlFile(values, lines)
 
 
@@ -152,7 +152,7 @@ def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 def _explain(
     config_type: type[StrictConfig], error: dict[str, Any], origins: dict[str, str]
 ) -> str:
-    """One line for a person: where, what, the nearest valid name."""
+    """Return one line for a person: the place, the mistake, the most similar valid name."""
     parts = [str(part) for part in error["loc"] if isinstance(part, str)]
     parts = [part for part in parts if part not in {"str", "tuple[str, ...]", "constrained-str"}]
     key = ".".join(parts)
@@ -173,7 +173,7 @@ def _explain(
         elsewhere = [
             everywhere[name] for name in difflib.get_close_matches(parts[-1], everywhere, n=1)
         ]
-        # Spelt right, in the wrong section: that beats a likeness.
+        # The name is valid in another section, which is a better guess than a similar name.
         exact = parts[-1] in everywhere
         nearest = elsewhere + in_section if exact else in_section + elsewhere
         hint = f"did you mean {nearest[0]}?" if nearest else f"there are: {', '.join(names)}"
@@ -187,11 +187,11 @@ def _explain(
 
 
 def shown(given: object) -> str:
-    """The end of a message that shows the value, where a line can."""
+    """Return the end of a message that shows the value, if it fits into a line."""
     if given is None:
         return "; it is empty"
     if isinstance(given, dict) and len(given) == 1 and None in given.values():
-        return f"; put quotes around {{{next(iter(given))}}}, which YAML takes for a section"
+        return f"; put quotes around {{{next(iter(given))}}}, which YAML reads as a section"
     if not isinstance(given, str | int | float | bool):
         return ""
     text = repr(given)

@@ -22,24 +22,24 @@ class DataConfig(StrictConfig):
     """Training shards: a folder, an s3://bucket/prefix, a pattern with {000000..000099}.tar, a tar,
     or a list of these."""
     val: str | tuple[str, ...] | None = None
-    """Shards with labels (.cls) for the kNN evaluation at the end; likewise."""
+    """Shards with labels (.cls) for the kNN evaluation at the end, in the same form."""
     decode: Literal["worker", "cluster"] = "worker"
-    """Where images are decoded: in the training workers, or in Ray Data tasks on CPU nodes."""
+    """Where images are decoded: in the training workers, or by Ray Data tasks on CPU nodes."""
     shuffle_window: int = Field(default=1024, gt=0)
-    """Samples permuted together, after the shards are permuted; a multiple of the micro batch. The
-    default is rounded up to one."""
+    """Number of samples that are shuffled together, after the shards; a multiple of the micro
+    batch. The default is rounded up to one."""
     crop_scale: tuple[float, float] = (0.2, 1.0)
-    """Share of the image's area that a random crop covers, from and to."""
+    """Smallest and largest share of the image's area that a random crop covers."""
     flip: bool = True
     """Mirror half of the images."""
     crops_per_image: int = Field(default=1, gt=0)
-    """Views of an image that is read and decoded once (repeated sampling, Hoffer et al. 2020,
-    https://arxiv.org/abs/1901.09335). Batches and `optim.epochs` count views; divides the micro
-    batch."""
+    """Number of views cut from an image that is read and decoded once (repeated sampling, Hoffer
+    et al. 2020, https://arxiv.org/abs/1901.09335). Batches and `optim.epochs` count views. Must
+    divide the micro batch."""
     stats: Literal["data", "imagenet"] = "data"
     """Channel mean and standard deviation: the data's own, or ImageNet's."""
     max_bad_ratio: float = Field(default=0.01, ge=0, le=1)
-    """The run stops when a larger share of the samples can't be decoded."""
+    """The run stops if a larger share of the samples can't be decoded."""
 
 
 class ReportingConfig(StrictConfig):
@@ -51,18 +51,18 @@ class ReportingConfig(StrictConfig):
 
 class KnnConfig(StrictConfig):
     k: int = Field(default=20, gt=0)
-    """Neighbours that vote."""
+    """Number of neighbours that vote."""
     max_train: int = Field(default=10_000, gt=0)
-    """About how many labelled training images to look for neighbours among, evenly spread."""
+    """Approximate number of labelled training images to search for neighbours, evenly spread."""
     max_val: int = Field(default=5_000, gt=0)
-    """About how many validation images to classify, evenly spread."""
+    """Approximate number of validation images to classify, evenly spread."""
 
 
 class PretrainConfig(StrictConfig):
     name: str = Field(default="pretrain", pattern=NAME_PATTERN)
-    """Starts the run's name; a hash of what determines the result ends it."""
+    """Prefix of the run's name; a hash of all that determines the result follows."""
     seed: int = Field(default=0, ge=0)
-    """Fixes weights, order, crops, flips and masks."""
+    """Determines weights, order, crops, flips and masks."""
     data: DataConfig
     model: ModelConfig = ModelConfig()
     masking: MaskingConfig = MaskingConfig()
@@ -75,15 +75,15 @@ class PretrainConfig(StrictConfig):
     storage: StorageConfig = StorageConfig()
     tracking: TrackingConfig = Field(default_factory=TrackingConfig)
     init_from: str | None = None
-    """Checkpoint whose weights (only) the run starts from, or a run's folder, whose newest
-    checkpoint is taken; a folder or URI."""
+    """Checkpoint whose weights (and nothing else) the run starts from, or a run's folder, whose
+    newest checkpoint is used; a folder or URI."""
     debug: DebugConfig = DebugConfig()
 
     @model_validator(mode="after")
     def _defaults_fit(self) -> Self:
-        """Fit what the user did not set to what they did: a default is never the mistake."""
+        """Adapt the defaults to the user's values, so that a default is never the mistake."""
         optim = fitted_batches(self.optim, self.scaling.num_workers, self.data.crops_per_image)
-        object.__setattr__(self, "optim", optim)  # the model is frozen from here on
+        object.__setattr__(self, "optim", optim)  # the model is frozen
         images = optim.micro_batch_size // self.data.crops_per_image
         object.__setattr__(self, "data", fitted_window(self.data, images))
         return self
@@ -131,7 +131,7 @@ class PretrainConfig(StrictConfig):
 
     @property
     def grad_accum_steps(self) -> int:
-        """Forward passes of each worker in one optimizer step."""
+        """Number of forward passes of each worker in one optimizer step."""
         return self.optim.global_batch_size // (
             self.optim.micro_batch_size * self.scaling.num_workers
         )

@@ -1,7 +1,7 @@
-"""What each field of a stage's config means for its result: part of it, of its measure, or neither.
+"""Which role each field of a stage's config plays for its result.
 
-A test demands that every field of every stage is listed here once. A field that is not listed
-counts as part of the result, so that a forgotten one costs time and never gives a wrong number.
+A test requires that every field of every stage is listed here exactly once. An unlisted field
+counts as part of the result, so that forgetting one costs time but never gives a wrong number.
 """
 
 import hashlib
@@ -13,8 +13,8 @@ from typing import Any
 
 class Role(Enum):
     IDENTITY = "identity"  # changes the result: another value is another run
-    EVALUATION = "evaluation"  # changes what the trained model is measured on: measured anew
-    NO_EFFECT = "no effect"  # says how, where or what to refuse; what is looked at is the same
+    EVALUATION = "evaluation"  # changes how the trained model is measured: it is measured again
+    NO_EFFECT = "no effect"  # how or where to run, or what to refuse: the result is the same
 
 
 _SCALING = (
@@ -190,13 +190,13 @@ _NO_EFFECT: dict[str, tuple[str, ...]] = {
         "max_bad_ratio",
     ),
 }
-# Fields that came after runs had been named, and the value at which they change nothing: left out
-# of the name there, so that those runs keep it.
+# Fields that were added after runs had been named, with the value that changes nothing. That value
+# is left out of the hash, so that those runs keep their name.
 _ADDED_LATER: dict[str, Any] = {"segment.values": None, "segment.ignore_value": 255}
 
 
 def roles(kind: str) -> Iterator[tuple[str, Role]]:
-    """Each listed field of a stage's config by its dotted key, with its role."""
+    """Yield each listed field of a stage's config by its dotted key, with its role."""
     for role, table in (
         (Role.IDENTITY, _IDENTITY),
         (Role.EVALUATION, _EVALUATION),
@@ -207,7 +207,7 @@ def roles(kind: str) -> Iterator[tuple[str, Role]]:
 
 
 def without_effect(kind: str) -> tuple[str, ...]:
-    """The fields that are no part of the result of a stage, nor of how it is measured."""
+    """Return the fields that affect neither the stage's result nor how it is measured."""
     return _NO_EFFECT[kind]
 
 
@@ -215,8 +215,8 @@ def identity_digest(kind: str, config: dict[str, Any]) -> str:
     """Name the result that a config asks for, in 8 hex digits.
 
     Args:
-        kind: of the stage.
-        config: as the model dumps it for JSON.
+        kind: Name of the stage.
+        config: The model's JSON dump.
     """
     no_part = {key for key, role in roles(kind) if role is not Role.IDENTITY}
     text = json.dumps(_identity(config, "", no_part), sort_keys=True)
@@ -231,7 +231,7 @@ def _identity(values: dict[str, Any], prefix: str, no_part: set[str]) -> dict[st
             continue
         if isinstance(value, dict):
             below = _identity(value, f"{key}.", no_part)
-            # A section of which nothing counts is as if it were not there.
+            # A section without fields that count is treated as absent.
             if below or not value:
                 kept[name] = below
         else:

@@ -1,6 +1,6 @@
-"""Sections that configs of several stages share.
+"""Sections that the configs of several stages share.
 
-The configs import no torch, Ray or MLflow: a mistake in one is reported within a second.
+The configs import no torch, Ray or MLflow, so a mistake in one is reported within a second.
 """
 
 from pathlib import Path
@@ -10,44 +10,45 @@ from pydantic import Field, field_validator
 
 from mae_core.config import StrictConfig
 
-NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"  # of what becomes a folder
+NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"  # for names that become folders
 
 
 class ScalingConfig(StrictConfig):
     num_workers: int = Field(default=1, gt=0)
-    """Training processes; one GPU each with `use_gpu`."""
+    """Number of training processes, each with its own GPU if `use_gpu` is set."""
     use_gpu: bool = False
     """Train on GPUs."""
     cpus_per_worker: int = Field(default=1, gt=0)
-    """CPUs that a worker reserves: its compute threads without a GPU, its decoding threads."""
+    """CPUs reserved by each worker, for decoding threads and, without a GPU, compute threads."""
     max_failures: int = Field(default=3, ge=0)
-    """How many lost workers a run survives before it gives up; the same command then resumes."""
+    """Number of lost workers that a run survives before it fails; the same command then
+    resumes."""
 
 
 class SavingConfig(StrictConfig):
     every_minutes: float = Field(default=10, gt=0)
-    """Most minutes between two savings of what is done."""
+    """Largest number of minutes between two saves."""
     grace_s: float = Field(default=30, gt=0)
-    """Seconds that a run which is stopped may take to finish its step and save it. In a Ray job
+    """Seconds that a stopped run may take to finish its step and save it. In a Ray job,
     `ray job stop` kills after RAY_JOB_STOP_WAIT_TIME_S, three seconds unless the cluster sets
-    another; the run then ends just before that."""
+    another value; the run then ends just before that."""
 
 
 class CheckpointConfig(SavingConfig):
     every_steps: int = Field(default=500, gt=0)
     """Optimizer steps between checkpoints; there is always one at the end."""
     keep: int = Field(default=2, gt=0)
-    """The newest checkpoints kept."""
+    """Number of newest checkpoints to keep."""
 
 
 class DebugConfig(StrictConfig):
     sample_trace: str | None = None
-    """Folder that gets rank-R.jsonl: a line for each sample trained on."""
+    """Folder for rank-R.jsonl, with a line for each sample trained on."""
 
     @field_validator("sample_trace")
     @classmethod
     def _absolute(cls, path: str | None) -> str | None:
-        """The workers have a working folder of their own."""
+        """Make the path absolute, because the workers have another working folder."""
         return None if path is None else str(Path(path).absolute())
 
 
@@ -55,9 +56,9 @@ ModelT = TypeVar("ModelT", bound=StrictConfig)
 
 
 def fitted_batches(optim: ModelT, num_workers: int, crops_per_image: int) -> ModelT:
-    """The section with the batch sizes that were not set such that they divide.
+    """Return the section with batch sizes that divide, changing only those that were not set.
 
-    A global batch is rounded up; a micro batch is the largest of at most its default.
+    A global batch is rounded up; a micro batch becomes the largest one up to its default.
     """
     values: Any = optim
     is_set, micro, batch = (
@@ -77,7 +78,7 @@ def fitted_batches(optim: ModelT, num_workers: int, crops_per_image: int) -> Mod
 
 
 def fitted_window(data: ModelT, images_per_micro_batch: int) -> ModelT:
-    """The section with a `shuffle_window` that was not set as a multiple of the micro batch."""
+    """Return the section with an unset `shuffle_window` rounded to a multiple of the micro batch."""
     if "shuffle_window" in data.model_fields_set or images_per_micro_batch < 1:
         return data
     default_window: int = data.model_dump(include={"shuffle_window"})["shuffle_window"]

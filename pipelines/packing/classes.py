@@ -1,6 +1,7 @@
-"""Class numbers of a set that is packed already, for another set to have the same ones.
+"""Reuse the class numbers of a set that is already packed.
 
-A validation set without one of the classes would number the others otherwise than the training set.
+Without this, a validation set that lacks a class would number the other classes differently than
+the training set.
 """
 
 import json
@@ -14,15 +15,15 @@ from pipelines.packing.shard import CATEGORIES_NAME
 
 
 class GivenNumbers(NamedTuple):
-    classes: tuple[str, ...] | None  # in the order of their numbers; None: the set has none
-    categories: dict[int, str]  # of boxes: number to name
+    classes: tuple[str, ...] | None  # in the order of their numbers; None: the set has no classes
+    categories: dict[int, str]  # number to name of the boxes' categories
 
 
 def read_numbers(folder: str) -> GivenNumbers:
     """Read the numbers of classes and categories from a folder that `mae prepare` packed.
 
     Raises:
-        ConfigError: there is no such folder, or it has neither.
+        ConfigError: There is no such folder, or it has neither classes nor categories.
     """
     uri = storage.join(folder, MANIFEST_NAME)
     if not storage.exists(uri):
@@ -38,7 +39,7 @@ def read_numbers(folder: str) -> GivenNumbers:
             items = json.loads(storage.read_bytes(listed))
             categories = {int(item["id"]): str(item["name"]) for item in items}
         except (ValueError, TypeError, KeyError) as error:
-            raise DataError(f"{listed}: is no list of ids and names ({error})") from error
+            raise DataError(f"{listed}: not a list of ids and names ({error})") from error
     if classes is None and not categories:
         raise ConfigError(f"classes={folder}: that set has no names of classes or categories")
     return GivenNumbers(classes, categories)

@@ -1,4 +1,4 @@
-"""Tars that lie somewhere already: a manifest, checksums and statistics beside them."""
+"""Index existing tars: write a manifest, checksums and statistics beside them."""
 
 import io
 import itertools
@@ -44,15 +44,15 @@ class _Indexed(NamedTuple):
 
 
 def run(config: PrepareConfig, *, fresh: bool) -> StageResult:
-    """Index the tars of `config.output`; the manifest comes last.
+    """Index the tars of `config.output`; the manifest is written last.
 
     Raises:
-        ConfigError: it is no folder, or the manifest that is there covers these tars already.
-        DataError: no image can be measured.
+        ConfigError: It is not a folder, or its manifest already covers these tars.
+        DataError: No image can be measured.
     """
     folder = storage.absolute(config.output)
     if folder.endswith(".tar"):
-        raise ConfigError(f"output={config.output}: give the folder that the tars lie in")
+        raise ConfigError(f"output={config.output}: give the folder that contains the tars")
     names = [shard.rpartition("/")[2] for shard in expand_shards(folder)]
     manifest_uri = storage.join(folder, MANIFEST_NAME)
     old = None
@@ -62,8 +62,8 @@ def run(config: PrepareConfig, *, fresh: bool) -> StageResult:
         covered = {shard.path: shard.num_bytes for shard in old.shards} == sizes
         if config.existing == "index" and covered and not fresh:
             raise ConfigError(
-                f"{manifest_uri} covers tars of these names and sizes already; --fresh reads and "
-                "indexes them anew"
+                f"{manifest_uri} already covers tars of these names and sizes; --fresh reads and "
+                "indexes them again"
             )
     found: dict[str, _Indexed] = {}
 
@@ -80,7 +80,7 @@ def run(config: PrepareConfig, *, fresh: bool) -> StageResult:
     if config.existing == "stats" and not pixels.num_images:
         raise DataError(
             f"{folder}: none of the images can be measured with in_chans={config.in_chans}; "
-            "the log says why of each"
+            "the log says why for each"
         )
     manifest = Manifest(
         shards=tuple(one.shard for one in ordered),
@@ -106,10 +106,10 @@ def run(config: PrepareConfig, *, fresh: bool) -> StageResult:
 
 
 def _say_left_out(folder: str, manifest: Manifest) -> None:
-    """Warn of what is no sample.
+    """Warn about groups that are not samples.
 
     Raises:
-        DataError: nothing is one.
+        DataError: There is no sample at all.
     """
     counts = ", ".join(f"{n} x {kind}" for kind, n in sorted(manifest.left_out.items()))
     unused = describe_unused(manifest.unused_extensions)
@@ -136,7 +136,7 @@ def _index_all(
 
 
 def _index_one(folder: str, name: str, in_chans: int | None) -> _Indexed:
-    """Read a tar whole; write its index beside it."""
+    """Read a whole tar and write its index beside it."""
     uri = storage.join(folder, name)
     data = storage.read_bytes(uri)
     found = index_shard(io.BytesIO(data), uri, lenient=True)

@@ -1,4 +1,4 @@
-"""The folder that a set of images is packed into: whose it is, and what is finished in it."""
+"""The output folder of packed images: which plan it belongs to, and what is finished."""
 
 import json
 from typing import NamedTuple
@@ -14,15 +14,15 @@ PLAN_NAME = "plan.json"
 
 
 class SetPlan(NamedTuple):
-    """All that decides the bytes of one folder of shards."""
+    """Everything that determines the bytes of one folder of shards."""
 
     output: str
     shards: tuple[ShardPlan, ...]
     classes: tuple[str, ...] | None
     in_chans: int
     transcode: Transcode | None
-    facts: dict[str, int | str]  # what a person would compare, and the digest of everything
-    categories: tuple[tuple[int, str], ...] = ()  # of the boxes: category_id and name
+    facts: dict[str, int | str]  # facts that a person would compare, and the digest of everything
+    categories: tuple[tuple[int, str], ...] = ()  # category_id and name, of the boxes
 
     @property
     def num_items(self) -> int:
@@ -30,7 +30,7 @@ class SetPlan(NamedTuple):
 
     @property
     def counts(self) -> tuple[int, int]:
-        """Of shards and of images."""
+        """Number of shards and number of images."""
         return len(self.shards), self.num_items
 
     @property
@@ -44,7 +44,7 @@ class SetPlan(NamedTuple):
 
 
 def claim_output(plan: SetPlan, *, fresh: bool) -> None:
-    """Write the plan's facts into the output, or find them there from an earlier run."""
+    """Write the plan's facts into the output, or check them against those of an earlier run."""
     place = storage.join(plan.output, STATE_FOLDER, PLAN_NAME)
     if fresh:
         _clear_output(plan.output)
@@ -66,7 +66,7 @@ def claim_output(plan: SetPlan, *, fresh: bool) -> None:
     alien = [name for name in names if name.endswith(".tar") or name == MANIFEST_NAME]
     if alien:
         raise ConfigError(
-            f"output={plan.output} holds shards of another origin, such as {alien[0]}; "
+            f"output={plan.output} has shards from another source, such as {alien[0]}; "
             "choose another output"
         )
     storage.write_bytes(place, json_bytes(plan.facts))
@@ -80,7 +80,7 @@ def _clear_output(output: str) -> None:
     alien += [name for name in folders if name != STATE_FOLDER]
     if alien:
         raise ConfigError(
-            f"--fresh: output={output} holds what `mae prepare` did not make, such as {alien[0]}; "
+            f"--fresh: output={output} has files that `mae prepare` did not write, such as {alien[0]}; "
             "move it away, or choose another output"
         )
     if packed:
@@ -96,9 +96,9 @@ def _is_ours(name: str) -> bool:
 
 
 def finished_manifest(plan: SetPlan) -> Manifest | None:
-    """The manifest of a finished earlier run whose shards are all still there.
+    """Return the manifest of a finished earlier run whose shards all still exist.
 
-    Whether the images are still those that were packed is another question: `pack_shard`.
+    `pack_shard` checks whether the images are still those that were packed.
     """
     place = storage.join(plan.output, MANIFEST_NAME)
     names = set(storage.list_files(plan.output))

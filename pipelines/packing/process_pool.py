@@ -1,4 +1,4 @@
-"""Processes that read and pack; none of them outlives the command."""
+"""A pool of processes that read and pack; none of them outlives the command."""
 
 import multiprocessing
 import os
@@ -13,22 +13,22 @@ from mae_core.data.samples import DataError
 
 @contextmanager
 def process_pool(workers: int) -> Iterator[ProcessPoolExecutor]:
-    # Not fork: the caller may have threads, and a copy of their locks would hang.
+    # Not fork: the caller may have threads, and a copied lock would hang.
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_end_with_parent)
     try:
         yield pool
     except BrokenProcessPool as error:
         raise DataError(
-            "a packing process was killed, perhaps for memory; lower workers or max_shard_bytes, "
-            "and give the same command again"
+            "a packing process was killed, perhaps for lack of memory; lower workers or "
+            "max_shard_bytes, and run the same command again"
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)
 
 
 def _end_with_parent() -> None:
-    """Don't outlive a parent that was killed: a pool's process would wait for work for ever."""
+    """End if the parent was killed: a pool's process would wait for work for ever."""
 
     def watch() -> None:
         parent = multiprocessing.parent_process()

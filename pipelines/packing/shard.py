@@ -1,4 +1,4 @@
-"""One shard: its images to a tar, its index and a record of it."""
+"""Pack one shard: write its images to a tar, its index, and a record of it."""
 
 import hashlib
 import io
@@ -26,13 +26,13 @@ from mae_core.data.synthetic import draw_scene, encode_scene
 from mae_core.data.transforms import shrink_to_short_side
 from pipelines.outcome import ConfigError
 
-CATEGORIES_NAME = "categories.json"  # ids and names of the boxes' categories, beside the shards
-MAX_MASK_VALUES = 256  # that are counted; maps of instances have many
-STATE_FOLDER = ".prepare"  # the plan, and a record of each shard that is done
+CATEGORIES_NAME = "categories.json"  # ids and names of box categories, beside the shards
+MAX_MASK_VALUES = 256  # counted at most; instance maps have many values
+STATE_FOLDER = ".prepare"  # holds the plan, and a record of each finished shard
 
 
 class Transcode(NamedTuple):
-    """Pack smaller JPEGs instead of the images' own bytes."""
+    """Pack smaller JPEGs instead of the original files."""
 
     short_side: int
     quality: int
@@ -59,7 +59,7 @@ Item = ImageFile | SceneItem
 
 
 class ShardPlan(NamedTuple):
-    name: str  # without an extension
+    name: str  # without extension
     items: tuple[Item, ...]
 
 
@@ -69,19 +69,19 @@ class SkippedImage(StrictConfig):
 
 
 class MaskSummary(StrictConfig):
-    """What the masks of a shard hold."""
+    """A summary of the masks in a shard."""
 
     num_masks: int = 0
     num_unreadable: int = 0
-    """Masks that can't be read as numbers of classes."""
+    """Number of masks that can't be read as class numbers."""
     values: dict[int, int] = Field(default_factory=dict)
-    """Value to the number of masks that hold it, for the first values that were met."""
+    """Maps a value to the number of masks that contain it, for the first values found."""
 
     def including(self, data: bytes, pixels: Pixels, where: str) -> "MaskSummary":
-        """Count one more mask.
+        """Return the summary with one more mask.
 
         Raises:
-            DataError: it is of another size than its image.
+            DataError: The mask and its image differ in size.
         """
         try:
             indices = decode_indices(data, where)
@@ -101,7 +101,7 @@ class MaskSummary(StrictConfig):
 
 
 def sum_masks(parts: Iterable[MaskSummary]) -> MaskSummary:
-    """What the masks of several shards hold."""
+    """Merge the summaries of several shards."""
     parts = list(parts)
     values: Counter[int] = Counter()
     for part in parts:
@@ -114,31 +114,31 @@ def sum_masks(parts: Iterable[MaskSummary]) -> MaskSummary:
 
 
 class ShardRecord(StrictConfig):
-    """What became of a shard; written after it, so that its presence says that it is whole."""
+    """The outcome of a shard; written after it, so its presence means that the shard is complete."""
 
     plan: str
-    """Digest of the plan that the shard belongs to."""
+    """Digest of the plan to which the shard belongs."""
     shard: ShardInfo
     skipped: tuple[SkippedImage, ...]
     pixels: PixelSums
     sources: tuple[str, ...] = ()
-    """Of each image of the plan, a digest of what its files held; empty where they can't be read.
-    A record of an earlier version has none."""
+    """For each image of the plan a digest of its files' content; empty if they can't be read.
+    Records of an earlier version have none."""
     masks: MaskSummary = MaskSummary()
 
 
 class PackedShard(NamedTuple):
     record: ShardRecord
-    is_new: bool  # or packed by an earlier run
+    is_new: bool  # False: packed by an earlier run
 
 
 def pack_shard(
     shard: ShardPlan, output: str, digest: str, in_chans: int, transcode: Transcode | None
 ) -> PackedShard:
-    """Write tar, index and record, unless they are there.
+    """Write tar, index and record, unless they exist.
 
     Raises:
-        ConfigError: they are there, and a file that they were packed from has changed.
+        ConfigError: They exist, and a file that they were packed from has changed.
     """
     record_place = storage.join(output, STATE_FOLDER, f"{shard.name}.json")
     old = _finished_record(record_place, output, digest)
@@ -163,16 +163,16 @@ def pack_shard(
 
 
 def _check_unchanged(shard: ShardPlan, record: ShardRecord, output: str) -> None:
-    """Compare the contents of all files with those that were packed.
+    """Compare the contents of all files with what was packed.
 
     Raises:
-        ConfigError: names one that is another.
+        ConfigError: Names a file that differs.
     """
     pairs = zip(shard.items, record.sources, strict=True)
     changed = [item.source for item, digest in pairs if _source_digest(item) != digest]
     if changed:
         raise ConfigError(
-            f"output={output} was packed from other images: of {shard.name}, {len(changed)} of "
+            f"output={output} was packed from other images: in {shard.name}, {len(changed)} of "
             f"{len(shard.items)} images or the files beside them have changed since, such as "
             f"{changed[0]}; choose another output, or replace it with --fresh"
         )
@@ -188,13 +188,13 @@ def _source_digest(item: Item) -> str:
 
 
 def _digest(files: dict[str, bytes]) -> str:
-    """Tells one content of an image and its companions from another."""
+    """Return a digest that changes with the content of an image or its companions."""
     hashes = {extension: hashlib.sha256(data).hexdigest() for extension, data in files.items()}
     return hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest()[:32]
 
 
 class _Packed(NamedTuple):
-    data: bytes  # the tar
+    data: bytes  # of the tar
     offsets: list[int]
     skipped: list[SkippedImage]
     sources: list[str]
@@ -237,10 +237,10 @@ def write_index(folder: str, tar_name: str, data: bytes, found: ShardIndex) -> S
     """Write a tar's offsets and checksums beside it.
 
     Args:
-        folder: where the tar lies.
-        tar_name: its name there.
-        data: all of it.
-        found: what `index_shard` says of it.
+        folder: The tar's folder.
+        tar_name: The tar's name there.
+        data: The whole tar.
+        found: The result of `index_shard`.
     """
     index_name = f"{tar_name.removesuffix('.tar')}.index.npy"
     samples = memoryview(data)[int(found.offsets[0]) : int(found.offsets[-1])]
@@ -270,7 +270,7 @@ def _finished_record(place: str, output: str, digest: str) -> ShardRecord | None
 
 
 def _read_item(item: Item) -> tuple[dict[str, bytes], str]:
-    """The members of a sample, and the extension of its image."""
+    """Return the members of a sample, and the extension of its image."""
     if isinstance(item, SceneItem):
         return encode_scene(draw_scene(item.seed, item.scene, item.size)), "jpg"
     return _read_files(item), item.extension
@@ -289,23 +289,23 @@ def _read_files(item: ImageFile) -> dict[str, bytes]:
         except OSError as error:
             raise CorruptSampleError(f"cannot be read: {error.strerror}") from error
         if len(parts[extension]) != num_bytes:
-            raise DataError(f"{path} changed while it was packed; give the same command again")
+            raise DataError(f"{path} changed while it was packed; run the same command again")
     return parts
 
 
 def _decode(data: bytes, in_chans: int) -> Pixels:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Pillow's about metadata; what matters is an error
+        warnings.simplefilter("ignore")  # Pillow warns about metadata; only errors matter here
         return decode_image(data, in_chans)
 
 
 def _check_labels(
     item: Item, parts: dict[str, bytes], pixels: Pixels, masks: MaskSummary
 ) -> MaskSummary:
-    """Compare boxes and mask with the picture; returns `masks` with the one of this sample.
+    """Check boxes and mask against the picture; return `masks` including this sample's.
 
     Raises:
-        CorruptSampleError: they are of another picture.
+        CorruptSampleError: They belong to another picture.
     """
     if isinstance(item, SceneItem):
         return masks
@@ -322,7 +322,7 @@ def _check_labels(
 def _transcode(
     parts: dict[str, bytes], image: str, pixels: Pixels, transcode: Transcode | None
 ) -> Pixels:
-    """Put a smaller JPEG into `parts` if it is wanted; returns what the image shows then."""
+    """Put a smaller JPEG into `parts` if wanted; return the pixels that the image then has."""
     if transcode is None:
         return pixels
     smaller = shrink_to_short_side(pixels, transcode.short_side)

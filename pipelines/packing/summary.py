@@ -1,4 +1,4 @@
-"""What `mae prepare` found, in lines for a person."""
+"""Describe to a person what `mae prepare` found."""
 
 import json
 from collections import Counter
@@ -14,7 +14,7 @@ _SHOWN = 20
 def found_lines(
     files: Sequence[ImageFile], classes: Sequence[str] | None, categories: Mapping[int, str]
 ) -> Iterator[str]:
-    """Say how many images each class has, what lies beside them, and what can't be read."""
+    """Yield the number of images of each class, the files beside them, and unreadable files."""
     counts = Counter(file.label for file in files)
     if None in counts:
         yield f"{len(files)} images, no classes"
@@ -47,7 +47,7 @@ def found_lines(
 
 
 def mask_line(masks: MaskSummary) -> str | None:
-    """Say which values the masks hold; None where there is no mask."""
+    """Describe the values in the masks; None if there are no masks."""
     if not masks.num_masks:
         return None
     values = sorted(masks.values.items())
@@ -57,17 +57,17 @@ def mask_line(masks: MaskSummary) -> str | None:
 
 
 def mask_warnings(masks: MaskSummary) -> Iterator[str]:
-    """Say which masks `mae segment` could not learn from."""
+    """Describe the masks from which `mae segment` could not learn."""
     if masks.num_unreadable:
         yield (
-            f"{masks.num_unreadable} masks can't be read as numbers of classes: they are in "
-            "colour, or no PNG; `mae segment` will refuse them"
+            f"{masks.num_unreadable} masks can't be read as class numbers: they are in colour, or "
+            "not PNG; `mae segment` will refuse them"
         )
     if masks.values and set(masks.values) <= {0, IGNORE}:
         held = " and ".join(map(str, sorted(masks.values)))
         yield (
-            f"the masks hold {held} alone. {IGNORE} marks pixels that do not count, so nothing "
-            f"but background is left to learn; write 1 instead of {IGNORE} for the object"
+            f"the masks only contain {held}. {IGNORE} marks pixels that do not count, so only "
+            f"background is left to learn; write 1 instead of {IGNORE} for the object"
         )
 
 

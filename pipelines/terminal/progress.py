@@ -1,6 +1,6 @@
-"""What a command is at: a bar on a terminal, a line now and then in a pipe or a job.
+"""Show what a command is doing: a bar on a terminal, occasional lines in a pipe or a job.
 
-Nothing is silent for long: who waits for something wraps it in `doing`.
+No command is silent for long: code that waits for something wraps it in `doing`.
 """
 
 import logging
@@ -20,7 +20,7 @@ from pipelines.terminal import worker_logging
 logger = logging.getLogger(__name__)
 
 DRAW_EVERY_S = 0.25
-SAY_FIRST_S = 4.0  # of silence; the intervals grow with the time that it takes
+SAY_FIRST_S = 4.0  # seconds of silence before the first line; later intervals grow
 MAX_SAY_EVERY_S = 60.0
 BAR = "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}{postfix}"
 
@@ -30,23 +30,23 @@ class State(NamedTuple):
 
     what: str
     done: int = 0
-    total: int = 0  # 0 where there is nothing to count
+    total: int = 0  # 0 if there is nothing to count
     detail: str = ""
 
 
 def shows_bar() -> bool:
-    """Whether bars are drawn: a person looks, and no other machine's lines come between."""
+    """Return whether to draw bars: on a terminal, and without other machines' lines in between."""
     return sys.stderr.isatty() and job.cluster_address() is None
 
 
 def write(text: str) -> None:
-    """Write to stderr above the bar, if there is one."""
+    """Write to stderr, above the bar if there is one."""
     tqdm.write(text, file=sys.stderr, end="")
     sys.stderr.flush()
 
 
 def silence_limit_s(elapsed_s: float) -> float:
-    """How long nothing may be said: a run of days needs no line every four seconds."""
+    """Return the longest allowed silence, which grows: a run of days needs fewer lines."""
     return min(max(SAY_FIRST_S, elapsed_s / 10), MAX_SAY_EVERY_S)
 
 
@@ -58,11 +58,11 @@ def format_seconds(seconds: float) -> str:
 
 @contextmanager
 def doing(what: str, read: Callable[[], State] | None = None) -> Iterator[None]:
-    """Show that something is being done, for as long as the block takes.
+    """Show that something is being done, for the duration of the block.
 
     Args:
-        what: such as "starting Ray".
-        read: asked a few times a second for what is being done now, where that changes.
+        what: What is being done, such as "starting Ray".
+        read: Called a few times per second for the current state, if it changes.
     """
     is_bar = shows_bar()
     display = _Bar() if is_bar else _Lines(what)
@@ -72,11 +72,11 @@ def doing(what: str, read: Callable[[], State] | None = None) -> Iterator[None]:
         while not ended.wait(DRAW_EVERY_S):
             try:
                 display.show(State(what) if read is None else read())
-            except Exception as error:  # what is looked at may end first
+            except Exception as error:  # the object that is shown may end first
                 logger.debug("could not show the progress: %s", error)
 
     thread = threading.Thread(target=show, name="progress", daemon=True)
-    # Those whose handlers write to stderr: their lines come above the bar.
+    # Loggers whose handlers write to stderr: their lines go above the bar.
     loggers = [logging.getLogger(name) for name in (None, *worker_logging.OURS)]
     redirected = logging_redirect_tqdm(loggers if is_bar else [])
     with redirected:
@@ -90,7 +90,7 @@ def doing(what: str, read: Callable[[], State] | None = None) -> Iterator[None]:
 
 
 class _Bar:
-    """On a terminal."""
+    """Progress on a terminal."""
 
     def __init__(self) -> None:
         self._bar: tqdm[Any] | None = None
@@ -126,7 +126,7 @@ class _Bar:
 
 
 class _Lines:
-    """In a pipe, a job or a file: a line where nothing else was said for a while."""
+    """Progress in a pipe, a job or a file: a line if nothing else was written for a while."""
 
     def __init__(self, what: str) -> None:
         self._began_s = self._since_s = time.monotonic()
@@ -147,4 +147,4 @@ class _Lines:
         logger.info("still %s%s%s, %s", state.what, counted, detail, elapsed)
 
     def close(self) -> None:
-        """Nothing remains to be cleared."""
+        """Do nothing: there is no bar to clear."""

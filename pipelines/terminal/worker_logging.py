@@ -1,7 +1,7 @@
-"""How the processes that Ray starts log. Imports nothing heavy: it runs first in each of them.
+"""Logging in the processes that Ray starts. Runs first in each of them, so it imports little.
 
-On one machine they write to a file that the driver shows; in a cluster to stderr, which Ray
-brings to the driver with a prefix.
+On one machine they write to a file whose lines the driver shows; in a cluster they write to
+stderr, which Ray forwards to the driver with a prefix.
 """
 
 import logging
@@ -15,20 +15,20 @@ from pathlib import Path
 from infra.redaction import RedactionFilter
 
 LOG_FILE_VARIABLE = "MAE_WORKER_LOG"
-BAR_VARIABLE = "MAE_PROGRESS_BAR"  # set where the driver draws bars, so workers need not say lines
+BAR_VARIABLE = "MAE_PROGRESS_BAR"  # set if the driver draws bars, so that workers stay quiet
 OURS = ("mae_core", "infra", "pipelines")
-# Its notes at every report say nothing to a user.
+# Their messages at every report are useless to a user.
 _QUIET = ("ray", "ray.data", "ray.train", "ray.tune")
-_SILENT = ("ray.data._internal.progress",)  # warns that its bars are off, which we did
+_SILENT = ("ray.data._internal.progress",)  # warns that its bars are off, as intended
 POLL_S = 0.2
 
 
 def set_up() -> None:
-    """Show what we say; of Ray, warnings only."""
+    """Show our own messages, and from Ray only warnings."""
     file = os.environ.get(LOG_FILE_VARIABLE)
     handler = logging.FileHandler(file) if file else logging.StreamHandler(sys.stderr)
     handler.addFilter(RedactionFilter())
-    for name in OURS:  # not the root: Ray has put handlers of its own there
+    for name in OURS:  # not the root logger, because Ray has its own handlers there
         ours = logging.getLogger(name)
         ours.handlers = [handler]
         ours.propagate = False
@@ -40,7 +40,7 @@ def set_up() -> None:
 
 
 def has_bar() -> bool:
-    """Whether the driver of this worker draws a bar."""
+    """Return whether the driver of this worker draws a bar."""
     return bool(os.environ.get(BAR_VARIABLE))
 
 
@@ -48,21 +48,21 @@ _num_shown = 0
 
 
 def num_lines_shown() -> int:
-    """How often `shown` has copied something: whether the workers have said anything."""
+    """Return how often `shown` has copied something, which means that a worker wrote a line."""
     return _num_shown
 
 
 @contextmanager
 def shown(file: Path, write: Callable[[str], None]) -> Iterator[None]:
-    """Inside, lines that arrive in `file` are given to `write` as they come."""
+    """Pass new lines in `file` to `write` as they arrive, for the duration of the block."""
     file.touch()
     ended = threading.Event()
 
     def copy() -> None:
-        global _num_shown  # of the process: there is one local Ray
+        global _num_shown  # one per process, because there is one local Ray
         with file.open() as stream:
             while True:
-                last = ended.is_set()  # asked before the read: what came until then is shown
+                last = ended.is_set()  # read before copying, so that no late line is lost
                 if text := stream.read():
                     _num_shown += 1
                     write(text)
