@@ -78,7 +78,7 @@ def fitted_batches(optim: ModelT, num_workers: int, crops_per_image: int) -> Mod
 
 
 def fitted_window(data: ModelT, images_per_micro_batch: int) -> ModelT:
-    """Return the section with an unset `shuffle_window` rounded to a multiple of the micro batch."""
+    """Return the section with an unset `shuffle_window` made a multiple of the micro batch."""
     if "shuffle_window" in data.model_fields_set or images_per_micro_batch < 1:
         return data
     default_window: int = data.model_dump(include={"shuffle_window"})["shuffle_window"]

@@ -80,8 +80,8 @@ def _clear_output(output: str) -> None:
     alien += [name for name in folders if name != STATE_FOLDER]
     if alien:
         raise ConfigError(
-            f"--fresh: output={output} has files that `mae prepare` did not write, such as {alien[0]}; "
-            "move it away, or choose another output"
+            f"--fresh: output={output} has files that `mae prepare` did not write, such as "
+            f"{alien[0]}; move them away, or choose another output"
         )
     if packed:
         storage.delete_folder(output)

@@ -114,7 +114,7 @@ def sum_masks(parts: Iterable[MaskSummary]) -> MaskSummary:
 
 
 class ShardRecord(StrictConfig):
-    """The outcome of a shard; written after it, so its presence means that the shard is complete."""
+    """The outcome of a shard; written last, so its presence means that the shard is complete."""
 
     plan: str
     """Digest of the plan to which the shard belongs."""

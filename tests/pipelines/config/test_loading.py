@@ -87,7 +87,7 @@ def test_a_section_given_twice_is_an_error_with_both_lines(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("text", "told"),
     [
-        ("data: {train: {prepare}}\n", "put quotes around {prepare}, which YAML takes for a"),
+        ("data: {train: {prepare}}\n", "put quotes around {prepare}, which YAML reads as a"),
         ("data:\n  train: set #2\n", "run.yaml:2 'set' is followed by '#2': put the whole in"),
         ("data: {train: x}\nname:\n", "run.yaml:2 name: Input should be a valid string; it is em"),
         ("data: {train: x}\nzzz: 1\n", "run.yaml:2 zzz: no such key; there are: name, seed, data"),

@@ -79,7 +79,7 @@ def test_images_that_the_file_does_not_list_are_said(
 def test_boxes_of_other_images_are_refused(photos: Path, tmp_path: Path) -> None:
     coco = write_coco(photos, images=30)
     coco.write_text(coco.read_text().replace('file_name": "', 'file_name": "x'))
-    with pytest.raises(DataError, match="knows none of the images"):
+    with pytest.raises(DataError, match="has none of the images"):
         pack(photos, tmp_path / "out", annotations=str(coco))
 
 
@@ -87,7 +87,7 @@ def test_an_image_with_boxes_from_two_places_is_refused(photos: Path, tmp_path: 
     coco = write_coco(photos, images=30)
     image = sorted(photos.rglob("*.*"))[0]
     image.with_suffix(".json").write_text("{}")
-    with pytest.raises(DataError, match=r"has a \.json beside it, and boxes in annotations"):
+    with pytest.raises(DataError, match=r"has a \.json next to it and also boxes in annotations"):
         pack(photos, tmp_path / "out", annotations=str(coco))
 
 

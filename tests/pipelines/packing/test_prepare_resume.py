@@ -119,7 +119,7 @@ def test_fresh_never_deletes_what_it_did_not_make(photos: Path, tmp_path: Path, 
     (tmp_path / "out" / alien).parent.mkdir(exist_ok=True)
     (tmp_path / "out" / alien).write_bytes(b"dear")
     before = contents(tmp_path / "out")
-    with pytest.raises(ConfigError, match=r"holds what `mae prepare` did not make, such as "):
+    with pytest.raises(ConfigError, match=r"has files that `mae prepare` did not write, such as"):
         pack(photos, tmp_path / "out", fresh=True)
     assert contents(tmp_path / "out") == before
 

@@ -157,7 +157,7 @@ def test_images_with_nothing_beside_them_are_told_in_words(
     ("values", "told", "warned"),
     [
         ([0, 255], "2 masks with 2 values: 0 (in 2), 255 (in 2)", "write 1 instead of 255"),
-        ([0, 0], "2 masks with 1 values: 0 (in 2)", "the masks hold 0 alone"),
+        ([0, 0], "2 masks with 1 values: 0 (in 2)", "the masks only contain 0"),
         ([0, 1], "2 masks with 2 values: 0 (in 2), 1 (in 2)", None),
         ([1, 255], "2 masks with 2 values: 1 (in 2), 255 (in 2)", None),
     ],
@@ -175,7 +175,7 @@ def test_what_masks_hold_is_said(
     with caplog.at_level(logging.INFO):
         pack(tmp_path / "in", tmp_path / "out", samples_per_shard=1)
     assert told in caplog.text
-    assert ("nothing but background is left to learn" in caplog.text) == (warned is not None)
+    assert ("only background is left to learn" in caplog.text) == (warned is not None)
     assert (warned or "") in caplog.text
 
 
@@ -187,7 +187,7 @@ def test_masks_of_another_size_or_in_colour_are_told(
     write_image(tmp_path / "in/0.seg.png", np.zeros((5, 2), np.uint8))
     write_image(tmp_path / "in/1.seg.png", np.zeros((4, 2, 3), np.uint8))
     pack(tmp_path / "in", tmp_path / "out", max_bad_ratio=0.5)
-    assert "1 masks can't be read as numbers of classes" in caplog.text
+    assert "1 masks can't be read as class numbers" in caplog.text
     skipped = json.loads((tmp_path / "out/skipped.jsonl").read_text())
     assert skipped == {"source": "0.png", "reason": "the image is 4x2, its label map 5x2"}
 

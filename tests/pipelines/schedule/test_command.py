@@ -409,7 +409,7 @@ def test_render_for_kuberay_runs_the_pipeline_itself(capsys: pytest.CaptureFixtu
         ({"new_data": {"path": "in"}}, [], "a pod sees s3://bucket/prefix only"),
         ({"new_data": {"path": "s3://b/in"}}, ["--ray-cron-job"], "knows no new_data"),
         ({"cron": "1 1 * * *", "words": ["a={tick}"]}, ["--ray-cron-job"], "knows no {tick}"),
-        ({"cron": "0 0 L * *"}, [], "Kubernetes does not know"),
+        ({"cron": "0 0 L * *"}, [], "Kubernetes does not accept"),
     ],
 )
 def test_what_kubernetes_can_not_do_is_told(
