@@ -153,7 +153,7 @@ def decoder() -> BatchDecoder:
 
 
 def bare_loop(manifest: Manifest, num_images: int) -> Iterator[int]:
-    """The same windows and the same decode, in this process, without Ray."""
+    """Read and decode the same windows in this process, without Ray."""
     plan = make_plan(manifest, num_images)
     blocks = (block for w in range(plan.order.num_windows) for block in read_window(plan, w))
     for batch in decoder().batches(blocks, 2):
@@ -266,7 +266,7 @@ def bench_order(manifest: Manifest, num_images: int) -> None:
 
 
 def peak_mib(number_of_images: int, manifest: Manifest) -> dict[str, float]:
-    """The highest memory seen of this process, of Ray's processes and in the object store."""
+    """Track the peak memory of this process, of Ray's processes and of the object store."""
     me = psutil.Process()
     peaks = {"driver": 0.0, "Ray's processes": 0.0, "object store": 0.0}
     for number, _ in enumerate(ray_blocks(manifest, number_of_images)):
@@ -298,7 +298,7 @@ def bench_memory(manifest: Manifest, num_images: int) -> None:
 
 
 def bench_scale() -> None:
-    """A manifest of 100,000 shards and a billion samples: from its text to the first window."""
+    """Time a manifest of 100,000 shards and a billion samples, from its text to the first window."""
     gc.collect()
     shards = tuple(
         ShardInfo(

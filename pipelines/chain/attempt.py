@@ -1,4 +1,4 @@
-"""A try of a stage in a pipeline: wait for its lease, run its process, commit what it made."""
+"""One attempt of a stage in a pipeline: wait for its lease, run its process, commit the result."""
 
 import json
 import logging
@@ -26,7 +26,7 @@ LEASE_EVERY_S = 2.0
 
 
 class StageTry:
-    """See `pipelines.chain.execute.Running`."""
+    """Implements `pipelines.chain.execute.Running`."""
 
     def __init__(
         self,
@@ -53,7 +53,7 @@ class StageTry:
             ended = self._begin() if self._process is None else self._process.poll()
             if isinstance(ended, StageResult) and self._process is not None:
                 ended = self._commit(ended)
-        except Exception as error:  # of the lease, or of the commit: the stages beside go on
+        except Exception as error:  # of the lease or the commit: the other stages continue
             explained = explain(error)
             ended = Failure(
                 f"{type(error).__name__}: {error}", explained.exit_code, explained.can_pass
@@ -63,7 +63,7 @@ class StageTry:
         return ended
 
     def _begin(self) -> StageResult | None:
-        """Start, once no other run of a pipeline makes the same result."""
+        """Start, unless another run of a pipeline is making the same result."""
         if time.monotonic() - self._looked_at_s < LEASE_EVERY_S:
             return None
         self._looked_at_s = time.monotonic()
@@ -76,13 +76,13 @@ class StageTry:
                 logger.info("%s: waits: %s", planned.stage.name, error)
             self.is_waiting = True
             return None
-        # An earlier try has begun, and has made what this one goes on with.
+        # An earlier attempt has begun, and this one continues from what it made.
         is_begun = self._config_file.exists()
         is_fresh = planned.decision.fresh and not is_begun
         done = folder.read_done()
         is_whole = done is not None and folder.problem(done) is None
         if done is not None and is_whole and (not is_fresh or done != planned.found):
-            # Another run of a pipeline has made it since.
+            # Another run of a pipeline has made the result in the meantime.
             return StageResult(
                 planned.stage.kind_name, "reused", done.run_id, folder.output(done), done.metrics
             )
@@ -101,7 +101,7 @@ class StageTry:
             config["tracking"] = self._tracking.model_dump(mode="json")
         self._config_file.write_text(json.dumps(config, indent=1, ensure_ascii=False))
         own = ["stage", str(stage.file)] if stage.file is not None else [stage.kind_name]
-        # Also for what it makes outside of its folder.
+        # Needed also for what the stage writes outside of its folder.
         return [*own, str(self._config_file), *(["--fresh"] if is_fresh else [])]
 
     def _commit(self, result: StageResult) -> StageResult:
@@ -113,7 +113,7 @@ class StageTry:
             run_id = record(stage, result, self._tracking)
         metrics = {key: float(value) for key, value in result.metrics.items()}
         if odd := [key for key, value in metrics.items() if not math.isfinite(value)]:
-            logger.warning("%s: left out, for they are not finite: %s", stage.name, ", ".join(odd))
+            logger.warning("%s: left out because not finite: %s", stage.name, ", ".join(odd))
             metrics = {key: value for key, value in metrics.items() if key not in odd}
         result = result._replace(run_id=run_id, metrics=metrics)
         assert self._process is not None
@@ -139,7 +139,7 @@ class StageTry:
 def resolved(
     planned: Planned, results: Mapping[str, StageResult], pipeline_uri: str
 ) -> dict[str, Any]:
-    """The stage's config with outputs in the place of names."""
+    """Return the stage's config with the names of stages replaced by their outputs."""
     texts = {name: result.output for name, result in results.items()}
     texts |= {SELF: planned.folder.uri, PIPELINE: pipeline_uri}
     config: dict[str, Any] = substitute(planned.stage.config.model_dump(mode="json"), texts)
@@ -147,7 +147,7 @@ def resolved(
 
 
 def record(stage: Stage, result: StageResult, track: TrackingConfig) -> str | None:
-    """A run in MLflow for a stage that keeps none of its own; returns its id."""
+    """Record a stage that has no MLflow run of its own; return the id of the new run."""
     run_id = tracking.start_run(
         track,
         run_name=stage.name,
@@ -163,7 +163,7 @@ def record(stage: Stage, result: StageResult, track: TrackingConfig) -> str | No
 
 
 def reuse(planned: Planned, track: TrackingConfig) -> StageResult:
-    """The result that is there; its run is recorded anew where MLflow has lost it."""
+    """Return the existing result; record its run again if MLflow has lost it."""
     done, folder, stage = planned.done, planned.folder, planned.stage
     assert done is not None
     result = StageResult(stage.kind_name, "reused", done.run_id, folder.output(done), done.metrics)

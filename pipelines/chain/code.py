@@ -1,8 +1,8 @@
-"""What the code of a stage is, as a cache should see it: comments and layout drop out.
+"""Compute digests of a stage's code for the cache, ignoring comments, layout and docstrings.
 
-A module counts as the text that its syntax tree unparses to, without docstrings; it brings along
-the modules of `mae_core`, and of the packages that read, pack and tune, that it imports, for they
-compute the numbers. What starts, logs and stores (the rest of `pipelines`, `infra`) does not count
+A module counts as its unparsed syntax tree without docstrings. It includes the modules that it
+imports from `mae_core` and from the packages that read, pack and tune, because they compute the
+numbers. Code that starts, logs and stores (the rest of `pipelines`, and `infra`) does not count
 unless a stage names it.
 """
 
@@ -18,10 +18,10 @@ COMPUTING_PACKAGES = ("mae_core", "pipelines.reading", "pipelines.packing", "pip
 
 
 def code_digests(modules: Iterable[str | Path]) -> dict[str, str]:
-    """Return a digest by module, or by file for a stage of one's own, with all that it computes by.
+    """Return a digest for each module or file, including everything that it computes with.
 
     Raises:
-        FileNotFoundError, SyntaxError: as Python gives them.
+        FileNotFoundError, SyntaxError: From Python, unchanged.
     """
     waiting = list(modules)
     found: dict[str, str] = {}
@@ -49,13 +49,13 @@ def _read(file: Path, _changed_at_ns: int) -> tuple[str, tuple[str, ...]]:
 
 
 def source_digest(tree: ast.Module) -> str:
-    """Equal for sources that differ only in comments, layout and docstrings."""
-    # Not ast.dump, whose form changes from one Python to the next.
+    """Return a digest that is equal for sources differing only in comments, layout, docstrings."""
+    # Not ast.dump, whose format changes from one Python version to the next.
     return hashlib.sha256(ast.unparse(_WithoutDocstrings().visit(tree)).encode()).hexdigest()[:16]
 
 
 class _WithoutDocstrings(ast.NodeTransformer):
-    """A text that nothing is done with says something to people only."""
+    """Removes strings that are statements, which only people read."""
 
     def generic_visit(self, node: ast.AST) -> ast.AST:
         super().generic_visit(node)

@@ -1,4 +1,4 @@
-"""`mae plan` and `mae run`: a pipeline of stages, of which only what changed is run again."""
+"""`mae plan` and `mae run`: a pipeline of stages, of which only the changed ones run again."""
 
 import argparse
 import json
@@ -53,11 +53,11 @@ from pipelines.training.recording import say_run_page
 logger = logging.getLogger(__name__)
 
 REFUSED = 3  # exit code of a gate
-LOOKED_BACK = 20  # runs of a pipeline among which those that were cut off are looked for
+LOOKED_BACK = 20  # number of past runs that are searched for interrupted ones
 
 
 def command(words: Sequence[str]) -> int:
-    """`mae plan CHAIN` or `mae run CHAIN`; the first word is `plan` or `run`."""
+    """Run `mae plan CHAIN` or `mae run CHAIN`; the first word is `plan` or `run`."""
     arguments = _parse(words)
     overrides = [*arguments.words, *arguments.set]
     chain = load_chain(arguments.chain, overrides, arguments.sweep)
@@ -83,7 +83,7 @@ def _parse(words: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog=f"mae {words[0]}", description=__doc__)
     parser.add_argument("chain", type=Path, metavar="CHAIN.yaml", help="see configs/chain")
     parser.add_argument(
-        "words", nargs="*", metavar="STAGE.key=value", help="over what the stages' files say"
+        "words", nargs="*", metavar="STAGE.key=value", help="override values in the stages' files"
     )
     parser.add_argument(
         "--set", action="append", default=[], metavar="STAGE.key=value", help="the same"
@@ -93,7 +93,7 @@ def _parse(words: Sequence[str]) -> argparse.Namespace:
         action="append",
         default=[],
         metavar="[STAGE.]key=a,b",
-        help="run what depends on the key once for each value",
+        help="run the stages that depend on the key once for each value",
     )
     parser.add_argument(
         "--force", action="append", default=[], metavar="STAGE", help="run this stage again"
@@ -104,11 +104,11 @@ def _parse(words: Sequence[str]) -> argparse.Namespace:
         action="append",
         default=[],
         metavar="STAGE",
-        help="run this stage and all after it again",
+        help="run this stage and all stages after it again",
     )
     parser.add_argument("--only", metavar="STAGE", help="run no other stage")
     if words[0] == "plan":
-        parser.add_argument("--mermaid", action="store_true", help="the graph in Mermaid's words")
+        parser.add_argument("--mermaid", action="store_true", help="print the graph for Mermaid")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     return parser.parse_intermixed_args(words[1:])
 
@@ -117,7 +117,7 @@ def _run(chain: Chain, forced: Forced, words: Sequence[str]) -> int:
     started_s = time.monotonic()
     plans = plan_chain(chain, forced)
     logger.info("%s", plan_table(plans))
-    capacity = _capacity()  # before our handlers of signals: joining Ray sets its own
+    capacity = _capacity()  # before we set signal handlers, because joining Ray sets its own
     run = _open(chain, plans, tuple(words))
     uri = chain.config.tracking.uri
     with tempfile.TemporaryDirectory(prefix="mae-chain-") as workspace:
@@ -144,7 +144,7 @@ def _run(chain: Chain, forced: Forced, words: Sequence[str]) -> int:
 
 
 def _judge(run: PipelineRun, spec: PromoteSpec) -> int:
-    """The gate at the end; its trouble costs neither the stages nor the report."""
+    """Judge the model at the end; an error here affects neither the stages nor the report."""
     try:
         run.verdict = _promote(run, spec)
     except (ConfigError, storage.StorageError) as error:
@@ -155,7 +155,7 @@ def _judge(run: PipelineRun, spec: PromoteSpec) -> int:
 
 
 def _promote(run: PipelineRun, spec: PromoteSpec) -> Verdict:
-    """Put up the pipeline's model, or the best of a sweep's."""
+    """Promote the pipeline's model, or the best model of a sweep."""
     stage, _, metric = spec.metric.partition("/")
     judged = [name for name in run.results if base_and_point(name)[0] == stage]
     sign = 1 if spec.higher_is_better else -1
@@ -164,20 +164,20 @@ def _promote(run: PipelineRun, spec: PromoteSpec) -> Verdict:
     candidate = next(
         (name for name in made if base_and_point(name)[1] == base_and_point(best)[1]), made[0]
     )
-    # The set that the stage of the metric measured on.
+    # The data set on which the metric's stage measured.
     plan = next(plan for plan in run.plans if plan.stage.name == best)
     data = resolved(plan, run.results, pipeline_folder(run.chain)).get("data")
     place = data.get("val") or data["train"] if isinstance(data, dict) else data
     if not place:
-        raise ConfigError(f"promote.metric={spec.metric}: {stage} is measured on no data")
-    # How it was measured counts as well: a longer probe is no better model.
+        raise ConfigError(f"promote.metric={spec.metric}: {stage} is not measured on any data")
+    # How it was measured counts as well: a longer probe does not make a better model.
     track = pipeline_tracking(run.chain)
     how = f"{fingerprint(place)}-{measure_digest(plan.parts)}"
     return promote(spec, track, run.results[candidate], run.results[best], how)
 
 
 def _wanted_nodes(plans: list[Planned], forced: Forced) -> list[Node]:
-    """With `--only`, what is not there and not asked for is left alone, and not waited for."""
+    """Return the nodes to run; with `--only`, missing ones that were not named are left out."""
     nodes = [plan.stage.node for plan in plans]
     if forced.only is None:
         return nodes
@@ -191,24 +191,24 @@ def _wanted_nodes(plans: list[Planned], forced: Forced) -> list[Node]:
 
 def _capacity() -> Capacity:
     if job.cluster_address():
-        # By name: only here does the pipeline's own process need Ray.
+        # Imported by name, because only here does the pipeline's own process need Ray.
         cpus, gpus = import_module("pipelines.training.launch").cluster_capacity()
         return Capacity(cpus, gpus)
-    # Each stage has a Ray of its own that takes the first GPUs: one that uses any runs alone.
+    # Each stage has its own Ray, which takes the first GPUs, so stages with GPUs run alone.
     return Capacity(float(machine.count_cpus()), 0.0)
 
 
 def _open(chain: Chain, plans: list[Planned], words: tuple[str, ...]) -> PipelineRun:
-    """Start the record, or go on with that of a run that was cut off with the same work to do."""
+    """Start the run's record, or continue that of an interrupted run with the same work to do."""
     keys = {plan.stage.name: plan.folder.key for plan in plans}
     earlier = _unfinished(chain, keys)
     name = earlier["name"] if earlier else _name_of_now()
     run = PipelineRun(chain, plans, words, name)
     if earlier:
         run.started_at = earlier["started_at"]
-        logger.info("goes on with the run %s, which was cut off", name)
+        logger.info("continues the run %s, which was interrupted", name)
     track = pipeline_tracking(chain)
-    # What runs are compared by: the few values that differ from the file.
+    # The few values that differ from the file, to compare runs by.
     given = dict(word.split("=", 1) for word in words)
     params = {k: v for k, v in given.items() if k.split(".")[0] not in ("storage", "tracking")}
     run.run_id = tracking.start_run(
@@ -226,13 +226,13 @@ def _open(chain: Chain, plans: list[Planned], words: tuple[str, ...]) -> Pipelin
 
 
 def _shown_name(pipeline: str, name: str, params: Mapping[str, str]) -> str:
-    """Return the run's name in MLflow: which pipeline, when, and what was given over its file."""
+    """Return the run's name in MLflow: the pipeline, the time, and the overridden values."""
     when = f"{name[:10]} {name[11:13]}:{name[13:15]}"
     return name_with_differences(f"{pipeline} {when}", params, dict.fromkeys(params, ""))
 
 
 def _name_of_now() -> str:
-    """Sorts by time; two runs in one second are two."""
+    """Return a name that sorts by time and differs within a second."""
     now_s = time.time()
     return time.strftime("%Y-%m-%dT%H%M%S", time.gmtime(now_s)) + f".{int(now_s % 1 * 1000):03d}Z"
 
@@ -246,9 +246,9 @@ class _RunState(TypedDict):
 
 
 def _unfinished(chain: Chain, keys: Mapping[str, str]) -> _RunState | None:
-    """The state of the last run, if it was cut off with the same to do.
+    """Return the state of the last run if it was interrupted and had the same work to do.
 
-    Of others that were cut off nothing runs any more, for we hold the lease: they end as killed.
+    Other interrupted runs cannot be running, because we hold the lease: they end as killed.
     """
     names = storage.list_folders(pipeline_folder(chain))[-LOOKED_BACK:]
     found = None
@@ -306,7 +306,7 @@ def _exit_code(run: PipelineRun) -> int:
 
 
 def _close(run: PipelineRun, status: tracking.Status) -> None:
-    """Metrics, description, report; then the run's end."""
+    """Log metrics and description, write the report, and end the run."""
     uri = run.chain.config.tracking.uri
     tracking.log_final_metrics(uri, run.run_id, run.headline, 0)
     tracking.set_tags(uri, run.run_id, _tags(run))
@@ -316,7 +316,7 @@ def _close(run: PipelineRun, status: tracking.Status) -> None:
         tracking.log_artifact_text(uri, run.run_id, page, "report.html")
         _write_model_card(run)
         logger.info("report: %s", storage.join(run.uri, "report.html"))
-    except Exception as error:  # of a picture, a table, the store: the results are there
+    except Exception as error:  # of a picture, a table or the store: the results are safe
         logger.warning("the report could not be written: %s: %s", type(error).__name__, error)
     tracking.end_run(uri, run.run_id, status)
     keys = {plan.stage.name: plan.folder.key for plan in run.plans}
@@ -324,7 +324,7 @@ def _close(run: PipelineRun, status: tracking.Status) -> None:
 
 
 def _write_model_card(run: PipelineRun) -> None:
-    """Beside the report, and with the model's run in MLflow."""
+    """Write the model card beside the report and to the model's run in MLflow."""
     uri = run.chain.config.tracking.uri
     for name, result in run.results.items():
         card = report.model_card(run, name) if run.chain[name].kind_name == "pretrain" else None

@@ -1,7 +1,7 @@
-"""A pipeline as a file: stages by name, what each needs, where its config comes from.
+"""The pipeline file: stages by name, what each needs, and where its config comes from.
 
-`{name}` in a value is the output of that stage, `{self}` the folder of the stage's own result,
-`{pipeline}` that of the pipeline, which all its runs share.
+In a value, `{name}` stands for the output of that stage, `{self}` for the folder of the stage's own
+result, and `{pipeline}` for the pipeline's folder, which all its runs share.
 Imports no torch, Ray or MLflow.
 """
 
@@ -27,7 +27,7 @@ from pipelines.config.loading import Given, load_with_origins
 from pipelines.config.sections import NAME_PATTERN
 from pipelines.outcome import ConfigError
 
-# A comma only in the name of a point of a sweep: {a,b}.tar names two shards.
+# A comma only in the name of a sweep's point: {a,b}.tar names two shards.
 REFERENCE = re.compile(r"\{([A-Za-z_][\w-]*(?:@[^{}]+)?)\}")
 STAGE_NAME = re.compile(r"[a-z][a-z0-9_-]*")
 SELF = "self"
@@ -37,50 +37,50 @@ OWN_PLACES = (SELF, PIPELINE)
 
 class StageSpec(StrictConfig):
     stage: str = ""
-    """What runs: a stage of `mae --help`, or a .py file with `Config` and `run`; else what the
-    name says."""
+    """What runs: a stage of `mae --help`, or a .py file with `Config` and `run`. By default the
+    stage with this entry's name."""
     files: tuple[str, ...] = ()
-    """Config files, merged left to right. They are looked for from the working folder, then from
+    """Config files, merged from left to right. They are searched from the working folder, then from
     each folder above the pipeline's file."""
     set: dict[str, Annotated[Any, Written]] = Field(default_factory=dict)
-    """Values by dotted key, over the files. `{pretrain}` is the output of the stage pretrain."""
+    """Values by dotted key, set after the files. `{pretrain}` is the output of stage pretrain."""
     needs: tuple[str, ...] = ()
-    """Stages to wait for, besides those whose output a value names: gates. They are no part of what
-    names the result, so that another threshold does not train anew."""
+    """Stages to wait for, such as gates, in addition to those whose output a value names. They do
+    not affect the result's key, so that another threshold does not cause retraining."""
     cpus: float | None = Field(default=None, gt=0)
-    """CPUs to keep free for it; else what its own `scaling` or `workers` asks for."""
+    """CPUs to keep free for the stage; by default what its own `scaling` or `workers` asks for."""
     gpus: float | None = Field(default=None, ge=0)
-    """GPUs likewise."""
+    """GPUs to keep free for the stage, with the same default."""
     retries: int = Field(default=2, ge=0)
-    """Further tries after a failure that may pass."""
+    """Number of retries after a failure that may be temporary."""
     timeout_s: float | None = Field(default=None, gt=0)
-    """A try that takes longer is stopped."""
+    """Stop an attempt that takes more seconds than this."""
 
 
 class PromoteSpec(StrictConfig):
     model: str
-    """Registered model in MLflow."""
+    """Name of the registered model in MLflow."""
     metric: str
     """`stage/metric` that decides, such as classify/finetune/top1."""
     stage: str = "pretrain"
-    """Stage whose model is put up."""
+    """Stage whose model is promoted."""
     alias: str = "champion"
     """Alias of the version in use."""
     margin: float = Field(default=0.0, ge=0)
-    """The new one must be better by more than this."""
+    """The new model must be better by more than this."""
     higher_is_better: bool = True
-    """Which way the metric goes."""
+    """Whether a higher metric is better."""
     other_data: Literal["refuse", "replace"] = "refuse"
-    """What to do where the one in use was measured on other data, or by another metric."""
+    """What to do if the model in use was measured on other data, or by another metric."""
 
 
 class ChainConfig(StrictConfig):
     name: str = Field(pattern=NAME_PATTERN)
-    """Of the pipeline: its experiment in MLflow, its folder in the storage."""
+    """Name of the pipeline, its MLflow experiment and its folder in the storage."""
     stages: dict[str, StageSpec]
-    """By name."""
+    """Stages by name."""
     promote: PromoteSpec | None = None
-    """The gate at the end."""
+    """The gate at the end, which promotes a model."""
     storage: StorageConfig = StorageConfig()
     tracking: TrackingConfig = Field(default_factory=TrackingConfig)
 
@@ -91,7 +91,7 @@ class ChainConfig(StrictConfig):
             if not STAGE_NAME.fullmatch(name) or name in (*OWN_PLACES, *ChainConfig.model_fields):
                 raise ValueError(f"{name!r} can't be a stage's name: use a-z, 0-9, _ and -")
         if not stages:
-            raise ValueError("a pipeline needs a stage at least")
+            raise ValueError("a pipeline needs at least one stage")
         return stages
 
     @model_validator(mode="after")
@@ -105,18 +105,18 @@ class ChainConfig(StrictConfig):
 
 @dataclass(frozen=True)
 class Stage:
-    """A stage with its config, in which the outputs of other stages are still `{name}`."""
+    """A stage with its config, in which outputs of other stages are still written `{name}`."""
 
     name: str
     spec: StageSpec
     kind_name: str
     kind: StageKind
     config: StrictConfig
-    file: Path | None = None  # of a stage from outside the package
+    file: Path | None = None  # for a stage from outside the package
 
     @property
     def references(self) -> tuple[str, ...]:
-        """The stages whose output it takes."""
+        """The stages whose output it uses."""
         text = json.dumps(self.config.model_dump(mode="json"))
         return tuple(dict.fromkeys(n for n in REFERENCE.findall(text) if n not in OWN_PLACES))
 
@@ -149,7 +149,7 @@ def _resources(config: StrictConfig) -> tuple[float, float]:
 @dataclass(frozen=True)
 class Chain:
     config: ChainConfig
-    stages: tuple[Stage, ...]  # each after those that it needs
+    stages: tuple[Stage, ...]  # each after the stages that it needs
 
     def __getitem__(self, name: str) -> Stage:
         return next(stage for stage in self.stages if stage.name == name)
@@ -159,13 +159,13 @@ def load_chain(file: Path, words: Iterable[str] = (), sweeps: Sequence[str] = ()
     """Read a pipeline; `words` are `stage.section.key=value`, or `key=value` of the pipeline.
 
     Args:
-        file: of the pipeline.
-        words: over what it says.
-        sweeps: `[stage.]key=value,value`; each point of the grid has its own copy of the stages
+        file: The pipeline's file.
+        words: Values that override the file's.
+        sweeps: `[stage.]key=value,value`; each point of the grid gets its own copy of the stages
             that it changes, and of those after them.
 
     Raises:
-        ConfigError: names file, stage and key of a mistake.
+        ConfigError: Names file, stage and key of a mistake.
     """
     own: list[str] = []
     of_stages: list[str] = []
@@ -192,11 +192,11 @@ def _is_of_chain(word: str) -> bool:
 
 @dataclass(frozen=True)
 class _Source:
-    """Where a pipeline was read from."""
+    """The file and the words from which a pipeline is read."""
 
     file: Path
-    origins: Mapping[str, str]  # of the file's values, by dotted key
-    words: Mapping[str, Mapping[str, Word]]  # over the file's values: of each stage, by dotted key
+    origins: Mapping[str, str]  # origin of the file's values, by dotted key
+    words: Mapping[str, Mapping[str, Word]]  # overrides of each stage's values, by dotted key
 
 
 def _stage_values(config: ChainConfig, words: Iterable[str]) -> dict[str, dict[str, Word]]:
@@ -233,7 +233,7 @@ def _build(
             f"{', '.join(KINDS)}, or give a .py file"
         )
     given: list[Given] = []
-    if own_file is None and "name" in kind.config_type.model_fields:  # of its run in MLflow
+    if own_file is None and "name" in kind.config_type.model_fields:  # names its run in MLflow
         own_name = re.sub(r"[^A-Za-z0-9_.-]", "-", run_name or name)
         given.append(Given("name", own_name, str(file)))
     given += _of_set(source, name, spec)
@@ -252,13 +252,13 @@ def _build(
 
 
 def _of_set(source: _Source, name: str, spec: StageSpec) -> Iterator[Given]:
-    """The values of `set`, each once, whether by its dotted key or within its section."""
+    """Yield the values of `set`, each once, given by its dotted key or within its section."""
     seen: dict[str, str] = {}
     for key, value in spec.set.items():
         place = f"stages.{name}.set.{key}"
         origin = source.origins.get(place, str(source.file))
         for inner, _ in dotted({key: value}):
-            # A point of a sweep has its own name, and the same `set`.
+            # A point of a sweep has its own name, but the same `set`.
             if inner in seen:
                 raise ConfigError(
                     f"{origin} stages.{name}.set: {inner} is in {seen[inner]} already"
@@ -268,18 +268,18 @@ def _of_set(source: _Source, name: str, spec: StageSpec) -> Iterator[Given]:
 
 
 def _found(chain_file: Path, name: str) -> Path:
-    """Return where a file is that a pipeline names, whatever the working folder.
+    """Return the path of a file that a pipeline names, whatever the working folder is.
 
-    It is looked for from the working folder on, then from each folder above the pipeline's file.
+    It is searched from the working folder, then from each folder above the pipeline's file.
     """
     places = [Path(name), *(folder / name for folder in chain_file.resolve().parents)]
     return next((place for place in places if place.is_file()), places[0])
 
 
 def _own_kind(chain_file: Path, name: str, file: Path) -> StageKind:
-    """A stage from outside the package: a file with `Config` and `run(config, *, fresh)`.
+    """Load a stage from outside the package: a file with `Config` and `run(config, *, fresh)`.
 
-    It may also say `DATA_KEYS`, `UNKEYED` and `VERSION`, see StageKind.
+    It may also define `DATA_KEYS`, `UNKEYED` and `VERSION`, see StageKind.
     """
     where = f"{chain_file}: stages.{name}.stage={file}"
     if not file.is_file():
@@ -305,18 +305,18 @@ def _own_kind(chain_file: Path, name: str, file: Path) -> StageKind:
 
 
 def _keys(module: Any, name: str = "DATA_KEYS") -> tuple[str, ...]:
-    """A tuple of keys; one key may stand alone."""
+    """Return a tuple of keys; a single key may be given without a tuple."""
     keys = getattr(module, name, ())
     return (keys,) if isinstance(keys, str) else tuple(keys)
 
 
 def load_stage_file(file: Path) -> Any:
-    """The module in a file."""
+    """Import the module in a file."""
     spec = importlib.util.spec_from_file_location(f"mae_stage_{file.stem}", file)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # where pydantic looks names up
+    sys.modules[spec.name] = module  # pydantic looks up names there
     spec.loader.exec_module(module)
     return module
 
@@ -327,7 +327,7 @@ class _Sweep(StrictConfig):
 
 
 def base_and_point(name: str) -> tuple[str, str]:
-    """`pretrain@base_lr=1e-3` is the stage pretrain at a point of a sweep; else that is ""."""
+    """Split `pretrain@base_lr=1e-3` into the stage and its point of a sweep, "" for none."""
     base, _, point = name.partition("@")
     return base, point
 
@@ -341,7 +341,7 @@ def _parse_sweep(word: str) -> _Sweep:
 
 
 def _swept(source: _Source, stages: dict[str, Stage], sweeps: Sequence[_Sweep]) -> dict[str, Stage]:
-    """Each stage that a sweep changes, and each after it, once a point of the grid."""
+    """Copy each stage that a sweep changes, and each after it, for every point of the grid."""
     if not sweeps:
         return stages
     targets = [_target(sweep.key, stages) for sweep in sweeps]
@@ -356,7 +356,7 @@ def _swept(source: _Source, stages: dict[str, Stage], sweeps: Sequence[_Sweep]) 
                 own = {key: Word(value) for stage, key, value in chosen if stage == name}
                 spec = _renamed(stages[name].spec, names)
                 stage = _build(source, name, spec, own, names[name])
-                # Only now: a reference may stand in one of its files, too.
+                # Renamed only now, because a reference may also come from one of its files.
                 config = _rename(stage.config.model_dump(mode="json"), names)
                 result[names[name]] = replace(
                     stage,
@@ -367,7 +367,7 @@ def _swept(source: _Source, stages: dict[str, Stage], sweeps: Sequence[_Sweep]) 
 
 
 def _target(key: str, stages: Mapping[str, Stage]) -> tuple[str, str]:
-    """Stage and key that a sweep is of: the first stage that has such a field, unless it says."""
+    """Return the stage and key to sweep: unless given, the first stage with such a field."""
     stage, _, inner = key.partition(".")
     if stage in stages and inner:
         return stage, inner
@@ -395,7 +395,7 @@ def _with_those_after(names: set[str], stages: Mapping[str, Stage]) -> set[str]:
 
 
 def after(names: Iterable[str], chain: Chain) -> set[str]:
-    """These stages, and all that need them."""
+    """Return these stages and all that need them."""
     return _with_those_after(set(names), {stage.name: stage for stage in chain.stages})
 
 
@@ -408,7 +408,7 @@ def _rename(value: Any, names: Mapping[str, str]) -> Any:
 
 
 def substitute(value: Any, texts: Mapping[str, str]) -> Any:
-    """Put `texts` in the place of `{name}` in all strings of a JSON value; others stay."""
+    """Replace `{name}` by its text in all strings of a JSON value; unknown names stay."""
     if isinstance(value, str):
         return REFERENCE.sub(lambda found: texts.get(found[1], found[0]), value)
     if isinstance(value, Mapping):
@@ -419,7 +419,7 @@ def substitute(value: Any, texts: Mapping[str, str]) -> Any:
 
 
 def dotted(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted key and value of each leaf."""
+    """Yield dotted key and value of each leaf."""
     for key, value in values.items():
         if isinstance(value, Mapping) and value:
             yield from dotted(value, f"{prefix}{key}.")

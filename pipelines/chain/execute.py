@@ -1,11 +1,11 @@
-"""The stage graph: what names a result, whether it is there, and running what is not.
+"""The stage graph: what names a result, whether it exists, and how missing ones are made.
 
-A result's key is a hash of all that determines it: kind and version of the stage, the code that
-computes, the config, the data that nobody here made, and the keys of the stages that it needs.
-Keys of the stages before, and not their outputs' hashes: so every key is known before anything
-runs. What says how and where (workers, paths, retries, time limits) is not in it.
+A result's key is a hash of everything that determines it: kind and version of the stage, the code
+that computes, the config, the data from outside the pipeline, and the keys of the stages that it
+needs. Using these keys instead of hashes of outputs means that every key is known before anything
+runs. Settings of how and where (workers, paths, retries, time limits) are not included.
 
-Nothing here knows MLflow, Ray or processes: `execute` is given what starts a stage.
+This module does not know MLflow, Ray or processes: `execute` gets a function that starts a stage.
 """
 
 import hashlib
@@ -29,18 +29,18 @@ MAX_LINE_CHARS = 300
 
 @dataclass(frozen=True)
 class KeyParts:
-    """All that determines a result, in the parts in which a person can follow a change."""
+    """Everything that determines a result, in parts by which a person can follow a change."""
 
     kind: str
     version: int
     code: Mapping[str, str]  # digest by module
     config: Mapping[str, Any]  # value by dotted key
-    inputs: Mapping[str, str]  # fingerprint of data that no stage made, by dotted key
-    needs: Mapping[str, str]  # key by the name of a stage before
+    inputs: Mapping[str, str]  # fingerprint of data from outside the pipeline, by dotted key
+    needs: Mapping[str, str]  # key of each earlier stage by its name
 
     @property
     def key(self) -> str:
-        # Under which names a pipeline knows the stages before does not matter.
+        # The names that a pipeline gives to the earlier stages do not matter.
         parts = {**asdict(self), "needs": sorted(self.needs.values())}
         text = json.dumps(parts, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()[:KEY_CHARS]
@@ -54,7 +54,7 @@ class KeyParts:
 
 
 def differences(old: KeyParts, new: KeyParts) -> list[str]:
-    """What changed, a line each: `config optim.base_lr 0.001 -> 0.002`."""
+    """Describe what changed, one line each: `config optim.base_lr 0.001 -> 0.002`."""
     lines = []
     if old.version != new.version:
         lines.append(f"version {old.version} -> {new.version}")
@@ -73,7 +73,7 @@ def differences(old: KeyParts, new: KeyParts) -> list[str]:
 def _changed(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
     for key in sorted({*old, *new}):
         before, after = old.get(key, _ABSENT), new.get(key, _ABSENT)
-        # Where only the key of a stage before differs, it is that stage which changed.
+        # Where only the key of an earlier stage differs, that stage is reported instead.
         if _KEY.sub("{}", json.dumps(before, default=repr)) != _KEY.sub(
             "{}", json.dumps(after, default=repr)
         ):
@@ -99,8 +99,8 @@ def _shown(value: Any) -> str:
 class Action(Enum):
     REUSE = "reuse"
     RUN = "run"
-    RESUME = "resume"  # unfinished: goes on where it was stopped
-    REBUILD = "rebuild"  # the result is there, its record is not
+    RESUME = "resume"  # unfinished: continues where it was stopped
+    REBUILD = "rebuild"  # the result exists, but its record does not
 
 
 class Decision(NamedTuple):
@@ -108,7 +108,7 @@ class Decision(NamedTuple):
 
     action: Action
     why: str
-    fresh: bool = False  # what is there is deleted first
+    fresh: bool = False  # whether the existing result is deleted first
 
 
 @dataclass(frozen=True)
@@ -124,10 +124,10 @@ class Node:
 
 
 def in_order(nodes: Sequence[Node]) -> list[Node]:
-    """Each after those that it needs, otherwise in the order given.
+    """Sort stages so that each comes after those that it needs, otherwise in the given order.
 
     Raises:
-        ConfigError: a stage needs one that is not there, or itself in the end.
+        ConfigError: A stage needs one that does not exist, or directly or indirectly itself.
     """
     by_name = {node.name: node for node in nodes}
     for node in nodes:
@@ -147,30 +147,30 @@ def in_order(nodes: Sequence[Node]) -> list[Node]:
 
 
 class Failure(NamedTuple):
-    """Why a try of a stage failed."""
+    """Why an attempt of a stage failed."""
 
     message: str
     exit_code: int
-    can_pass: bool  # trying again may help
+    can_pass: bool  # whether a retry may help
 
     @property
     def line(self) -> str:
-        """What is said of it where there is place for one line."""
+        """The message shortened to one line."""
         first = self.message.strip().partition("\n")[0]
         return first if len(first) <= MAX_LINE_CHARS else f"{first[: MAX_LINE_CHARS - 1]}…"
 
 
 class Running(Protocol):
-    """A try of a stage under way."""
+    """An attempt of a stage that is running."""
 
     def poll(self) -> StageResult | Failure | None:
-        """How it ended; None while it runs."""
+        """Return how it ended; None while it runs."""
 
     def ask_to_stop(self) -> None:
-        """Returns at once."""
+        """Request a stop and return at once."""
 
     def wait_until_stopped(self) -> None:
-        """After it was asked; what does not end in time is killed."""
+        """Wait for the end after the request; kill what does not end in time."""
 
 
 class State(Enum):
@@ -188,7 +188,7 @@ ENDED_WELL = (State.DONE, State.REUSED)
 
 @dataclass
 class StageRun:
-    """What became of a stage in a run of the pipeline."""
+    """The state and outcome of a stage in a run of the pipeline."""
 
     node: Node
     state: State = State.WAITING
@@ -207,7 +207,7 @@ class Capacity(NamedTuple):
 
 
 Start = Callable[[Node, Mapping[str, StageResult]], Running | StageResult]
-"""Starts a try of a stage, told the results of the stages before; or has the result at once."""
+"""Starts an attempt, given the earlier stages' results; or returns an existing result at once."""
 
 
 def execute(
@@ -221,21 +221,21 @@ def execute(
 ) -> dict[str, StageRun]:
     """Run each stage once those that it needs are done, as many at a time as there is room for.
 
-    A stage that fails blocks those that need it; the others go on. A failure that may pass is
-    tried again after a pause that doubles, with full jitter (Brooker 2015,
+    A stage that fails blocks the stages that need it; the others continue. A failure that may be
+    temporary is retried after a pause that doubles, with full jitter (Brooker 2015,
     https://aws.amazon.com/blogs/architecture/exponential-backoff-and-jitter/).
 
     Args:
-        nodes: in an order in which each comes after what it needs.
-        start: see `Start`.
-        capacity: one that asks for more than all of it runs alone.
-        notify: told of each change of state.
-        clock: seconds, for time limits and pauses.
-        sleep: between looks at what runs.
+        nodes: In an order in which each comes after what it needs.
+        start: See `Start`.
+        capacity: A stage that asks for more than all of it runs alone.
+        notify: Called for each change of state.
+        clock: Returns seconds, for time limits and pauses.
+        sleep: Waits between checks of the running stages.
 
     Raises:
-        BaseException: what interrupts it, such as KeyboardInterrupt, after all that ran was
-            stopped.
+        BaseException: Whatever interrupts it, such as KeyboardInterrupt, after all running stages
+            were stopped.
     """
     runs = {node.name: StageRun(node) for node in nodes}
     try:
@@ -246,7 +246,7 @@ def execute(
             if not changed:
                 sleep(POLL_S)
     except BaseException:
-        # All are asked before the first is waited for: whoever stops us may not wait for long.
+        # All are asked before waiting for the first, because our own time to stop may be short.
         running = [run for run in runs.values() if run.state is State.RUNNING]
         tries = [run._running for run in running if run._running is not None]
         for each in tries:
@@ -267,7 +267,7 @@ def _advance(
     capacity: Capacity,
     clock: Callable[[], float],
 ) -> bool:
-    """Take a stage one state further, if it can go; True if it went."""
+    """Advance a stage to its next state if possible; return whether its state changed."""
     if run.state is State.RUNNING:
         return _look_after(run, clock)
     if run.state is not State.WAITING:
@@ -289,7 +289,7 @@ def _advance(
     run._started_at_s = clock()
     try:
         started = start(run.node, results)
-    except Exception as error:  # the stages beside it go on
+    except Exception as error:  # the other stages continue
         run.state = State.FAILED
         run.failure = Failure(f"{type(error).__name__}: {error}", 1, can_pass=False)
         return True
@@ -317,7 +317,7 @@ def _look_after(run: StageRun, clock: Callable[[], float]) -> bool:
         run._running.ask_to_stop()
         run._running.wait_until_stopped()
         ended = Failure(
-            f"took longer than timeout_s={limit_s:g}; the same command goes on with it", 5, False
+            f"took longer than timeout_s={limit_s:g}; the same command resumes it", 5, False
         )
     run.seconds += elapsed_s
     run._running = None

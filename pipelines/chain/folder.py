@@ -1,9 +1,9 @@
-"""Where the result of a stage lies, by its key: STORAGE/stages/KIND/KEY.
+"""The folder of a stage's result, named by its key: STORAGE/stages/KIND/KEY.
 
-key.json    what the key is a hash of, for the reasons of `mae plan`
+key.json    the parts that the key hashes, from which `mae plan` explains changes
 lease       held while a run of the pipeline makes the result
 done.json   written last: the result, and the size of each of its files
-all else    the stage's own
+others      the stage's own files
 """
 
 import json
@@ -21,26 +21,26 @@ from pipelines.chain.execute import KeyParts
 from pipelines.outcome import StageResult
 
 OWN_FILES = ("key.json", "lease", "done.json")
-FOLDER = "{self}"  # in a result's output: the folder may be moved
+FOLDER = "{self}"  # placeholder in a result's output, because the folder may be moved
 
 
 class Done(StrictConfig):
-    """A stage's result, as it was committed."""
+    """A stage's result as it was committed."""
 
     output: str
     run_id: str | None
     metrics: dict[str, float]
     files: dict[str, int]
-    """Bytes by path in the folder; by URI outside of it."""
+    """Size in bytes by path in the folder, or by URI for files outside it."""
     seconds: float
     peak_bytes: int = 0
-    """Memory of its processes at most, as far as they ran beside the driver."""
+    """Peak memory of its processes in bytes, as measured beside the driver."""
     steps: int | None = None
-    """Optimizer steps that it took."""
+    """Number of optimizer steps that it took."""
     finished_at: float = Field(default_factory=time.time)
     """Seconds since 1970."""
     made_with: dict[str, str] = Field(default_factory=dict)
-    """Versions of what it ran on, which are not in the key."""
+    """Versions of the software that it ran on, which are not part of the key."""
 
 
 @dataclass(frozen=True)
@@ -75,10 +75,10 @@ class StageFolder:
 
     def read_done(self) -> Done | None:
         place = storage.join(self.uri, "done.json")
-        return read_or_none(place, Done, "the stage is run again")
+        return read_or_none(place, Done, "the stage runs again")
 
     def commit(self, result: StageResult, **facts: Any) -> Done:
-        """Note the sizes of all that is there; from then on it is a result."""
+        """Record the sizes of all files; from then on the folder holds a result."""
         files = {name: facts.num_bytes for name, facts in storage.list_tree(self.uri).items()}
         files = {name: size for name, size in files.items() if name not in OWN_FILES}
         output = storage.absolute(result.output)
@@ -103,7 +103,7 @@ class StageFolder:
         return done.output.replace(FOLDER, self.uri, 1)
 
     def problem(self, done: Done) -> str | None:
-        """The first file that is not there as it was committed."""
+        """Return the first file that differs from what was committed, or None."""
         found = {name: facts.num_bytes for name, facts in storage.list_tree(self.uri).items()}
         outside = [name for name in done.files if "://" in name or name.startswith("/")]
         for folder in {name.rpartition("/")[0] for name in outside}:
@@ -117,7 +117,7 @@ class StageFolder:
         return None
 
     def clear(self) -> None:
-        """Delete the result; the lease stays, for it is held."""
+        """Delete the result but keep the lease, which is held."""
         storage.delete_file(storage.join(self.uri, "done.json"))
         for name in storage.list_folders(self.uri):
             storage.delete_folder(storage.join(self.uri, name))
@@ -127,6 +127,6 @@ class StageFolder:
 
 
 def earlier_folders(root: str, kind: str) -> Iterator[StageFolder]:
-    """All results of a kind of stage that are or were there."""
+    """Yield the folders of all results of a kind of stage, finished or not."""
     for key in storage.list_folders(storage.join(storage.absolute(root), "stages", kind)):
         yield StageFolder(root, kind, key)

@@ -1,6 +1,6 @@
-"""The stages that a pipeline is made of: config, code, data, and what does not change a result.
+"""The kinds of stages in pipelines: config, code, data, and fields that do not change a result.
 
-Imports no stage: `mae plan` needs neither torch nor Ray.
+Imports no stage, so `mae plan` needs neither torch nor Ray.
 """
 
 from typing import NamedTuple
@@ -15,20 +15,21 @@ from pipelines.config.validate import ValidateConfig
 
 
 class StageKind(NamedTuple):
-    """What the graph must know of a stage to name its result."""
+    """What the graph must know about a kind of stage to name its results."""
 
     config_type: type[StrictConfig]
     summary: str
     modules: tuple[str, ...]
-    """Whose code determines the result, besides what they import of `chain.code`'s packages."""
+    """Modules whose code determines the result, besides their imports from `chain.code`'s
+    packages."""
     data_keys: tuple[str, ...]
-    """Fields that name data: what lies there counts, and not where it lies."""
+    """Fields that name data: the content counts, not its location."""
     unkeyed: tuple[str, ...] = ()
-    """Fields, or whole sections, that say how and where, not what."""
+    """Fields or whole sections that do not change the result."""
     version: int = 1
-    """Raised by hand where the result changes and no code that counts does."""
+    """Increased by hand when the result changes although no counted code does."""
     headline: tuple[str, ...] = ()
-    """Ends of the names of the metrics that are worth a place in a table of stages."""
+    """Endings of the names of metrics that are shown in a table of stages."""
 
 
 TUNING_DATA = ("data.train", "data.val", "init_from")
@@ -62,7 +63,7 @@ KINDS: dict[str, StageKind] = {
     ),
     "classify": StageKind(
         ClassifyConfig,
-        "Classify with a pretrained encoder, beside one from scratch.",
+        "Classify with a pretrained encoder, compared with one trained from scratch.",
         ("pipelines.classify",),
         TUNING_DATA,
         without_effect("classify"),
@@ -78,7 +79,7 @@ KINDS: dict[str, StageKind] = {
     ),
     "embed": StageKind(
         EmbedConfig,
-        "Write an encoder's features, or search IMAGE: find what is like it.",
+        "Write an encoder's features, or search the images most similar to IMAGE.",
         ("pipelines.embed",),
         ("data", "init_from"),
         without_effect("embed"),

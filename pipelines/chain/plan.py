@@ -1,4 +1,4 @@
-"""What a pipeline would do: for each stage run or reuse, why, and what it will cost."""
+"""Plan a pipeline: for each stage whether to run or reuse it, why, and its expected cost."""
 
 import hashlib
 import json
@@ -33,7 +33,7 @@ _KEY_IN = re.compile(rf"\{{[0-9a-f]{{{KEY_CHARS}}}\}}")
 
 
 class Cost(NamedTuple):
-    """What a stage is expected to take; None where nothing tells."""
+    """The expected cost of a stage; None where it is unknown."""
 
     steps: int | None = None
     samples: int | None = None
@@ -48,10 +48,10 @@ class Planned:
     parts: KeyParts
     folder: StageFolder
     decision: Decision
-    done: Done | None  # what is there and is kept
+    done: Done | None  # the existing result that will be kept
     notes: tuple[str, ...]
     cost: Cost
-    found: Done | None = None  # what was there when the plan was made, kept or not
+    found: Done | None = None  # the result that existed when the plan was made, kept or not
 
     @property
     def output(self) -> str | None:
@@ -59,7 +59,7 @@ class Planned:
 
 
 class Forced(NamedTuple):
-    """What the command line says to run again."""
+    """The stages that the command line asks to run again."""
 
     stages: frozenset[str] = frozenset()
     only: str | None = None
@@ -68,12 +68,13 @@ class Forced(NamedTuple):
     def of(
         cls, chain: Chain, force: Collection[str], start: Collection[str], only: str | None
     ) -> "Forced":
-        """`force` runs these stages again, `start` also those after them, `only` no other.
+        """Parse the options: `force` runs these stages again, `start` also those after them.
 
-        The name of a stage that a sweep copied means all of its points, but for `only`.
+        `only` runs no other stage. The name of a stage that a sweep copied means all of its
+        points, except for `only`.
 
         Raises:
-            ConfigError: there is no such stage.
+            ConfigError: There is no such stage.
         """
         names = [stage.name for stage in chain.stages]
 
@@ -91,11 +92,11 @@ class Forced(NamedTuple):
 
 
 def plan_chain(chain: Chain, forced: Forced) -> list[Planned]:
-    """Look at what is there; starts nothing and writes nothing.
+    """Check which results exist; starts nothing and writes nothing.
 
     Raises:
-        ConfigError: data is not there that no stage makes, or `only` needs what is not there.
-        StorageError: the store cannot be used.
+        ConfigError: Data from outside the pipeline is missing, or a result that `only` needs.
+        StorageError: The store cannot be used.
     """
     plans: dict[str, Planned] = {}
     for stage in chain.stages:
@@ -126,9 +127,9 @@ def _check_only(only: str, plans: Mapping[str, Planned]) -> None:
 
 
 def key_parts(stage: Stage, keys: Mapping[str, str], pipeline: str = "") -> KeyParts:
-    """What the stage's key is made of; `keys` are those of the stages before.
+    """Return the parts of the stage's key; `keys` are the keys of earlier stages.
 
-    `pipeline` is its name: what lies in its folder is another thing in another's.
+    `pipeline` is the pipeline's name, because each pipeline has a folder of its own.
     """
     values = dict(dotted(stage.config.model_dump(mode="json")))
     inputs = {}
@@ -141,7 +142,7 @@ def key_parts(stage: Stage, keys: Mapping[str, str], pipeline: str = "") -> KeyP
             values[key] = made
         if found:
             inputs[key] = _fingerprint(stage, key, found)
-    if values.get("existing") is not None:  # `mae prepare index`: its output is what it reads
+    if values.get("existing") is not None:  # `mae prepare index` reads its own output folder
         inputs["output"] = _fingerprint(stage, "output", values["output"], by_time=True)
     kept = {key: value for key, value in values.items() if not _is_under(key, stage.kind.unkeyed)}
     texts = {name: f"{{{key}}}" for name, key in keys.items()} | {PIPELINE: pipeline}
@@ -152,13 +153,13 @@ def key_parts(stage: Stage, keys: Mapping[str, str], pipeline: str = "") -> KeyP
         code=code_digests([*stage.kind.modules, *files]),
         config=substitute(kept, texts),
         inputs=inputs,
-        # A stage that is only waited for, such as a gate, is no part of the result.
+        # A stage that is only waited for, such as a gate, does not affect the result.
         needs={name: keys[name] for name in stage.references},
     )
 
 
 def measure_digest(parts: KeyParts) -> str:
-    """How a stage measures, whatever it measures: its config without what comes from others."""
+    """Return a digest of how a stage measures: its config without the outputs of other stages."""
     own = {key: value for key, value in parts.config.items() if not _KEY_IN.search(str(value))}
     return hashlib.sha256(json.dumps([parts.version, own], sort_keys=True).encode()).hexdigest()[:8]
 
@@ -181,11 +182,11 @@ def _references(value: Any) -> bool:
 def decide(
     tracking_uri: str, stage: Stage, parts: KeyParts, folder: StageFolder, forced: Forced
 ) -> Decision:
-    """Whether the result is there, whole and recorded; else why it has to be made."""
+    """Decide whether the result exists, complete and recorded, or why it must be made."""
     if forced.only is not None and forced.only != stage.name:
         done = folder.read_done()
         if done is None or folder.problem(done):
-            return Decision(Action.RUN, "is not there")
+            return Decision(Action.RUN, "does not exist yet")
         return Decision(Action.REUSE, f"--only {forced.only}")
     if stage.name in forced.stages:
         return Decision(Action.RUN, "--force or --from asks for it", fresh=True)
@@ -198,17 +199,15 @@ def decide(
         return Decision(Action.RUN, f"output changed: {problem}", fresh=True)
     status = tracking.run_status(tracking_uri, done.run_id)
     if status == "MISSING":
-        return Decision(Action.REBUILD, "result is there, its run is not in MLflow: recorded anew")
+        return Decision(Action.REBUILD, "result exists, its run is missing in MLflow: re-recorded")
     if status not in ("FINISHED", "UNKNOWN"):
-        # The result was committed: MLflow missed the end, which must not cost the result.
-        return Decision(
-            Action.REBUILD, f"result is there, its run is {status} in MLflow: put right"
-        )
+        # The result was committed: MLflow only missed the end, which must not cost the result.
+        return Decision(Action.REBUILD, f"result exists, its run is {status} in MLflow: corrected")
     return Decision(Action.REUSE, "nothing changed")
 
 
 def why_new(stage: Stage, parts: KeyParts, folder: StageFolder) -> str:
-    """What differs from the earlier result of this kind that is nearest."""
+    """Describe the differences from the most similar earlier result of this kind."""
     candidates = []
     for other in earlier_folders(folder.root, stage.kind_name):
         earlier = other.read_parts()
@@ -225,7 +224,7 @@ def why_new(stage: Stage, parts: KeyParts, folder: StageFolder) -> str:
 
 @lru_cache(maxsize=1)
 def versions() -> dict[str, str]:
-    """Of what results may depend on a little, though it is not in their key."""
+    """Return versions on which results may depend slightly, although they are not in the key."""
     found = {"python": platform.python_version(), "machine": platform.machine()}
     for package in ("torch", "torchvision", "ray", "numpy"):
         try:
@@ -245,7 +244,7 @@ def _notes(done: Done) -> tuple[str, ...]:
 
 
 def _cost(stage: Stage, folder: StageFolder, outputs: Mapping[str, str]) -> Cost:
-    """From the config and the data, and from the latest result of this kind."""
+    """Estimate the cost from the config, the data, and the latest result of this kind."""
     samples = _num_samples(stage, outputs)
     steps = _num_steps(stage.config, samples)
     earlier = [d for f in earlier_folders(folder.root, stage.kind_name) if (d := f.read_done())]
@@ -287,7 +286,7 @@ def _steps_of(samples: int, optim: Any) -> int:
 
 
 def plan_table(plans: list[Planned]) -> str:
-    """A line for each stage, for a terminal."""
+    """Format the plan for a terminal, a line for each stage."""
     head = ("stage", "", "why", "steps", "samples", "time", "bytes", "memory")
     rows: list[tuple[str, ...]] = [head]
     for plan in plans:
@@ -328,7 +327,7 @@ def _size(num_bytes: int | None) -> str:
 
 
 def text_graph(chain: Chain) -> str:
-    """The graph for a terminal: each stage below the last of those that it needs."""
+    """Draw the graph for a terminal: each stage below the last of those that it needs."""
     order = [stage.name for stage in chain.stages]
     above = {s.name: max(s.needs, key=order.index, default=None) for s in chain.stages}
     lines: list[str] = []
@@ -346,7 +345,7 @@ def text_graph(chain: Chain) -> str:
 
 
 def mermaid_graph(chain: Chain, states: Mapping[str, str]) -> str:
-    """The graph in Mermaid's words; `states` are shown below the names."""
+    """Write the graph for Mermaid; `states` are shown below the names."""
     numbers = {stage.name: f"s{i}" for i, stage in enumerate(chain.stages)}
     lines = ["graph LR"]
     for stage in chain.stages:

@@ -1,4 +1,4 @@
-"""A stage as a process of its own: started, watched, stopped, and its end understood."""
+"""Run a stage as a separate process: start, watch and stop it, and interpret how it ended."""
 
 import json
 import logging
@@ -30,16 +30,16 @@ CANCELLED = (128 + signal.SIGINT, 128 + signal.SIGTERM)
 
 
 class StageProcess:
-    """One try of a stage; see `pipelines.chain.execute.Running`."""
+    """One attempt of a stage; implements `pipelines.chain.execute.Running`."""
 
     def __init__(self, name: str, words: list[str]) -> None:
         """Start `mae WORDS`; its log appears in ours, each line with the stage's name."""
-        # What the environment says of configs is in the resolved config already.
+        # The resolved config already includes what the environment says about configs.
         env = {k: v for k, v in os.environ.items() if not k.startswith(ENVIRONMENT_PREFIX)}
         path = os.pathsep.join(filter(None, [str(ROOT), env.get("PYTHONPATH")]))
         self._name = name
         self._process = subprocess.Popen(
-            # Not from the working folder: a module there must not take the place of one of ours.
+            # -P: a module in the working folder must not replace one of ours.
             [sys.executable, "-P", "-m", "pipelines.cli", *words],
             env={
                 **env,
@@ -52,7 +52,7 @@ class StageProcess:
             stderr=subprocess.PIPE,
             text=True,
             errors="replace",
-            # Ctrl-C reaches all of a terminal's processes: we hand it on ourselves, once.
+            # Ctrl-C reaches all processes of a terminal, so we forward it ourselves, once.
             start_new_session=True,
         )
         assert self._process.stdout is not None
@@ -92,7 +92,7 @@ class StageProcess:
         return Failure(str(message), exit_code, can_pass=bool(fields.get("can_pass")))
 
     def _measure(self) -> None:
-        """Memory of all its processes; pages that they share count once for each."""
+        """Measure the memory of all its processes; shared pages count once for each process."""
         if time.monotonic() - self._measured_at_s < MEMORY_EVERY_S:
             return
         self._measured_at_s = time.monotonic()

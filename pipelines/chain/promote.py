@@ -1,6 +1,6 @@
-"""The gate at the end: a new model takes the place of the one in use only if it is better.
+"""The gate at the end: a new model replaces the one in use only if it is better.
 
-Both must have been measured on the same data; the verdict is written either way.
+Both must have been measured on the same data. The verdict is recorded in either case.
 """
 
 import logging
@@ -27,29 +27,29 @@ class Verdict(NamedTuple):
     text: str
     value: float
     holder_value: float | None = None
-    version: str | None = None  # of the candidate
+    version: str | None = None  # version number of the candidate
 
 
 def judge(
     spec: PromoteSpec, value: float, data: str, run_id: str, holder: registry.Version | None
 ) -> Verdict:
-    """Whether a model with `value` on the set `data` takes the alias from its holder."""
+    """Decide whether a model with `value` on the data `data` takes the alias from its holder."""
     alias = f"{spec.model}@{spec.alias}"
     if holder is None:
         return Verdict(False, f"{alias}: the first: {spec.metric} {value:.4g}", value)
     if holder.run_id == run_id:
-        return Verdict(False, f"{alias}: version {holder.number} is this one already", value, value)
+        return Verdict(False, f"{alias}: version {holder.number} is already this one", value, value)
     tags = holder.tags
     before = _number(tags.get(VALUE_TAG))
     if before is None or tags.get(METRIC_TAG) != spec.metric or tags.get(DATA_TAG) != data:
         what = (
             f"{tags.get(METRIC_TAG)} on data {tags.get(DATA_TAG)}"
             if before is not None
-            else "nothing that we wrote down"
+            else "no recorded metric"
         )
         text = (
             f"{alias}: version {holder.number} was measured by {what}, this one by {spec.metric} "
-            f"on data {data}: not to be compared; promote.other_data=replace would take this one"
+            f"on data {data}: not comparable; promote.other_data=replace would promote this one"
         )
         is_refused = spec.other_data == "refuse"
         return Verdict(is_refused, text, value, before)
@@ -80,14 +80,14 @@ def promote(
     """Judge a pipeline's model, register it with the verdict, and move the alias if it is better.
 
     Args:
-        spec: what to compare.
-        track: where.
-        candidate: of the stage that made the model.
-        measured: of the stage that has the metric.
-        data: names the set that it was measured on.
+        spec: What to compare.
+        track: Where MLflow is.
+        candidate: Result of the stage that made the model.
+        measured: Result of the stage that has the metric.
+        data: Names the data set that it was measured on.
 
     Raises:
-        ConfigError: there is no such metric.
+        ConfigError: There is no such metric.
         StorageError: MLflow can't be used.
     """
     stage, _, name = spec.metric.partition("/")
@@ -110,7 +110,7 @@ def promote(
     }
     if holder is not None and holder.run_id == candidate.run_id:
         logger.info("promote: %s", verdict.text)
-        return verdict._replace(version=holder.number)  # as it was measured when it got the alias
+        return verdict._replace(version=holder.number)  # keeps its metrics from when it won
     made = registry.register(track.uri, spec.model, candidate.run_id, candidate.output, tags)
     if not verdict.is_refused:
         registry.set_alias(track.uri, spec.model, spec.alias, made.number)

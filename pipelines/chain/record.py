@@ -1,4 +1,4 @@
-"""One run of a pipeline: what was planned, what became of each stage, and where its record is."""
+"""One run of a pipeline: the plan, the outcome of each stage, and where the record is."""
 
 import time
 from dataclasses import dataclass, field
@@ -16,13 +16,13 @@ from pipelines.outcome import StageResult
 class PipelineRun:
     chain: Chain
     plans: list[Planned]
-    words: tuple[str, ...]  # `key=value` over the file
-    name: str  # when it started, as 2026-11-25T180000Z
-    run_id: str | None = None  # MLflow's
+    words: tuple[str, ...]  # `key=value` that override the file
+    name: str  # its start time, such as 2026-11-25T180000Z
+    run_id: str | None = None  # in MLflow
     started_at: float = field(default_factory=time.time)
     stages: dict[str, StageRun] = field(default_factory=dict)
     verdict: Verdict | None = None
-    trouble: str = ""  # of the gate at the end
+    trouble: str = ""  # error of the gate at the end
 
     @property
     def uri(self) -> str:
@@ -31,7 +31,7 @@ class PipelineRun:
 
     @property
     def tracking(self) -> TrackingConfig:
-        """For the stages: their runs are shown below the pipeline's."""
+        """Settings for the stages: their runs are shown below the pipeline's run."""
         return pipeline_tracking(self.chain).model_copy(update={"parent_run_id": self.run_id})
 
     @property
@@ -40,7 +40,7 @@ class PipelineRun:
 
     @property
     def headline(self) -> dict[str, float]:
-        """The few metrics of each stage that are worth comparing pipelines by."""
+        """The few metrics of each stage by which pipelines are compared."""
         return {
             f"{name}/{key}": value
             for name, result in self.results.items()
@@ -55,7 +55,7 @@ def pipeline_folder(chain: Chain, *names: str) -> str:
 
 
 def pipeline_tracking(chain: Chain) -> TrackingConfig:
-    """One experiment a pipeline, of its name, unless the file gives another."""
+    """Use one experiment per pipeline, with its name unless the file gives another."""
     track = chain.config.tracking
     given = "experiment" in track.model_fields_set
     return track if given else track.model_copy(update={"experiment": chain.config.name})

@@ -1,4 +1,4 @@
-"""The page of a pipeline run: one HTML file that needs no network; and the model's card."""
+"""Write the report of a pipeline run, one HTML file that works offline, and the model card."""
 
 import base64
 import io
@@ -30,13 +30,13 @@ from pipelines.driver import git_commit
 from pipelines.outcome import StageResult
 
 TEMPLATES = Path(__file__).parent / "templates"
-MAX_PICTURES = 60  # of a stage
+MAX_PICTURES = 60  # per stage
 MAX_PICTURE_PX = 1400
 JPEG_QUALITY = 85
 MAX_EXAMPLE_CHARS = 120
-COUNTS = ("left_out", "bad_samples")  # metrics that are whole, besides those named num_...
+COUNTS = ("left_out", "bad_samples")  # metrics that are integers, besides those named num_...
 LARGE, SMALL = 1000, 0.0005  # where three decimals show too much, or nothing
-# What people look at first; the rest is folded away.
+# Pictures that people look at first; the others are folded away.
 FIRST_PICTURES = (
     "reconstruction.png",
     "label_fraction.png",
@@ -45,9 +45,9 @@ FIRST_PICTURES = (
     "finetune-1-seed0/segmentation.png",
 )
 CURVES = {"train/loss": "loss", "worker/images_per_s": "images/s"}
-# It tells of each font that it finds at its first start.
+# It logs every font that it finds when it first starts.
 logging.getLogger("matplotlib").setLevel(logging.WARNING)
-INK = "#7d8794"  # legible on a light and on a dark page
+INK = "#7d8794"  # readable on a light and on a dark page
 
 
 class Picture(NamedTuple):
@@ -66,7 +66,7 @@ class Table(NamedTuple):
 
 
 def render(run: PipelineRun) -> str:
-    """The page."""
+    """Render the page as HTML."""
     failures = [x for x in run.stages.values() if x.failure and x.state not in ENDED_WELL]
     return (
         _environment()
@@ -109,7 +109,7 @@ def _environment() -> Environment:
 
 
 def _breakable(name: str) -> Markup:
-    """Let a name or a path break after its marks, and not within its words."""
+    """Allow line breaks in a name or path after punctuation, but not within words."""
     return Markup(re.sub(r"([/_@=.-])", r"\1<wbr>", str(escape(name))))
 
 
@@ -144,14 +144,14 @@ def _stage_row(run: PipelineRun, stage: StageRun) -> dict[str, Any]:
 
 
 def _made(plan: Planned, stage: StageRun) -> str:
-    """Return when a result was made that this run found; empty where this run made it."""
+    """Return when a reused result was made; "" if this run made it."""
     if stage.state is not State.REUSED or plan.done is None:
         return ""
     return time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(plan.done.finished_at))
 
 
 def stage_table(run: PipelineRun) -> str:
-    """Markdown for the description in MLflow: why the run failed, then the stages with links."""
+    """Write Markdown for MLflow's description: why the run failed, then the stages with links."""
     uri = run.chain.config.tracking.uri
     lines = [
         *_why_it_failed(run),
@@ -180,7 +180,7 @@ def stage_table(run: PipelineRun) -> str:
 
 
 def _why_it_failed(run: PipelineRun) -> list[str]:
-    """Return a paragraph for each failure; what only waited for a failed stage has none."""
+    """Return a paragraph for each failure, but none for stages that a failure blocked."""
     reasons = [
         f"**{stage.node.name} {stage.state.value}**: {_plain(stage.failure.line)}"
         for stage in run.stages.values()
@@ -192,7 +192,7 @@ def _why_it_failed(run: PipelineRun) -> list[str]:
 
 
 def _plain(text: str) -> str:
-    """Return text in which Markdown and HTML mean nothing."""
+    """Escape text so that Markdown and HTML have no effect in it."""
     return re.sub(r"([\\`*_<>\[\]|])", r"\\\1", text)
 
 
@@ -229,7 +229,7 @@ def _svg(curves: Mapping[str, tracking.Points], label: str) -> Markup:
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", metadata={"Date": None})
     text = buffer.getvalue()
-    return Markup(text[text.index("<svg") :])  # matplotlib escapes what it is given
+    return Markup(text[text.index("<svg") :])  # matplotlib escapes its input
 
 
 def _result(run: PipelineRun, name: str, result: StageResult) -> dict[str, Any]:
@@ -250,11 +250,11 @@ def _result(run: PipelineRun, name: str, result: StageResult) -> dict[str, Any]:
 
 
 def _metric_table(metrics: Mapping[str, float]) -> Table:
-    """A row for each arm and a column for each metric, where the names are so; else two columns."""
+    """Build a table of arms by metrics if the names allow it, otherwise one of two columns."""
     split = [key.split("/") for key in metrics]
     if all(len(parts) >= 2 for parts in split if parts[0] != "data") and len(split) > 2:
         arms = list(dict.fromkeys(parts[0] for parts in split if parts[0] != "data"))
-        # Of a class each has its own figure: those are in the list of all metrics.
+        # Each class has figures of its own; these are in the list of all metrics.
         names = list(dict.fromkeys(p[1] for p in split if len(p) == 2 and p[0] != "data"))
         names = [name for name in names if not name.endswith("_std")]
         rows = [[arm, *(_cell(metrics, f"{arm}/{name}") for name in names)] for arm in arms]
@@ -263,7 +263,7 @@ def _metric_table(metrics: Mapping[str, float]) -> Table:
 
 
 def number(key: str, value: float) -> str:
-    """Return a metric as all pages show it: counts whole, all else with three decimals."""
+    """Format a metric as all pages show it: counts as integers, others with three decimals."""
     if not math.isfinite(value):
         return "-" if math.isnan(value) else str(value)
     name = key.rsplit("/", 1)[-1]
@@ -281,7 +281,7 @@ def _cell(metrics: Mapping[str, float], key: str) -> str:
 
 
 def _pictures(run: PipelineRun, name: str) -> Iterator[tuple[str, Picture]]:
-    """Those that the stage left in its folder, as they are in MLflow, too."""
+    """Yield the pictures that the stage wrote to its folder, which are also in MLflow."""
     folder = next(plan.folder for plan in run.plans if plan.stage.name == name)
     paths = [p for p in sorted(storage.list_tree(folder.uri)) if p.endswith(".png")]
     for path in paths[:MAX_PICTURES]:
@@ -328,10 +328,10 @@ def _recoveries(run: PipelineRun) -> str:
     resumed = [p.stage.name for p in run.plans if p.decision.action.value == "resume"]
     parts = []
     if again:
-        parts.append(f"Tried again: {', '.join(again)}.")
+        parts.append(f"Retried: {', '.join(again)}.")
     if resumed:
-        parts.append(f"Went on from where they were stopped: {', '.join(resumed)}.")
-    return " ".join(parts) or "No stage had to be tried again."
+        parts.append(f"Resumed where they were stopped: {', '.join(resumed)}.")
+    return " ".join(parts) or "No stage had to be retried."
 
 
 def _facts_of_machine() -> list[tuple[str, str]]:
@@ -347,7 +347,7 @@ def _facts_of_machine() -> list[tuple[str, str]]:
 
 
 def model_card(run: PipelineRun, name: str) -> str | None:
-    """Markdown for the model that the stage `name` pretrained; None if it made no checkpoint."""
+    """Write Markdown about the model that stage `name` pretrained; None without a checkpoint."""
     result = run.results[name]
     try:
         text = storage.read_bytes(storage.join(result.output, "manifest.json"))

@@ -1,8 +1,9 @@
-"""`mae doctor`: what a run will need, looked at before it does; a fix with each finding.
+"""`mae doctor`: check in advance what a run will need, and suggest a fix for each finding.
 
     mae doctor [storage.root=...] [tracking.uri=...]
 
-Exit code 0, or 5 if something failed. A server that is down or hangs costs seconds, not minutes.
+The exit code is 0, or 5 if a check failed. A server that is down or hangs costs seconds, not
+minutes.
 """
 
 import argparse
@@ -42,10 +43,10 @@ from pipelines.doctor.services import (
 from pipelines.job import ROOT
 
 INFRASTRUCTURE = 5  # exit code
-CHECK_TIMEOUT_S = 60.0  # of all that one check does; importing torch may take long
+CHECK_TIMEOUT_S = 60.0  # for everything in one check; importing torch may take long
 MIN_FREE_BYTES = 10 * 2**30
 MIN_SHM_BYTES = 2**30  # what a run on one machine gives Ray's object store
-# S3 refuses requests that are 15 minutes off; a Date header counts whole seconds.
+# S3 refuses requests whose time is 15 minutes off; a Date header counts whole seconds.
 CLOCK_WARN_S, CLOCK_FAIL_S = 5.0, 300.0
 TORCH_PROBE = (
     "import json, torch; print(json.dumps([torch.__version__, torch.version.cuda,"
@@ -59,7 +60,7 @@ class DoctorConfig(StrictConfig):
 
 
 def command(words: Sequence[str]) -> int:
-    """`mae doctor WORDS`; returns the exit code."""
+    """Run `mae doctor WORDS`; return the exit code."""
     parser = argparse.ArgumentParser(
         prog="mae doctor",
         description=__doc__,
@@ -97,7 +98,7 @@ def _say(text: str) -> None:
 def run_checks(
     checks: Mapping[str, Callable[[], Finding]], timeout_s: float = CHECK_TIMEOUT_S
 ) -> dict[str, tuple[Finding, float]]:
-    """All at once; one that hangs, or breaks, is a finding, too."""
+    """Run all checks at once; a check that hangs or breaks becomes a finding as well."""
     found: dict[str, tuple[Finding, float]] = {}
 
     def run(name: str, check: Callable[[], Finding]) -> None:
@@ -109,7 +110,7 @@ def run_checks(
             finding = Finding("warn", what, "report it, with this line")
         found[name] = (finding, time.monotonic() - started_s)
 
-    # Daemons: one that hangs does not keep the command from its end.
+    # Daemons, so that a check that hangs does not keep the command from ending.
     threads = {
         name: threading.Thread(target=run, args=(name, check), daemon=True)
         for name, check in checks.items()
@@ -119,9 +120,7 @@ def run_checks(
     deadline_s = time.monotonic() + timeout_s
     for thread in threads.values():
         thread.join(max(0.0, deadline_s - time.monotonic()))
-    hung = Finding(
-        "FAIL", f"no answer within {timeout_s:.0f} s", "look at what it needs; try again"
-    )
+    hung = Finding("FAIL", f"no answer within {timeout_s:.0f} s", "check what it needs; try again")
     return {name: found.get(name, (hung, timeout_s)) for name in checks}
 
 
@@ -131,7 +130,7 @@ def check_python() -> Finding:
 
 
 def check_packages(folder: Path) -> Finding:
-    """What is installed against pyproject.toml, and against requirements.lock if there is one."""
+    """Compare the installed packages with pyproject.toml, and with requirements.lock if present."""
     file, lock = folder / "pyproject.toml", folder / "requirements.lock"
     if not file.is_file():
         return Finding("warn", f"no {file} to compare with", "run from a checkout of the project")
@@ -144,7 +143,7 @@ def check_packages(folder: Path) -> Finding:
     if wrong:
         return Finding("FAIL", "; ".join(wrong), f"pip install -r {lock} (make install)")
     pins = [Requirement(line) for line in _lock_lines(lock)]
-    # Not all are for this machine: those of CUDA are not installed where there is none.
+    # Some are not for this machine: CUDA packages are not installed where there is no CUDA.
     installed = [(pin, installed_version(pin.name)) for pin in pins]
     off = [
         f"{pin.name} {have}{pin.specifier}".replace("==", ", locked ")
@@ -153,7 +152,7 @@ def check_packages(folder: Path) -> Finding:
     ]
     if off:
         more = f" and {len(off) - 5} more" if len(off) > 5 else ""
-        what = f"not as tested together: {'; '.join(off[:5])}{more}"
+        what = f"differs from the tested versions: {'; '.join(off[:5])}{more}"
         return Finding("warn", what, f"pip install -r {lock} (make install)")
     count = sum(have is not None for _, have in installed)
     return Finding("ok", f"as pyproject.toml asks, {count} as locked")
@@ -165,9 +164,9 @@ def _lock_lines(lock: Path) -> list[str]:
 
 
 def check_codecs() -> Finding:
-    """Name the compressions of TIFF and DICOM that can't be read here.
+    """List the compressions of TIFF and DICOM that can't be read here.
 
-    A picture in one of them is left out as `unsupported`.
+    Images that use one of them are left out as `unsupported`.
     """
     tiff, dicom = missing_codecs(), missing_syntaxes()
     if tiff:
@@ -211,7 +210,7 @@ def _output(words: list[str]) -> str | None:
 
 
 def check_disk(root: str) -> Finding:
-    """Where runs are kept; with these in S3, where Ray spills to."""
+    """Check the disk of the runs' folder; if that is on S3, the disk to which Ray spills."""
     folder = Path("/tmp") if storage.is_remote(root) else nearest_folder(storage.absolute(root))
     free = shutil.disk_usage(folder).free
     what = f"{_gib(free)} free for {folder}"
@@ -236,7 +235,7 @@ def _gib(num_bytes: int) -> str:
 
 
 def check_clock(findings: Iterable[Finding]) -> Finding:
-    """Ours against those of the servers that answered."""
+    """Compare our clock with those of the servers that answered."""
     pairs = [one.server_time for one in findings if one.server_time is not None]
     if not pairs:
         return Finding(

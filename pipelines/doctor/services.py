@@ -1,4 +1,4 @@
-"""Whether Ray, the storage and MLflow answer, within seconds."""
+"""Check within seconds whether Ray, the storage and MLflow answer."""
 
 import base64
 import http.client
@@ -36,7 +36,7 @@ Level = Literal["ok", "warn", "FAIL"]
 class Finding(NamedTuple):
     level: Level
     what: str
-    fix: str = ""  # "" where it is ok
+    fix: str = ""  # "" if it is ok
     server_time: tuple[datetime, datetime] | None = None  # a server's, and ours at that moment
 
 
@@ -74,7 +74,7 @@ def check_ray() -> Finding:
         return Finding("FAIL", f"{ours}; {address} refused the token", fix)
     theirs = str(_json(answer).get("ray_version", f"answered {answer.status}"))
     if theirs != ours:
-        fix = f"pip install ray=={theirs}, or the cluster's image anew: both must be one version"
+        fix = f"pip install ray=={theirs}, or rebuild the cluster's image: versions must be equal"
         return Finding("FAIL", f"{ours} here; {address}: {theirs}", fix)
     return Finding("ok", f"{ours}, here and at {address}")
 
@@ -84,7 +84,7 @@ def _ray_fix(variable: str) -> str:
 
 
 def _ray_headers() -> dict[str, str]:
-    """The token, from where Ray looks for it."""
+    """Return headers with the token, from where Ray looks for it."""
     token = os.environ.get("RAY_AUTH_TOKEN", "")
     file = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or "~/.ray/auth_token").expanduser()
     if not token and file.is_file():
@@ -101,7 +101,7 @@ def _is_open(host: str, port: int) -> bool:
 
 
 def _get(url: str, headers: Mapping[str, str], body: bytes | None = None) -> Answer:
-    """Raises: OSError: no answer; one line says why."""
+    """Send a request, or raise an OSError with a line that says why there is no answer."""
     request = urllib.request.Request(url, data=body, headers=dict(headers))
     try:
         with urllib.request.urlopen(request, timeout=TIMEOUT_S) as response:
@@ -155,27 +155,27 @@ def check_storage(root: str) -> Finding:
         try:
             step()
         except (storage.StorageError, OSError) as error:
-            fix = "give yourself the right to, or choose another storage.root"
+            fix = "get the permission for this, or choose another storage.root"
             return Finding("FAIL", f"{place}: cannot {name}: {error}", fix)
         times.append(f"{name} {1000 * (time.monotonic() - started_s):.0f} ms")
     return Finding("ok", f"{place}: 1 MiB: {', '.join(times)}", "", server_time)
 
 
 def nearest_folder(place: str) -> Path:
-    """A run makes its folders; what is not there is not made only to be looked at."""
+    """Return the nearest existing folder, because checking must not create the run's folders."""
     return next(folder for folder in [Path(place), *Path(place).parents] if folder.is_dir())
 
 
 def _ask_bucket(place: str) -> tuple[datetime, datetime] | None:
-    """By boto3, whose patience can be bounded."""
+    """Query the bucket with boto3, whose timeouts can be limited; return the server's time."""
     bucket, _, prefix = place.removeprefix(storage.S3_SCHEME).partition("/")
     region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or "us-east-1"
     once = BotoConfig(
         connect_timeout=TIMEOUT_S, read_timeout=TIMEOUT_S, retries={"total_max_attempts": 1}
     )
-    # It would tell where it found the keys.
+    # It would log where it found the keys.
     logging.getLogger("botocore.credentials").setLevel(logging.WARNING)
-    # Not the session that a process keeps, which remembers keys.
+    # Not the process's default session, which remembers keys.
     client = boto3.Session().client(
         "s3",
         endpoint_url=os.environ.get("AWS_ENDPOINT_URL") or None,
@@ -189,13 +189,13 @@ def _ask_bucket(place: str) -> tuple[datetime, datetime] | None:
 def _storage_fix(error: BotoCoreError | ClientError) -> str:
     code = error.response["Error"]["Code"] if isinstance(error, ClientError) else ""
     return {
-        "NoSuchBucket": "make the bucket, or check its name and AWS_ENDPOINT_URL",
+        "NoSuchBucket": "create the bucket, or check its name and AWS_ENDPOINT_URL",
         "SignatureDoesNotMatch": "check AWS_SECRET_ACCESS_KEY",
         "InvalidAccessKeyId": "check AWS_ACCESS_KEY_ID",
-        "AccessDenied": "check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and what the key may do",
+        "AccessDenied": "check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and the key's permissions",
         "RequestTimeTooSkewed": "set this machine's clock (timedatectl set-ntp true)",
         "": f"{START_HINT}, or check AWS_ENDPOINT_URL and AWS_ACCESS_KEY_ID",
-    }.get(code, "check AWS_ENDPOINT_URL, and look at the store's own log")
+    }.get(code, "check AWS_ENDPOINT_URL and the store's own log")
 
 
 def check_mlflow(uri: str) -> Finding:
@@ -212,15 +212,15 @@ def check_mlflow(uri: str) -> Finding:
 
 def _check_sqlite(file: Path) -> Finding:
     if not file.exists():
-        return Finding("ok", f"{file} will be made by the first run")
+        return Finding("ok", f"{file} will be created by the first run")
     try:
-        # Not as a URI with mode=ro: a store that is not writable must be told.
+        # Not as a URI with mode=ro, because a store that is not writable must be reported.
         with closing(sqlite3.connect(file, timeout=TIMEOUT_S)) as connection:
             connection.execute("begin immediate")
             ((count,),) = connection.execute("select count(*) from runs")
             connection.rollback()
     except sqlite3.Error as error:
-        fix = "end what holds it, or give another tracking.uri; mlflow db upgrade after an update"
+        fix = "end what locks it, or give another tracking.uri; mlflow db upgrade after an update"
         return Finding("FAIL", f"{file}: {error}", fix)
     return Finding("ok", f"{file}: {count} runs")
 
@@ -228,7 +228,7 @@ def _check_sqlite(file: Path) -> Finding:
 def _check_mlflow_server(uri: str) -> Finding:
     parts = urlsplit(uri.rstrip("/"))
     headers = _mlflow_headers(parts.username, parts.password)
-    # Without what is in it to log in: this is shown, and urllib does not know it.
+    # Without credentials: the address is shown, and urllib does not understand them.
     uri = parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
     started_s = time.monotonic()
     query = f"{uri}/api/2.0/mlflow/experiments/search"
@@ -236,7 +236,7 @@ def _check_mlflow_server(uri: str) -> Finding:
         answer = _get(query, {"Content-Type": "application/json", **headers}, b'{"max_results": 1}')
         theirs = _get(f"{uri}/version", headers).text.strip()
     except OSError as error:
-        fix = f"{START_HINT}, or check MAE__TRACKING__URI; runs go on without it, unrecorded"
+        fix = f"{START_HINT}, or check MAE__TRACKING__URI; runs continue without it, unrecorded"
         return Finding("FAIL", f"{uri}: {error}", fix)
     if answer.status in (401, 403):
         fix = "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or _TOKEN"
@@ -248,13 +248,13 @@ def _check_mlflow_server(uri: str) -> Finding:
     what = f"{uri}: a query took {1000 * (time.monotonic() - started_s):.0f} ms, MLflow {theirs}"
     ours = installed_version("mlflow") or ""
     if theirs.partition(".")[0] != ours.partition(".")[0]:
-        fix = f"pip install mlflow=={theirs}, or the server anew"
+        fix = f"pip install mlflow=={theirs}, or update the server"
         return Finding("warn", f"{what}; {ours} here", fix, answer.server_time)
     return Finding("ok", what, "", answer.server_time)
 
 
 def _mlflow_headers(user: str | None, password: str | None) -> dict[str, str]:
-    """To log in, with what is in the address or else where MLflow's client looks for it."""
+    """Return login headers from the address, or from where MLflow's client looks for them."""
     token = os.environ.get("MLFLOW_TRACKING_TOKEN")
     if token and not user:
         return {"Authorization": f"Bearer {token}"}

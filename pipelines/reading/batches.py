@@ -1,4 +1,4 @@
-"""From blocks of encoded images to batches on the device, ahead of the training step."""
+"""Turn blocks of encoded images into batches on the device, ahead of the training step."""
 
 import math
 from collections import deque
@@ -34,17 +34,17 @@ class BadSample(NamedTuple):
     epoch: int
     shard: str
     key: str
-    kind: str  # what it is counted by: see CorruptSampleError; checksum, damaged
+    kind: str  # category for counting: see CorruptSampleError; or checksum, damaged
     reason: str
 
 
 class DecodedBatch(NamedTuple):
     """One micro batch of one worker. A sample that can't be used is a hole of weight 0.
 
-    The views of a sample follow one another: B is its number times `crops_per_image`.
+    The views of a sample are adjacent: B is the number of samples times `crops_per_image`.
     """
 
-    pixels: Tensor  # (B, H, W, C) uint8, or uint16 where any image has 16 bits
+    pixels: Tensor  # (B, H, W, C) uint8, or uint16 if any image has 16 bits
     noise: Tensor  # (B, L) float32
     weights: Tensor  # (B,) float32, 0 for a hole
     bad: list[BadSample]
@@ -56,14 +56,14 @@ class DecodedBatch(NamedTuple):
 
 
 class _Decoding(NamedTuple):
-    """A block whose samples the threads are at."""
+    """A block whose samples the threads are decoding."""
 
     rows: pa.Table
     samples: list[Future[tuple[list[Pixels] | BadSample, list[npt.NDArray[np.float32]]]]]
 
 
 class BatchDecoder:
-    """Decodes blocks with a pool of threads: the decoders let go of the GIL."""
+    """Decodes blocks in a pool of threads, which works because decoders release the GIL."""
 
     def __init__(
         self,
@@ -83,9 +83,9 @@ class BatchDecoder:
         return self._finish(self._start(table))
 
     def batches(self, tables: Iterable[pa.Table], depth: int) -> Iterator[DecodedBatch]:
-        """Decoded ahead of the reader, up to `depth` and the one that is being put together.
+        """Yield decoded batches, prepared up to `depth` ahead besides the one being assembled.
 
-        The threads begin a block before the one before it is a batch, so that they never wait.
+        The threads start on a block before the previous one is finished, so that they never wait.
         """
         return ahead(ahead(tables, self._start, depth), self._finish, 1)
 
@@ -118,14 +118,14 @@ class BatchDecoder:
     def _sample(
         self, image: bytes, epoch: int, shard: str, key: str, decoded: bool, error: str | None
     ) -> tuple[list[Pixels] | BadSample, list[npt.NDArray[np.float32]]]:
-        """Its views, or why there are none; and the masking noise of each."""
+        """Return the sample's views, or why there are none; and each view's masking noise."""
         views = self._views(image, epoch, shard, key, decoded, error)
         return views, [self._noise(epoch, key, view) for view in range(self._num_views)]
 
     def _views(
         self, image: bytes, epoch: int, shard: str, key: str, decoded: bool, error: str | None
     ) -> list[Pixels] | BadSample:
-        """The sample's views, or why there are none."""
+        """Return the sample's views, or why there are none."""
         spec = self._spec
         if error is not None:
             return BadSample(epoch, shard, key, error.partition(":")[0], error)
@@ -151,9 +151,9 @@ def _dtype(data: bytes, shape: tuple[int, ...]) -> type[np.uint8] | type[np.uint
 
 
 def decode_block(table: pa.Table, spec: ViewSpec, num_views: int = 1) -> pa.Table:
-    """Replace the images of a block by the pixels of their views, for `data.decode: cluster`.
+    """Replace a block's images by the pixels of their views, for `data.decode: cluster`.
 
-    A broken one stays encoded: the worker meets it, names it and counts it.
+    A broken image stays encoded, so that the worker finds it, names it and counts it.
     """
     images = table["image"].to_pylist()
     decoded = [False] * len(images)
@@ -173,10 +173,10 @@ def decode_block(table: pa.Table, spec: ViewSpec, num_views: int = 1) -> pa.Tabl
 
 
 def check_place(rows: pa.Table, expected: int, num_rows: int, rank: int) -> None:
-    """Data and weights must be at the same place, or samples would be lost or seen twice."""
+    """Raise an error unless data and weights are at one place, or samples would be lost."""
     found = int(rows["position"][0].as_py())
     if found != expected or len(rows) != num_rows:
-        # No DataError: the workers start again, and if it was a late commit, at one place.
+        # Not a DataError: the workers restart, and after a late commit both are at one place.
         raise RuntimeError(
             f"rank {rank} got samples {found} + {len(rows)} of the run's sequence where "
             f"{expected} + {num_rows} were due: a bug, please report it"
@@ -184,7 +184,7 @@ def check_place(rows: pa.Table, expected: int, num_rows: int, rank: int) -> None
 
 
 def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
-    """What to compute in; None for the weights' own type."""
+    """Return the type to compute in; None for the weights' own type."""
     wanted = precision == "bf16" and device.type == "cuda"
     return torch.bfloat16 if wanted and torch.cuda.is_bf16_supported() else None
 
@@ -194,7 +194,7 @@ U = TypeVar("U")
 
 
 def ahead(items: Iterable[T], function: Callable[[T], U], depth: int) -> Iterator[U]:
-    """`map(function, items)`, computed by one thread up to `depth` results ahead of the reader."""
+    """Compute `map(function, items)` in a thread, up to `depth` results ahead of the reader."""
     iterator = iter(items)
     end = object()
 

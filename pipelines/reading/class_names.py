@@ -1,8 +1,8 @@
-"""What the numbers of classes mean in each folder of shards, and one numbering for several.
+"""Read the class names of each folder of shards, and number several folders' classes alike.
 
-A folder names its classes by its manifest, by classes.json, or by categories.json of boxes. Two
-folders may give a class different numbers. Where both name it, the name decides; numbers alone
-are compared only where names are missing.
+The names are in a folder's manifest, in classes.json, or for boxes in categories.json. Two folders
+may number a class differently. If both have names, the name decides; the numbers are compared only
+where names are missing.
 """
 
 import json
@@ -20,14 +20,14 @@ logger = logging.getLogger(__name__)
 CLASSES_FILE = "classes.json"
 CATEGORIES_FILE = "categories.json"
 
-# Of each folder whose classes have names: the number there to the number of the run.
+# For each folder with class names: its class number to the run's class number.
 Numbers = Mapping[str, Mapping[int, int]]
 
 
 class Classes(NamedTuple):
     """The classes of a run."""
 
-    names: tuple[str, ...]  # in the order of the run's numbers; empty where nothing names them
+    names: tuple[str, ...]  # in the order of the run's numbers; empty if there are no names
     numbers: Numbers
 
 
@@ -36,15 +36,15 @@ def folder_of(shard: str) -> str:
 
 
 def folders_of(shards: Iterable[ShardInfo]) -> list[str]:
-    """The folders that shards lie in, each once, in order."""
+    """List the folders of the shards, each once, in order."""
     return list(dict.fromkeys(folder_of(shard.path) for shard in shards))
 
 
 def read_json_beside(folder: str, name: str) -> tuple[str, Any]:
-    """A JSON file in a folder of shards: its URI, and what it holds; None without one.
+    """Read a JSON file in a folder of shards; return its URI and content, None if missing.
 
     Raises:
-        DataError: it is no JSON.
+        DataError: The file is not JSON.
     """
     uri = storage.join(folder, name)
     if not storage.exists(uri):
@@ -52,14 +52,14 @@ def read_json_beside(folder: str, name: str) -> tuple[str, Any]:
     try:
         return uri, json.loads(storage.read_bytes(uri))
     except ValueError as error:
-        raise DataError(f"{uri}: is no JSON ({error})") from error
+        raise DataError(f"{uri}: not JSON ({error})") from error
 
 
 def read_class_names(shards: Iterable[ShardInfo]) -> dict[str, tuple[str, ...] | None]:
-    """The names of the classes by folder, in the order of their numbers; None without names.
+    """Return class names by folder, in the order of their numbers; None without names.
 
     Raises:
-        DataError: a manifest or classes.json is damaged, or gives two classes one name.
+        DataError: A manifest or classes.json is damaged, or gives two classes the same name.
     """
     return {folder: _class_names(folder) for folder in folders_of(shards)}
 
@@ -82,10 +82,10 @@ def _class_names(folder: str) -> tuple[str, ...] | None:
 
 
 def read_category_names(folder: str) -> dict[int, str]:
-    """Names of the categories of boxes by category_id, as categories.json beside the shards has it.
+    """Return box category names by category_id, from categories.json beside the shards.
 
     Raises:
-        DataError: it is not COCO's list of ids and names.
+        DataError: It is not COCO's list of ids and names.
     """
     uri, listed = read_json_beside(folder, CATEGORIES_FILE)
     try:
@@ -95,7 +95,7 @@ def read_category_names(folder: str) -> dict[int, str]:
 
 
 def united_names(named: Mapping[str, Sequence[str] | None]) -> tuple[str, ...]:
-    """All names that folders give their classes, in the order in which they first come."""
+    """Return all class names of the folders, in the order of their first occurrence."""
     return tuple(dict.fromkeys(name for names in named.values() for name in names or ()))
 
 
@@ -104,13 +104,13 @@ def classes_by_name(
     val: Mapping[str, Sequence[str] | None] = MappingProxyType({}),
     given: Sequence[str] | None = None,
 ) -> Classes:
-    """Number the classes of several folders alike, by their names.
+    """Give the classes of several folders one numbering, by their names.
 
     Args:
-        train: of each folder, its names in the order of its numbers, or None.
-        val: likewise; names that only these have get no number.
-        given: the names of the run; those of `train` where left out. Names of which the folders
-            know none rename the folders' classes, in the folders' order.
+        train: For each folder its names in the order of its numbers, or None.
+        val: In the same form; names that only these have get no number.
+        given: The names of the run; by default those of `train`. If no folder knows any of them,
+            they rename the folders' classes in the folders' order.
     """
     own = united_names(train) or united_names(val)
     names = own if given is None else tuple(given)
@@ -125,11 +125,11 @@ def classes_by_name(
 
 
 def warn_of_unnamed(named: Mapping[str, Sequence[str] | None]) -> None:
-    """Say which folders' numbers have to be taken as they are, beside folders with names."""
+    """Warn about folders whose class numbers are used as they are, beside folders with names."""
     unnamed = [folder for folder, names in named.items() if names is None]
     if unnamed and any(named.values()):
         logger.warning(
-            "%s: nothing names the classes; their numbers are taken to mean what they mean in the "
+            "%s: its classes have no names, so its numbers are assumed to mean the same as in the "
             "other sets. If they do not, put a %s beside the shards",
             ", ".join(unnamed),
             CLASSES_FILE,

@@ -1,8 +1,8 @@
-"""What lies at a place, in a few characters: changes when the data does, not when it is moved.
+"""Fingerprint the data at a location: changes when the data does, not when it is moved.
 
 Shards with a manifest count by its checksums, unless they changed after it was written; a
-checkpoint counts by its own manifest. All else counts by name, size and time of change, for
-reading it all would take as long as using it.
+checkpoint counts by its own manifest. Everything else counts by name, size and time of change,
+because reading all of it would take as long as using it.
 """
 
 import hashlib
@@ -25,16 +25,16 @@ LISTS = (".txt", ".csv", ".tsv")
 def fingerprint(
     spec: str | Sequence[str], *, by_time: bool = False, with_names: bool = True
 ) -> str:
-    """Of what a config's field names: shards, a checkpoint, a folder, a file, or a list of these.
+    """Fingerprint what a config's field names: shards, checkpoint, folder, file, or a list.
 
     Args:
-        spec: as in the config.
-        by_time: shards count by name, size and time, whatever a manifest says of them.
-        with_names: the names of the classes count too, which lie beside the shards.
+        spec: As in the config.
+        by_time: Shards count by name, size and time, whatever a manifest says about them.
+        with_names: The names of the classes, which lie beside the shards, count too.
 
     Raises:
-        ConfigError: nothing is there.
-        StorageError: the store cannot be used.
+        ConfigError: Nothing exists there.
+        StorageError: The store cannot be used.
     """
     hasher = hashlib.sha256()
     for entry in [spec] if isinstance(spec, str) else spec:
@@ -63,7 +63,7 @@ def _facts(entry: str, by_time: bool, with_names: bool) -> Iterator[str]:
         yield from _listed_facts(entry)
     found = storage.list_tree(entry)
     if not found and not storage.exists(entry):
-        raise ConfigError(f"{storage.absolute(entry)}: there is nothing")
+        raise ConfigError(f"{storage.absolute(entry)}: does not exist")
     for name, info in sorted(found.items()):
         yield f"{name} {info.num_bytes} {info.changed_at_ns}"
 
@@ -77,7 +77,7 @@ def _is_checkpoint(manifest: bytes) -> bool:
 
 
 def _listed_facts(entry: str) -> Iterator[str]:
-    """Of each image that a list names, as `mae prepare` takes one."""
+    """Yield facts about each image that a list file names, as `mae prepare` reads it."""
     folder = Path(storage.absolute(entry)).parent
     for line in (_read(entry) or b"").decode(errors="replace").splitlines():
         file = folder / re.split(r"[\t,]", line.strip())[0]
@@ -86,14 +86,14 @@ def _listed_facts(entry: str) -> Iterator[str]:
 
 
 def _shard_facts(shards: Sequence[str], by_time: bool, with_names: bool) -> Iterator[str]:
-    """Of each shard its checksum where a manifest beside it says one that still holds."""
+    """Yield for each shard its checksum, if a manifest beside it has one that is still valid."""
     for folder in dict.fromkeys(shard.rpartition("/")[0] for shard in shards):
         listed = storage.list_tree(folder, deep=False)
         manifest = None if by_time else _manifest_of(folder)
         known = {} if manifest is None else {x.path: x for x in manifest.shards}
         for name in [s.rpartition("/")[2] for s in shards if s.rpartition("/")[0] == folder]:
             info, entry = listed[name], known.get(name)
-            # The manifest is written last: it knows nothing of a tar that changed afterwards.
+            # The manifest is written last, so it does not cover a tar that changed afterwards.
             is_known = (
                 entry is not None
                 and entry.num_bytes == info.num_bytes
@@ -112,10 +112,10 @@ def _shard_facts(shards: Sequence[str], by_time: bool, with_names: bool) -> Iter
 
 
 def shard_facts(shards: Sequence[str]) -> list[storage.FileFacts]:
-    """Return size and time of change of each shard; lists each folder once.
+    """Return size and time of change of each shard, listing each folder once.
 
     Raises:
-        NoShardsError: one is gone.
+        NoShardsError: A shard is gone.
     """
     listed: dict[str, dict[str, storage.FileFacts]] = {}
     facts = []
@@ -134,7 +134,7 @@ def _manifest_of(folder: str) -> Manifest | None:
 
 
 def read_manifest(text: bytes, folder: str) -> Manifest:
-    """Raises: ConfigError: it is damaged."""
+    """Parse a manifest, or raise a ConfigError if it is damaged."""
     try:
         return parse_manifest(text, storage.join(folder, MANIFEST_NAME))
     except DataError as error:
@@ -153,7 +153,7 @@ def _read(uri: str) -> bytes | None:
 
 
 def num_samples(spec: str | Sequence[str]) -> int | None:
-    """Of shards whose manifests say it; None where one does not."""
+    """Return the number of samples that the shards' manifests state; None if one has none."""
     total = 0
     for entry in [spec] if isinstance(spec, str) else spec:
         try:

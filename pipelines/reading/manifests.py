@@ -1,4 +1,4 @@
-"""The manifest of shards that a config names: what `mae prepare` wrote, or what indexing finds."""
+"""Find the manifest of shards that a config names: from `mae prepare`, or by indexing the tars."""
 
 import logging
 from collections import Counter
@@ -27,7 +27,7 @@ _FOLDERS_LOOKED_AT = 5
 
 
 def hint_to_pack(spec: str | tuple[str, ...]) -> str:
-    """Name `mae prepare` where an entry is a folder of images, or of folders of them."""
+    """Suggest `mae prepare` if an entry is a folder of images, or of folders with images."""
     for entry in (spec,) if isinstance(spec, str) else spec:
         names = storage.list_files(entry)
         names += [
@@ -46,7 +46,7 @@ def hint_to_pack(spec: str | tuple[str, ...]) -> str:
 
 
 def read_manifests(shards: list[str], cache_uri: str) -> Manifest:
-    """The manifest of all shards: of each folder its own, or what indexing finds."""
+    """Return the manifest of all shards: each folder's own, or the result of indexing."""
     by_folder: dict[str, list[str]] = {}
     for shard in shards:
         by_folder.setdefault(shard.rpartition("/")[0], []).append(shard)
@@ -63,7 +63,7 @@ def read_manifests(shards: list[str], cache_uri: str) -> Manifest:
 
 
 def _prepared_manifest(folder: str, shards: list[str]) -> Manifest | None:
-    """The manifest that `mae prepare` wrote into the folder, if it covers all of these shards."""
+    """Return the manifest that `mae prepare` wrote into the folder, if it covers these shards."""
     uri = storage.join(folder, MANIFEST_NAME)
     if not storage.exists(uri):
         return None
@@ -97,7 +97,7 @@ def _indexed_manifest(shards: list[str], cache_uri: str) -> Manifest:
     if storage.exists(cached):
         manifest = parse_manifest(storage.read_bytes(cached), cached)
         known = [(s.path, (s.num_bytes, s.changed_at_ns)) for s in manifest.shards]
-        # A damaged tar may have been fetched again to the same size within its time's precision.
+        # A damaged tar may have been replaced by one of equal size and, by rounding, equal time.
         if known == list(zip(shards, facts, strict=True)) and not manifest.damaged:
             return manifest
     logger.info("indexing %d tars without a manifest", len(shards))

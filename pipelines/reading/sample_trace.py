@@ -1,4 +1,4 @@
-"""`debug.sample_trace`: for anyone to check the order of the samples by."""
+"""`debug.sample_trace`: a record by which anybody can check the order of the samples."""
 
 import json
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ import torch.distributed
 
 
 class SampleTrace:
-    """`rank-R.jsonl`: a line for each sample trained on, for anyone to check the order by."""
+    """Writes `rank-R.jsonl`, a line for each sample trained on."""
 
     def __init__(self, folder: str | None, rank: int) -> None:
         self._folder = None if folder is None else Path(folder)
@@ -30,7 +30,7 @@ class SampleTrace:
             self._file.close()
 
     def _next_attempt(self, folder: Path) -> int:
-        """The same number on every rank: one more than the highest in any rank's file."""
+        """Return one more than the highest number in any rank's file, so that all ranks agree."""
         attempts = [0]
         if self._rank == 0:
             for file in folder.glob("rank-*.jsonl"):
@@ -42,7 +42,7 @@ class SampleTrace:
         return shared[0]
 
     def write(self, rows: pa.Table, came: Sequence[bool], step: int) -> None:
-        """The rows of a micro batch that `came`; the others are holes."""
+        """Write the rows of a micro batch for which `came` is True; the others are holes."""
         if self._file is None:
             return
         for row, is_there in zip(

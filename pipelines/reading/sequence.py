@@ -1,10 +1,10 @@
-"""Shards in storage as a Ray Dataset that delivers the run's one fixed sequence of samples.
+"""Read shards as a Ray Dataset that delivers the run's one fixed sequence of samples.
 
 The sequence (`mae_core.data.order`) is cut into windows. One Ray Data task reads one window: a
 ranged read for each piece of a shard in it, permuted, and cut into micro batches. Micro batches
-go round the workers in turn, so a global batch is the same set of samples for any number of
-workers. A task is a pure function of its window: running it again after a lost node gives the
-same rows, and a resumed run starts at its window and opens nothing before.
+go to the workers in turn, so a global batch is the same set of samples for any number of workers.
+A task depends on its window alone: running it again after losing a node gives the same rows, and
+a resumed run starts at its window and opens nothing before it.
 """
 
 import logging
@@ -37,16 +37,16 @@ SCHEMA = pa.schema(
         ("epoch", pa.int32()),
         ("shard", pa.string()),
         ("key", pa.string()),
-        ("image", pa.large_binary()),  # encoded, or the view's pixels where `decoded`
+        ("image", pa.large_binary()),  # encoded, or the views' pixels if `decoded`
         ("decoded", pa.bool_()),
-        ("error", pa.string()),  # "kind: why" of a sample that can't be read; the image is empty
+        ("error", pa.string()),  # "kind: why" for a sample that can't be read; the image is empty
         (
             "target",
             pa.large_binary(),
-        ),  # what `SequencePlan.targets` names, or null
+        ),  # the file that `SequencePlan.targets` selects, or null
     ]
 )
-READ_CPUS = 1  # of a read task; Ray's default, which lets it run read and slicing as one task
+READ_CPUS = 1  # per read task; Ray's default, which lets it run reading and slicing as one task
 BLOCK_BYTES = 16 * 2**20
 _WINDOWS_PER_GROUP = 200
 _LONGEST_REST_S = 0.02
@@ -60,32 +60,32 @@ _LONGEST_REST_S = 0.02
 
 @dataclass(frozen=True, eq=False)
 class SequencePlan:
-    """All that a read task needs to know."""
+    """Everything that a read task needs to know."""
 
     shards: tuple[ShardInfo, ...]
     order: RunOrder | ChainedOrder
-    start: int  # place in the sequence at which reading starts
+    start: int  # position in the sequence at which reading starts
     micro_batch_size: int
     num_workers: int = 1
-    passes_per_block: int = 1  # micro batches of one worker that travel together
-    # Of each shard in the order's counting, which goes through `shards` again and again; None: all.
+    passes_per_block: int = 1  # micro batches of one worker that are sent together
+    # Rows of each shard in the order, which repeats `shards` again and again; None means all.
     rows: tuple[Rows, ...] | None = None
-    targets: tuple[str, ...] = ()  # extensions; the first that is there comes with the image
+    targets: tuple[str, ...] = ()  # extensions; the first one that exists comes with the image
 
     @property
     def can_share_blocks(self) -> bool:
-        """Whether each window holds whole rounds of micro batches, one for each worker."""
+        """Whether each window holds complete rounds of micro batches, one for each worker."""
         return self.order.window % (self.num_workers * self.micro_batch_size) == 0
 
     def read(self, shard: int, first: int, last: int) -> tuple[str, list[Sample | BrokenSample]]:
-        """The path of a shard of the order, and its samples [first, last)."""
+        """Return the path of a shard in the order, and its samples [first, last)."""
         info = self.shards[shard % len(self.shards)]
         rows = range(info.num_samples) if self.rows is None else self.rows[shard]
         return info.path, read_chosen(info, rows[first:last])
 
 
 def read_window(plan: SequencePlan, window: int) -> Iterator[pa.Table]:
-    """The rows of a window from `plan.start` on, in the run's order, a micro batch at a time."""
+    """Yield a window's rows from `plan.start` on, in the run's order, one micro batch at a time."""
     order = plan.order
     rows: list[tuple[int, str, Sample | BrokenSample]] = []
     for epoch, shard, first, last in order.window_segments(window):
@@ -120,23 +120,24 @@ def _image(row: Sample | BrokenSample) -> bytes:
 def sequence_dataset(
     plan: SequencePlan, decode: Callable[[pa.Table], pa.Table] | None = None
 ) -> ray.data.Dataset:
-    """The run from `plan.start` to its end: rows of packed micro batches, see `micro_batches`.
+    """Return the run from `plan.start` to its end as rows of packed micro batches.
 
-    Row i is for worker i modulo `plan.num_workers`. `decode` is applied in the read task.
+    `micro_batches` unpacks them. Row i is for worker i modulo `plan.num_workers`. `decode` is
+    applied in the read task.
     """
     first = plan.order.window_of(plan.start)
-    # One at least, for Ray; a window beyond the end is empty.
+    # Ray needs at least one; a window beyond the end is empty.
     num_windows = max(1, plan.order.num_windows - first)
-    # Numbers in groups, then one by one: a task a window from the start would cost the driver
-    # 2 s and more a thousand windows before the first batch, and a long run has millions.
+    # Numbers come in groups and are then split: one task per window would cost the driver 2 s or
+    # more per thousand windows before the first batch, and a long run has millions.
     num_groups = -(-num_windows // _WINDOWS_PER_GROUP)
     groups = ray.data.range(num_groups, override_num_blocks=num_groups)
     windows = groups.map_batches(
         partial(_windows_of_groups, num_windows=num_windows),
         batch_size=1,
-        num_cpus=0,  # not the reading tasks' 1, or Ray Data would make one task of both
+        num_cpus=0,  # unlike the reading tasks' 1, or Ray Data would merge the two into one task
     ).repartition(target_num_rows_per_block=1, strict=False)
-    # Not strict: nothing is stitched across tasks, and Ray Data runs read and slicing as one task.
+    # Not strict: nothing is stitched across tasks, so Ray Data runs read and slicing as one task.
     return windows.map_batches(
         partial(_read_batch, plan=plan, first=first, decode=decode),
         batch_size=1,
@@ -170,7 +171,7 @@ def _read_batch(
 
 
 def _pack(tables: list[pa.Table]) -> pa.Table:
-    """Several micro batches as one row: Ray Data's cost is by the block (20 to 30 ms)."""
+    """Pack several micro batches into one row, because Ray Data costs 20 to 30 ms per block."""
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, SCHEMA) as writer:
         for table in tables:
@@ -182,7 +183,7 @@ def _pack(tables: list[pa.Table]) -> pa.Table:
 
 
 def micro_batches(rows: Iterable[pa.Table]) -> Iterator[pa.Table]:
-    """A worker's micro batches in their order, of SCHEMA, from its rows of `sequence_dataset`."""
+    """Unpack a worker's micro batches (of SCHEMA), in order, from rows of `sequence_dataset`."""
     for row in rows:
         for block in row["block"]:
             for batch in pa.ipc.open_stream(block.as_buffer()):
@@ -190,17 +191,17 @@ def micro_batches(rows: Iterable[pa.Table]) -> Iterator[pa.Table]:
 
 
 def passes_per_block(plan: SequencePlan, bytes_per_image: float) -> int:
-    """So many micro batches that a block has about BLOCK_BYTES, and a window still has blocks."""
+    """Return how many micro batches give a block of about BLOCK_BYTES within a window."""
     a_round = plan.num_workers * plan.micro_batch_size
     wanted = int(BLOCK_BYTES / max(bytes_per_image * plan.micro_batch_size, 1))
     return max(1, min(wanted, plan.order.window // a_round))
 
 
 class RestingScheduler(ExecutionCallback):
-    """Lets Ray Data's scheduler rest between its steps: short at the start of a run, then longer.
+    """Lets Ray Data's scheduler rest between its steps: briefly at a run's start, longer later.
 
-    Where the reader is slower than the tasks and their output may not be taken yet, Ray 2.60 asks
-    without a pause what may be done: most of a core (ADR 6).
+    If the reader is slower than the tasks and their output can't be taken yet, Ray 2.60 checks
+    without pausing what can be done, which takes most of a core (ADR 6).
     """
 
     def before_execution_starts(self, executor: object) -> None:
@@ -211,7 +212,7 @@ class RestingScheduler(ExecutionCallback):
 
 
 def configure_ray_data() -> None:
-    """Set in the driver: Ray Train copies the driver's options over a dataset's own."""
+    """Set options in the driver, because Ray Train copies them over a dataset's own options."""
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.execution_options.preserve_order = True

@@ -1,7 +1,7 @@
-"""Shard sets in storage: what lies in them, and ranges of their samples.
+"""Open shard sets in storage and read ranges of their samples.
 
-What is read is checked against the index of its shard; a sample that is not what the index says
-comes as a `BrokenSample`.
+Everything that is read is checked against the index of its shard; a sample that does not match its
+index is returned as a `BrokenSample`.
 """
 
 import io
@@ -43,39 +43,39 @@ logger = logging.getLogger(__name__)
 STATS_IMAGES = 2048
 
 
-_READS = 3  # of a range whose checksums are wrong: it may have been the way here
+_READS = 3  # of a range with wrong checksums, because the transfer may have damaged it
 
 
-_MAX_GAP_BYTES = 64 * 2**10  # read and thrown away rather than asked for apart
+_MAX_GAP_BYTES = 64 * 2**10  # smaller gaps are read and discarded instead of a second request
 
 
-Rows = range | npt.NDArray[np.int64]  # of a shard, rising
+Rows = range | npt.NDArray[np.int64]  # row numbers in a shard, rising
 
 
 class ChangedDataError(DataError):
-    """A shard is not what its index says."""
+    """A shard does not match its index."""
 
 
 class BrokenSample(NamedTuple):
-    """A sample whose bytes are not what its index says."""
+    """A sample whose bytes do not match its index."""
 
-    key: str  # its number in the shard, where the key can't be read
+    key: str  # or its number in the shard, if the key can't be read
     error: str  # "kind: why"
 
 
 def open_shards(
     spec: str | tuple[str, ...], cache_uri: str, *, max_bad_ratio: float = 0.0
 ) -> Manifest:
-    """The manifest of the shards that `spec` names, with absolute paths.
+    """Return the manifest of the shards that `spec` names, with absolute paths.
 
-    Ours is read where it lies beside the shards; foreign tars are indexed once, in parallel,
-    and the result is kept under `cache_uri`. Of a damaged one the samples before the damage are
-    taken.
+    The manifest of `mae prepare` is used if it is beside the shards. Other tars are indexed once,
+    in parallel, and the result is kept under `cache_uri`. Of a damaged tar, the samples before the
+    damage are used.
 
     Raises:
         ConfigError: `spec` names a shard twice.
-        NoShardsError: nothing matches.
-        DataError: a larger share of the tars than `max_bad_ratio` is damaged, or no sample has
+        NoShardsError: Nothing matches.
+        DataError: A larger share of the tars than `max_bad_ratio` is damaged, or no sample has
             an image.
     """
     try:
@@ -85,7 +85,7 @@ def open_shards(
     except ValueError as error:
         raise ConfigError(str(error)) from error
     manifest = read_manifests(shards, cache_uri)
-    _index.cache_clear()  # an index may have been written anew
+    _index.cache_clear()  # an index may have been rewritten
     unused = describe_unused(manifest.unused_extensions)
     if manifest.num_samples == 0:
         raise DataError(
@@ -106,9 +106,9 @@ def open_shards(
 
 
 def measure_channel_stats(manifest: Manifest, in_chans: int) -> ChannelStats:
-    """Mean and standard deviation of each channel, over the first images of evenly spread shards.
+    """Compute each channel's mean and deviation from the first images of evenly spread shards.
 
-    For shards without stats of their own. Deterministic; broken images are left out.
+    Used for shards without statistics of their own. Deterministic; skips broken images.
     """
     num_shards = min(len(manifest.shards), 16)
     chosen = np.linspace(0, len(manifest.shards) - 1, num_shards).astype(int)
@@ -135,7 +135,7 @@ def _index(index_uri: str) -> SampleIndex:
 
 
 def _index_of(shard: ShardInfo) -> SampleIndex:
-    """Raises: ChangedDataError: the index is another shard's."""
+    """Read the index, or raise a ChangedDataError if it belongs to another shard."""
     index = _index(shard.index)
     if len(index.offsets) != shard.num_samples + 1 or index.offsets[-1] > shard.num_bytes:
         raise ChangedDataError(f"{shard.index}: does not belong to {shard.path}; index it again")
@@ -143,16 +143,16 @@ def _index_of(shard: ShardInfo) -> SampleIndex:
 
 
 def read_rows(shard: ShardInfo, start: int, stop: int) -> list[Sample]:
-    """Those of samples [start, stop) of a shard that are whole, by one ranged read."""
+    """Read samples [start, stop) of a shard with one ranged request and return the intact ones."""
     rows = read_samples(shard, start, stop)
     return [row for row in rows if isinstance(row, Sample)]
 
 
 def read_samples(shard: ShardInfo, start: int, stop: int) -> list[Sample | BrokenSample]:
-    """Samples [start, stop) of a shard, by one ranged read; by more where a checksum is wrong.
+    """Read samples [start, stop) of a shard with one ranged request, or more on wrong checksums.
 
     Raises:
-        ChangedDataError: the index is another shard's.
+        ChangedDataError: The index belongs to another shard.
     """
     if start == stop:
         return []
@@ -180,7 +180,7 @@ def _is_whole(
 
 
 def _parse(data: bytes, path: str, first: int) -> list[Sample]:
-    """Samples in a range of a tar, with their offsets in the whole; none if it is damaged."""
+    """Parse the samples in a range of a tar, with offsets in the whole tar; [] if it is damaged."""
     try:
         samples = list(iter_samples(io.BytesIO(data), path, lenient=True))
     except DataError:
@@ -196,20 +196,20 @@ def _read_one(
     offsets: npt.NDArray[np.int64],
     checksums: npt.NDArray[np.int64] | None,
 ) -> Sample | BrokenSample:
-    """Sample `start + number` of a shard, from the bytes of those from `start` on."""
+    """Read sample `start + number` of a shard from `data`, which begins with sample `start`."""
     first = int(offsets[0])
     piece = data[int(offsets[number]) - first : int(offsets[number + 1]) - first]
     found = _parse(piece, path, int(offsets[number]))
     key = found[0].key if found else f"#{start + number}"
     if checksums is not None and zlib.crc32(piece) != checksums[number]:
-        return BrokenSample(key, "checksum: the bytes are not those that were packed")
+        return BrokenSample(key, "checksum: the bytes differ from those that were packed")
     if not found or found[0].offset != offsets[number]:
         return BrokenSample(key, f"damaged: the tar changed or broke at byte {offsets[number]}")
     return found[0]
 
 
 def read_chosen(shard: ShardInfo, rows: Rows) -> list[Sample | BrokenSample]:
-    """Rising rows of a shard; those that lie near each other by one ranged read."""
+    """Read rows of a shard in rising order, with one ranged request for rows close together."""
     if isinstance(rows, range):
         return read_samples(shard, rows.start, rows.stop)
     if not len(rows):
@@ -224,7 +224,7 @@ def read_chosen(shard: ShardInfo, rows: Rows) -> list[Sample | BrokenSample]:
 
 
 def target_of(row: Sample | BrokenSample, extensions: tuple[str, ...]) -> bytes | None:
-    """What belongs to an image: the first of `extensions` that is there."""
+    """Return the file that belongs to an image: the first of `extensions` that exists."""
     if isinstance(row, BrokenSample):
         return None
     return next((row.parts[name] for name in extensions if name in row.parts), None)

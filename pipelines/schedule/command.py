@@ -1,12 +1,12 @@
-"""`mae schedule`: run pipelines at times, or when there is new data.
+"""`mae schedule`: run pipelines at set times, or when there is new data.
 
-serve              fire what is due, until it is stopped; runs go on then
-once               one pass over what is due, for systemd, cron or Kubernetes
-next               the next times, local and in UTC
-pause, resume      a schedule; what passed while it was paused never fires
-list               schedules and how they are
-backfill           ticks of the past, one after another; those that ran are left out
-render             Kubernetes manifests
+serve              start due runs until it is stopped; runs continue after that
+once               check once for due runs, for systemd, cron or Kubernetes
+next               show the next times, local and in UTC
+pause, resume      pause a schedule; ticks that pass meanwhile never fire
+list               show the schedules and their states
+backfill           run ticks of the past one after another, except those that ran
+render             write Kubernetes manifests
 """
 
 import argparse
@@ -41,7 +41,7 @@ FAILED = 1  # exit code of a backfill in which a run failed
 
 
 def command(words: Sequence[str]) -> int:
-    """`mae schedule WORDS`; returns the exit code."""
+    """Run `mae schedule WORDS`; return the exit code."""
     arguments = _parse(words)
     driver.check_paths([("--root", arguments.root)])
     if arguments.action == "serve":
@@ -56,7 +56,7 @@ def command(words: Sequence[str]) -> int:
             _say(line)
             has_done = True
         if not has_done:
-            # Not on stdout: cron would send a mail at each of its calls.
+            # Not to stdout, because cron would send a mail for each call.
             logger.info("%s", _nothing_due(chosen, arguments.root))
         return 0
     if arguments.action == "backfill":
@@ -94,7 +94,7 @@ def _parse(words: Sequence[str]) -> argparse.Namespace:
     for name in ("once", "next"):
         added[name].add_argument("--name", help="only this schedule")
     added["once"].add_argument(
-        "--wait", action="store_true", help="go on until no tick waits for another, or its jitter"
+        "--wait", action="store_true", help="continue until no tick waits for another or its jitter"
     )
     added["next"].add_argument("-n", dest="count", type=int, default=5, help="how many; default: 5")
     for name in ("pause", "resume", "backfill"):
@@ -113,7 +113,7 @@ def _day(text: str) -> date:
     try:
         return date.fromisoformat(text)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no day; write 2027-03-28") from None
+        raise argparse.ArgumentTypeError(f"{text!r} is not a day; write 2027-03-28") from None
 
 
 def _say(text: str) -> None:
@@ -123,7 +123,7 @@ def _say(text: str) -> None:
 
 def _pause(schedule: Schedule, root: str, *, is_paused: bool) -> None:
     write_pause(root, schedule.name, Pause(is_paused=is_paused, at=now_utc()))
-    what = "is paused" if is_paused else "fires again; what passed meanwhile does not"
+    what = "is paused" if is_paused else "fires again, except for ticks that passed meanwhile"
     _say(f"{schedule.name} {what}")
 
 
@@ -143,7 +143,7 @@ def _next_rows(schedules: Iterable[Schedule], root: str, count: int) -> Iterator
 
 
 def _nothing_due(schedules: Iterable[Schedule], root: str) -> str:
-    """Say why a pass did nothing: what is off or paused, and which schedule fires next."""
+    """Explain why nothing was due: what is off or paused, and which schedule fires next."""
     counts: Counter[str] = Counter()
     ticks: list[tuple[datetime, str]] = []
     for schedule in schedules:
@@ -198,7 +198,7 @@ def _table(rows: Iterable[list[str]]) -> str:
 
 
 def _backfill(schedule: Schedule, root: str, start: date, end: date) -> int:
-    """Both days are included, in the schedule's time zone; nothing after now."""
+    """Run the ticks from one day to another, inclusive, in the schedule's zone, up to now."""
     if schedule.cron is None:
         raise ConfigError(f"{schedule.name}: new_data has no ticks in the past; use `mae run`")
     zone = ZoneInfo(schedule.time_zone)
@@ -253,7 +253,7 @@ def _render(schedules: Iterable[Schedule], arguments: argparse.Namespace) -> Non
 
 
 def _cron_job(schedule: Schedule, config: ClusterConfig, file: Path) -> Manifest:
-    """Its pod makes the pass that fires the tick; the state is in the object store."""
+    """Render a CronJob whose pod makes the pass that fires; its state is in the object store."""
     if file.is_absolute():
         raise ConfigError(f"--file {file}: give it relative to the project, as the image has it")
     once = ["mae", "schedule", "once", "--name", schedule.name, "--file", file.as_posix(), "--wait"]
@@ -276,7 +276,7 @@ def _cron_job(schedule: Schedule, config: ClusterConfig, file: Path) -> Manifest
 
 
 def _every(seconds: float) -> str:
-    """The nearest that cron can say."""
+    """Return the nearest interval that cron can express."""
     minutes = max(1, round(seconds / 60))
     return f"*/{minutes} * * * *" if minutes < 60 else f"0 */{min(minutes // 60, 23)} * * *"
 
@@ -284,11 +284,11 @@ def _every(seconds: float) -> str:
 def _ray_cron_job(schedule: Schedule, config: ClusterConfig) -> Manifest:
     if schedule.cron is None:
         raise ConfigError(
-            f"{schedule.name}: RayCronJob knows no new_data; leave --ray-cron-job out"
+            f"{schedule.name}: RayCronJob does not support new_data; leave out --ray-cron-job"
         )
     if any(mark in word for word in schedule.words for mark in TICK_WORDS):
         raise ConfigError(
-            f"{schedule.name}: RayCronJob knows no {{tick}}; leave --ray-cron-job out"
+            f"{schedule.name}: RayCronJob does not support {{tick}}; leave out --ray-cron-job"
         )
     return render_ray_cron_job(
         schedule.name,

@@ -1,4 +1,4 @@
-"""The file of schedules: which pipeline runs when, or on what data.
+"""The file of schedules: which pipeline runs when, or for which new data.
 
 Imports no torch, Ray or MLflow.
 """
@@ -21,7 +21,7 @@ from pipelines.config.fields import did_you_mean
 from pipelines.config.loading import near_file, read_config_file, shown
 from pipelines.outcome import ConfigError
 
-NAME_PATTERN = r"^[a-z]([-a-z0-9]*[a-z0-9])?$"  # Kubernetes' and Ray's names begin with it
+NAME_PATTERN = r"^[a-z]([-a-z0-9]*[a-z0-9])?$"  # becomes a prefix of Kubernetes and Ray names
 CRON_HINT = "minute hour day month weekday, such as '30 2 * * *' or '*/15 8-18 * * MON-FRI'"
 TICK_WORDS = ("{tick}", "{tick_date}")
 _ANY_TIME = datetime(2027, 1, 1, tzinfo=UTC)
@@ -29,11 +29,11 @@ _ANY_TIME = datetime(2027, 1, 1, tzinfo=UTC)
 
 class NewDataConfig(StrictConfig):
     path: str
-    """Folder or s3://bucket/prefix to watch, with all below it."""
+    """Folder or s3://bucket/prefix to watch, including subfolders."""
     settle_s: float = Field(default=300.0, ge=0)
-    """It fires when the files have stayed as they are for so long."""
+    """Seconds for which the files must be unchanged before it fires."""
     poll_s: float = Field(default=60.0, gt=0)
-    """Time between two looks."""
+    """Seconds between two checks."""
 
     @field_validator("path")
     @classmethod
@@ -44,37 +44,38 @@ class NewDataConfig(StrictConfig):
 
 class Schedule(StrictConfig):
     name: str = Field(pattern=NAME_PATTERN, max_length=35)
-    """Starts the ids of its runs: a-z, 0-9 and -."""
+    """Prefix of the ids of its runs: a-z, 0-9 and -."""
     chain: str
     """The pipeline's file, as for `mae run`."""
     words: tuple[str, ...] = ()
-    """Further words of `mae run`, such as pretrain.optim.epochs=5. `{tick}` becomes the time of
-    the tick (2027-03-28T01:00:00Z), `{tick_date}` its day in `time_zone` (2027-03-28)."""
+    """Additional words of `mae run`, such as pretrain.optim.epochs=5. `{tick}` is replaced by the
+    time of the tick (2027-03-28T01:00:00Z), `{tick_date}` by its day in `time_zone`
+    (2027-03-28)."""
     cron: str | None = None
     """Minute, hour, day of the month, month, day of the week."""
     time_zone: str = "UTC"
-    """Where `cron`'s clock hangs, such as Europe/Berlin."""
+    """Time zone of `cron`, such as Europe/Berlin."""
     new_data: NewDataConfig | None = None
     """Instead of `cron`: run when there is new data."""
     overlap: Literal["skip", "queue", "replace"] = "skip"
-    """What a tick does while the run before it still goes on: nothing, wait, or stop that run."""
+    """What a tick does while the previous run is still active: nothing, wait, or stop that run."""
     catch_up: Literal["none", "latest", "all"] = "latest"
-    """Which of the ticks that passed while no scheduler ran are run: none, the last, or all, one
+    """Which of the ticks that passed while no scheduler ran are run: none, the latest, or all, one
     after another."""
     jitter_s: int = Field(default=0, ge=0, le=3600)
-    """A tick waits up to so long, the same time whoever asks, so that not all start at once."""
+    """Longest delay of a tick in seconds, fixed for each tick, so that not all start at once."""
     enabled: bool = True
-    """Whether it fires."""
+    """Whether the schedule fires."""
 
     @field_validator("words")
     @classmethod
     def _hold_no_secret(cls, words: tuple[str, ...]) -> tuple[str, ...]:
-        """Refuse a password: words are arguments of a process, which all users can list."""
+        """Refuse a password: words are a process's arguments, which all users can list."""
         for number, word in enumerate(words):
             if (shown := redact(word)) != word:
                 raise ValueError(
-                    f"word {number + 1} ({shown}) holds a password, which everyone on the machine "
-                    "would see; give it by the environment, such as MLFLOW_TRACKING_USERNAME and "
+                    f"word {number + 1} ({shown}) contains a password, which everyone on the "
+                    "machine would see; set it in the environment, such as MLFLOW_TRACKING_USERNAME and "
                     "MLFLOW_TRACKING_PASSWORD"
                 )
         return words
@@ -107,20 +108,20 @@ class Schedule(StrictConfig):
 
     @property
     def trigger(self) -> str:
-        """What ticks follow from: when it changes, those before do not count."""
+        """Determines the ticks: when it changes, earlier ticks do not count."""
         on = f"{self.cron} {self.time_zone}" if self.new_data is None else self.new_data.path
         return on if self.enabled else f"off: {on}"
 
 
 class ScheduleFile(StrictConfig):
-    """What the file holds."""
+    """The content of the file."""
 
     schedules: tuple[Schedule, ...]
-    """Each with a name of its own."""
+    """The schedules, each with a unique name."""
 
 
 def check_cron(cron: str) -> None:
-    """Raises: ValueError: not five fields of cron."""
+    """Raise a ValueError if the text is not five cron fields."""
     if len(cron.split()) != 5:
         raise ValueError(f"has {len(cron.split())} fields, not 5: {CRON_HINT}")
     try:
@@ -130,10 +131,10 @@ def check_cron(cron: str) -> None:
 
 
 def load_schedules(file: Path) -> list[Schedule]:
-    """Read the file, and look that the pipelines' files are there.
+    """Read the file, and check that the pipelines' files exist.
 
     Raises:
-        ConfigError: names file, line, schedule and key of each mistake, and what to write.
+        ConfigError: Names file, line, schedule and key of each mistake, and what to write.
     """
     entries, lines = _read_entries(file)
     mistakes: list[str] = []
@@ -154,14 +155,14 @@ def load_schedules(file: Path) -> list[Schedule]:
             mistakes.append(f"{place}: chain: no such file {schedule.chain}{near}")
         schedules.append(schedule)
     twice = [name for name, count in Counter(x.name for x in schedules).items() if count > 1]
-    mistakes += [f"{file}: two schedules are called {name}; rename one" for name in twice]
+    mistakes += [f"{file}: two schedules have the name {name}; rename one" for name in twice]
     if mistakes:
         raise ConfigError("\n".join(mistakes))
     return schedules
 
 
 def find_schedule(schedules: list[Schedule], name: str) -> Schedule:
-    """Raises: ConfigError: there is none of that name."""
+    """Return the schedule with a name, or raise a ConfigError if there is none."""
     for schedule in schedules:
         if schedule.name == name:
             return schedule
@@ -171,17 +172,17 @@ def find_schedule(schedules: list[Schedule], name: str) -> Schedule:
 
 
 def _read_entries(file: Path) -> tuple[list[Any], list[int]]:
-    """The entries below `schedules:`, and the line of each."""
+    """Return the entries below `schedules:`, and the line of each."""
     if not file.exists():
         raise ConfigError(
-            f"{file}: no such file; write one as configs/schedules.yaml, or give --file FILE"
+            f"{file}: no such file; write one like configs/schedules.yaml, or give --file FILE"
         )
     values, lines = read_config_file(file)
     if list(values) != ["schedules"]:
-        raise ConfigError(f"{file}: has not one key, `schedules:`, with a list below it")
+        raise ConfigError(f"{file}: needs exactly one key, `schedules:`, with a list below it")
     entries = values["schedules"]
     if not isinstance(entries, list):
-        raise ConfigError(f"{file} schedules: is no list; begin each with `- name: ...`")
+        raise ConfigError(f"{file} schedules: is not a list; begin each with `- name: ...`")
     return entries, [lines[f"schedules.{number}"] for number in range(len(entries))]
 
 

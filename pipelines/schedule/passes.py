@@ -1,4 +1,4 @@
-"""A scheduler's passes over its schedules: once, or again and again."""
+"""The passes of a scheduler over its schedules, once or repeatedly."""
 
 import logging
 import signal
@@ -29,7 +29,7 @@ from pipelines.schedule.times import (
 
 logger = logging.getLogger(__name__)
 
-# Between two passes at most: how soon an edit, a pause or the end of a run is seen.
+# Longest time between two passes, in which an edit, a pause or the end of a run is noticed.
 PASS_S = 15.0
 SHORTEST_WAIT_S = 0.2
 ONCE_POLL_S = 2.0
@@ -46,12 +46,12 @@ def run_pass(
     on_time: timedelta = timedelta(),
     others: Sequence[str] = (),
 ) -> tuple[State, list[str]]:
-    """Do what is due; returns the new state, and a line for each thing done.
+    """Do what is due; return the new state, and a line for each action.
 
-    `others` are schedules of the same pipeline, of which one run at a time can be at work.
+    `others` are schedules of the same pipeline, of which only one run can be active at a time.
 
     Raises:
-        StorageError: something did not work; what was done before it is kept.
+        StorageError: Something failed; what was done before is kept.
     """
     pause, before = read_pause(root, schedule.name), read_state(root, schedule.name)
     seen = ""
@@ -95,7 +95,7 @@ def _is_running(root: str, name: str) -> bool:
 
 
 def others_of(schedule: Schedule, schedules: Iterable[Schedule]) -> list[str]:
-    """Names of the other schedules of the same pipeline."""
+    """Return the names of the other schedules of the same pipeline."""
     same = (x for x in schedules if Path(x.chain).resolve() == Path(schedule.chain).resolve())
     return [x.name for x in same if x.name != schedule.name]
 
@@ -111,10 +111,10 @@ def _carry_out(root: str, schedule: Schedule, state: State, decision: Decision) 
 
 
 def serve(file: Path, root: str) -> int:
-    """Pass over the schedules of a file, as it is by then, until SIGTERM or Ctrl-C."""
+    """Make passes over a file's schedules, rereading it each time, until SIGTERM or Ctrl-C."""
     schedules, begin = load_schedules(file), now_utc()
     told: dict[str, str] = {}
-    wakes: dict[str, datetime] = {}  # when each is looked at next
+    wakes: dict[str, datetime] = {}  # when each schedule is checked next
     with _until_signal() as stopped:
         logger.info("serving %d schedules of %s, state in %s", len(schedules), file, root)
         while not stopped.is_set():
@@ -127,13 +127,13 @@ def serve(file: Path, root: str) -> int:
                 ((wakes[x.name] - now_utc()).total_seconds() for x in schedules), default=PASS_S
             )
             stopped.wait(min(max(wait_s, SHORTEST_WAIT_S), PASS_S))
-    logger.info("stopped; runs go on")
+    logger.info("stopped; active runs continue")
     return 0
 
 
 @contextmanager
 def _until_signal() -> Iterator[threading.Event]:
-    """Set by SIGTERM and Ctrl-C."""
+    """Yield an event that is set by SIGTERM and Ctrl-C."""
     stopped = threading.Event()
     numbers = (signal.SIGTERM, signal.SIGINT)
     before = {number: signal.signal(number, lambda *_: stopped.set()) for number in numbers}
@@ -148,7 +148,7 @@ def _reload(file: Path, last: list[Schedule], told: dict[str, str]) -> list[Sche
     try:
         schedules = load_schedules(file)
     except ConfigError as error:
-        _tell_once(told, "", f"{error}\nthe schedules as they were are used until it is mended")
+        _tell_once(told, "", f"{error}\nthe previous schedules stay in use until it is corrected")
         return last
     told.pop("", None)
     return schedules
@@ -157,7 +157,7 @@ def _reload(file: Path, last: list[Schedule], told: dict[str, str]) -> list[Sche
 def _pass_and_wake(
     root: str, schedule: Schedule, others: Sequence[str], told: dict[str, str]
 ) -> datetime:
-    """One pass; returns when the next is due. A fault is told, and tried again."""
+    """Make one pass; return when the next is due. An error is logged, and tried again."""
     now = now_utc()
     try:
         _log(run_pass(root, schedule, now, others=others)[1])
@@ -180,18 +180,19 @@ def _tell_once(told: dict[str, str], about: str, text: str) -> None:
 def once(
     schedules: Sequence[Schedule], root: str, name: str | None = None, *, is_patient: bool
 ) -> Iterator[str]:
-    """A pass over each; gives a line for each thing done.
+    """Make a pass over each schedule; yield a line for each action.
 
-    A first look counts what is just due: Kubernetes calls at the tick.
+    A schedule seen for the first time counts what is just due, because Kubernetes calls at the
+    tick.
 
     Args:
-        schedules: a fault of one does not keep the others from their turn.
-        root: of the storage.
-        name: of the only one to pass over.
-        is_patient: go on until no tick waits for another, or for its jitter.
+        schedules: An error in one does not affect the others.
+        root: Root of the storage.
+        name: The only schedule to check; None for all.
+        is_patient: Continue until no tick waits for another or for its jitter.
 
     Raises:
-        StorageError: something did not work.
+        StorageError: Something failed.
     """
     waiting = [schedule for schedule in schedules if name in (None, schedule.name)]
     while waiting:

@@ -1,13 +1,13 @@
-"""Start, watch and stop what schedules run, each tick once, whoever else tries the same.
+"""Start, watch and stop the runs of schedules; each tick starts only once, even with competitors.
 
     <root>/schedules/<name>/
-      state.json         what the scheduler knows (schedule_times.State)
+      state.json         what the scheduler knows (schedule.times.State)
       pause.json         the last `mae schedule pause` or `resume`
-      ticks/<id>.json    this tick was started: where, when
+      ticks/<id>.json    written when this tick was started: where, when
       runs/<id>.log      output of a local process, beside its .exit code
 
-On a Ray cluster the id is the job's, and Ray refuses a second job of one id. A local process is
-started by whoever could create `ticks/<id>.json`.
+On a Ray cluster the id is the job's id, and Ray refuses a second job with the same id. A local
+process is started by whoever succeeds in creating `ticks/<id>.json`.
 """
 
 import importlib
@@ -41,17 +41,17 @@ from pipelines.schedule.times import Pause, State, Tick
 
 logger = logging.getLogger(__name__)
 
-RAY_VARIABLES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")  # as Ray itself looks for them
+RAY_VARIABLES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")  # in Ray's own order
 TICK_VARIABLE = "MAE_SCHEDULE_TICK"
-# Not sent to the cluster; .gitignore is heeded beside it. With a slash: mae_core/data is code.
+# Not sent to the cluster, in addition to .gitignore. The slash matters: mae_core/data is code.
 EXCLUDES = ["/.venv", "/.git", "/runs", "/data", "/.services", "/tests", "/docs", "/benchmarks"]
 AGENT_WAIT_S = 60.0  # a node's agent answers some seconds after its head does
 STOP_GRACE_S = 60.0
 POLL_S = 0.5
 STARTING = timedelta(minutes=1)
-# A run that nobody can tell anything of (its machine or cluster is gone) counts as failed then.
+# A run whose state cannot be determined for this long (its machine or cluster is gone) has failed.
 UNHEARD_OF = timedelta(days=1)
-# Stays until the end to write the exit code, and hands SIGTERM on.
+# Waits for the process to write its exit code, and forwards SIGTERM.
 SUPERVISOR = """
 cd "$1" || exit 5
 exit_file=$2; shift 2
@@ -68,17 +68,17 @@ ConfigT = TypeVar("ConfigT", bound=StrictConfig)
 
 
 class Submission(StrictConfig):
-    """What `ticks/<id>.json` holds."""
+    """The content of `ticks/<id>.json`."""
 
     id: str
     submitted_at: datetime
     where: Literal["ray", "local"]
     host: str
-    """Of a local process; else the one that submitted."""
+    """Host of the local process, or host that submitted the Ray job."""
     log: str
     """Its output: a file, or a command that shows it."""
     token: str = Field(default_factory=lambda: secrets.token_hex(8))
-    """Tells two that started the same apart."""
+    """Distinguishes two schedulers that started the same tick."""
 
 
 def folder_of(root: str, name: str) -> str:
@@ -114,15 +114,15 @@ def _write(uri: str, config: StrictConfig) -> None:
 
 
 def _read(uri: str, config_type: type[ConfigT]) -> ConfigT | None:
-    way_out = "delete it: its schedule then begins anew, and no tick that ran runs again"
+    way_out = "delete it: its schedule then starts over, and no tick that ran runs again"
     return read_own(uri, config_type, way_out)
 
 
 def submit(root: str, schedule: Schedule, tick: Tick) -> Submission | None:
-    """Start a tick's run; None if it was started before, by us or by another.
+    """Start a tick's run; None if it was started before, by us or by another scheduler.
 
     Raises:
-        StorageError: it could not be started; another try may do.
+        StorageError: It could not be started; a retry may help.
     """
     if storage.exists(_tick_file(root, schedule.name, tick.id)):
         return None
@@ -149,12 +149,12 @@ def _submit_to_ray(root: str, name: str, tick: Tick, words: list[str]) -> Submis
     given = {key: value for key, value in os.environ.items() if key.startswith("MAE__")}
     if leaks := [key for key, value in given.items() if redact(value) != value]:
         raise storage.StorageError(
-            f"{leaks[0]} holds a password, which everyone who sees the job would see; give it to "
-            "the cluster, such as by MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD",
+            f"{leaks[0]} contains a password, which everyone who sees the job would see; give it "
+            "to the cluster, such as by MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD",
             is_lasting=True,
         )
     commit = git_commit()
-    # No keys: whoever sees the job sees its environment, and the cluster has its own.
+    # No keys: whoever sees the job sees its environment, and the cluster has keys of its own.
     variables = {**given, TICK_VARIABLE: tick.id, **({"MAE_GIT_COMMIT": commit} if commit else {})}
     runtime_env = {"working_dir": str(Path.cwd()), "excludes": EXCLUDES, "env_vars": variables}
     new = Submission(
@@ -183,7 +183,7 @@ def _submit_to_ray(root: str, name: str, tick: Tick, words: list[str]) -> Submis
 
 
 def _until_an_agent_is_there() -> tenacity.Retrying:
-    """Try again while a head that has just started knows no node that could run a job."""
+    """Retry while a head that has just started has no node yet that could run a job."""
     return tenacity.Retrying(
         retry=tenacity.retry_if_exception_message(match=".*No available agent"),
         stop=tenacity.stop_after_delay(AGENT_WAIT_S),
@@ -203,9 +203,9 @@ def _ray_errors(action: str) -> Iterator[None]:
 
 
 def _ray_client() -> Any:
-    """By name: what runs locally needs no Ray."""
+    """Import by name, because local runs need no Ray."""
     client = importlib.import_module("ray.job_submission").JobSubmissionClient
-    # It would tell of each file that it does not take along.
+    # It would log each file that it leaves out.
     logging.getLogger("ray").setLevel(logging.ERROR)
     return client()
 
@@ -234,15 +234,15 @@ def _start_local(root: str, name: str, tick: Tick, words: list[str]) -> Submissi
 
 
 def local_folder(root: str, name: str) -> Path:
-    """Logs and exit codes of local processes stay on their machine."""
+    """Return the folder of logs and exit codes of local processes, which stay on their machine."""
     place = "runs" if storage.is_remote(root) else root
     return Path(folder_of(storage.absolute(place), name)) / "runs"
 
 
 def status(root: str, name: str, tick_id: str) -> Status:
-    """Raises: StorageError: it cannot be told."""
+    """Return the state of a run, or raise a StorageError if it cannot be determined."""
     submission = read_submission(root, name, tick_id)
-    if submission is None:  # given back: it could not be started
+    if submission is None:  # removed, because it could not be started
         return "failed"
     age = datetime.now(UTC) - submission.submitted_at
     try:
@@ -252,7 +252,7 @@ def status(root: str, name: str, tick_id: str) -> Status:
     except storage.StorageError as error:
         if age < UNHEARD_OF:
             raise
-        logger.warning("%s counts as failed: not heard of for a day (%s)", tick_id, error)
+        logger.warning("%s counts as failed: no answer for a day (%s)", tick_id, error)
         return "failed"
 
 
@@ -261,7 +261,7 @@ def _ray_status(tick_id: str) -> Status:
         try:
             found = _ray_client().get_job_status(tick_id)
         except RuntimeError as error:
-            if "404" in str(error):  # a cluster that began anew since
+            if "404" in str(error):  # the cluster has been recreated since
                 return "failed"
             raise
     if not found.is_terminal():
@@ -275,7 +275,7 @@ def _local_status(submission: Submission, folder: Path, age: timedelta) -> Statu
             f"{submission.id} was started on {submission.host}, and only that machine can tell "
             "whether it still runs; run one scheduler, or a Ray cluster (RAY_API_SERVER_ADDRESS)"
         )
-    # In this order: the code is written before the process ends.
+    # In this order, because the exit code is written before the process ends.
     is_alive = find_process(folder, submission.id) is not None
     exit_file = folder / f"{submission.id}.exit"
     if exit_file.exists():
@@ -287,7 +287,8 @@ def _local_status(submission: Submission, folder: Path, age: timedelta) -> Statu
 def stop(root: str, name: str, tick_id: str) -> None:
     """Stop a run and wait for its end.
 
-    Raises: StorageError: it does not stop.
+    Raises:
+        StorageError: It does not stop.
     """
     submission = read_submission(root, name, tick_id)
     if submission is None:
@@ -300,12 +301,12 @@ def stop(root: str, name: str, tick_id: str) -> None:
     deadline_s = time.monotonic() + STOP_GRACE_S
     while status(root, name, tick_id) == "running":
         if time.monotonic() > deadline_s:
-            raise storage.StorageError(f"{tick_id} does not stop within {STOP_GRACE_S:.0f} s")
+            raise storage.StorageError(f"{tick_id} did not stop within {STOP_GRACE_S:.0f} s")
         time.sleep(POLL_S)
 
 
 def _create(uri: str, config: StrictConfig) -> bool:
-    """Write a file that must not be there yet; False if it is."""
+    """Write a new file; return False if it exists already."""
     data = json.dumps(config.model_dump(mode="json"), indent=1).encode()
     if storage.is_remote(uri):
         return _create_object(uri, data)
@@ -314,7 +315,7 @@ def _create(uri: str, config: StrictConfig) -> bool:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial.write_bytes(data)
-        # A link is refused where there is a file, and what it links is whole.
+        # Linking fails if the file exists, and the linked content is complete.
         path.hardlink_to(partial)
     except FileExistsError:
         return False
@@ -326,5 +327,5 @@ def _create(uri: str, config: StrictConfig) -> bool:
 
 
 def _create_object(uri: str, data: bytes) -> bool:
-    # Refused, it is ours all the same if it was sent again after the answer was lost.
+    # If refused, it is still ours if a retry followed a write whose answer got lost.
     return put_if(uri, data, IfNoneMatch="*") is not None or storage.read_bytes(uri) == data

@@ -1,10 +1,9 @@
-"""When a schedule fires: what is due, what was missed, what has to wait. No clock, no files.
+"""Decide when a schedule fires: what is due, missed, or has to wait. Uses no clock and no files.
 
-A pass of a scheduler is `look`, `ended` if the run has, `decide`, and `advance` for each decision
-that was carried out.
-All times are in UTC. Fixed times of a day fire once a day through both clock changes (cronsim, as
-Debian's cron); with `*` in minute or hour, it is the clock's hands that count: each hour that the
-clock shows, the one shown twice twice.
+A scheduler's pass is `look`, then `ended` if the run has ended, `decide`, and `advance` for each
+decision that was carried out. All times are in UTC. Fixed times of a day fire once a day through
+both clock changes (cronsim, like Debian's cron). With `*` in minute or hour, the local clock
+counts: each hour that it shows fires, and the hour that it shows twice fires twice.
 """
 
 import hashlib
@@ -20,16 +19,16 @@ from infra.storage import FileFacts
 from mae_core.config import StrictConfig
 from pipelines.schedule.config import Schedule
 
-# A tick that is found later was missed: no scheduler ran, or it could not submit.
+# A tick found later than this was missed: no scheduler ran, or submitting failed.
 LATE = timedelta(minutes=5)
-# Ticks of a long downtime that `catch_up: all` runs; of more, the latest.
+# Number of ticks after a long downtime that `catch_up: all` runs; of more, the latest.
 MAX_QUEUED = 1000
-ID_CHARS = 12  # of a fingerprint
+ID_CHARS = 12  # length of a fingerprint in an id
 
 
 class Tick(NamedTuple):
     id: str
-    at: datetime | None  # None: new data
+    at: datetime | None  # None for new data
 
 
 Kind = Literal["fire", "replace", "queue", "skip", "miss"]
@@ -42,27 +41,27 @@ class Decision(NamedTuple):
 
 
 class Pause(StrictConfig):
-    """The last word of a person: `mae schedule pause` or `resume`."""
+    """The last `mae schedule pause` or `resume`."""
 
     is_paused: bool = False
     at: datetime = datetime.min.replace(tzinfo=UTC)
 
 
 class State(StrictConfig):
-    """What a scheduler knows of a schedule."""
+    """What a scheduler knows about a schedule."""
 
     trigger: str
     handled_until: datetime
     queued: tuple[datetime, ...] = ()
     running: str | None = None
-    """Id of the run that goes on, as far as is known."""
+    """Id of the active run, as far as is known."""
     last: str = ""
     """Id of the last run that ended, and how."""
     seen: str = ""
-    """Fingerprint of the data, and since when it is so."""
+    """Fingerprint of the data that was seen last; `seen_at` is when it appeared."""
     seen_at: datetime = datetime.min.replace(tzinfo=UTC)
     fired: str = ""
-    """Fingerprint that the last run was for."""
+    """Fingerprint for which the last run was started."""
 
 
 def look(
@@ -74,10 +73,10 @@ def look(
     seen: str = "",
     on_time: timedelta = timedelta(),
 ) -> State:
-    """The state that `decide` is asked with; `seen` is the fingerprint of the data there now.
+    """Return the state to pass to `decide`; `seen` is the fingerprint of the current data.
 
-    What passed before a schedule was first looked at (but for `on_time`), while it was off, or
-    while it was paused, never fires.
+    Ticks never fire if they passed before the schedule was first seen (except within `on_time`),
+    while it was off, or while it was paused.
     """
     is_new = state is None or state.trigger != schedule.trigger
     if state is None or is_new:
@@ -95,9 +94,9 @@ def look(
 def decide(
     schedule: Schedule, state: State, pause: Pause, now: datetime, *, is_taken: bool = False
 ) -> list[Decision]:
-    """What to do now, in order; at most one run is started.
+    """Decide what to do now, in order; at most one run is started.
 
-    `is_taken`: another schedule has the same pipeline at work, which is not ours to stop.
+    `is_taken` means that another schedule runs the same pipeline, whose run we must not stop.
     """
     if pause.is_paused or not schedule.enabled:
         return []
@@ -107,7 +106,7 @@ def decide(
     late = list(takewhile(lambda at: now - at - jitter(schedule, at) > LATE, due))
     on_time = due[len(late) :]
     made_up = {"none": [], "latest": [] if on_time else late[-1:], "all": late[-MAX_QUEUED:]}
-    # Those of one pass are one, unless each counts.
+    # Ticks of one pass count as one, unless each counts.
     wanted = [*made_up[schedule.catch_up], *on_time[0 if schedule.catch_up == "all" else -1 :]]
     missed = due[: len(due) - len(wanted)]
     decisions = []
@@ -124,7 +123,7 @@ def decide(
         if is_busy or waiting:
             is_made_up = at in made_up[schedule.catch_up]
             kind = _kind_of_busy(schedule, state, is_made_up=is_made_up)
-        why = "it is time" if kind == "fire" else f"a run goes on, overlap is {schedule.overlap}"
+        why = "it is time" if kind == "fire" else f"a run is active, overlap is {schedule.overlap}"
         decisions.append(Decision(kind, tick_of(schedule, at), why))
         is_busy = True
         if kind == "queue":
@@ -135,10 +134,10 @@ def decide(
 
 
 def _kind_of_busy(schedule: Schedule, state: State, *, is_made_up: bool) -> Kind:
-    # Ticks that are made up for wait for one another.
+    # Ticks that are caught up wait for one another.
     if is_made_up and schedule.catch_up == "all":
         return "queue"
-    # Only a run of its own is a schedule's to stop.
+    # A schedule may stop only its own run.
     return "queue" if schedule.overlap == "replace" and not state.running else schedule.overlap
 
 
@@ -154,11 +153,11 @@ def _decide_data(
         return [Decision("fire", tick, "there is new data")]
     if schedule.overlap == "replace" and state.running is not None:
         return [Decision("replace", tick, "there is new data, overlap is replace")]
-    return []  # the data does not go away: what is there when the run ends fires then
+    return []  # the data stays: whatever exists when the run ends fires then
 
 
 def advance(state: State, decision: Decision) -> State:
-    """The state after a decision was carried out."""
+    """Return the state after a decision was carried out."""
     at = decision.tick.at
     if at is None:
         return _changed(state, fired=state.seen, running=decision.tick.id)
@@ -177,7 +176,7 @@ def advance(state: State, decision: Decision) -> State:
 
 
 def ended(state: State, how: str) -> State:
-    """The state after the run that went on has ended."""
+    """Return the state after the active run has ended."""
     return _changed(state, running=None, last=f"{state.running} {how}")
 
 
@@ -186,13 +185,13 @@ def _changed(state: State, **values: object) -> State:
 
 
 def due_ticks(schedule: Schedule, after: datetime, now: datetime) -> list[datetime]:
-    """Ticks after `after` whose time, with their jitter, has come."""
+    """Return the ticks after `after` whose time, including jitter, has come."""
     ticks = ticks_between(schedule, after, now)
     return list(takewhile(lambda at: at + jitter(schedule, at) <= now, ticks))
 
 
 def ticks_between(schedule: Schedule, after: datetime, until: datetime) -> Iterator[datetime]:
-    """Ticks of a cron schedule in (after, until]."""
+    """Yield the ticks of a cron schedule in (after, until]."""
     return takewhile(lambda at: at <= until, _ticks(schedule, after))
 
 
@@ -204,22 +203,22 @@ def _ticks(schedule: Schedule, after: datetime) -> Iterator[datetime]:
     assert schedule.cron is not None
     for local in CronSim(schedule.cron, after.astimezone(ZoneInfo(schedule.time_zone))):
         at = local.astimezone(UTC)
-        # In the hour that the clock shows twice, cronsim starts from its first pass.
+        # In the hour that the clock shows twice, cronsim starts with the first of the two.
         if at > after:
             yield at
 
 
 def jitter(schedule: Schedule, at: datetime) -> timedelta:
-    """The same for all schedulers, and each time it is asked."""
+    """Return a tick's delay, the same for all schedulers and for each call."""
     digest = hashlib.sha256(f"{schedule.name} {at.isoformat()}".encode()).digest()
     return timedelta(seconds=int.from_bytes(digest[:8]) % (schedule.jitter_s + 1))
 
 
 def next_wake(schedule: Schedule, now: datetime) -> datetime | None:
-    """When the next tick fires."""
+    """Return when the next tick fires."""
     if schedule.cron is None or not schedule.enabled:
         return None
-    # One that passed may wait for its jitter still.
+    # A tick that has passed may still be waiting for its jitter.
     ticks = _ticks(schedule, now - timedelta(seconds=schedule.jitter_s))
     times = (at + jitter(schedule, at) for at in ticks)
     return next((fires_at for fires_at in times if fires_at > now), None)
@@ -230,6 +229,6 @@ def tick_of(schedule: Schedule, at: datetime) -> Tick:
 
 
 def fingerprint(files: Mapping[str, FileFacts]) -> str:
-    """Of names, sizes and times of change; "" where there are none."""
+    """Hash names, sizes and times of change; "" if there are no files."""
     lines = [f"{name}\t{facts.num_bytes}\t{facts.changed_at_ns}" for name, facts in files.items()]
     return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest() if lines else ""
