@@ -298,7 +298,7 @@ def bench_memory(manifest: Manifest, num_images: int) -> None:
 
 
 def bench_scale() -> None:
-    """Time a manifest of 100,000 shards and a billion samples, from its text to the first window."""
+    """Time a manifest of 100,000 shards and a billion samples, from text to the first window."""
     gc.collect()
     shards = tuple(
         ShardInfo(

@@ -75,8 +75,8 @@ class Schedule(StrictConfig):
             if (shown := redact(word)) != word:
                 raise ValueError(
                     f"word {number + 1} ({shown}) contains a password, which everyone on the "
-                    "machine would see; set it in the environment, such as MLFLOW_TRACKING_USERNAME and "
-                    "MLFLOW_TRACKING_PASSWORD"
+                    "machine would see; set it in the environment, such as "
+                    "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
                 )
         return words
 

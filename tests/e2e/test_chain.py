@@ -304,7 +304,7 @@ def test_a_killed_pipeline_goes_on_where_it_was(chain: Path) -> None:
     again = run(chain)
     assert again["stages"] == {"a": "reused", "b": "reused", "c": "done", "d": "done"}
     assert log(chain) == ["c", "d"]
-    assert "goes on with the run" in again["stderr"]
+    assert "continues the run" in again["stderr"]
     assert len(list((chain.parent / "runs/pipelines/sums").glob("*/run.json"))) == 1
     assert set(mlflow_runs(chain).values()) == {"FINISHED"}
 

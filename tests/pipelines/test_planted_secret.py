@@ -114,7 +114,7 @@ def test_what_a_worker_logs_does_not_hold_it(
 
 
 def test_a_schedule_hands_it_to_no_process(planted: str) -> None:
-    with pytest.raises(ValueError, match=r"word 1 .*holds a password") as caught:
+    with pytest.raises(ValueError, match=r"word 1 .*contains a password") as caught:
         Schedule(name="s", chain="c.yaml", words=(f"tracking.uri={planted}",), cron="0 0 * * *")
     assert SECRET not in str(caught.value.errors()[0]["msg"])  # type: ignore[attr-defined]
 
@@ -125,6 +125,6 @@ def test_a_job_does_not_get_it_in_its_environment(
     monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "http://127.0.0.1:9")
     monkeypatch.setenv("MAE__TRACKING__URI", ADDRESS)
     schedule = Schedule(name="s", chain="c.yaml", cron="0 0 * * *")
-    with pytest.raises(storage.StorageError, match="MAE__TRACKING__URI holds a password"):
+    with pytest.raises(storage.StorageError, match="MAE__TRACKING__URI contains a password"):
         schedule_runs.submit(str(tmp_path), schedule, Tick("s-1", None))
     assert holders(tmp_path) == []

@@ -154,7 +154,7 @@ def test_all_that_needs_a_stage_comes_after_it(tmp_path: Path) -> None:
         ({"pretrain": {}}, "stages.pretrain: data.train: is needed"),
         ({"self": {}}, "'self' can't be a stage's name"),
         ({"Big": {}}, "'Big' can't be a stage's name"),
-        ({}, "a stage at least"),
+        ({}, "at least one stage"),
         ({"prepare": {"retry": 1}}, "retry: no such key"),
     ],
 )

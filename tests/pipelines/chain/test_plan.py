@@ -354,7 +354,7 @@ def test_a_committed_result_outlives_what_mlflow_missed(finished: Chain, status:
     client_of(uri).update_run(plan.done.run_id, status=status)
     again = plan_chain(finished, Forced())[0]
     assert again.decision.action is Action.REBUILD
-    assert again.decision.why == f"result is there, its run is {status} in MLflow: put right"
+    assert again.decision.why == f"result exists, its run is {status} in MLflow: corrected"
     result = reuse(again, finished.config.tracking)
     assert result.run_id == plan.done.run_id
     assert tracking.run_status(uri, plan.done.run_id) == "FINISHED"

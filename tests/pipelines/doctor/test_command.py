@@ -266,7 +266,7 @@ def test_a_bucket_is_looked_at_as_runs_use_it(
         assert fine.what.startswith("s3://mae/runs: 1 MiB: write ")
         assert service_checks.storage.list_files("s3://mae/runs") == []
         assert check_clock([fine]).what.endswith("the servers'")
-        assert "make the bucket" in check_storage("s3://maes/runs").fix
+        assert "create the bucket" in check_storage("s3://maes/runs").fix
         monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
         assert check_storage("s3://mae/runs").fix == "check AWS_SECRET_ACCESS_KEY"
         monkeypatch.setenv("AWS_ACCESS_KEY_ID", "nobody")

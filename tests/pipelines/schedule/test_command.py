@@ -407,8 +407,12 @@ def test_render_for_kuberay_runs_the_pipeline_itself(capsys: pytest.CaptureFixtu
     ("entry", "words", "message"),
     [
         ({"new_data": {"path": "in"}}, [], "a pod sees s3://bucket/prefix only"),
-        ({"new_data": {"path": "s3://b/in"}}, ["--ray-cron-job"], "knows no new_data"),
-        ({"cron": "1 1 * * *", "words": ["a={tick}"]}, ["--ray-cron-job"], "knows no {tick}"),
+        ({"new_data": {"path": "s3://b/in"}}, ["--ray-cron-job"], "does not support new_data"),
+        (
+            {"cron": "1 1 * * *", "words": ["a={tick}"]},
+            ["--ray-cron-job"],
+            "does not support {tick}",
+        ),
         ({"cron": "0 0 L * *"}, [], "Kubernetes does not accept"),
     ],
 )
@@ -475,7 +479,7 @@ def test_serve_survives_a_broken_file_and_a_restart_and_ends_on_sigterm() -> Non
     try:
         servers[0].wait_for(lambda: len(ran()) >= 2)
         Path("s.yaml").write_text("schedules: [\n")
-        servers[0].wait_for(lambda: "as they were are used" in servers[0].log.read_text())
+        servers[0].wait_for(lambda: "previous schedules stay in use" in servers[0].log.read_text())
         count = len(ran())
         servers[0].wait_for(lambda: len(ran()) >= count + 2)
         write({"cron": "0 0 1 1 *"}, {"name": "b", "cron": "* * * * *"})
@@ -483,5 +487,5 @@ def test_serve_survives_a_broken_file_and_a_restart_and_ends_on_sigterm() -> Non
     finally:
         codes = [server.stop() for server in servers]
     assert codes == [0, 0]
-    assert servers[0].log.read_text().endswith("stopped; runs go on\n")
+    assert servers[0].log.read_text().endswith("stopped; active runs continue\n")
     assert len(ran()) == len(set(ran()))  # two servers, and each tick once

@@ -90,9 +90,9 @@ def test_all_mistakes_are_told_at_once() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "has not one key, `schedules:`"),
-        ("schedule: []\n", "has not one key, `schedules:`"),
-        ("schedules: {nightly: 1}\n", "is no list; begin each with `- name: ...`"),
+        ("", "needs exactly one key, `schedules:`"),
+        ("schedule: []\n", "needs exactly one key, `schedules:`"),
+        ("schedules: {nightly: 1}\n", "is not a list; begin each with `- name: ...`"),
         ("schedules: [\n", "s.yaml:2 while parsing"),
     ],
 )
