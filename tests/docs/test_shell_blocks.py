@@ -28,6 +28,7 @@ NEEDS = {
     "cluster",  # Ray or Kubernetes
     "containers",  # Docker or another engine
     "network",
+    "time",  # more than CI has
     "your shell",  # the reader's own session or editor
 }
 LANGUAGES = {"sh", "text", "yaml", "json", "python", "ini", "{toctree}"}
