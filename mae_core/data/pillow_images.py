@@ -55,8 +55,8 @@ _OTHER_BRANDS = {
 def decode_pillow(data: bytes, in_chans: int) -> Pixels:
     """Decode the first frame to (H, W, C) pixels, upright.
 
-    Alpha is dropped unless the model takes one channel more than there are colours. Grey stays
-    grey unless the model takes 3 channels.
+    8-bit pictures become grey for a model of one channel and RGB for others, with alpha if the
+    model takes one channel more than there are colours. 16-bit grey stays as it is.
 
     Raises:
         CorruptSampleError: The file exceeds the limits of size or time, or its format is known

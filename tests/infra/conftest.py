@@ -1,6 +1,9 @@
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from infra.services import object_store
@@ -29,3 +32,12 @@ def root(request: pytest.FixtureRequest, tmp_path: Path) -> str:
         return str(tmp_path / "root")
     request.getfixturevalue("s3")
     return f"s3://mae/{tmp_path.name}"
+
+
+@pytest.fixture
+def bystander() -> Iterator[psutil.Process]:
+    """Run a process that is none of ours."""
+    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    yield psutil.Process(process.pid)
+    process.kill()
+    process.wait()

@@ -67,7 +67,7 @@ def test_every_image_keeps_the_same_number(
     assert (~patch_mask.mask).sum(dim=1).tolist() == [num_kept] * 4
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(
     batch_size=st.integers(1, 3),
     num_patches=st.integers(1, 60),
@@ -102,7 +102,7 @@ def test_restore_order_undoes_keep_patches(noise: torch.Tensor) -> None:
     assert (restored[patch_mask.mask] == 7).all()
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     grid_size=st.tuples(st.integers(1, 20), st.integers(1, 20)),
     mask_ratio=st.floats(0.01, 0.99),

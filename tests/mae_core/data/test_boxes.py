@@ -219,7 +219,7 @@ def rectangles(draw: st.DrawFn) -> tuple[tuple[int, int], tuple[int, int, int, i
     )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(rectangles(), st.integers(0, 10**6), st.sampled_from([(96, 96), (64, 128), (120, 70)]))
 def test_a_box_stays_around_its_rectangle_in_every_view(
     rectangle: tuple[tuple[int, int], tuple[int, int, int, int]],
@@ -238,7 +238,7 @@ def test_a_box_stays_around_its_rectangle_in_every_view(
         assert boxes.xyxy[0, 3] <= size[0]
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(rectangles(), st.sampled_from([(96, 96), (64, 128), (256, 300)]))
 def test_the_factor_of_a_fitted_view_finds_the_rectangle(
     rectangle: tuple[tuple[int, int], tuple[int, int, int, int]], size: tuple[int, int]

@@ -32,7 +32,7 @@ runs = st.tuples(
 )
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.lists(runs, min_size=1, max_size=4))
 def test_a_chain_is_its_runs_one_after_the_other(parts: list[tuple[list[int], int, int]]) -> None:
     orders = [make_order(*part) for part in parts]

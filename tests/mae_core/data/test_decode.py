@@ -227,7 +227,7 @@ def test_xmp_turns_a_jpeg_too() -> None:
     assert decode_image(data, 3).shape == (40, 24, 3)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.data())
 def test_a_damaged_header_is_read_as_libjpeg_reads_it_or_not_at_all(data: st.DataObject) -> None:
     whole = encode(make_pixels(24, 40), "JPEG", exif=Image.Exif(), comment=b"by hand")
@@ -324,7 +324,7 @@ def test_picture_cut_anywhere_is_an_error(kind: str, options: dict[str, Any]) ->
         np.testing.assert_array_equal(decoded, whole, err_msg=f"cut at {size} of {len(data)}")
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     st.sampled_from(["JPEG", "PNG", "WEBP", "TIFF", "GIF", "PPM"]),
     st.lists(st.tuples(st.integers(0, 400), st.integers(0, 255)), min_size=1, max_size=6),

@@ -221,7 +221,7 @@ def make_chequers(height: int, width: int, side: int) -> tuple[Pixels, LabelMap]
     return np.where(label_map == 1, LIGHT, DARK).astype(np.uint8)[..., None], label_map
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     seed=st.integers(0, 10_000),
     height=st.integers(17, 90),
@@ -247,7 +247,7 @@ def test_picture_and_labels_stay_aligned(
     assert ((grey > MIDDLE) == (labels == 1))[clear].all()
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     seed=st.integers(0, 10_000),
     height=st.integers(1, 40),

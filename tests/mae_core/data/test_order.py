@@ -39,7 +39,7 @@ def sequence(order: RunOrder) -> list[tuple[int, int, int]]:
     return samples
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(COUNTS, st.integers(0, 2**40), st.integers(1, 40), st.integers(1, 3))
 def test_each_sample_comes_once_in_each_epoch(
     counts: list[int], seed: int, window: int, num_epochs: int
@@ -56,7 +56,7 @@ def test_each_sample_comes_once_in_each_epoch(
     assert set(samples) == expected
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(COUNTS, st.integers(0, 5), st.integers(1, 40), st.integers(1, 100))
 def test_segments_tile_the_sequence_shard_by_shard(
     counts: list[int], seed: int, window: int, num_samples: int
@@ -75,7 +75,7 @@ def test_segments_tile_the_sequence_shard_by_shard(
             assert row == counts[shard] - 1
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(COUNTS, st.integers(0, 5), st.integers(1, 20), st.integers(1, 60), st.integers(0, 60))
 def test_a_longer_run_begins_as_the_shorter_one(
     counts: list[int], seed: int, window: int, num_samples: int, more: int

@@ -322,7 +322,7 @@ def tars(draw: st.DrawFn) -> Members:
     return members
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(members=tars(), most=st.integers(1, 3000), data=st.data())
 def test_a_slice_between_two_offsets_holds_just_those_samples(
     members: Members, most: int, data: st.DataObject
@@ -341,7 +341,7 @@ def test_a_slice_between_two_offsets_holds_just_those_samples(
     assert [(s.key, s.parts) for s in read(piece, most)] == expected
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(members=tars(), most=st.integers(1, 3000))
 def test_streams_that_can_and_cannot_seek_give_the_same(members: Members, most: int) -> None:
     tar = make_tar(members)

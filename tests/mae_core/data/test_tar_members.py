@@ -43,7 +43,7 @@ END = bytes(1024)
 @pytest.mark.parametrize(
     "tar_format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT]
 )
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.lists(st.tuples(st.text("abé/.", min_size=1, max_size=90), st.integers(0, 1500))))
 def test_members_are_those_that_tarfile_reads(
     tar_format: int, members: list[tuple[str, int]]
@@ -111,7 +111,7 @@ def test_a_pax_header_names_and_measures_its_member() -> None:
     assert member[1] == b"abc"
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     st.lists(st.tuples(st.integers(0, 4000), st.binary(min_size=1, max_size=12)), max_size=6),
     st.booleans(),

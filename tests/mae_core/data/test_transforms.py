@@ -41,7 +41,7 @@ def augment(
     return cut_view(pixels, crop, generator, size=size, flip=flip)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     st.integers(0, 10_000),
     st.integers(1, 300),

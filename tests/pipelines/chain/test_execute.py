@@ -283,7 +283,7 @@ def graphs(draw: st.DrawFn) -> list[Node]:
     return draw(st.permutations(nodes))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(graphs(), st.data())
 def test_over_reruns_every_stage_succeeds_once_and_in_order(
     nodes: list[Node], data: st.DataObject

@@ -148,7 +148,7 @@ def test_each_hour_of_the_year_has_one_run(zone: str) -> None:
     assert len(scheduler.fired) == len(set(scheduler.fired)) == 365 * 24
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(
     cron=st.sampled_from(["30 2 * * *", "*/7 1-3 * * *", "15 2,3 * * *", "0 0 * * MON#1"]),
     zone=st.sampled_from(["Europe/Berlin", "America/New_York", "Australia/Lord_Howe"]),
