@@ -1,8 +1,8 @@
-"""What the CIFAR-10 encoders learned: linear probe and kNN, against untrained and raw pixels.
+"""Measure CIFAR-10 encoders by linear probe and kNN, against an untrained one and raw pixels.
 
     python benchmarks/cifar10_probe.py s3://data/cifar10 CHECKPOINT [CHECKPOINT ...]
 
-CHECKPOINT: a folder or URI of a checkpoint, one a seed. Prints one table, mean and each seed.
+CHECKPOINT is a folder or URI of a checkpoint, one per seed. Prints one table.
 """
 
 import sys

@@ -1,6 +1,6 @@
-"""How fast images come, and where the rest goes: `make bench-data`, or
+"""Measure the data throughput and what limits it: `make bench-data`, or
 
-    python benchmarks/data.py [SHARDS ...]      # tars of JPEGs, s3:// too; else drawn photographs
+    python benchmarks/data.py [SHARDS ...]      # tars of JPEGs, local or s3://; else drawn ones
 
 Compares by ratios, both sides in one run. Prints Markdown tables.
 """
@@ -60,7 +60,7 @@ WARM_BATCHES = 16
 
 
 def classic(data: bytes, key: str = "") -> Pixels:
-    """Pillow and torchvision, antialiased bicubic, at the crop that ours draws for `key`."""
+    """Decode with Pillow and torchvision, antialiased bicubic, at the crop that ours draws."""
     with Image.open(io.BytesIO(data)) as opened:
         image = opened.convert("RGB")
     generator = sample_generator(0, 0, key)
@@ -92,7 +92,7 @@ def table(title: str, header: str, rows: Iterable[str]) -> None:
 
 
 def cpu_rate(function: Callable[[bytes, str], object], images: list[tuple[str, bytes]]) -> float:
-    """Images a second of CPU time: what other programs take of the machine does not count."""
+    """Return images per second of CPU time, which other programs on the machine do not affect."""
     since = time.process_time()
     for key, data in images:
         function(data, key)
@@ -206,7 +206,7 @@ def ray_webdataset(manifest: Manifest, num_images: int) -> Iterator[int]:
 
 
 def steady_rate(batches: Iterator[int]) -> float:
-    """Without the first batches, in which processes start."""
+    """Return the rate without the first batches, during which processes start."""
     for _ in range(WARM_BATCHES):
         next(batches)
     since, images = time.monotonic(), 0
@@ -225,7 +225,7 @@ def bench_stream(manifest: Manifest, num_images: int) -> None:
     if any(storage.is_remote(shard.path) for shard in manifest.shards):
         del ways["torch DataLoader + webdataset + classic transforms"]  # it has no S3 client
     rates: dict[str, list[float]] = {name: [] for name in ways}
-    for _ in range(ROUNDS):  # in turn: the machine is not the same from minute to minute
+    for _ in range(ROUNDS):  # in turn, because the machine's speed changes from minute to minute
         for name, way in ways.items():
             rates[name].append(steady_rate(way(manifest, num_images)))
     base = float(np.median(next(iter(rates.values()))))
@@ -287,7 +287,9 @@ def peak_mib(number_of_images: int, manifest: Manifest) -> dict[str, float]:
 
 
 def bench_memory(manifest: Manifest, num_images: int) -> None:
-    peak_mib(num_images, manifest)  # until the blocks read ahead fill their share of the store
+    peak_mib(
+        num_images, manifest
+    )  # a first run, until blocks that are read ahead fill their share of the store
     once, ten = peak_mib(num_images, manifest), peak_mib(10 * num_images, manifest)
     rows = [f"{name} | {once[name]:.0f} | {ten[name]:.0f}" for name in once]
     table(
@@ -334,7 +336,7 @@ def bench_scale() -> None:
 
 
 def drawn_photographs(folder: Path, count: int = 512) -> list[str]:
-    """Smooth noise of several scales at 500 x 375: JPEGs of about a photograph's size."""
+    """Draw smooth noise of several scales at 500 x 375, whose JPEGs have a photograph's size."""
     for i in range(count):
         generator = np.random.default_rng(i)
         layers = [
@@ -372,7 +374,7 @@ def main(specs: list[str]) -> None:
         bench_decode(images)
         bench_threads(images)
         bench_scale()
-        num_images = 12288  # far more than what is read ahead before the clock runs
+        num_images = 12288  # far more than what is read ahead before timing starts
         with launch.running_ray(ScalingConfig()):
             bench_stream(manifest, num_images)
             bench_order(manifest, num_images)

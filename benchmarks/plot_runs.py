@@ -1,4 +1,4 @@
-"""Loss curves of MLflow runs in one picture.
+"""Plot the loss curves of several MLflow runs in one picture.
 
 python benchmarks/plot_runs.py TRACKING_URI OUT.png RUN_ID [RUN_ID ...]
 """

@@ -1,12 +1,12 @@
-"""What a run loses when it is stopped or killed at a random step: `make chaos`, or
+"""Measure what a run loses when it is stopped or killed at a random step: `make chaos`, or
 
     python benchmarks/stopping.py [TIMES [STAGE ...]]     # pretrain, classify, segment, embed
 
-Tiny models on a drawn data set; each run is stopped once. Lost is what was trained and is in no
-checkpoint: steps, as the trace of samples has them. `embed` keeps a finished file, and of a file
-that it was stopped in the images done; how many a kill loses of that file is not seen from outside.
-`ray job stop` needs the services of `make up` and their `env` in the environment, else it is left
-out. Prints a Markdown table.
+Trains tiny models on a drawn data set and stops each run once. Lost are the steps that were
+trained, according to the trace of samples, but are in no checkpoint. `embed` keeps finished files
+and, if it is stopped within a file, the images done so far; how many of these a kill loses cannot
+be seen from outside. `ray job stop` needs the services of `make up` and their `env` in the
+environment, and is skipped otherwise. Prints a Markdown table.
 """
 
 import json
@@ -108,7 +108,7 @@ class Bench:
         return whole + sum(rows_in_part(file) for file in (runs[0] / "parts").glob("*.arrow"))
 
     def stop(self, stage: str, way: str) -> Stopped:
-        """Start a run, stop it at a random step, and look at what is left."""
+        """Start a run, stop it at a random step, and check what is left."""
         words = self.words(stage)
         log = self.folder / f"log-{self.number}.txt"
         start, end = in_a_job(log) if way == "ray job stop" else on_this_machine(log, way)
@@ -124,10 +124,10 @@ class Bench:
         end(process)
         seconds = time.monotonic() - since_s
         said = re.findall(r"^stopped .*", log.read_text(), re.MULTILINE)
-        # A step whose images are read is begun; what counts is what was finished.
+        # A step whose images were read has begun, but only finished steps count.
         reached = max(self.reached(stage) - 1, 0) if way == "kill -9" else self.reached(stage)
         saved = self.saved(stage)
-        if stage == "embed":  # it goes on for the rest of its batch
+        if stage == "embed":  # it finishes its batch
             reached = saved
         return Stopped(reached, saved, seconds, said[-1] if said else "")
 
@@ -160,7 +160,7 @@ def on_this_machine(log: Path, way: str) -> tuple[Start, End]:
         process.send_signal(number)
         process.wait(TIMEOUT_S)
         if way == "kill -9":
-            time.sleep(5)  # its workers train on for a moment
+            time.sleep(5)  # its workers continue to train for a moment
 
     return start, end
 

@@ -1,0 +1,83 @@
+import math
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from mae_core.config import (
+    ENCODERS,
+    DecoderConfig,
+    MaskingConfig,
+    ModelConfig,
+    OptimConfig,
+    StrictConfig,
+    as_square,
+)
+
+
+class Example(StrictConfig):
+    width: int = 1
+    rate: float = 0.5
+    """Share of something."""
+
+
+@pytest.mark.parametrize(
+    "values", [{"widht": 2}, {"width": "two"}, {"rate": math.nan}, {"rate": math.inf}]
+)
+def test_a_config_refuses_what_it_does_not_know(values: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError, match=next(iter(values))):
+        Example(**values)
+
+
+def test_a_config_does_not_change_and_its_docstrings_are_its_help() -> None:
+    config = Example()
+    with pytest.raises(ValidationError, match="frozen"):
+        config.width = 2  # type: ignore[misc]
+    assert Example.model_fields["rate"].description == "Share of something."
+
+
+@pytest.mark.parametrize(
+    ("raw", "sides"),
+    [
+        (224, (224, 224)),
+        ([224], (224, 224)),
+        ((96,), (96, 96)),
+        ([240, 320], [240, 320]),
+        (True, True),
+        ("224", "224"),
+        ([], []),
+    ],
+)
+def test_one_number_is_both_sides(raw: object, sides: object) -> None:
+    assert as_square(raw) == sides
+
+
+def test_the_grid_has_rows_and_columns_of_patches() -> None:
+    model = ModelConfig(img_size=(96, 160), patch_size=16)
+    assert model.grid_size == (6, 10)
+    assert model.num_patches == 60
+    assert ModelConfig(img_size=224).num_patches == 196  # type: ignore[arg-type]
+
+
+def test_an_image_that_patches_do_not_tile_is_refused() -> None:
+    with pytest.raises(ValidationError, match="img_size=96x100 is not a multiple of patch_size=16"):
+        ModelConfig(img_size=(96, 100), patch_size=16)
+
+
+def test_the_heads_of_every_model_divide_its_width() -> None:
+    with pytest.raises(ValidationError, match="num_heads=5 does not divide dim=96"):
+        DecoderConfig(dim=96, num_heads=5)
+    assert [n for n, shape in ENCODERS.items() if shape.embed_dim % shape.num_heads] == []
+    assert ENCODERS["vit_base"] == (768, 12, 12)
+
+
+def test_a_grid_mask_has_one_ratio() -> None:
+    assert MaskingConfig(kind="grid").mask_ratio == 0.75
+    with pytest.raises(ValidationError, match=r"mask_ratio must be 0\.75, not 0\.5"):
+        MaskingConfig(kind="grid", mask_ratio=0.5)
+    assert MaskingConfig(kind="block", mask_ratio=0.5).mask_ratio == 0.5
+
+
+@pytest.mark.parametrize(("batch", "rate"), [(256, 1.5e-4), (4096, 2.4e-3), (32, 1.875e-5)])
+def test_the_learning_rate_grows_with_the_batch(batch: int, rate: float) -> None:
+    assert OptimConfig(global_batch_size=batch).learning_rate == pytest.approx(rate, rel=1e-12)
