@@ -259,7 +259,7 @@ def test_trouble_with_promotion_costs_no_stage_and_no_report(chain: Path) -> Non
     words = ["promote={model: m, stage: a, metric: d/nothing}"]
     found = run(chain, *words, exit_code=2)
     assert set(found["stages"].values()) == {"done"}
-    assert "d is measured on no data" in Path(found["output"], "report.html").read_text()
+    assert "d is not measured on any data" in Path(found["output"], "report.html").read_text()
     assert mlflow_runs(chain)["sums"] == "FAILED"
 
 

@@ -115,7 +115,7 @@ def test_the_page_says_what_became_of_each_stage(run: PipelineRun) -> None:
     assert "good/ finetune/ top1 0.500" in words
     assert "finetune 0.500 ± 0.010 scratch 0.400" in words
     assert "good truncated 2 a.tar: x" in words
-    assert "Tried again: good (2 tries)." in words
+    assert "Retried: good (2 tries)." in words
     assert "good: loss by optimizer step" in words
 
 

@@ -309,7 +309,7 @@ def test_a_password_is_used_and_not_shown(
 
 
 def test_a_sqlite_store_is_opened_and_not_made() -> None:
-    assert check_mlflow("sqlite:///m.db").what == "m.db will be made by the first run"
+    assert check_mlflow("sqlite:///m.db").what == "m.db will be created by the first run"
     assert not Path("m.db").exists()
     with sqlite3.connect("m.db") as connection:
         connection.execute("create table runs (x)")

@@ -219,7 +219,7 @@ def test_a_set_without_names_gives_no_numbers(flat: Path, tmp_path: Path) -> Non
 def test_a_source_that_is_no_folder_of_this_machine_is_told(tmp_path: Path) -> None:
     config = PrepareConfig(source="s3://bucket/photos", output=str(tmp_path))
     with pytest.raises(
-        ConfigError, match="s3://bucket/photos: images are read from folders of this"
+        ConfigError, match="s3://bucket/photos: images are read from local folders only"
     ):
         prepare.run(config, fresh=False)
 

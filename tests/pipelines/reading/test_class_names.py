@@ -81,7 +81,7 @@ def test_a_set_without_names_keeps_its_numbers_and_that_is_said(
     assert "val" not in classes_by_name(named).numbers
     with caplog.at_level(logging.WARNING):
         warn_of_unnamed(named)
-        assert "val: nothing names the classes" in caplog.text
+        assert "val: its classes have no names" in caplog.text
         caplog.clear()
         warn_of_unnamed({"train": None, "val": None})
         assert caplog.text == ""

@@ -70,7 +70,7 @@ def test_a_fingerprint_follows_the_data(tmp_path: Path, kind: str) -> None:
 
 
 def test_a_place_with_nothing_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="nowhere: there is nothing"):
+    with pytest.raises(ConfigError, match="nowhere: does not exist"):
         fingerprint(str(tmp_path / "nowhere"))
 
 

@@ -109,7 +109,7 @@ def test_replace_stops_the_run_before(monkeypatch: pytest.MonkeyPatch) -> None:
     run_pass("runs", replacing, NOW - HOUR)
     run_pass("runs", replacing, NOW)
     _, lines = run_pass("runs", replacing, NOW + HOUR)
-    assert "nightly-20270328T130000Z: replace, a run goes on, overlap is replace" in lines[0]
+    assert "nightly-20270328T130000Z: replace, a run is active, overlap is replace" in lines[0]
     assert schedule_runs.status("runs", "nightly", "nightly-20270328T120000Z") == "failed"
     assert schedule_runs.status("runs", "nightly", "nightly-20270328T130000Z") == "running"
     schedule_runs.stop("runs", "nightly", "nightly-20270328T130000Z")

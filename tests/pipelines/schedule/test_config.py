@@ -83,7 +83,7 @@ def test_all_mistakes_are_told_at_once() -> None:
         "s.yaml:6 schedule nightly: cron: has 1 fields, not 5: minute hour day month weekday, "
         "such as '30 2 * * *' or '*/15 8-18 * * MON-FRI', not 'x'",
         "s.yaml:8 schedule ?: Input should be a valid dictionary or instance of Schedule, not 5",
-        "s.yaml: two schedules are called nightly; rename one",
+        "s.yaml: two schedules have the name nightly; rename one",
     ]
 
 
@@ -101,7 +101,7 @@ def test_a_file_of_another_form_is_told(text: str, message: str) -> None:
 
 
 def test_no_file_is_told_with_what_to_write() -> None:
-    with pytest.raises(ConfigError, match=r"no\.yaml: no such file; write one as configs/sch"):
+    with pytest.raises(ConfigError, match=r"no\.yaml: no such file; write one like configs/sch"):
         load_schedules(Path("no.yaml"))
 
 
