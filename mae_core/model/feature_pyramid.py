@@ -63,6 +63,6 @@ def _level(dim: int, stride: int, wanted: int, channels: int) -> nn.Sequential:
 
 
 def _norm(channels: int) -> nn.GroupNorm:
-    """Use groups of at least four channels: a 1 x 1 map alone in its group would become 0."""
+    """Use groups of at least four channels, as one channel alone at one place would become 0."""
     groups = (32, 16, 8, 4, 2, 1)
     return nn.GroupNorm(next(n for n in groups if channels % (4 * n) == 0 or n == 1), channels)

@@ -29,8 +29,8 @@ class ValidateConfig(StrictConfig):
     min_samples: int = Field(default=1, gt=0)
     """Smallest number of samples in total."""
     max_images: int = Field(default=2000, gt=0)
-    """Approximate number of images to decode, evenly from all shards; the rest are counted by
-    size."""
+    """Approximate number of images to decode, from the start of each shard in proportion to its
+    samples; the other images are only counted."""
     max_bad_ratio: float = Field(default=0.01, ge=0, le=1)
     """Largest accepted share of images that can't be decoded."""
     max_label_errors: float = Field(default=0.0, ge=0, le=1)

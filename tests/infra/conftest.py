@@ -13,21 +13,21 @@ S3 = pytest.param("s3", marks=pytest.mark.services)
 
 @pytest.fixture(scope="session")
 def object_store_env(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    """The AWS_* variables of a real S3 server, with the buckets data, mae and mlflow."""
+    """Start a real S3 server with the buckets data, mae and mlflow; yield its AWS_* variables."""
     with object_store(tmp_path_factory.mktemp("object-store")) as env:
         yield env
 
 
 @pytest.fixture
 def s3(object_store_env: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """This process reaches the S3 server."""
+    """Point this process to the S3 server."""
     for name, value in object_store_env.items():
         monkeypatch.setenv(name, value)
 
 
 @pytest.fixture(params=["local", S3])
 def root(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """A folder that does not exist yet, on a disk and in a bucket."""
+    """Return a folder that does not exist yet, on a disk and in a bucket."""
     if request.param == "local":
         return str(tmp_path / "root")
     request.getfixturevalue("s3")
@@ -36,7 +36,7 @@ def root(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 @pytest.fixture
 def bystander() -> Iterator[psutil.Process]:
-    """Run a process that is none of ours."""
+    """Run a process that does not belong to us."""
     process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
     yield psutil.Process(process.pid)
     process.kill()

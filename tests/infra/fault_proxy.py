@@ -1,13 +1,13 @@
-"""A bad network for a test: an HTTP proxy before an S3 server that spoils a share of the reads.
+"""Simulate a bad network: an HTTP proxy in front of an S3 server that spoils a share of the reads.
 
     with FaultProxy(endpoint, rate=0.1, kinds=("500", "cut"), seed=0) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
 
 Only a GET of an object can be spoiled. What happens to the n-th GET of one range of an object
-follows from the seed alone, whatever the threads do: a test that passes passes again.
+depends on the seed alone, whatever the threads do: a test that passes will pass again.
 
-The client's Host header, which its signature covers, is passed on as it came: SeaweedFS, and all
-that checks version 4 signatures, signs what it finds there and does not ask who it is itself.
+The client's Host header, which its signature covers, is forwarded unchanged: SeaweedFS, like all
+servers that check version 4 signatures, verifies the host that it finds there.
 """
 
 import http.client
@@ -40,7 +40,7 @@ KINDS = (
 )
 SLOW_S = 0.2
 SLOW_PIECES = 4
-# They belong to one connection, not to the answer.
+# These headers belong to one connection, not to the answer.
 HOP_HEADERS = {"connection", "keep-alive", "transfer-encoding", "content-length"}
 
 
@@ -98,7 +98,7 @@ class _Server(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Handler)
 
     def handle_error(self, *_: object) -> None:
-        """A client that hangs up is what this proxy is for."""
+        """Ignore a client that hangs up, which this proxy provokes."""
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -125,7 +125,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._forward(sent, fault)
 
     def _request_body(self) -> bytes:
-        """As it came: a body in chunks keeps its frames."""
+        """Forward a body unchanged: if it is chunked it keeps its frames."""
         if self.headers.get("Transfer-Encoding", "").lower() != "chunked":
             return self.rfile.read(int(self.headers.get("Content-Length", 0)))
         frames = b""
@@ -185,7 +185,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(body[start : start + size])
 
     def _reset(self) -> None:
-        # No time to linger: the kernel sends a reset, not the orderly end.
+        # No time to linger: the kernel then sends a reset instead of an orderly end.
         linger = struct.pack("ii", 1, 0)
         self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
         os.close(self.connection.detach())

@@ -1,4 +1,4 @@
-"""The ports of a running Ray, and what each of them says to a caller without its token."""
+"""List the ports of a running Ray, and what each answers to a caller without its token."""
 
 import http.client
 from collections.abc import Iterable, Iterator
@@ -8,7 +8,7 @@ import grpc
 import psutil
 import ray
 
-# A call of each of Ray's services, none of which may be done without the token.
+# A call to each of Ray's services, none of which may succeed without the token.
 CALLS = (
     "/ray.rpc.InternalKVGcsService/InternalKVGet",
     "/ray.rpc.NodeManagerService/RequestWorkerLease",
@@ -17,24 +17,24 @@ CALLS = (
     "/ray.rpc.ReporterService/GetTraceback",
     "/opentelemetry.proto.collector.metrics.v1.MetricsService/Export",
 )
-# What may be said without the token: nothing at all, or numbers that are only read.
+# What may be answered without the token: nothing at all, or read-only numbers.
 REFUSALS = {"UNAUTHENTICATED", "UNIMPLEMENTED", "401", "metrics only", "no answer"}
 
 
 def family(root: psutil.Process) -> list[psutil.Process]:
-    """A process and all that it started, directly or not."""
+    """Return a process and all its descendants."""
     return [root, *root.children(recursive=True)]
 
 
 def of_local_ray() -> list[psutil.Process]:
-    """This driver and what its Ray started; not what else the test session runs."""
+    """Return this driver and its Ray's processes, but not the session's other processes."""
     infos = ray._private.worker._global_node.all_processes.values()
     roots = [info.process.pid for group in infos for info in group]
     return [psutil.Process(), *(p for pid in roots for p in family(psutil.Process(pid)))]
 
 
 def listening(processes: Iterable[psutil.Process]) -> Iterator[tuple[psutil.Process, str, int]]:
-    """Every TCP port of the processes."""
+    """Return every TCP port on which the processes listen."""
     for process in processes:
         try:
             connections = process.net_connections(kind="inet")
@@ -47,7 +47,7 @@ def listening(processes: Iterable[psutil.Process]) -> Iterator[tuple[psutil.Proc
 
 
 def ask(port: int) -> set[str]:
-    """What a port says to a call of each of Ray's services, or to HTTP, without the token."""
+    """Return what a port answers to each of Ray's services, and to HTTP, without the token."""
     told = set()
     wrong = [("authorization", "Bearer " + "0" * 64)]
     with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:

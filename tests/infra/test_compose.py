@@ -1,4 +1,4 @@
-"""What can be said about the image and compose.yaml without a container engine."""
+"""Check the image and compose.yaml as far as possible without a container engine."""
 
 import re
 import subprocess

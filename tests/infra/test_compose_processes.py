@@ -1,7 +1,7 @@
-"""compose.yaml's commands and variables, run as processes: no container engine is needed.
+"""Run compose.yaml's commands and variables as processes, without a container engine.
 
-What differs from containers: hosts are this machine with free ports, and PostgreSQL and the object
-store are those that are installed here.
+Unlike with containers, all hosts are this machine with free ports, and PostgreSQL and the object
+store are the ones that are installed here.
 """
 
 import os
@@ -78,7 +78,7 @@ print(client.get_job_logs(stubborn))
 
 @pytest.fixture(scope="module")
 def folder() -> Iterator[Path]:
-    """Not pytest's, which other users may not enter, as PostgreSQL's must, and which is long."""
+    """Make a short folder that PostgreSQL's user may enter, unlike pytest's."""
     made = Path(tempfile.mkdtemp(prefix="mae-"))
     made.chmod(0o755)
     yield made
@@ -104,7 +104,7 @@ def secret_values(object_store_env: dict[str, str]) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def addresses(object_store_env: dict[str, str], ports: dict[str, int]) -> dict[str, str]:
-    """Where compose.yaml's addresses are on this machine."""
+    """Map compose.yaml's addresses to this machine."""
     return {
         "object-store:8333": object_store_env["AWS_ENDPOINT_URL"].removeprefix("http://"),
         "postgres:5432": f"127.0.0.1:{ports['postgres']}",
@@ -120,7 +120,7 @@ def addresses(object_store_env: dict[str, str], ports: dict[str, int]) -> dict[s
 
 
 def here(value: Any, addresses: dict[str, str], secret_values: dict[str, str]) -> Any:
-    """A command or environment of compose.yaml, for this machine."""
+    """Adapt a command or environment of compose.yaml to this machine."""
     if isinstance(value, list):
         return [here(item, addresses, secret_values) for item in value]
     if isinstance(value, dict):
@@ -131,7 +131,7 @@ def here(value: Any, addresses: dict[str, str], secret_values: dict[str, str]) -
 
 
 def clean_env(**more: str) -> dict[str, str]:
-    """What a container has: nothing of ours, so that nothing but compose.yaml can be at work."""
+    """Return a container's environment, without ours, so that only compose.yaml has an effect."""
     return {"PATH": f"{BIN}:{os.environ['PATH']}", "HOME": tempfile.gettempdir(), **more}
 
 
@@ -139,7 +139,7 @@ def clean_env(**more: str) -> dict[str, str]:
 def postgres(
     folder: Path, ports: dict[str, int], secret_values: dict[str, str]
 ) -> Iterator[list[tuple[Any, ...]]]:
-    """A PostgreSQL with the user and the empty database that its image makes."""
+    """Start PostgreSQL with the user and the empty database that its image creates."""
     psycopg2 = pytest.importorskip("psycopg2")
     bins = os.pathsep.join(
         [os.environ["PATH"], *map(str, Path("/usr/lib/postgresql").glob("*/bin"))]
@@ -214,7 +214,7 @@ def start_mlflow(folder: Path, addresses: dict[str, str], secret_values: dict[st
 
 
 def fetch(url: str, host: str | None = None) -> tuple[int, bytes]:
-    """Status and body; status 0 if nothing listens. No proxy, whatever the environment says."""
+    """Return status and body, or status 0 if nothing listens. Never uses a proxy."""
     request = urllib.request.Request(url, headers={"Host": host} if host else {})
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
@@ -276,7 +276,7 @@ def test_mlflow_keeps_runs_in_postgres_and_artifacts_in_the_object_store(
 def ray_env(
     folder: Path, ports: dict[str, int], addresses: dict[str, str], secret_values: dict[str, str]
 ) -> Iterator[dict[str, str]]:
-    """compose.yaml's Ray head and a worker, as two nodes of this machine."""
+    """Start compose.yaml's Ray head and a worker, as two nodes on this machine."""
     env = clean_env(
         **here(SERVICES["ray-head"]["environment"], addresses, secret_values),
         RAY_API_SERVER_ADDRESS=f"http://127.0.0.1:{ports['dashboard']}",

@@ -1,6 +1,6 @@
-"""Manifests: as the golden files, as the schemas, and what no schema says.
+"""Check manifests against golden files, schemas, and rules that are in no schema.
 
-Golden files show what a change does to the manifests. To rewrite them, look at the difference, and
+Golden files show how a change affects the manifests. To rewrite them, review the difference and
 commit it with the change:
 
     REWRITE_GOLDEN=1 python -m pytest tests/infra/test_kuberay.py -k golden
@@ -75,7 +75,7 @@ def test_what_is_written_is_what_was_rendered(name: str) -> None:
 
 @pytest.fixture(scope="session")
 def ray_schemas(real_data: Path) -> dict[str, Manifest]:
-    """By kind, KubeRay's own schemas, in which an unknown field is an error."""
+    """Return KubeRay's schemas by kind, changed so that an unknown field is an error."""
     folder = real_data / "kuberay_crds"
     if not folder.is_dir():
         pytest.skip(f"{folder}: no such folder")
@@ -93,7 +93,7 @@ def ray_schemas(real_data: Path) -> dict[str, Manifest]:
 
 
 def strict(schema: Any) -> Any:
-    """Kubernetes drops fields that it does not know without a word: here they are errors."""
+    """Make unknown fields errors, because Kubernetes silently drops them."""
     if isinstance(schema, list):
         return [strict(item) for item in schema]
     if not isinstance(schema, dict):
@@ -119,7 +119,7 @@ def pod_of_its_own(template: Manifest) -> Manifest:
 
 
 def walk(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Any]]:
-    """Every value in a manifest, by its path."""
+    """Yield every value in a manifest with its path."""
     yield path, value
     items: Any = ()
     if isinstance(value, dict):
@@ -131,7 +131,7 @@ def walk(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ..
 
 
 def pods_of(manifest: Manifest) -> list[Manifest]:
-    """All pod templates in it."""
+    """Yield all pod templates in a manifest."""
     return [
         value
         for _, value in walk(manifest)
@@ -160,7 +160,7 @@ def test_plain_kinds_fit_the_schemas() -> None:
 def test_an_unknown_field_is_found_at_any_depth(
     kind: str, ray_schemas: dict[str, Manifest]
 ) -> None:
-    """Of the check itself: it looks into everything that it is given, but free maps."""
+    """Test the check itself: it examines everything that it is given, except free maps."""
     [manifest] = [x for examples in EXAMPLES.values() for x in examples if x["kind"] == kind]
     validator = jsonschema.Draft202012Validator(ray_schemas[kind])
     free = ("labels", "rayStartParams", "limits", "requests", "metadata", "nodeSelector")
@@ -395,7 +395,7 @@ def test_more_gpu_workers_change_one_field_of_each_cluster(
 @settings(max_examples=50)
 @given(config=configs)
 def test_secrets_are_only_named(config: ClusterConfig) -> None:
-    """No config field takes a secret; what is named like one takes its value from a Secret."""
+    """Test that no config field holds a secret, and that variables named like one use a Secret."""
     for manifest in all_of(config):
         assert manifest["kind"] != "Secret"
         for _, value in walk(manifest):

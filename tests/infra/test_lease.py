@@ -1,4 +1,4 @@
-"""One holder at a time, on a disk and on S3; what a dead one held is free again."""
+"""One holder at a time, on a disk and on S3; a dead holder's lease is free again."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""What a scheduler gave this process decides, and not what the machine has."""
+"""The resources that a scheduler gave this process count, not those of the machine."""
 
 import os
 import shutil

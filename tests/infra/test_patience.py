@@ -11,7 +11,7 @@ CONTENT = bytes(range(256))
 
 
 class ShortReads(io.BytesIO):
-    """As pyarrow on S3: says that it read everything, and leaves out the end of some reads."""
+    """Behaves as pyarrow does on S3: reports full reads, but leaves out the end of some."""
 
     def __init__(self, content: bytes, num_short: int) -> None:
         super().__init__(content)

@@ -18,7 +18,7 @@ from infra.processes import (
 )
 
 SLEEP = [sys.executable, "-c", "import time; time.sleep(600)"]
-# Starts a child in a session of its own, says so, and ignores SIGTERM, as the child does.
+# Starts a child in its own session, prints "ready", and ignores SIGTERM, as the child does.
 STUBBORN = [
     sys.executable,
     "-c",

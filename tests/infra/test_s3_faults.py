@@ -1,4 +1,4 @@
-"""What comes out of a read when the network between us and a real S3 server is bad."""
+"""Reads are right even if the network between us and a real S3 server is bad."""
 
 import logging
 import random
@@ -55,7 +55,7 @@ def make_proxy(
     short_waits: None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> Iterator[MakeProxy]:
-    """Puts a proxy between this process and the S3 server."""
+    """Put a proxy between this process and the S3 server."""
     with ExitStack() as stack:
 
         def make(*kinds: str, rate: float, seed: int = 0) -> FaultProxy:
@@ -68,7 +68,7 @@ def make_proxy(
 
 
 def wrong_reads(num_reads: int) -> list[tuple[int, int]]:
-    """The ranges, of some read by 8 threads, whose bytes came out wrong."""
+    """Read ranges with 8 threads and return those whose bytes are wrong."""
     draw = random.Random(1)
     starts = [draw.randrange(len(CONTENT)) for _ in range(num_reads)]
     # Also shorter than the text of an error, which pyarrow then does not recognize.
@@ -108,7 +108,7 @@ def test_a_stream_is_right_at_any_rate_of_faults(
 def test_a_short_read_is_a_fault_and_read_again(
     make_proxy: MakeProxy, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """pyarrow returns it at full length, with whatever stood in memory at its end."""
+    """Test that we notice: pyarrow returns it at full length, with memory contents at its end."""
     proxy = make_proxy("short", rate=0.4)
     with caplog.at_level(logging.WARNING, logger="infra.patience"):
         assert wrong_reads(50) == []

@@ -281,7 +281,7 @@ def set_endpoint(monkeypatch: pytest.MonkeyPatch, port: int) -> None:
 
 @contextmanager
 def listing_server(keys: list[str]) -> Iterator[int]:
-    """An S3 whose one bucket lists these keys, whatever is asked for."""
+    """Serve an S3 whose only bucket lists these keys, whatever the request."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -317,7 +317,7 @@ def listing_server(keys: list[str]) -> Iterator[int]:
 
 @contextmanager
 def flaky_server(num_failures: int) -> Iterator[int]:
-    """An S3 of one object that answers 503 to the first requests."""
+    """Serve an S3 with one object that answers 503 to the first requests."""
     failures_left = num_failures
 
     class Handler(BaseHTTPRequestHandler):

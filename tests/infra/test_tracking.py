@@ -23,7 +23,7 @@ DEAD_URI = "http://127.0.0.1:9"
 
 @pytest.fixture(scope="session")
 def uri(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A sqlite store, one for all tests: creating its tables takes seconds."""
+    """Create one sqlite store for all tests, because creating its tables takes seconds."""
     return f"sqlite:///{tmp_path_factory.mktemp('tracking')}/sub/mlflow.db"
 
 
@@ -320,7 +320,7 @@ def test_a_run_that_was_not_started_is_not_written_to(
 
 
 class FakeServer:
-    """As much of MLflow's server as log_batch needs; no port is open before `start`."""
+    """The part of MLflow's server that log_batch needs; its port opens with `start`."""
 
     def __init__(self) -> None:
         self.points: list[tuple[str, int, float]] = []

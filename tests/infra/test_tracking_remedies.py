@@ -1,4 +1,4 @@
-"""A server that refuses is not told to be started."""
+"""For a server that refuses, the advice is not to start it."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""The field decides what text means: what is a number in one is a name in another."""
+"""The field decides what text means: a number in one field is a name in another."""
 
 from enum import Enum
 from pathlib import Path

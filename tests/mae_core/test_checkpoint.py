@@ -99,7 +99,7 @@ def flip_bit(path: Path, position: int) -> None:
 
 
 def rewrite_manifest(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    """Change the fields and seal them again, as a program that wrote nonsense would."""
+    """Change fields and update the manifest's own checksum, as a faulty program would."""
     path = folder / "manifest.json"
     fields = json.loads(path.read_text())
     del fields["manifest_sha256"]

@@ -40,7 +40,7 @@ def make_encoder(depth: int = 3, drop_path_rate: float = 0.0) -> MaskedEncoder:
 
 
 class Convolutions(nn.Module):
-    """An encoder that is no vision transformer."""
+    """An encoder that is not a vision transformer."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Average precision by hand, against another library, and pictures that show what they should."""
+"""Average precision is checked by hand and against another library; pictures by their pixels."""
 
 import math
 from collections.abc import Sequence
@@ -46,7 +46,7 @@ def make_found(
 
 
 def make_random_set(seed: int, num_images: int) -> tuple[list[Detections], list[Boxes]]:
-    """Boxes of three classes, most found nearly where they are, some not, some out of nothing."""
+    """Draw boxes of three classes: most are detected almost in place, some not, some are false."""
     generator = np.random.default_rng(seed)
 
     def boxes(count: int) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Levels of the right size from maps of any stride; windows that see only themselves."""
+"""Levels have the right size for any stride; windows attend only to themselves."""
 
 import pytest
 import torch

@@ -38,7 +38,7 @@ OTHER_NAMES = {
 
 
 def to_transformers(fair: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The authors' names to transformers', whose attention has three matrices for one."""
+    """Map the authors' names to transformers', which splits attention's matrix into three."""
     renamed = {}
     for name, tensor in fair.items():
         stem, _, kind = name.rpartition(".")
@@ -60,7 +60,7 @@ def to_transformers(fair: dict[str, Tensor]) -> dict[str, Tensor]:
 def make_pair(
     model: ModelConfig, *, norm_pix: bool, attention: str = "sdpa"
 ) -> tuple[MaskedAutoencoder, ViTMAEForPreTraining]:
-    """Ours and transformers', with the same random weights, every bias and norm included."""
+    """Build ours and transformers' with the same random weights, including biases and norms."""
     torch.manual_seed(0)
     ours = build_mae(model, MaskingConfig(), LossConfig(norm_pix=norm_pix))
     for parameter in ours.parameters():

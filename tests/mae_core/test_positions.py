@@ -8,7 +8,7 @@ from mae_core.model.positions import resample_positions, sincos_positions
 
 
 def reference_positions(rows: int, columns: int, dim: int) -> npt.NDArray[np.float64]:
-    """One number at a time, from the formula."""
+    """Compute the formula one number at a time."""
     table = np.empty((rows * columns, dim))
     quarter = dim // 4
     for row in range(rows):

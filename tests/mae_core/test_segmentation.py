@@ -1,4 +1,4 @@
-"""Scores worked out by hand or slowly, and pictures whose pixels say what they should."""
+"""Scores are checked by hand or by slow code; pictures by their pixels."""
 
 import math
 
@@ -94,7 +94,7 @@ def test_counts_that_can_not_be_scored_are_errors() -> None:
 
 
 def make_instances() -> npt.NDArray[np.uint16]:
-    """Two squares that touch and one alone, each of 8 x 8 pixels."""
+    """Draw two squares that touch and one alone, each of 8 x 8 pixels."""
     instances = np.zeros((30, 30), np.uint16)
     instances[2:10, 2:10] = 1000
     instances[2:10, 10:18] = 5
@@ -209,7 +209,7 @@ def colours_of_the_legend(picture: Pixels, height: int = TILE) -> set[tuple[int,
 
 
 def test_legend_has_the_classes_that_occur_and_what_red_means() -> None:
-    """In the colours that they have over a pixel of the image's mean brightness, 172."""
+    """Test the legend's colours: those over a pixel of the image's mean brightness, 172."""
     assert colours_of_the_legend(draw(*make_scene())) == {
         (101, 101, 101),
         (129, 176, 202),

@@ -1,4 +1,4 @@
-"""Heads that give each pixel a class: on any encoder, at any size, and they learn."""
+"""Segmentation heads work on any encoder and image size, and they learn."""
 
 import math
 from collections.abc import Callable
@@ -24,7 +24,7 @@ HEADS: list[Head] = ["linear", "fpn", "upernet"]
 
 
 class ConvEncoder(nn.Module):
-    """An encoder that is no transformer, with a norm whose statistics move in train mode."""
+    """An encoder that is not a transformer, with a norm whose statistics change in train mode."""
 
     def __init__(self, patch_size: int = 4, embed_dim: int = 16) -> None:
         super().__init__()
@@ -40,7 +40,7 @@ class ConvEncoder(nn.Module):
 
 
 class PointwiseModel(nn.Module):
-    """Logits that depend on their own pixel alone, and where each call looked."""
+    """Returns logits that depend on their own pixel alone, and records where each call looked."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -70,7 +70,7 @@ def make_images(*shape: int) -> Tensor:
 
 
 def make_scenes() -> tuple[Tensor, Tensor]:
-    """Four images of noise with a bright square and a striped one, and their classes."""
+    """Draw four images of noise with a bright and a striped square, and their classes."""
     targets = torch.zeros(4, 32, 32, dtype=torch.int64)
     for i, (top, left) in enumerate([(2, 3), (5, 17), (18, 4), (16, 19)]):
         targets[i, top : top + 11, left : left + 10] = 1

@@ -1,4 +1,4 @@
-"""The step: the same update for any split of the batch, holes included, or none at all."""
+"""A step makes the same update for any split of the batch, including holes, or no update."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -49,7 +49,7 @@ def split(batch: MicroBatch, num_parts: int) -> list[MicroBatch]:
 def take_step(
     micro_batches: list[MicroBatch], max_grad_norm: float | None = None
 ) -> tuple[StepMetrics, dict[str, Tensor]]:
-    """One step of plain gradient descent at rate 1: the update is minus the gradient."""
+    """Take one step of plain gradient descent at rate 1: the update is minus the gradient."""
     mae = make_mae()
     before = {name: p.detach().clone() for name, p in mae.named_parameters()}
     metrics = pretrain_step(
@@ -197,7 +197,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(poison: float) -> Non
 
 
 def test_a_gradient_that_is_not_finite_stops_too() -> None:
-    """As on a worker whose own loss is fine while another's is not."""
+    """Test a worker whose own loss is finite while another worker's is not."""
     mae = make_mae()
     mae.decoder.pred.bias.register_hook(lambda gradient: gradient * float("inf"))
     with pytest.raises(NonFiniteLossError, match=r"loss=\d.* grad_norm=(inf|nan)"):
@@ -230,7 +230,7 @@ def test_autocast_reaches_the_model_and_spares_the_loss() -> None:
 
 
 class Recorder(nn.Module):
-    """Notes, for each forward and backward, whether gradients would be exchanged."""
+    """Records for each forward and backward pass whether gradients would be exchanged."""
 
     def __init__(self, mae: MaskedAutoencoder) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Small tars that another program wrote, and pictures to pack."""
+"""Fixtures: small tars as another program writes them, and pictures to pack."""
 
 import io
 import tarfile
@@ -15,7 +15,7 @@ WriteTar = Callable[[Path, dict[str, bytes]], Path]
 
 
 def png(number: int, size: tuple[int, int] = (20, 24)) -> bytes:
-    """A picture of noise, another for each number."""
+    """Draw a picture of noise, different for each number."""
     pixels = np.random.default_rng(number).integers(0, 256, (*size, 3), dtype=np.uint8)
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "PNG")
@@ -43,7 +43,7 @@ def write_tar() -> WriteTar:
 
 @pytest.fixture
 def foreign(tmp_path: Path, write_tar: WriteTar) -> Path:
-    """A folder of three tars with 5, 3 and 8 labelled images, without a manifest."""
+    """Write a folder of three tars with 5, 3 and 8 labelled images, without a manifest."""
     number = 0
     for shard, count in enumerate([5, 3, 8]):
         members = {}
@@ -57,7 +57,7 @@ def foreign(tmp_path: Path, write_tar: WriteTar) -> Path:
 
 @pytest.fixture
 def photos(tmp_path: Path) -> Path:
-    """Thirty small images of three classes."""
+    """Write thirty small images of three classes."""
     generator = np.random.default_rng(0)
     for i in range(30):
         pixels = generator.integers(0, 256, size=(6 + i % 3, 8, 3), dtype=np.uint8)

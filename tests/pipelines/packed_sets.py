@@ -1,4 +1,4 @@
-"""Packs pictures in tests, and reads back what was packed."""
+"""Helpers that pack pictures and read back what was packed."""
 
 import base64
 import subprocess
@@ -43,7 +43,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def written(folder: Path) -> dict[str, tuple[int, int]]:
-    """Changes where a file is written again, even with the same bytes."""
+    """Return values that change if a file is rewritten, even with the same bytes."""
     files = [path for path in folder.rglob("*") if path.is_file()]
     return {
         path.relative_to(folder).as_posix(): (path.stat().st_ino, path.stat().st_mtime_ns)

@@ -1,4 +1,4 @@
-"""A folder of one shard with a manifest, for what only looks at both."""
+"""Write a folder of one shard with a manifest, for code that only checks their presence."""
 
 import json
 from pathlib import Path

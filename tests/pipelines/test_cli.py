@@ -1,4 +1,4 @@
-"""What a person sees: exit codes, words on stderr, one line of JSON on stdout."""
+"""What a user sees: exit codes, messages on stderr, one line of JSON on stdout."""
 
 import importlib.metadata
 import json
@@ -28,7 +28,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(autouse=True)
 def _as_it_was(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
-    """The command sets up logging and the environment for good."""
+    """Restore logging and the environment, which the command changes permanently."""
     for name in list(os.environ):
         if name.startswith(("MAE__", "RAY_ADDRESS")):
             monkeypatch.delenv(name)
@@ -64,7 +64,7 @@ def mae(capsys: pytest.CaptureFixture[str]) -> Callable[..., Told]:
 
 
 def without_failure(code: int, out: str) -> str:
-    """What a failed command wrote beside the object that says so to programs."""
+    """Return what a failed command wrote besides its JSON object for programs."""
     *lines, last = out.splitlines() or [""]
     if code == 0 or not last.startswith("{"):
         return out

@@ -1,4 +1,4 @@
-"""What an error is called, which exit code it has, and whether it is tried again."""
+"""The name and exit code of each error, and whether it is retried."""
 
 import errno
 from collections.abc import Callable
@@ -74,7 +74,7 @@ def test_what_it_was_asked_may_not(error: Exception) -> None:
 
 
 class TaskError(Exception):
-    """As Ray's: what the task raised is in `cause`."""
+    """Imitates Ray's error, which has the task's own error in `cause`."""
 
     def __init__(self, cause: Exception) -> None:
         super().__init__("a task failed")
@@ -149,7 +149,7 @@ def test_memory_of_a_gpu_is_not_rays() -> None:
 
 
 def task_error(cause: Exception) -> Exception:
-    """As the driver gets it: of a class that Ray makes of its own and that of the cause."""
+    """Imitate the driver's error, whose class Ray derives from its own and the cause's."""
     return ray.exceptions.RayTaskError("read", "traceback\n" * 90, cause).as_instanceof_cause()
 
 

@@ -1,4 +1,4 @@
-"""A secret that came in by any way is in nothing that is written."""
+"""A secret, however it was passed in, is in nothing that is written."""
 
 import json
 import logging
@@ -44,7 +44,7 @@ def planted(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def holders(folder: Path) -> list[str]:
-    """Names of the files that hold the secret."""
+    """Return the names of the files that contain the secret."""
     files = [file for file in folder.rglob("*") if file.is_file()]
     return [file.name for file in files if SECRET.encode() in file.read_bytes()]
 

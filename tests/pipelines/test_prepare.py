@@ -1,4 +1,4 @@
-"""Packing: the same bytes each time, nothing lost silently, and the same command goes on."""
+"""Packing gives the same bytes each time, loses nothing silently, and resumes."""
 
 import hashlib
 import io
@@ -99,7 +99,7 @@ def test_members_carry_no_owner_time_or_order_of_the_disk(photos: Path, tmp_path
 
 
 def test_bytes_never_change(tmp_path: Path) -> None:
-    # As packed when this was written: a later version must not pack otherwise.
+    # The values when this was written: a later version must pack the same bytes.
     for name, data in [("a/1.png", BLACK), ("a/2.png", WHITE), ("b/3.png", BLACK)]:
         (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "in" / name).write_bytes(data)

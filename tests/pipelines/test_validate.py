@@ -1,4 +1,4 @@
-"""The gate before training: each check passes what is right and refuses what is not."""
+"""The gate before training: each check accepts valid data and refuses invalid data."""
 
 import io
 import json
@@ -30,7 +30,7 @@ def check(tmp_path: Path) -> Callable[..., StageResult]:
 
 @pytest.fixture
 def shards(tmp_path: Path, write_tar: WriteTar, make_png: MakePng) -> Callable[..., str]:
-    """A folder with a tar of `count` labelled images; members may be replaced or left out."""
+    """Write a tar of `count` labelled images, in which members may be replaced or left out."""
 
     def make(name: str = "data", count: int = 8, first: int = 0, **members: bytes | None) -> str:
         files: dict[str, bytes] = {}

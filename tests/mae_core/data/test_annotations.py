@@ -110,7 +110,7 @@ def test_what_is_neither_is_refused(tmp_path: Path) -> None:
 
 
 def test_real_boxes_without_area_are_named(real_data: Path) -> None:
-    """Of the BCCD set: the two files that its users stumble over."""
+    """Test the two files of the BCCD set with known problems."""
     with pytest.raises(DataError, match=r"BloodImage_00338\.xml: object \d+ has no area"):
         read_annotations(real_data / "bad_inputs/bad_annotations")
 

@@ -33,7 +33,7 @@ TIMM_NAMES = {
 def make_pixels(
     channels: int = 3, dtype: npt.DTypeLike = np.uint8, size: tuple[int, int] = (20, 28)
 ) -> npt.NDArray[np.unsignedinteger]:
-    """A smooth picture with some noise: noise alone looks the same after most operations."""
+    """Draw a smooth picture with noise, as pure noise looks the same after most operations."""
     rng = np.random.default_rng(3)
     rows, columns = np.mgrid[: size[0], : size[1]]
     waves = [np.sin(rows / (3 + c)) + np.cos(columns / (4 + c)) for c in range(channels)]

@@ -1,4 +1,4 @@
-"""Boxes are read or refused in words, and lie around the same things in every view."""
+"""Boxes are read or refused with a reason, and surround the same objects in every view."""
 
 import json
 import tarfile
@@ -41,7 +41,7 @@ def make_rectangle(size: tuple[int, int], box: tuple[int, int, int, int]) -> Pix
 
 
 def bright_box(view: Pixels) -> tuple[float, float, float, float]:
-    """Around all pixels at half brightness or more."""
+    """Return the box around all pixels of at least half brightness."""
     rows = np.flatnonzero((view[..., 0] >= 128).any(axis=1))
     columns = np.flatnonzero((view[..., 0] >= 128).any(axis=0))
     return columns[0], rows[0], columns[-1] + 1, rows[-1] + 1

@@ -1,4 +1,4 @@
-"""Several runs one after the other read as each would alone."""
+"""Several runs in a row read the same samples as each run alone."""
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ def make_order(counts: list[int], seed: int, num_samples: int, window: int = 4) 
 
 
 def sequence(order: RunOrder | ChainedOrder) -> list[tuple[int, int, int]]:
-    """(epoch, shard, row) of each place."""
+    """Return (epoch, shard, row) of each position."""
     places = []
     for window in range(order.num_windows):
         laid_out = [

@@ -1,4 +1,4 @@
-"""Labels as people write them, and what is said of those that are wrong."""
+"""Labels as people write them, and the errors for wrong ones."""
 
 import pytest
 

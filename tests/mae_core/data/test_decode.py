@@ -24,14 +24,14 @@ from mae_core.data.decode import decode_image, encode_jpeg, jpeg_header
 from mae_core.data.pixels import CorruptSampleError
 from mae_core.data.samples import iter_samples
 
-# Files of bad_inputs that Pillow opens and we refuse, and the other way round.
+# Files in bad_inputs that Pillow opens and we refuse, and vice versa.
 REFUSED = {"mode_other/rasterio_float_nan.tif", "corrupt/derived_bitflips.jpg"}
 READ_WITHOUT_PILLOW = {"mode_16bit/rasterio_RGBA.uint16.tif": (3, 4)}
 DEEP = {f"mode_16bit/{name}" for name in ("16bit.MM.cropped.tif", "16bit.cropped.tif")} | {
     "mode_16bit/hopper_16bit.pgm",
     "mode_16bit/i_trns.png",
 }
-# By what the broken ones are counted.
+# The kinds by which broken files are counted.
 KINDS = {
     "truncated/truncated_jpeg.jpg": "truncated",
     "truncated/derived_cut60.jpg": "truncated",
@@ -44,13 +44,13 @@ KINDS = {
     "bad_annotations/BloodImage_00338.xml": "not_an_image",
     "mode_other/rasterio_float_nan.tif": "unsupported",
 }
-# Files of bad_inputs that are shown with sides exchanged (orientations 5 to 8) and not square.
+# Files in bad_inputs that are not square and are shown rotated (orientations 5 to 8).
 TURNED = {"orientation_rectangle.jpg", "n02951585_can_opener.JPEG"}
 
 
 @pytest.fixture(autouse=True)
 def _quiet_pillow() -> Iterator[None]:
-    """Pillow warns of and logs odd metadata; these tests are about what comes back."""
+    """Silence Pillow's warnings about odd metadata; these tests are about the pixels."""
     logging.getLogger("PIL").setLevel(logging.CRITICAL)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -211,7 +211,7 @@ def test_jpeg_can_come_out_smaller(shrink: int) -> None:
 @pytest.mark.parametrize("orientation", [1, 6])
 @pytest.mark.parametrize("tail", [b"\xff\xd9", b"\0" * 900])
 def test_half_a_jpeg_that_ends_well_is_no_picture(orientation: int, tail: bytes) -> None:
-    """Pillow shows the rest of it grey, and says nothing."""
+    """Test that it is refused, although Pillow silently shows the rest of it grey."""
     exif = Image.Exif()
     exif[0x0112] = orientation
     data = encode(make_pixels(64, 96), "JPEG", exif=exif)

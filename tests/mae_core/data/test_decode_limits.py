@@ -1,4 +1,4 @@
-"""Bombs: what claims or inflates to too much is refused at once, in every format."""
+"""Files that claim or inflate to too much are refused at once, in every format."""
 
 import io
 import struct
@@ -38,7 +38,7 @@ def chunk(kind: bytes, content: bytes) -> bytes:
 def make_png(
     extra: bytes = b"", data: bytes | None = None, *, side: int = 8, bits: int = 8
 ) -> bytes:
-    """A black picture in colour, with chunks before its pixels."""
+    """Write a black PNG in colour, with chunks before its pixels."""
     header = struct.pack(">IIBBBBB", side, side, bits, 2, 0, 0, 0)
     pixels = zlib.compress(bytes(8 * (1 + 8 * 3 * bits // 8))) if data is None else data
     magic = b"\x89PNG\r\n\x1a\n"
@@ -52,20 +52,20 @@ def make_tiff(pixels: npt.NDArray[Any], **options: Any) -> bytes:
 
 
 def with_tag(data: bytes, code: int, value: int) -> bytes:
-    """The TIFF with another value of a tag."""
+    """Change the value of a TIFF's tag."""
     with tifffile.TiffFile(io.BytesIO(data)) as tiff:
         at = tiff.pages.first.tags[code].offset
     return data[: at + 2] + struct.pack("<HII", 4, 1, value) + data[at + 12 :]
 
 
 def with_strip(data: bytes, strip: bytes) -> bytes:
-    """The TIFF of one strip, with these bytes as its strip."""
+    """Write a TIFF with one strip that has these bytes."""
     moved = with_tag(with_tag(data, 273, len(data)), 279, len(strip))
     return moved + strip
 
 
 def tags_that_overlap(num_tags: int = 2000) -> bytes:
-    """A TIFF directory whose tags all name the same 64 KiB."""
+    """Write a TIFF directory whose tags all point to the same 64 KiB."""
     at = 8 + 2 + 12 * num_tags + 4
     entries = [struct.pack("<HHII", 1000 + i, 7, 2**16, at) for i in range(num_tags)]
     head = b"II*\0" + struct.pack("<IH", 8, num_tags)
@@ -79,7 +79,7 @@ def make_jpeg(mode: str = "RGB", **options: Any) -> bytes:
 
 
 def with_scans(data: bytes, count: int) -> bytes:
-    """The JPEG with its last scan again and again."""
+    """Repeat a JPEG's last scan many times."""
     scan = data[data.rindex(b"\xff\xda") : -2]
     return data[:-2] + scan * count + data[-2:]
 

@@ -1,4 +1,4 @@
-"""DICOM: what a viewer shows, whatever the header says that can't be meant."""
+"""DICOM is decoded as a viewer shows it, even if header values make no sense."""
 
 import io
 import struct

@@ -1,4 +1,4 @@
-"""Layouts that people keep: what is a class, and what is a split, a mask or a wrapper."""
+"""Common folder layouts: which folders are classes, splits, masks or wrappers."""
 
 import logging
 from pathlib import Path, PurePath

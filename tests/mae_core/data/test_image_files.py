@@ -1,4 +1,4 @@
-"""Folders and lists of images: which files count, what they are called, which class they have."""
+"""Folders and lists of images: which files count, their keys and their classes."""
 
 import logging
 import os

@@ -1,4 +1,4 @@
-"""Label maps: read as they are stored, and never out of step with their image."""
+"""Label maps are read as stored and stay aligned with their images."""
 
 import io
 import struct
@@ -33,7 +33,7 @@ MIDDLE = 120
 
 
 def make_png(values: npt.ArrayLike, mode: str | None = None) -> bytes:
-    """A PNG with the mode of the array's type, or as `mode` says."""
+    """Encode a PNG in `mode`, by default the mode of the array's type."""
     image = Image.fromarray(np.asarray(values))
     if mode == "P":
         palette = Image.new("P", image.size)
@@ -49,7 +49,7 @@ def make_png(values: npt.ArrayLike, mode: str | None = None) -> bytes:
 
 
 def make_grey_png(bit_depth: int, row: bytes, width: int) -> bytes:
-    """A grey PNG of one row, written by hand: Pillow writes none of 2 or 4 bits."""
+    """Write a grey PNG of one row by hand, as Pillow cannot write 2 or 4 bits."""
 
     def chunk(name: bytes, data: bytes) -> bytes:
         return (
@@ -215,7 +215,7 @@ def test_sizes_that_differ_are_both_named() -> None:
 
 
 def make_chequers(height: int, width: int, side: int) -> tuple[Pixels, LabelMap]:
-    """Squares of two classes, the one dark and the other light in the image."""
+    """Draw squares of two classes, one dark and one light in the image."""
     rows, columns = np.indices((height, width)) // side
     label_map = ((rows + columns) % 2).astype(np.uint8)
     return np.where(label_map == 1, LIGHT, DARK).astype(np.uint8)[..., None], label_map
@@ -232,7 +232,7 @@ def make_chequers(height: int, width: int, side: int) -> tuple[Pixels, LabelMap]
 def test_picture_and_labels_stay_aligned(
     seed: int, height: int, width: int, size: tuple[int, int], scale: float
 ) -> None:
-    """Bicubic resampling is symmetric: a step crosses the middle exactly at the edge."""
+    """Test by symmetry: after bicubic resampling a step is half way exactly at the edge."""
     pixels, label_map = make_chequers(height, width, 16)
     generator = np.random.default_rng(seed)
     view, labels = segmentation_view(pixels, label_map, generator, size=size, scale=(scale, scale))
@@ -321,7 +321,7 @@ def test_half_of_the_views_are_mirrored_and_none_without_flip() -> None:
 
 
 def test_half_is_as_likely_as_double() -> None:
-    """The share shown of a large picture with classes in squares tells the factor."""
+    """Infer the factor from the share shown of a large picture with classes in squares."""
     rows = np.arange(400) // 20
     label_map = np.repeat(rows[:, None], 400, axis=1).astype(np.uint8)
     pixels = np.zeros((400, 400, 1), np.uint8)

@@ -46,7 +46,7 @@ def test_any_kind_of_class_may_be_spread(labels: list[tuple[int, bool]], fractio
 
 @pytest.mark.parametrize("fraction", [0.25, 0.5])
 def test_the_order_of_other_classes_does_not_matter(fraction: float) -> None:
-    """What is chosen of a class follows from its own samples."""
+    """Test that the choice within a class depends on its own samples only."""
     alone = stratified_subset(["a"] * 40, fraction, seed=0)
     beside = stratified_subset(["a"] * 40 + ["b"] * 40, fraction, seed=0)
     assert [i for i in beside if i < 40] == alone.tolist()

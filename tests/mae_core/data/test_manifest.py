@@ -1,4 +1,4 @@
-"""The manifest: what is written is read again, and what is no manifest is an error in words."""
+"""A written manifest can be read, and text that is not a manifest gives a clear error."""
 
 import hashlib
 import io

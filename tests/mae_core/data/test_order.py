@@ -1,4 +1,4 @@
-"""The run's sequence: each sample once an epoch, and nothing but (seed, counts, window) matters."""
+"""The run's sequence has each sample once per epoch and depends on (seed, counts, window) only."""
 
 import time
 from collections import Counter
@@ -17,7 +17,7 @@ def make_order(counts: list[int], seed: int, window: int, num_samples: int) -> R
 
 
 def laid_out(order: RunOrder) -> list[tuple[int, int, int]]:
-    """(epoch, shard, row) of the whole run before the windows are permuted."""
+    """Return (epoch, shard, row) of the whole run before the windows are permuted."""
     return [
         (segment.epoch, segment.shard, row)
         for window in range(order.num_windows)
@@ -27,7 +27,7 @@ def laid_out(order: RunOrder) -> list[tuple[int, int, int]]:
 
 
 def sequence(order: RunOrder) -> list[tuple[int, int, int]]:
-    """(epoch, shard, row) of the whole run, in the order of training."""
+    """Return (epoch, shard, row) of the whole run, in the order of training."""
     samples = []
     for window in range(order.num_windows):
         rows = [
@@ -110,7 +110,7 @@ def test_window_may_hold_many_epochs() -> None:
 
 
 def test_a_seed_s_order_never_changes() -> None:
-    # As drawn when this was written: a run that is resumed by a later version must find it.
+    # The values when this was written: a later version must resume a run in the same order.
     order = make_order([4, 3, 5], seed=7, window=6, num_samples=24)
     assert [order.window_segments(i) for i in range(4)] == [
         [(0, 0, 0, 4), (0, 1, 0, 2)],

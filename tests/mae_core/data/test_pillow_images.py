@@ -129,7 +129,7 @@ def test_a_webp_that_claims_too_much_is_refused_before_it_is_opened(
 
 
 def deep_png(rows: int) -> bytes:
-    """A PNG of 16-bit colour whose header says 2 x 2 and whose pixels are `rows` rows."""
+    """Write a 16-bit colour PNG whose header claims 2 x 2 but which has `rows` rows."""
 
     def chunk(kind: bytes, content: bytes) -> bytes:
         checked = kind + content

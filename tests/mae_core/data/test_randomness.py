@@ -1,4 +1,4 @@
-"""Randomness by name: it never changes, and no two names share it."""
+"""Named randomness never changes, and no two names share it."""
 
 import subprocess
 import sys
@@ -8,7 +8,7 @@ import pytest
 
 from mae_core.data.randomness import named_generator, sample_generator
 
-# As drawn when this was written. If one of these changes, every resumed run and every set of
+# The values when this was written. If one changes, every resumed run and every set of
 # drawn images changes with it.
 GOLDEN = [
     ((0,), [519630, 581812, 522861, 152413]),
@@ -85,7 +85,7 @@ def test_asking_again_starts_again() -> None:
 
 
 def test_neighbouring_names_are_independent() -> None:
-    """Uniform over names, and no correlation between one epoch and the next."""
+    """Test that values are uniform over names and uncorrelated between epochs."""
     values = np.asarray(
         [[sample_generator(0, epoch, str(i)).random() for i in range(4000)] for epoch in range(2)]
     )

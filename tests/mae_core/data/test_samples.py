@@ -1,4 +1,4 @@
-"""Tars to samples: which members count, where each sample lies, and that no damage is silent."""
+"""Reading tars: which members count, where each sample lies, and no damage is silent."""
 
 import io
 import itertools
@@ -33,7 +33,7 @@ THREE: Members = [
 
 
 class OneWay(io.RawIOBase):
-    """A stream like a socket: no way back, and at most `most` bytes at a time."""
+    """A stream like a socket: it cannot seek and returns at most `most` bytes at a time."""
 
     def __init__(self, data: bytes, most: int) -> None:
         self._data, self._most, self._position = data, most, 0
@@ -286,7 +286,7 @@ def test_pictures_that_are_nobody_s_image_are_counted() -> None:
 
 
 def test_a_sparse_member_is_no_sample() -> None:
-    """A kilobyte of tar that would be read as a gigabyte of zeros."""
+    """Write a kilobyte of tar that would expand to a gigabyte of zeros."""
     info = tarfile.TarInfo("a.jpg")
     info.type = tarfile.GNUTYPE_SPARSE
     header = bytearray(info.tobuf(tarfile.GNU_FORMAT))

@@ -1,4 +1,4 @@
-"""Drawn scenes: the same each time, labelled rightly, and not told apart by their colour."""
+"""Drawn scenes are reproducible, correctly labelled, and not separable by colour."""
 
 import hashlib
 import io
@@ -44,7 +44,7 @@ def test_scene_is_a_function_of_seed_and_index() -> None:
 
 
 def test_labels_and_places_never_change() -> None:
-    # As drawn when this was written; a set that was packed half must be packed on as it began.
+    # The values when this was written: a half-packed set must be continued with the same images.
     scenes = [draw_scene(0, i, 64) for i in range(6)]
     assert [scene.label for scene in scenes] == [4, 3, 4, 9, 6, 8]
     assert [scene.objects[0].bbox for scene in scenes] == [

@@ -1,4 +1,4 @@
-"""Tars header by header: what tarfile writes is read as tarfile reads it; the rest is damage."""
+"""Tars written by tarfile are read as tarfile reads them; anything else is damage."""
 
 import io
 import tarfile

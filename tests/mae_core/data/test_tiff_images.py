@@ -1,4 +1,4 @@
-"""TIFF: as its tags mean at any depth, or unsupported; never shown otherwise."""
+"""TIFF of any depth is shown as its tags describe, or is unsupported; never shown wrongly."""
 
 import io
 from types import SimpleNamespace

@@ -1,4 +1,4 @@
-"""Crops, flips and sizes: the reference's law, and nothing outside the picture."""
+"""Crops, flips and sizes follow the reference's distribution and stay inside the picture."""
 
 import math
 
@@ -64,7 +64,7 @@ def test_crop_lies_inside_the_picture(
 
 @pytest.mark.parametrize(("height", "width"), [(100, 100), (240, 320)])
 def test_crop_follows_torchvision_s_law(height: int, width: int) -> None:
-    """The same means and spreads of area, aspect and place as RandomResizedCrop draws."""
+    """Compare means and spreads of area, aspect and place with RandomResizedCrop."""
     num_draws = 3000
     scale, ratio = (0.2, 1.0), (3 / 4, 4 / 3)
     ours = np.asarray(

@@ -1,4 +1,4 @@
-"""A sample's views: the same crop whether a large photograph was decoded in full or smaller."""
+"""A view shows the same crop whether a large photograph was decoded in full or smaller."""
 
 import io
 
@@ -16,7 +16,7 @@ SPEC = ViewSpec(seed=0, in_chans=3, size=(32, 32), crop_scale=(0.2, 0.5), flip=F
 
 
 def photograph(height: int, width: int) -> bytes:
-    """Smooth, so that a shift of a pixel shows, and a coarser decoding does not."""
+    """Draw a smooth picture, in which a shift of a pixel shows but coarser decoding does not."""
     rough = np.random.default_rng(0).integers(0, 256, (12, 16, 3), dtype=np.uint8)
     buffer = io.BytesIO()
     Image.fromarray(rough).resize((width, height), Image.Resampling.BICUBIC).save(
@@ -26,7 +26,7 @@ def photograph(height: int, width: int) -> bytes:
 
 
 def in_full(data: bytes, key: str) -> tuple[Pixels, int]:
-    """The view from the whole picture, and by what it may be decoded smaller."""
+    """Return the view from the whole picture, and the factor by which it may be decoded smaller."""
     pixels = decode_image(data, 3)
     crop = random_crop(sample_generator(0, 0, key), *pixels.shape[:2], scale=SPEC.crop_scale)
     return resize_crop(pixels, crop, SPEC.size), largest_shrink([crop], SPEC.size)

@@ -1,4 +1,4 @@
-"""A try of a stage: what it deletes, what it takes over, what it goes on with. No process."""
+"""What an attempt of a stage deletes, reuses and continues, tested without processes."""
 
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ KIND = StageKind(Own, "", (), ())
 
 
 class Process:
-    """Notes the words that it was started with, and runs for ever."""
+    """Records the words that it was started with, and runs for ever."""
 
     started: list[list[str]]
     peak_bytes = 0
@@ -60,7 +60,7 @@ def plan(chain: Chain, *force: str) -> Planned:
 
 
 def finish(planned: Planned) -> Path:
-    """As if the stage had run; gives the file of its result."""
+    """Write files as if the stage had run; return the file of its result."""
     out = Path(planned.folder.uri) / "out"
     out.mkdir(parents=True, exist_ok=True)
     (out / "weights").write_text("12345")
@@ -127,7 +127,7 @@ def test_a_result_that_another_made_since_is_taken(
 def test_a_result_that_lost_a_file_since_is_made_from_nothing(
     chain: Chain, tmp_path: Path, started: list[list[str]]
 ) -> None:
-    """Else the stage finds its own `result.json`, and half a result is committed."""
+    """Test this because the stage would find its own `result.json` and commit half a result."""
     planned = plan(chain)
     weights = finish(planned)
     (weights.parent / "more").write_text("left over")

@@ -1,4 +1,4 @@
-"""What of a source counts for a cache, and what does not."""
+"""Which parts of a source file count for the cache, and which do not."""
 
 import ast
 from pathlib import Path
@@ -64,7 +64,7 @@ def test_a_docstring_alone_still_is_a_body() -> None:
 def test_what_is_imported_of_the_core_comes_along() -> None:
     found = code_digests(["pipelines.pretrain"])
     assert {"pipelines.pretrain", "mae_core.masking", "mae_core.data.decode"} <= found.keys()
-    # Reached only by way of another module of the core.
+    # Imported only by another module of the core.
     assert {"mae_core.config", "mae_core.data.samples"} <= found.keys()
     others = {name for name in found if not name.startswith("mae_core.")}
     assert {"pipelines.reading.shards", "pipelines.reading.manifests"} <= others

@@ -1,4 +1,4 @@
-"""A pipeline's file: references, overrides, sweeps, stages of one's own, and mistakes in it."""
+"""A pipeline's file: references, overrides, sweeps, user-defined stages, and mistakes in it."""
 
 from pathlib import Path
 from typing import Any
@@ -45,7 +45,7 @@ def write(folder: Path, stages: dict[str, Any], **fields: Any) -> Path:
 
 
 def small(folder: Path) -> Path:
-    """prepare -> pretrain -> classify."""
+    """Write a pipeline: prepare -> pretrain -> classify."""
     return write(
         folder,
         {

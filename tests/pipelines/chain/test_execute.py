@@ -1,4 +1,4 @@
-"""The graph without processes: keys, reasons, order, retries, time limits, being stopped."""
+"""The stage graph without processes: keys, reasons, order, retries, time limits, stopping."""
 
 import json
 from collections import Counter
@@ -39,7 +39,7 @@ PASSES = Failure("store is down", 5, can_pass=True)
 
 
 class Clock:
-    """Time passes only while somebody sleeps."""
+    """A clock on which time passes only during sleep."""
 
     def __init__(self) -> None:
         self.now_s = 0.0
@@ -52,7 +52,7 @@ class Clock:
 
 
 class Try:
-    """Ends as it is told, after `seconds`."""
+    """Ends in the given way after `seconds`."""
 
     def __init__(self, clock: Clock, end: StageResult | Failure, seconds: float = 1.0) -> None:
         self._clock, self._end, self._at_s = clock, end, clock() + seconds
@@ -73,7 +73,7 @@ def result(name: str, status: Any = "done") -> StageResult:
 
 
 def run(nodes: list[Node], ends: Mapping[str, list[Failure]], **kwargs: Any) -> dict[str, StageRun]:
-    """Execute with `ends` as the failures of each stage's first tries."""
+    """Execute with `ends` as the failures of each stage's first attempts."""
     clock = Clock()
     left = {name: list(failures) for name, failures in ends.items()}
 
@@ -116,7 +116,7 @@ def test_a_key_does_not_depend_on_order_or_on_the_names_of_stages_before() -> No
 
 
 def test_a_key_stays_what_it_is() -> None:
-    """Another hash would make every result that people have a miss."""
+    """Test this because another hash would invalidate all existing results."""
     assert PARTS.key == "5289f00c605779bf"
 
 
@@ -203,7 +203,7 @@ def test_as_many_run_at_a_time_as_there_is_room_for() -> None:
     execute(nodes, start, capacity=Capacity(4), **kwargs)
     assert most == 2
     most = 0
-    # One that asks for more than there is runs alone, and is not waited for.
+    # A stage that asks for more than there is runs alone, but does not wait for ever.
     runs = execute([Node("a", cpus=9), Node("b")], start, capacity=Capacity(4), **kwargs)
     assert most == 1
     assert all(x.state is State.DONE for x in runs.values())
@@ -273,7 +273,7 @@ def test_a_stage_is_told_the_results_of_those_it_needs() -> None:
 
 @st.composite
 def graphs(draw: st.DrawFn) -> list[Node]:
-    """Up to eight stages; each needs some of those before it; shuffled."""
+    """Draw up to eight shuffled stages, each of which needs some of the earlier ones."""
     count = draw(st.integers(1, 8))
     nodes = []
     for i in range(count):
@@ -288,7 +288,7 @@ def graphs(draw: st.DrawFn) -> list[Node]:
 def test_over_reruns_every_stage_succeeds_once_and_in_order(
     nodes: list[Node], data: st.DataObject
 ) -> None:
-    """Random graphs, failing stages, reruns until all is done: nothing is made twice."""
+    """Run random graphs with failing stages until all are done: nothing is made twice."""
     names = [node.name for node in nodes]
     failing = data.draw(st.dictionaries(st.sampled_from(names), st.integers(1, 3), max_size=3))
     made: list[str] = []

@@ -95,7 +95,7 @@ FIELDS = [(name, key) for name, config in CONFIGS.items() for key, _ in dotted(c
 
 
 def with_value(config: StrictConfig, key: str, value: Any) -> StrictConfig:
-    """A copy with another value, whether it is valid or not."""
+    """Return a copy with another value, whether it is valid or not."""
     first, _, rest = key.partition(".")
     inner = getattr(config, first, None)
     new = with_value(inner, rest, value) if rest and isinstance(inner, StrictConfig) else value
@@ -219,7 +219,7 @@ def make_chain(tmp_path: Path, store_uri: str) -> Callable[..., Chain]:
 
 
 def finish(chain: Chain, plans: list[Planned]) -> None:
-    """As if each stage had run."""
+    """Write results as if each stage had run."""
     for plan in plans:
         track = chain.config.tracking
         run_id = tracking.start_run(track, run_name="r", params={}, tags={}, run_id=None)
@@ -347,7 +347,7 @@ def test_a_damaged_marker_is_none(finished: Chain) -> None:
 
 @pytest.mark.parametrize("status", ["FAILED", "KILLED", "RUNNING"])
 def test_a_committed_result_outlives_what_mlflow_missed(finished: Chain, status: Any) -> None:
-    """A server that was down when a run ended must not cost hours of training."""
+    """Test that a server that was down at the end of a run does not cost hours of training."""
     plan = plan_chain(finished, Forced())[0]
     assert plan.done is not None
     uri = finished.config.tracking.uri

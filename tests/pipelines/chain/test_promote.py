@@ -1,4 +1,4 @@
-"""The gate: what takes the alias, what is refused, what is not comparable."""
+"""The gate: which models get the alias, are refused, or are not comparable."""
 
 from pathlib import Path
 
@@ -68,7 +68,7 @@ def track(store_uri: str) -> TrackingConfig:
 
 
 def made(track: TrackingConfig, value: float) -> tuple[StageResult, StageResult]:
-    """A model's run, and what it was measured at."""
+    """Return a model's run and its measurements."""
     run_id = tracking.start_run(track, run_name="r", params={}, tags={}, run_id=None)
     model = StageResult("pretrain", "done", run_id, "/runs/model", {})
     return model, StageResult("classify", "done", None, "/runs/c", {"top1": value})
@@ -127,7 +127,7 @@ def test_the_same_model_again_makes_no_other_version(track: TrackingConfig) -> N
 
 
 def test_a_holder_keeps_what_it_was_measured_at(track: TrackingConfig) -> None:
-    """A short probe of the same model must not make it easier to beat."""
+    """Test that a shorter probe of the same model does not make it easier to beat."""
     model, measured = made(track, 0.9)
     promote(SPEC, track, model, measured, "d1")
     promote(SPEC, track, model, measured._replace(metrics={"top1": 0.1}), "d2")

@@ -1,4 +1,4 @@
-"""The report of a pipeline run: what is on it, that it needs no network, that it runs nothing."""
+"""The report of a pipeline run: its content, and that it needs no network and runs no code."""
 
 import json
 import re
@@ -35,7 +35,7 @@ KIND = StageKind(Own, "", (), (), headline=("/top1",))
 
 
 class Tags(HTMLParser):
-    """Every start tag with its attributes."""
+    """Collects every start tag with its attributes."""
 
     def __init__(self, page: str) -> None:
         super().__init__()
@@ -48,7 +48,7 @@ class Tags(HTMLParser):
 
 @pytest.fixture
 def run(tmp_path: Path, store_uri: str) -> PipelineRun:
-    """One stage done, with two pictures and two broken samples; one failed; one blocked."""
+    """Build a run: one stage done with pictures and broken samples, one failed, one blocked."""
     names = ("good", "bad", "after")
     config = ChainConfig(
         name="c",

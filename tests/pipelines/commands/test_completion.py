@@ -9,7 +9,7 @@ from pipelines.commands.arguments import COMMANDS
 
 
 def complete(*words: str) -> list[str]:
-    """What bash proposes for the last of the words."""
+    """Return what bash proposes for the last word."""
     typed = " ".join(f"'{word}'" for word in words)
     lines = [
         completion.script(),

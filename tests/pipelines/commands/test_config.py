@@ -1,4 +1,4 @@
-"""`mae config`: where values come from, and what an editor is told."""
+"""`mae config`: the origin of values, and the schema for editors."""
 
 import json
 import os

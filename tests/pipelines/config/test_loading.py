@@ -1,4 +1,4 @@
-"""Words, variables and files to values: what each field takes, and what can't be meant."""
+"""Parsing words, variables and files: what each field accepts, and what is refused."""
 
 from pathlib import Path
 

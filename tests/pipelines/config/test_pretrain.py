@@ -1,4 +1,4 @@
-"""From files, environment and words to one config; each mistake is told by place and name."""
+"""Files, environment and words become one config; each error has its place and name."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""Every field of every stage's config: part of the result, of its measure, or neither."""
+"""Every field of every stage's config: part of the result, of its measurement, or neither."""
 
 from collections import Counter
 from typing import Any
@@ -22,7 +22,7 @@ def test_each_field_has_one_role_and_each_role_a_field(kind: str) -> None:
 
 
 def nested(kind: str, changed: str = "") -> dict[str, Any]:
-    """A config as nested dicts: each field has the value 1, and one of them 2."""
+    """Build a config as nested dicts in which each field is 1, and one of them 2."""
     config: dict[str, Any] = {}
     for other, key in FIELDS:
         if other == kind:

@@ -1,4 +1,4 @@
-"""`mae doctor`: findings where something is wrong, and an end within seconds where it hangs."""
+"""`mae doctor`: findings for what is wrong, and an end within seconds if something hangs."""
 
 import base64
 import json
@@ -57,7 +57,7 @@ class FakeServer(NamedTuple):
 
 @pytest.fixture
 def server() -> Iterator[FakeServer]:
-    """Answers as it is told to, with its clock off by what it is told."""
+    """A server with given answers and a given clock error."""
     answers: dict[str, tuple[int, str]] = {}
     headers: list[dict[str, str]] = []
     clock = [timedelta()]
@@ -89,7 +89,7 @@ def server() -> Iterator[FakeServer]:
 
 @pytest.fixture
 def hanging() -> Iterator[str]:
-    """Takes connections, and never answers."""
+    """A server that accepts connections and never answers."""
     with socket.create_server(("127.0.0.1", 0)) as listening:
         yield f"http://127.0.0.1:{listening.getsockname()[1]}"
 

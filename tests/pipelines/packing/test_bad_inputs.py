@@ -1,4 +1,4 @@
-"""Every broken file that we have, in one tar with good ones around it."""
+"""Pack every broken file that we have, together with good ones."""
 
 import io
 import json
@@ -31,7 +31,7 @@ UNLIKE_PILLOW = {
 
 
 def expected_kind(item: dict[str, Any]) -> str | None:
-    """From what the data set's own manifest says; None for a picture."""
+    """Return the expected kind from the data set's own manifest; None for a valid picture."""
     told = str(item.get("pillow", "UnidentifiedImageError"))  # annotations have no such field
     if item["path"] in UNLIKE_PILLOW:
         return UNLIKE_PILLOW[item["path"]]

@@ -1,4 +1,4 @@
-"""Tars that lie somewhere get a manifest, checksums and statistics; nothing of them is changed."""
+"""Existing tars get a manifest, checksums and statistics, and are not changed."""
 
 import hashlib
 import io

@@ -1,4 +1,4 @@
-"""What a stopped, finished or changed `mae prepare` finds in its output."""
+"""`mae prepare` after it was stopped, was finished, or its input has changed."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""What `mae prepare` finds in a source: told, compared with what was packed, never mixed."""
+"""`mae prepare` reports what it finds and never mixes different sources in one set."""
 
 import json
 import logging
@@ -27,7 +27,7 @@ from tests.pipelines.packed_sets import (
 
 @pytest.fixture
 def flat(tmp_path: Path) -> Path:
-    """Four pictures with a label each, in two shards of two."""
+    """Pack four pictures with a label each, in two shards of two."""
     (tmp_path / "flat").mkdir()
     for i in range(4):
         (tmp_path / f"flat/{i}.png").write_bytes(BLACK)

@@ -1,4 +1,4 @@
-"""From blocks to batches: holes are named, randomness is the sample's own, errors come through."""
+"""Blocks become batches: holes are named, randomness depends on the sample, errors are raised."""
 
 import io
 import threading

@@ -1,4 +1,4 @@
-"""Sets that number their classes otherwise, as one numbering by names."""
+"""Sets with different class numbers get one numbering by name."""
 
 import json
 import logging

@@ -1,4 +1,4 @@
-"""What lies at a place, in a few characters."""
+"""Fingerprints change when the data does."""
 
 import os
 import shutil

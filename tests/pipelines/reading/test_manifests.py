@@ -16,7 +16,7 @@ from tests.pipelines.packed_sets import BLACK, WHITE, pack, write_image
 
 @pytest.fixture
 def two_sets(tmp_path: Path) -> list[str]:
-    """Of 30 and of 10 images, with the same classes."""
+    """Return manifests of 30 and of 10 images with the same classes."""
     for name, count in (("one", 30), ("two", 10)):
         for i in range(count):
             pixels = np.full((4, 4, 3), i, np.uint8)

@@ -1,4 +1,4 @@
-"""Shards as the run's one fixed sequence: the same global batches for any layout and restart."""
+"""Shards give the run's fixed sequence: the same global batches for any layout and restart."""
 
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -68,7 +68,7 @@ def test_windows_are_shuffled_and_differ_by_epoch(foreign: Path) -> None:
 
 
 def collect(plan: SequencePlan, splits: int, **options: Any) -> list[list[tuple[int, int, str]]]:
-    """Per split, its batches' rows in order, as a training worker gets them."""
+    """Return each split's rows in order, as a training worker gets them."""
     dataset = sequence_dataset(plan, **options)
 
     def read(shard: Any) -> list[tuple[int, int, str]]:
@@ -92,7 +92,7 @@ def collect(plan: SequencePlan, splits: int, **options: Any) -> list[list[tuple[
 @pytest.mark.ray
 @pytest.mark.usefixtures("local_ray")
 def test_global_batches_are_the_same_for_any_number_of_workers(foreign: Path) -> None:
-    """Global batches of 8; three epochs of 16 samples in shards of 5, 3 and 8."""
+    """Plan global batches of 8 and three epochs of 16 samples in shards of 5, 3 and 8."""
     configure_ray_data()
     manifest = open_foreign(foreign)
     expected = [

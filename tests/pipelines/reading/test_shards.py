@@ -212,7 +212,7 @@ def test_tars_that_hold_all_images_before_all_labels_are_read_whole(
 
 @pytest.fixture
 def packed(foreign: Path) -> Path:
-    """`foreign` with our manifest and checksums beside it."""
+    """Write our manifest and checksums beside the shards in `foreign`."""
     config = PrepareConfig(existing="index", output=str(foreign), workers=1)
     assert prepare.run(config, fresh=False).metrics["num_samples"] == 16
     return foreign

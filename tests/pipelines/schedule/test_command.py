@@ -1,4 +1,4 @@
-"""`mae schedule`: its words, its passes, two of it at once."""
+"""`mae schedule`: its words, its passes, and two schedulers at once."""
 
 import logging
 import os
@@ -41,7 +41,7 @@ def _place(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 @pytest.fixture
 def stub(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each run writes its tick into a file, instead of `mae run`."""
+    """Replace `mae run` by a command that writes its tick into a file."""
     text = "import os; print(os.environ['MAE_SCHEDULE_TICK'], file=open('ran.txt', 'a'))"
     monkeypatch.setattr(schedule_runs, "_command", lambda _schedule, _tick: ["-c", text])
 
@@ -71,7 +71,7 @@ def ran() -> list[str]:
 
 
 def settle(root: str = "runs") -> None:
-    """Wait for the run that goes on."""
+    """Wait for the active run to end."""
     state = read_state(root, "nightly")
     if state is not None and state.running is not None:
         while schedule_runs.status(root, "nightly", state.running) == "running":
@@ -173,7 +173,7 @@ def test_new_data_fires_when_it_has_settled_and_the_same_data_never_again() -> N
 @pytest.mark.usefixtures("stub")
 @pytest.mark.parametrize("overlap", ["queue", "skip"])
 def test_two_schedulers_run_each_tick_once(overlap: str) -> None:
-    """At full speed, through three days of an hourly schedule."""
+    """Run at full speed through three days of an hourly schedule."""
     together = hourly(overlap=overlap, catch_up="all")
     run_pass("runs", together, NOW)
     both_ready = threading.Barrier(2)
@@ -450,7 +450,7 @@ sys.exit(schedule.command(["serve", "--file", "s.yaml"]))
 
 
 class Server:
-    """`mae schedule serve` in a process of its own, with a clock that runs 60 times as fast."""
+    """`mae schedule serve` in its own process, with a clock that runs 60 times as fast."""
 
     def __init__(self, name: str) -> None:
         self.log = Path(f"{name}.log")

@@ -1,4 +1,4 @@
-"""The file of schedules, and what is said of its mistakes."""
+"""The file of schedules, and the errors for mistakes in it."""
 
 from pathlib import Path
 

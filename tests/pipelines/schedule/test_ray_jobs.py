@@ -1,4 +1,4 @@
-"""Schedules on a real Ray head: its job API refuses a second job of one tick."""
+"""Schedules on a real Ray head: its job API refuses a second job for one tick."""
 
 import os
 import shutil

@@ -1,4 +1,4 @@
-"""Runs that schedules start: as processes here, as jobs of a Ray that is played, on S3."""
+"""Runs that schedules start: local processes, jobs of a simulated Ray, and state on S3."""
 
 import json
 import os
@@ -47,7 +47,7 @@ RunScript = Callable[[str], None]
 
 @pytest.fixture
 def script(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> RunScript:
-    """What is started instead of `mae run`."""
+    """Return the command that is started instead of `mae run`."""
 
     def use(text: str) -> None:
         monkeypatch.setattr(schedule_runs, "_command", lambda _schedule, _tick: ["-c", text])
@@ -201,7 +201,7 @@ class FakeStatus(str):
 
 
 class FakeRay:
-    """The jobs of a cluster, with the words of Ray 2.60's answers."""
+    """Simulates the jobs of a cluster, with the texts of Ray 2.60's answers."""
 
     def __init__(self) -> None:
         self.jobs: dict[str, dict[str, Any]] = {}
@@ -323,7 +323,7 @@ def bucket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 def test_on_s3_of_many_that_try_at_once_one_starts_it(
     bucket: str, script: RunScript, tmp_path: Path
 ) -> None:
-    """The store honours If-None-Match: as AWS does."""
+    """Test that the store honours If-None-Match, as AWS does."""
     script("print('ran', flush=True)")
     for i in range(5):
         tick = tick_of(NIGHTLY, AT + timedelta(days=i))

@@ -1,4 +1,4 @@
-"""A year of a fake clock: what fires, and what does not."""
+"""A year on a fake clock: which ticks fire, and which do not."""
 
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
@@ -44,7 +44,7 @@ def make_data(**fields: Any) -> Schedule:
 
 
 class FakeScheduler:
-    """The passes of a scheduler whose runs take `run_time`."""
+    """Simulates the passes of a scheduler whose runs take `run_time`."""
 
     def __init__(self, schedule: Schedule, run_time: timedelta = timedelta()) -> None:
         self.schedule = schedule
@@ -155,7 +155,7 @@ def test_each_hour_of_the_year_has_one_run(zone: str) -> None:
     cuts=st.lists(st.integers(0, 365 * 24 * 60), max_size=12),
 )
 def test_ticks_do_not_depend_on_when_one_asks(cron: str, zone: str, cuts: list[int]) -> None:
-    """A scheduler that starts at any moment goes on with the same ticks."""
+    """Test that a scheduler that starts at any moment continues with the same ticks."""
     schedule = make(cron, time_zone=zone)
     moments = [YEAR, *(YEAR + cut * MINUTE for cut in sorted(cuts)), NEXT_YEAR]
     pieces = [at for start, end in pairwise(moments) for at in ticks_between(schedule, start, end)]
@@ -285,7 +285,7 @@ def test_what_is_off_fires_nothing_and_nothing_when_it_is_on_again() -> None:
 
 
 def test_state_survives_a_restart() -> None:
-    """A scheduler that forgets all but its state after each pass does as one that lives on."""
+    """Test that a scheduler restarted from its state after each pass behaves the same."""
     schedule = make("*/20 * * * *", overlap="queue", catch_up="all")
     lasting = FakeScheduler(schedule, 25 * MINUTE)
     forgetful = FakeScheduler(schedule, 25 * MINUTE)

@@ -1,4 +1,4 @@
-"""Nothing is silent for long: a bar on a terminal, a line now and then elsewhere."""
+"""No command is silent for long: a bar on a terminal, occasional lines elsewhere."""
 
 import io
 import logging
@@ -34,7 +34,7 @@ def wait_for(text: str, stream: io.StringIO) -> None:
 
 @contextmanager
 def seen_on_a_terminal() -> Iterator[Terminal]:
-    """Stderr is one, and what we log goes to it. No fixture: pytest sets stderr after those."""
+    """Make stderr a terminal that gets our logs. Not a fixture: pytest sets stderr after those."""
     stream, ours = Terminal(), logging.getLogger("pipelines")
     handler = logging.StreamHandler(stream)
     with pytest.MonkeyPatch.context() as patch:
