@@ -10,6 +10,11 @@ from infra import storage
 SHARD_SUFFIX = ".tar"
 
 
+def as_entries(spec: str | Sequence[str]) -> tuple[str, ...]:
+    """Return the entries of a specification, which may be one or several."""
+    return (spec,) if isinstance(spec, str) else tuple(spec)
+
+
 def expand_shards(spec: str | Sequence[str]) -> list[str]:
     """Return the absolute URIs of the shards that `spec` names, all of which must exist.
 
@@ -21,8 +26,7 @@ def expand_shards(spec: str | Sequence[str]) -> list[str]:
         NoShardsError: An entry matches nothing, or a named shard does not exist.
         ValueError: A shard is named twice.
     """
-    entries = [spec] if isinstance(spec, str) else list(spec)
-    shards = [shard for entry in entries for shard in _expand_entry(entry)]
+    shards = [shard for entry in as_entries(spec) for shard in _expand_entry(entry)]
     if not shards:
         raise storage.NoShardsError("the list of shards is empty")
     seen: set[str] = set()

@@ -73,6 +73,8 @@ class CheckpointRecord(StrictConfig):
     """The task that the weights were trained for: pretrain, classify, detect or segment."""
     classes: tuple[str, ...] = ()
     """Names of the classes that a fine-tuned model predicts."""
+    category_ids: tuple[int, ...] = ()
+    """The category_id of each class, where the labels have one."""
 
     @model_validator(mode="after")
     def _statistics_fit_the_channels(self) -> Self:

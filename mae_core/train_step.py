@@ -37,51 +37,8 @@ class StepMetrics(NamedTuple):
     grad_norm: Float[Tensor, ""]  # before clipping; over all workers under DDP
 
 
-def pretrain_step(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    micro_batches: Iterable[MicroBatch],
-    *,
-    grad_accum_steps: int,
-    learning_rate: float,
-    autocast_dtype: torch.dtype | None,
-    max_grad_norm: float | None = None,
-) -> StepMetrics:
-    """Forward and backward over `grad_accum_steps` micro batches, then clip and update.
-
-    The loss is divided by the nominal number of images, B * grad_accum_steps, even where some of
-    them are holes. So a hole adds nothing, every other image has the weight
-    1 / global_batch_size wherever it sits, and the update is the same for any split of the
-    global batch over micro batches and workers (DDP averages gradients over workers).
-    Dividing by the number of images read would make an image's weight depend on its neighbours.
-
-    Args:
-        model: a `MaskedAutoencoder`, or one wrapped in DDP, whose gradients are then
-            exchanged once, in the last micro batch.
-        optimizer: its groups all get `learning_rate`.
-        micro_batches: read as far as needed; all of one size.
-        grad_accum_steps: micro batches in a step.
-        learning_rate: of this step.
-        autocast_dtype: None runs in the weights' own type.
-        max_grad_norm: None leaves gradients as they are, as the reference does.
-
-    Raises:
-        NonFiniteLossError: before the update, and on every worker if on one.
-        ValueError: `micro_batches` ended early; nothing was updated.
-    """
-    return optimizer_step(
-        model,
-        optimizer,
-        micro_batches,
-        _pretrain_loss,
-        grad_accum_steps=grad_accum_steps,
-        learning_rate=learning_rate,
-        autocast_dtype=autocast_dtype,
-        max_grad_norm=max_grad_norm,
-    )
-
-
-def _pretrain_loss(model: nn.Module, batch: MicroBatch) -> BatchLoss:
+def pretrain_loss(model: nn.Module, batch: MicroBatch) -> BatchLoss:
+    """Return the loss of a micro batch; `model` is a `MaskedAutoencoder`, bare or wrapped."""
     output = model(batch.images, batch.noise)
     loss = (output.loss_per_image * batch.weights).sum() / len(batch.images)
     return BatchLoss(loss, batch.weights.sum())
@@ -98,18 +55,24 @@ def optimizer_step(
     autocast_dtype: torch.dtype | None,
     max_grad_norm: float | None = None,
 ) -> StepMetrics:
-    """As `pretrain_step`, for any loss.
+    """Forward and backward over `grad_accum_steps` batches, then clip and update.
+
+    The loss is divided by the nominal number of images, B * grad_accum_steps, even where some are
+    holes. So a hole adds nothing, each other image has the weight 1 / global_batch_size wherever it
+    sits, and the update is the same for any split of the global batch over micro batches and
+    workers (DDP averages gradients over workers). Dividing by the number of images that were read
+    would weight an image by the luck of its neighbours.
 
     Args:
-        model: bare, or wrapped in DDP.
+        model: bare, or wrapped in DDP, whose gradients are then exchanged once, in the last batch.
         optimizer: each of its groups gets `learning_rate` times its `lr_scale`, if it has one.
-        batches: read as far as needed.
+        batches: read as far as needed; all of one size.
         loss_of: the loss of one batch, divided by its nominal number of images; calls the model
             once, and is called under autocast.
         grad_accum_steps: batches in a step.
         learning_rate: of this step.
         autocast_dtype: None runs in the weights' own type.
-        max_grad_norm: None leaves gradients as they are.
+        max_grad_norm: None leaves gradients as they are, as pretraining's reference does.
 
     Raises:
         NonFiniteLossError: before the update, and on every worker if on one.

@@ -18,7 +18,7 @@ if __name__ == "__main__":  # run as a file: import the package, not the files b
 import math
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -58,17 +58,13 @@ from mae_core.evaluation.linear_probe import linear_probe_accuracy
 from mae_core.model.classifier import build_classifier
 from mae_core.optim import build_lars
 from mae_core.train_step import BatchLoss
-from pipelines.config.downstream import ClassifyConfig, ClassifySection, DownstreamConfig
+from pipelines.config.arms import ArmKind
+from pipelines.config.downstream import ClassifyConfig, ClassifySection
 from pipelines.downstream import run as downstream
-from pipelines.downstream.run import (
-    LabelledData,
-    Stage,
-    Study,
-    adamw,
-    read_targets,
-    warn_of_absent,
-)
-from pipelines.downstream.task import Arm, Batch, EncodedSample, Evaluation, Example, TaskInfo
+from pipelines.downstream.arms import Arm
+from pipelines.downstream.run import LabelledData, Study, TaskKind, adamw
+from pipelines.downstream.targets import read_targets, warn_of_absent
+from pipelines.downstream.task import Batch, EncodedSample, Evaluation, Example, TaskInfo
 from pipelines.outcome import ConfigError, StageResult
 from pipelines.reading.class_names import (
     CLASSES_FILE,
@@ -81,22 +77,18 @@ from pipelines.reading.class_names import (
 )
 
 MOST_WRONG = 16
-TUNED = ("finetune", "scratch")
 
 
 def run(config: ClassifyConfig, *, fresh: bool) -> StageResult:
     """Train and measure each arm; see `downstream.run`."""
     targets = ("cls",) if config.classify.label_key is None else ("json",)
-    return downstream.run(config, Stage(targets, _study, _make_task, _summarize), fresh=fresh)
+    kind = TaskKind(targets, _study, ClassifyTask, _summarize)
+    return downstream.run(config, kind, fresh=fresh)
 
 
-def _section(config: DownstreamConfig) -> ClassifySection:
-    return cast(ClassifyConfig, config).classify
-
-
-def _study(config: DownstreamConfig, data: LabelledData, _encoder: CheckpointManifest) -> Study:
+def _study(config: ClassifyConfig, data: LabelledData, _encoder: CheckpointManifest) -> Study:
     """Class names, and the class or classes of each training sample."""
-    section = _section(config)
+    section = config.classify
     train, val = (_raw_labels(section, manifest) for manifest in (data.train, data.val))
     names, numbers = _classes(section, data, train)
     if len(names) < 2:
@@ -150,10 +142,6 @@ def _classes(section: ClassifySection, data: LabelledData, train: Sequence[_RawL
     return classes_by_name(ours, theirs, given)
 
 
-def _make_task(config: DownstreamConfig, info: TaskInfo) -> "ClassifyTask":
-    return ClassifyTask(cast(ClassifyConfig, config), info)
-
-
 class Prediction(NamedTuple):
     values: npt.NDArray[np.float32]  # logits (K,), or features (D,) where nothing is trained
     label: npt.NDArray[np.int64]  # () a class, or (K,) 0 and 1
@@ -173,7 +161,7 @@ class ClassifyTask:
         label = self._label(sample)
         spec = ViewSpec(arm.seed, model.in_chans, model.img_size, section.crop_scale, section.flip)
         pixels = training_view(sample.image, sample.epoch, sample.key, spec)
-        if arm.name in TUNED and section.rand_augment > 0:
+        if arm.kind.trains_encoder and section.rand_augment > 0:
             generator = named_generator(arm.seed, "augment", sample.epoch, sample.key)
             pixels = rand_augment(pixels, generator, magnitude=section.rand_augment)
         return Example(pixels, label)
@@ -194,25 +182,25 @@ class ClassifyTask:
         return label
 
     def build_model(self, encoder: nn.Module, arm: Arm) -> nn.Module:
-        if arm.name in downstream.UNTRAINED:
+        if not arm.kind.is_trained:
             return encoder
-        kind: Literal["finetune", "linear"] = "linear" if arm.name == "linear" else "finetune"
+        is_linear, blocks = arm.kind is ArmKind.LINEAR, self.section.trainable_blocks
         return build_classifier(
             encoder,
             num_classes=len(self.info.names),
-            kind=kind,
+            kind="linear" if is_linear else "finetune",
             pool=self.section.pool,
-            trainable_blocks=self.section.trainable_blocks if arm.name == "finetune" else None,
+            trainable_blocks=blocks if arm.kind is ArmKind.FINETUNE else None,
         )
 
     def build_optimizer(self, model: nn.Module, arm: Arm) -> torch.optim.Optimizer:
-        if arm.name == "linear":
+        if arm.kind is ArmKind.LINEAR:
             return build_lars(model, learning_rate=self.peak_learning_rate(arm))
         return adamw(model, self.config.optim, arm)
 
     def peak_learning_rate(self, arm: Arm) -> float:
         optim = self.config.optim
-        base = self.section.linear_base_lr if arm.name == "linear" else optim.base_lr
+        base = self.section.linear_base_lr if arm.kind is ArmKind.LINEAR else optim.base_lr
         return base * optim.global_batch_size / 256
 
     def loss(self, model: nn.Module, batch: Batch, arm: Arm) -> BatchLoss:
@@ -227,7 +215,7 @@ class ClassifyTask:
 
     def _augmented(self, batch: Batch, arm: Arm) -> tuple[Tensor, Tensor]:
         """Images and (B, K) targets, erased and mixed if the arm is fine-tuned."""
-        section, is_tuned = self.section, arm.name in TUNED
+        section, is_tuned = self.section, arm.kind.trains_encoder
         images, device = batch.images, batch.images.device
         if section.labels == "many":
             empty = np.zeros(len(self.info.names), np.int64)
@@ -278,7 +266,7 @@ class ClassifyTask:
     ) -> Evaluation:
         values = torch.from_numpy(np.stack([p.values for p in predictions]))
         labels = torch.from_numpy(np.stack([p.label for p in predictions]))
-        if arm.name in downstream.UNTRAINED:
+        if not arm.kind.is_trained:
             return Evaluation({"top1": self._feature_top1(values, labels, arm, training)}, {}, {})
         if self.section.labels == "many":
             return self._evaluate_many(values, labels, arm)
@@ -289,7 +277,7 @@ class ClassifyTask:
     ) -> float:
         bank = torch.from_numpy(np.stack([p.values for p in training]))
         bank_labels = torch.from_numpy(np.stack([p.label for p in training]))
-        if arm.name == "knn":
+        if arm.kind is ArmKind.KNN:
             k = min(self.section.k, len(bank))
             return knn_accuracy(bank, bank_labels, values, labels, k=k)
         return linear_probe_accuracy(bank, bank_labels, values, labels, seed=arm.seed)
@@ -345,7 +333,7 @@ class ClassifyTask:
 
     def _title(self, arm: Arm) -> str:
         share = "" if arm.fraction == 1 else f", {100 * arm.fraction:g} % of the labels"
-        return f"{self.info.title}, {arm.name}{share}"
+        return f"{self.info.title}, {arm.kind}{share}"
 
 
 def _per_class_table(scores: ClassificationScores) -> str:
@@ -362,18 +350,20 @@ def _cell(score: float) -> str:
 
 
 def _summarize(
-    config: DownstreamConfig, info: TaskInfo, found: dict[Arm, dict[str, float]]
+    config: ClassifyConfig, info: TaskInfo, found: dict[Arm, dict[str, float]]
 ) -> Evaluation:
     """The table of all arms; the figure where there are several shares of the labels."""
-    metric = "top1" if _section(config).labels == "one" else "auroc"
-    grouped: dict[tuple[str, float], list[float]] = {}
+    metric = "top1" if config.classify.labels == "one" else "auroc"
+    grouped: dict[tuple[ArmKind, float], list[float]] = {}
     for arm, metrics in found.items():
         if metric in metrics:
-            grouped.setdefault((arm.name, arm.fraction), []).append(metrics[metric])
-    rows: list[Any] = [(name, fraction, values) for (name, fraction), values in grouped.items()]
+            grouped.setdefault((arm.kind, arm.fraction), []).append(metrics[metric])
+    rows: list[Any] = [
+        (str(kind), fraction, values) for (kind, fraction), values in grouped.items()
+    ]
     shown = {"top1": "top-1 accuracy", "auroc": "mean AUROC"}[metric]
     pictures = {}
-    if rows and len(_section(config).label_fraction) > 1:
+    if rows and len(config.classify.label_fraction) > 1:
         title = f"{info.title}: {shown}"
         pictures["label_fraction"] = label_fraction_picture(rows, title, metric=shown)
     return Evaluation({}, pictures, {"summary.md": f"{shown}\n\n{markdown_table(rows)}"})

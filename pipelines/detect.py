@@ -50,19 +50,13 @@ from mae_core.model.detector import (
 )
 from mae_core.model.feature_pyramid import MapEncoder
 from mae_core.train_step import BatchLoss
-from pipelines.config.downstream import DetectConfig, DetectSection, DownstreamConfig
+from pipelines.config.arms import ArmKind
+from pipelines.config.downstream import DetectConfig, DetectSection
 from pipelines.downstream import run as downstream
-from pipelines.downstream.run import (
-    LabelledData,
-    Stage,
-    Study,
-    adamw,
-    arms_table,
-    map_samples,
-    picture_shape,
-    warn_of_absent,
-)
-from pipelines.downstream.task import Arm, Batch, EncodedSample, Evaluation, Example, TaskInfo
+from pipelines.downstream.arms import Arm, arms_table
+from pipelines.downstream.run import LabelledData, Study, TaskKind, adamw
+from pipelines.downstream.targets import map_samples, picture_shape, warn_of_absent
+from pipelines.downstream.task import Batch, EncodedSample, Evaluation, Example, TaskInfo
 from pipelines.outcome import ConfigError, StageResult
 from pipelines.reading.class_names import folder_of, folders_of, read_category_names
 from pipelines.reading.shards import BrokenSample, target_of
@@ -73,12 +67,13 @@ NUM_PICTURES = 6
 
 def run(config: DetectConfig, *, fresh: bool) -> StageResult:
     """Train and measure each arm; see `downstream.run`."""
-    return downstream.run(config, Stage(TARGETS, _study, _make_task, _summarize), fresh=fresh)
+    kind = TaskKind(TARGETS, _study, DetectTask, _summarize)
+    return downstream.run(config, kind, fresh=fresh)
 
 
-def _study(config: DownstreamConfig, data: LabelledData, encoder: CheckpointManifest) -> Study:
+def _study(config: DetectConfig, data: LabelledData, encoder: CheckpointManifest) -> Study:
     """Names of the categories; every box of both sets is looked at before any training."""
-    section = cast(DetectConfig, config).detect
+    section = config.detect
     train, val = (
         list(map_samples(manifest, partial(_look, in_chans=encoder.model.in_chans)))
         for manifest in (data.train, data.val)
@@ -101,10 +96,7 @@ def _study(config: DownstreamConfig, data: LabelledData, encoder: CheckpointMani
         counts.update(set(boxes.labels.tolist()) if i < len(train) else ())
     key = "data.train" if section.categories is None else "detect.categories"
     warn_of_absent(key, categories.names, counts)
-    # The numbers go with the names: a worker has nothing else to read them from.
-    pairs = zip(categories.identifiers, categories.names, strict=True)
-    names = tuple(f"{identifier}:{name}" for identifier, name in pairs)
-    return Study(names, [0] * len(train), numbers)
+    return Study(categories.names, [0] * len(train), numbers, categories.identifiers)
 
 
 class _Look(NamedTuple):
@@ -169,10 +161,6 @@ def _categories(section: DetectSection, train: Sequence[_Look]) -> _Categories:
     return _Categories(tuple(x for _, x in ordered), tuple(name for name, _ in ordered))
 
 
-def _make_task(config: DownstreamConfig, info: TaskInfo) -> "DetectTask":
-    return DetectTask(cast(DetectConfig, config), info)
-
-
 class _Target(NamedTuple):
     boxes: Boxes  # in the example's pixels, or the original's for validation
     factor: float = 1.0  # from the original to the example
@@ -192,9 +180,8 @@ class DetectTask:
         self.config = config
         self.section = config.detect
         self.info = info
-        pairs = [name.split(":", 1) for name in info.names]
-        self.numbers = {int(number): label for label, (number, _) in enumerate(pairs)}
-        self.names = [name for _, name in pairs]
+        self.numbers = {number: label for label, number in enumerate(info.identifiers)}
+        self.names = info.names
 
     def training_example(self, sample: EncodedSample, arm: Arm) -> Example:
         original = decode_image(sample.image, self.info.model.in_chans)
@@ -229,7 +216,7 @@ class DetectTask:
             channels=section.channels,
             num_convs=section.num_convs,
             window=section.window,
-            frozen=arm.name == "frozen",
+            frozen=arm.kind is ArmKind.FROZEN,
         )
 
     def build_optimizer(self, model: nn.Module, arm: Arm) -> torch.optim.Optimizer:
@@ -270,7 +257,7 @@ class DetectTask:
         scores = evaluate_detections([p.found for p in predictions], truths, self.names)
         metrics = {"ap": scores.ap, "ap50": scores.ap50, "ap75": scores.ap75}
         named = {f"ap/{name}": x for name, x in scores.ap_per_class.items() if not np.isnan(x)}
-        title = f"{self.info.title}, {arm.name}: AP {scores.ap:.3f}, AP50 {scores.ap50:.3f}"
+        title = f"{self.info.title}, {arm.kind}: AP {scores.ap:.3f}, AP50 {scores.ap50:.3f}"
         spread = np.linspace(0, len(predictions) - 1, min(NUM_PICTURES, len(predictions)))
         shown = [predictions[int(i)] for i in spread]
         pictures = {
@@ -301,6 +288,6 @@ def _per_class_table(scores: DetectionScores) -> str:
 
 
 def _summarize(
-    config: DownstreamConfig, info: TaskInfo, found: dict[Arm, dict[str, float]]
+    config: DetectConfig, info: TaskInfo, found: dict[Arm, dict[str, float]]
 ) -> Evaluation:
     return Evaluation({}, {}, {"summary.md": arms_table(found)})

@@ -49,16 +49,9 @@ from pipelines.outcome import ConfigError, StageResult
 from pipelines.reading.fingerprints import fingerprint
 from pipelines.reading.shards import open_shards, read_rows, read_samples
 from pipelines.terminal import progress
-from pipelines.training import launch
-from pipelines.training.checkpoints import at_newest_checkpoint, fetch_checkpoint, fetch_manifest
-from pipelines.training.recording import (
-    Taken,
-    earlier_record,
-    ended_in_mlflow,
-    run_until_stopped,
-    say_where_to_compare,
-    take_over,
-)
+from pipelines.training.checkpoints import fetch_checkpoint, fetch_manifest
+from pipelines.training.recording import Taken
+from pipelines.training.run import Identity, Work, checked, drive
 from pipelines.training.run_folder import RunFolder
 from pipelines.training.stopping import Decision, Phase, StepEnds, StopChannel, Told
 
@@ -92,90 +85,107 @@ class EmbedJob(NamedTuple):
 
 
 def run(config: EmbedConfig, *, fresh: bool) -> StageResult:
-    """Embed what is not embedded yet; with a query, look for its like.
+    """Embed what is not embedded yet; with a query, search for the images most like it.
 
-    Raises:
-        ConfigError, DataError, NoShardsError, StorageError: as the other stages.
+    See `pipelines.training.run.drive`.
     """
-    driver.check_paths(_paths(config))
-    driver.check_tracking(config.tracking.uri)
-    config = at_newest_checkpoint(config)
-    root = storage.absolute(config.storage.root)
-    folder = RunFolder(storage.join(root, STAGE, config.run_name))
-    encoder = fetch_manifest(config.init_from)
-    img_size = config.img_size or encoder.model.img_size
-    if any(side % encoder.model.patch_size for side in img_size):
-        raise ConfigError(
-            f"img_size={img_size[0]}x{img_size[1]} is not a multiple of "
-            f"{encoder.model.patch_size}, the patch_size of init_from={config.init_from}"
+    given = {
+        "init_from": config.init_from,
+        "storage.root": config.storage.root,
+        "data": config.data,
+        "query": config.query,
+    }
+    embedding = EmbedRun(checked(config, given))
+    result = drive(embedding, fresh=fresh)
+    opened = embedding.opened
+    if config.query is not None and opened is not None:
+        _search(opened.config, opened.job, opened.data, opened.folder)
+    return result
+
+
+class EmbedRun:
+    """See `pipelines.training.run.Run`."""
+
+    stage = STAGE
+
+    def __init__(self, config: EmbedConfig) -> None:
+        self.config = config
+        self.opened: OpenedEmbedding | None = None
+
+    def open(self, folder: RunFolder) -> "OpenedEmbedding":
+        config = self.config
+        encoder = fetch_manifest(config.init_from)
+        img_size = config.img_size or encoder.model.img_size
+        if any(side % encoder.model.patch_size for side in img_size):
+            raise ConfigError(
+                f"img_size={img_size[0]}x{img_size[1]} is not a multiple of "
+                f"{encoder.model.patch_size}, the patch_size of init_from={config.init_from}"
+            )
+        index_uri = storage.join(folder.index_uri, "data")
+        data = open_shards(config.data, index_uri, max_bad_ratio=config.max_bad_ratio)
+        job = EmbedJob(config, storage.absolute(config.init_from), img_size, StopChannel(""))
+        self.opened = OpenedEmbedding(config, folder, data, encoder, job)
+        return self.opened
+
+
+class OpenedEmbedding(NamedTuple):
+    """See `pipelines.training.run.OpenedRun` and `PlannedRun`: nothing is left to plan."""
+
+    config: EmbedConfig
+    folder: RunFolder
+    data: Manifest
+    encoder: CheckpointManifest
+    job: EmbedJob
+
+    @property
+    def identity(self) -> Identity:
+        config, data = self.config, self.data
+        weights = self.encoder.files[WEIGHTS_FILE].sha256[:16]
+        return Identity(
+            f"{data.digest[:16]}-{weights}",
+            inputs={"data": fingerprint(config.data), "init_from": fingerprint(config.init_from)},
+            data={"data": (data.digest, str(config.data))},
+            tags={
+                **driver.run_tags(STAGE, seed="", output=self.folder.uri),
+                "init_from": self.job.init_uri,
+            },
         )
-    if fresh:
-        storage.delete_folder(folder.index_uri)
-    data = open_shards(
-        config.data, storage.join(folder.index_uri, "data"), max_bad_ratio=config.max_bad_ratio
-    )
-    digest = f"{data.digest[:16]}-{encoder.files[WEIGHTS_FILE].sha256[:16]}"
-    inputs = {key: fingerprint(getattr(config, key)) for key in ("data", "init_from")}
-    earlier = None if fresh else earlier_record(folder, digest, inputs)
-    job = EmbedJob(config, storage.absolute(config.init_from), img_size, StopChannel(""))
-    done = None if fresh else folder.read_result()
-    if done is None:
-        with launch.running_ray(config.scaling):
-            taken = take_over(
-                config,
-                folder,
-                digest=digest,
-                inputs=inputs,
-                earlier=earlier,
-                fresh=fresh,
-                tags={
-                    **driver.run_tags(STAGE, seed="", output=folder.uri),
-                    "init_from": job.init_uri,
-                },
-                data={"data": (data.digest, str(config.data))},
-            )
-            job = job._replace(channel=StopChannel(taken.start))
-            done = _embed(config, job, data, taken)
-    else:
-        logger.info("%s is done: not embedded again (--fresh starts over)", folder.uri)
-        done = done._replace(status="reused")
-    if config.query is not None:
-        _search(config, job, data, folder)
-    return done
 
+    def reuse(self, done: StageResult) -> StageResult | None:
+        return done._replace(status="reused")
 
-def _paths(config: EmbedConfig) -> Iterator[tuple[str, str]]:
-    yield "init_from", config.init_from
-    yield "storage.root", config.storage.root
-    for uri in [config.data] if isinstance(config.data, str) else config.data:
-        yield "data", uri
-    if config.query is not None:
-        yield "query", config.query
+    def plan(self) -> "OpenedEmbedding":
+        return self
 
+    def work(self, taken: Taken) -> Work:
+        pieces = list(_pieces(self.config, self.data, taken.folder))
+        job = self.job._replace(channel=StopChannel(taken.start))
+        saved = partial(_what_is_saved, pieces, self.data.num_samples, taken.folder)
+        return Work(partial(_write_missing, job, pieces, taken.folder), job.channel, saved)
 
-def _embed(config: EmbedConfig, job: EmbedJob, data: Manifest, taken: Taken) -> StageResult:
-    uri, (folder, run_id) = config.tracking.uri, taken
-    pieces = list(_pieces(config, data, folder))
-    saved = partial(_what_is_saved, pieces, data.num_samples, folder)
-    with ended_in_mlflow(uri, run_id, folder, what_is_saved=saved) as stopper:
-        folder.forget_failure()
-        there = set(storage.list_files(folder.features_uri))
-        missing = [piece for piece in pieces if piece.name not in there]
-        logger.info("%d of %d files are to be written", len(missing), len(pieces))
-        if missing:
-            run_until_stopped(
-                stopper,
-                partial(_run_actors, config, job, missing),
-                job.channel,
-                config.checkpoint,
-            )
-        bad = _count_bad(config, data, pieces)
+    def is_kept(self, taken: Taken) -> bool:
+        """Return False: a file that is missing is a failure of the run."""
+        return False
+
+    def finish(
+        self, taken: Taken, earlier: StageResult | None, failure: Exception | None
+    ) -> StageResult:
+        config, data, (folder, run_id) = self.config, self.data, taken
+        bad = _count_bad(config, data, list(_pieces(config, data, folder)))
         metrics = {"num_images": float(data.num_samples - bad), "data/left_out": float(bad)}
-        tracking.log_final_metrics(uri, run_id, metrics, 0)
-        say_where_to_compare(uri)
+        tracking.log_final_metrics(config.tracking.uri, run_id, metrics, 0)
         result = StageResult(STAGE, "done", run_id, folder.features_uri, metrics)
         folder.write_result(result)
         return result
+
+
+def _write_missing(job: EmbedJob, pieces: list[Piece], folder: RunFolder) -> None:
+    """Write the files that are not there yet."""
+    there = set(storage.list_files(folder.features_uri))
+    missing = [piece for piece in pieces if piece.name not in there]
+    logger.info("%d of %d files are to be written", len(missing), len(pieces))
+    if missing:
+        _run_actors(job.config, job, missing)
 
 
 def _what_is_saved(pieces: list[Piece], num_images: int, folder: RunFolder) -> str:

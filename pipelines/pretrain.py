@@ -5,6 +5,10 @@
     ray job submit --working-dir . -- python pipelines/pretrain.py FILE.yaml data.train=s3://...
 
 The same command goes on where it was stopped; a finished run is not trained again.
+
+What a run does is in `pipelines/training/run.py`; the step loop is `TrainingProcess._train` in
+`pipelines/training/process.py`. What pretraining adds is here and in
+`pipelines/training/pretrain_task.py`.
 """
 
 import sys
@@ -20,24 +24,21 @@ import hashlib
 import json
 import logging
 import tempfile
-from collections.abc import Iterator
 from functools import partial
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 
 from infra import storage, tracking
 from mae_core.data.decode import decode_image
 from mae_core.data.pixels import CorruptSampleError, Pixels
-from mae_core.data.manifest import IMAGENET_STATS, ChannelStats, Manifest, ShardInfo
+from mae_core.data.manifest import IMAGENET_STATS, ChannelStats, Manifest
 from mae_core.data.randomness import named_generator
 from mae_core.data.samples import DataError
 from mae_core.data.transforms import center_crop, stack_pixels
 from mae_core.masking import draw_noise
 from pipelines import driver
-from pipelines.training import launch
 from pipelines.training.checkpoints import (
-    at_newest_checkpoint,
     fetch_manifest,
     find_checkpoint,
     list_steps,
@@ -50,25 +51,22 @@ from pipelines.reading.class_names import (
     warn_of_unnamed,
 )
 from pipelines.config.pretrain import PretrainConfig
+from pipelines.config.steps import needed_steps
 from pipelines.outcome import ConfigError, StageResult
 from pipelines.reading.shards import measure_channel_stats, open_shards, read_rows
 from pipelines.training.export import log_encoder
 from pipelines.reading.fingerprints import fingerprint
 from pipelines.training.knn import METRICS_PREFIX, check_labels
 from pipelines.training.recording import (
-    earlier_record,
-    ended_in_mlflow,
+    Taken,
     log_bad_samples,
-    run_until_stopped,
     saved_steps,
-    say_where_to_compare,
-    take_over,
     tell_evaluation,
 )
 from pipelines.training.reporting import RunSize
-from pipelines.training.run import fit
+from pipelines.training.run import Identity, Work, checked, drive, fit
 from pipelines.training.run_folder import RunFolder
-from pipelines.training.pretrain_worker import Pictures, TrainTask, remaining_data, train_worker
+from pipelines.training.pretrain_task import Pictures, PretrainJob, remaining_data
 
 logger = logging.getLogger(__name__)
 
@@ -76,75 +74,140 @@ STAGE = "pretrain"
 NUM_PICTURES = 8
 
 
-class OpenedData(NamedTuple):
-    train: Manifest
-    val: Manifest | None  # None: no kNN evaluation
-
-
 class Plan(NamedTuple):
     """What the run will do, known before anything is started."""
 
-    manifest: Manifest
-    val_shards: tuple[ShardInfo, ...]
-    classes: Classes
     stats: ChannelStats
+    classes: Classes
     size: RunSize
+    pictures: Pictures
 
 
 def run(config: PretrainConfig, *, fresh: bool) -> StageResult:
-    """Pretrain, or go on with it, or find that it is done.
+    """Pretrain, or go on with it, or find that it is done; see `pipelines.training.run.drive`."""
+    given = {
+        "data.train": config.data.train,
+        "data.val": config.data.val,
+        "storage.root": config.storage.root,
+        "init_from": config.init_from,
+    }
+    return drive(PretrainRun(checked(config, given)), fresh=fresh)
 
-    Raises:
-        ConfigError, DataError, NoShardsError, StorageError: before any worker is started, unless
-            only reading can tell.
-    """
-    driver.check_paths(_paths(config))
-    driver.check_tracking(config.tracking.uri)
-    config = at_newest_checkpoint(config)
-    folder = RunFolder(storage.join(storage.absolute(config.storage.root), STAGE, config.run_name))
-    if fresh:
-        storage.delete_folder(folder.index_uri)
-    _check_init_from(config)
-    data = _open_data(config, folder)
-    digest, inputs = data.train.digest, _inputs(config)
-    earlier = None if fresh else earlier_record(folder, digest, inputs)
-    done = None if fresh else folder.read_whole_result()
-    key = evaluation_key(config)
-    if done is not None and (kept := _kept_result(done, folder.read_evaluation(key))) is not None:
-        logger.info("%s is done: not trained again (--fresh starts over)", folder.uri)
-        return kept
-    plan = _plan(config, data)
-    if done is not None:
-        logger.info("%s is trained already; its evaluation is computed anew", folder.uri)
-    with launch.running_ray(config.scaling):
-        folder, run_id = take_over(
-            config,
-            folder,
-            digest=digest,
-            inputs=inputs,
-            earlier=earlier,
-            fresh=fresh,
-            tags=driver.run_tags(STAGE, seed=config.seed, output=folder.uri),
+
+class PretrainRun:
+    """See `pipelines.training.run.Run`."""
+
+    stage = STAGE
+
+    def __init__(self, config: PretrainConfig) -> None:
+        self.config = config
+
+    def open(self, folder: RunFolder) -> "OpenedPretraining":
+        config = self.config
+        _check_init_from(config)
+
+        def opened(spec: str | tuple[str, ...], name: str) -> Manifest:
+            uri = storage.join(folder.index_uri, name)
+            return open_shards(spec, uri, max_bad_ratio=config.data.max_bad_ratio)
+
+        val = None if config.data.val is None else opened(config.data.val, "val")
+        return OpenedPretraining(config, folder, opened(config.data.train, "train"), val)
+
+
+class OpenedPretraining(NamedTuple):
+    """See `pipelines.training.run.OpenedRun`."""
+
+    config: PretrainConfig
+    folder: RunFolder
+    train: Manifest
+    val: Manifest | None  # None: no kNN evaluation
+
+    @property
+    def identity(self) -> Identity:
+        config, digest = self.config, self.train.digest
+        inputs = {"data.train": fingerprint(config.data.train, with_names=False)}
+        if config.init_from is not None:
+            inputs["init_from"] = fingerprint(config.init_from)
+        return Identity(
+            digest,
+            inputs,
             data={"train": (digest, str(config.data.train))},
+            tags=driver.run_tags(STAGE, seed=config.seed, output=self.folder.uri),
         )
-        task = _task(config, plan, folder, run_id)
-        saved = partial(saved_steps, folder.uri, task.channel, plan.size.total_steps)
-        with ended_in_mlflow(config.tracking.uri, run_id, folder, what_is_saved=saved) as stopper:
-            folder.forget_failure()
-            failure = _train(config, plan, task, stopper)
-            result = _finish(config, plan, folder, run_id, earlier=done)
-            if config.data.val is not None:
-                tell_evaluation(config.tracking.uri, run_id, failure)
-    if failure is not None:
-        logger.error(
-            "the training is done and kept in %s; its evaluation failed: the same command "
-            "evaluates anew without training again",
-            result.output,
+
+    def reuse(self, done: StageResult) -> StageResult | None:
+        """Return the earlier result with the metrics of the evaluation asked for, if there."""
+        evaluation = self.folder.read_evaluation(evaluation_key(self.config))
+        if evaluation is None:
+            logger.info("%s is trained already; its evaluation is computed anew", self.folder.uri)
+            return None
+        metrics = done.metrics.items()
+        trained = {name: x for name, x in metrics if not name.startswith(METRICS_PREFIX)}
+        return done._replace(status="reused", metrics=evaluation | trained)
+
+    def plan(self) -> "PlannedPretraining":
+        return PlannedPretraining(self.config, self, _plan(self.config, self))
+
+
+class PlannedPretraining(NamedTuple):
+    """See `pipelines.training.run.PlannedRun`."""
+
+    config: PretrainConfig
+    data: OpenedPretraining
+    plan: Plan
+
+    def work(self, taken: Taken) -> Work:
+        config, plan, data = self.config, self.plan, self.data
+        job = PretrainJob(
+            config=config,
+            run_uri=taken.folder.uri,
+            init_uri=None if config.init_from is None else storage.absolute(config.init_from),
+            start=taken.start,
+            run_id=taken.run_id,
+            size=plan.size,
+            data_digest=data.train.digest,
+            mean=plan.stats.mean,
+            std=plan.stats.std,
+            pictures=plan.pictures,
+            train_shards=data.train.shards,
+            val_shards=() if data.val is None else data.val.shards,
+            class_numbers=plan.classes.numbers,
+            evaluation_key=evaluation_key(config),
         )
-        folder.record_failure(failure)
-        folder.raise_failure()
-        raise failure
-    return result
+        saved = partial(saved_steps, job.run_uri, job.channel, plan.size.total_steps)
+        return Work(partial(fit, job, remaining_data), job.channel, saved)
+
+    def is_kept(self, taken: Taken) -> bool:
+        """Return whether the training is done, so that only the evaluation can have failed."""
+        # A step beyond the last one is none of this run's: then nothing was evaluated.
+        return self.plan.size.total_steps in list_steps(taken.folder.uri)
+
+    def finish(
+        self, taken: Taken, earlier: StageResult | None, failure: Exception | None
+    ) -> StageResult:
+        """Record the last checkpoint and its evaluation; then the run is done."""
+        uri, run_id, folder = self.config.tracking.uri, taken.run_id, taken.folder
+        total_steps = self.plan.size.total_steps
+        with tempfile.TemporaryDirectory() as workspace:
+            found = find_checkpoint(folder.uri, Path(workspace))
+            if found is None or found.manifest.step != total_steps:
+                raise storage.StorageError(f"{folder.uri}: the last checkpoint is not there")
+            metrics = dict(folder.read_evaluation(evaluation_key(self.config)) or {})
+            metrics["data/left_out"] = len(log_bad_samples(uri, run_id, folder))
+            tracking.log_final_metrics(uri, run_id, metrics, total_steps)
+            # A start that trained the model already has logged it.
+            if earlier is None or earlier.run_id != run_id:
+                log_encoder(uri, run_id, found.folder)
+                tracking.log_artifact_file(
+                    uri, run_id, found.folder / "manifest.json", "checkpoint"
+                )
+        logger.info("reconstruction picture: %s", folder.picture_uri)
+        status: Literal["done", "evaluated"] = "done" if earlier is None else "evaluated"
+        result = StageResult(STAGE, status, run_id, found.uri, metrics)
+        folder.write_result(result)
+        if self.config.data.val is not None:
+            tell_evaluation(uri, run_id, failure)
+        return result
 
 
 def evaluation_key(config: PretrainConfig) -> str:
@@ -157,52 +220,6 @@ def evaluation_key(config: PretrainConfig) -> str:
         fingerprint(config.data.val),
     ]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def _inputs(config: PretrainConfig) -> dict[str, str]:
-    """Fingerprints of all that training reads."""
-    inputs = {"data.train": fingerprint(config.data.train, with_names=False)}
-    if config.init_from is not None:
-        inputs["init_from"] = fingerprint(config.init_from)
-    return inputs
-
-
-def _kept_result(done: StageResult, evaluation: dict[str, float] | None) -> StageResult | None:
-    """The earlier result with the metrics of the evaluation asked for; None without these."""
-    if evaluation is None:
-        return None
-    trained = {name: x for name, x in done.metrics.items() if not name.startswith(METRICS_PREFIX)}
-    return done._replace(status="reused", metrics=evaluation | trained)
-
-
-def _task(config: PretrainConfig, plan: Plan, folder: RunFolder, run_id: str | None) -> TrainTask:
-    assert folder.start is not None
-    return TrainTask(
-        raw_config=config.model_dump(mode="json"),
-        run_uri=folder.uri,
-        init_uri=None if config.init_from is None else storage.absolute(config.init_from),
-        start=folder.start,
-        run_id=run_id,
-        size=plan.size,
-        data_digest=plan.manifest.digest,
-        mean=plan.stats.mean,
-        std=plan.stats.std,
-        pictures=_pictures(config, plan.manifest),
-        train_shards=plan.manifest.shards,
-        val_shards=plan.val_shards,
-        class_numbers=plan.classes.numbers,
-        evaluation_key=evaluation_key(config),
-    )
-
-
-def _paths(config: PretrainConfig) -> Iterator[tuple[str, str]]:
-    """Each path of the config, and the key that it is given by."""
-    for key, uris in (("data.train", config.data.train), ("data.val", config.data.val or ())):
-        for uri in [uris] if isinstance(uris, str) else uris:
-            yield key, uri
-    yield "storage.root", config.storage.root
-    if config.init_from is not None:
-        yield "init_from", config.init_from
 
 
 def _check_init_from(config: PretrainConfig) -> None:
@@ -219,27 +236,9 @@ def _check_init_from(config: PretrainConfig) -> None:
             )
 
 
-def _open_data(config: PretrainConfig, folder: RunFolder) -> OpenedData:
-    """Open both sets before all else: an earlier result counts only for the data that it is of."""
-
-    def opened(spec: str | tuple[str, ...], name: str) -> Manifest:
-        uri = storage.join(folder.index_uri, name)
-        return open_shards(spec, uri, max_bad_ratio=config.data.max_bad_ratio)
-
-    val = None if config.data.val is None else opened(config.data.val, "val")
-    return OpenedData(opened(config.data.train, "train"), val)
-
-
-def _plan(config: PretrainConfig, data: OpenedData) -> Plan:
-    manifest = data.train
-    optim = config.optim
-    total_steps = int(optim.epochs * manifest.num_samples / optim.global_batch_size + 1e-9)
-    total_steps = min(total_steps, optim.max_steps or total_steps)
-    if total_steps == 0:
-        raise ConfigError(
-            f"optim.epochs={optim.epochs:g} of {manifest.num_samples} samples is less than one "
-            f"optim.global_batch_size={optim.global_batch_size}; lower it, or train longer"
-        )
+def _plan(config: PretrainConfig, data: OpenedPretraining) -> Plan:
+    optim, manifest = config.optim, data.train
+    total_steps = needed_steps(optim, manifest.num_samples, "samples")
     stats = _channel_stats(config, manifest)
     logger.info(
         "data: %d samples in %d shards, digest=%s mean=%s std=%s",
@@ -262,11 +261,10 @@ def _plan(config: PretrainConfig, data: OpenedData) -> Plan:
     size = RunSize(
         total_steps, optim.global_batch_size, manifest.num_samples, config.data.crops_per_image
     )
-    val_shards = () if data.val is None else data.val.shards
-    return Plan(manifest, val_shards, _classes(data), stats, size)
+    return Plan(stats, _classes(data), size, _pictures(config, manifest))
 
 
-def _classes(data: OpenedData) -> Classes:
+def _classes(data: OpenedPretraining) -> Classes:
     """What the numbers in both sets mean; a mistake in the labels is told before training.
 
     Raises:
@@ -334,66 +332,3 @@ def _pictures(config: PretrainConfig, manifest: Manifest) -> Pictures:
     if not pixels:
         raise DataError(f"none of the first images of {manifest.shards[0].path} can be decoded")
     return Pictures(stack_pixels(pixels), np.stack(noise))
-
-
-def _train(
-    config: PretrainConfig, plan: Plan, task: TrainTask, stopper: driver.Stopper
-) -> Exception | None:
-    """Train and evaluate.
-
-    Returns:
-        Why the evaluation failed, if it did: what was trained is there all the same.
-    """
-    work = partial(
-        fit,
-        train_worker,
-        task,
-        run_uri=task.run_uri,
-        scaling=config.scaling,
-        read=partial(remaining_data, task),
-    )
-    try:
-        run_until_stopped(stopper, work, task.channel, config.checkpoint)
-    except Exception as error:
-        task.folder.check_start()
-        # A step beyond the last one is none of this run's: then nothing was evaluated.
-        if plan.size.total_steps not in list_steps(task.run_uri):
-            raise
-        return error
-    return None
-
-
-def _finish(
-    config: PretrainConfig,
-    plan: Plan,
-    folder: RunFolder,
-    run_id: str | None,
-    earlier: StageResult | None,
-) -> StageResult:
-    """Record the last checkpoint and its evaluation; then the run is done.
-
-    Args:
-        config: of the run.
-        plan: of the run.
-        folder: of the run.
-        run_id: MLflow's.
-        earlier: the result of a start that trained the model already; it has the encoder logged.
-    """
-    uri = config.tracking.uri
-    with tempfile.TemporaryDirectory() as workspace:
-        found = find_checkpoint(folder.uri, Path(workspace))
-        if found is None or found.manifest.step != plan.size.total_steps:
-            raise storage.StorageError(f"{folder.uri}: the last checkpoint is not there")
-        metrics = dict(folder.read_evaluation(evaluation_key(config)) or {})
-        metrics["data/left_out"] = len(log_bad_samples(uri, run_id, folder))
-        tracking.log_final_metrics(uri, run_id, metrics, plan.size.total_steps)
-        if earlier is None or earlier.run_id != run_id:
-            log_encoder(uri, run_id, found.folder)
-            tracking.log_artifact_file(uri, run_id, found.folder / "manifest.json", "checkpoint")
-    logger.info("reconstruction picture: %s", folder.picture_uri)
-    say_where_to_compare(uri)
-    result = StageResult(
-        STAGE, "done" if earlier is None else "evaluated", run_id, found.uri, metrics
-    )
-    folder.write_result(result)
-    return result

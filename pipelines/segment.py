@@ -57,18 +57,13 @@ from mae_core.model.segmenter import (
     sliding_window_logits,
 )
 from mae_core.train_step import BatchLoss
-from pipelines.config.downstream import DownstreamConfig, SegmentConfig, SegmentSection
+from pipelines.config.arms import ArmKind
+from pipelines.config.downstream import SegmentConfig, SegmentSection
 from pipelines.downstream import run as downstream
-from pipelines.downstream.run import (
-    LabelledData,
-    Stage,
-    Study,
-    adamw,
-    arms_table,
-    map_samples,
-    picture_shape,
-)
-from pipelines.downstream.task import Arm, Batch, EncodedSample, Evaluation, Example, TaskInfo
+from pipelines.downstream.arms import Arm, arms_table
+from pipelines.downstream.run import LabelledData, Study, TaskKind, adamw
+from pipelines.downstream.targets import map_samples, picture_shape
+from pipelines.downstream.task import Batch, EncodedSample, Evaluation, Example, TaskInfo
 from pipelines.outcome import StageResult
 from pipelines.reading.shards import BrokenSample, target_of
 
@@ -80,18 +75,18 @@ NUM_PICTURES = 6
 
 def run(config: SegmentConfig, *, fresh: bool) -> StageResult:
     """Train and measure each arm; see `downstream.run`."""
-    stage = Stage(TARGETS, _study, _make_task, _summarize)
-    return downstream.run(config, stage, fresh=fresh)
+    kind = TaskKind(TARGETS, _study, SegmentTask, _summarize)
+    return downstream.run(config, kind, fresh=fresh)
 
 
-def _study(config: DownstreamConfig, data: LabelledData, encoder: CheckpointManifest) -> Study:
+def _study(config: SegmentConfig, data: LabelledData, encoder: CheckpointManifest) -> Study:
     """The classes' names; every mask of both sets is looked at before any training.
 
     Raises:
         DataError: a mask is missing, can't be used or is of another size than its image, or the
             masks of data.train hold one class alone.
     """
-    section = cast(SegmentConfig, config).segment
+    section = config.segment
     names = _names(section)
     logger.info("looking at the masks of data.train and data.val")
     look = partial(_pixel_counts, section=section, in_chans=encoder.model.in_chans)
@@ -174,10 +169,6 @@ def _tell_absent(section: SegmentSection, counts: npt.NDArray[np.int64]) -> None
     logger.warning("%s", text)
 
 
-def _make_task(config: DownstreamConfig, info: TaskInfo) -> "SegmentTask":
-    return SegmentTask(cast(SegmentConfig, config), info)
-
-
 class _Truth(NamedTuple):
     classes: LabelMap
     instances: InstanceMap | None  # where they are to be told apart
@@ -226,7 +217,7 @@ class SegmentTask:
             head=self.section.head,
             channels=self.section.channels,
             window=self.section.window,
-            frozen=arm.name == "frozen",
+            frozen=arm.kind is ArmKind.FROZEN,
         )
 
     def build_optimizer(self, model: nn.Module, arm: Arm) -> torch.optim.Optimizer:
@@ -285,7 +276,7 @@ class SegmentTask:
             metrics["instance_f1"] = InstanceMatches(*np.sum(matches, axis=0).tolist()).f1
         shown = [p for p in predictions if p.classes is not None]
         examples = [read(p.place) for p in shown]
-        title = f"{self.info.title}, {arm.name}: mIoU {scores.miou:.3f}"
+        title = f"{self.info.title}, {arm.kind}: mIoU {scores.miou:.3f}"
         if not shown:
             return Evaluation(metrics, {}, {"per_class.md": _per_class_table(scores)})
         picture = segmentation_picture(
@@ -305,6 +296,6 @@ def _per_class_table(scores: SegmentationScores) -> str:
 
 
 def _summarize(
-    config: DownstreamConfig, info: TaskInfo, found: dict[Arm, dict[str, float]]
+    config: SegmentConfig, info: TaskInfo, found: dict[Arm, dict[str, float]]
 ) -> Evaluation:
     return Evaluation({}, {}, {"summary.md": arms_table(found)})

@@ -25,6 +25,7 @@ from typing import NamedTuple
 import numpy as np
 
 from infra import storage
+from infra.shard_spec import as_entries
 from mae_core.data.boxes import parse_boxes
 from mae_core.data.class_labels import read_labels
 from mae_core.data.decode import decode_image
@@ -94,7 +95,7 @@ def run(config: ValidateConfig, *, fresh: bool) -> StageResult:
         ConfigError, NoShardsError, DataError, StorageError: The shards can't be read.
     """
     del fresh
-    uris = [config.data] if isinstance(config.data, str) else config.data
+    uris = as_entries(config.data)
     driver.check_paths([*(("data", uri) for uri in uris), ("storage.root", config.storage.root)])
     place = storage.join(storage.absolute(config.storage.root), STAGE, config.run_name)
     shards, left_out = _open(config, place)

@@ -32,6 +32,9 @@ class StageKind(NamedTuple):
     """Endings of the names of metrics that are shown in a table of stages."""
 
 
+STEP_LOOP = "pipelines.training.process"
+NUM_STEPS = "pipelines.config.steps"
+TUNING_CODE = (STEP_LOOP, NUM_STEPS, "pipelines.config.arms")
 TUNING_DATA = ("data.train", "data.val", "init_from")
 
 KINDS: dict[str, StageKind] = {
@@ -54,7 +57,9 @@ KINDS: dict[str, StageKind] = {
         "Pretrain a masked autoencoder on shards.",
         (
             "pipelines.pretrain",
-            "pipelines.training.pretrain_worker",
+            "pipelines.training.pretrain_task",
+            STEP_LOOP,
+            NUM_STEPS,
             "pipelines.training.knn",
         ),
         ("data.train", "data.val", "init_from"),
@@ -64,7 +69,7 @@ KINDS: dict[str, StageKind] = {
     "classify": StageKind(
         ClassifyConfig,
         "Classify with a pretrained encoder, compared with one trained from scratch.",
-        ("pipelines.classify",),
+        ("pipelines.classify", *TUNING_CODE),
         TUNING_DATA,
         without_effect("classify"),
         headline=("/top1", "/auroc"),
@@ -72,7 +77,7 @@ KINDS: dict[str, StageKind] = {
     "detect": StageKind(
         DetectConfig,
         "Train a detector on a pretrained encoder.",
-        ("pipelines.detect",),
+        ("pipelines.detect", *TUNING_CODE),
         TUNING_DATA,
         without_effect("detect"),
         headline=("/ap", "/ap50"),
@@ -88,7 +93,7 @@ KINDS: dict[str, StageKind] = {
     "segment": StageKind(
         SegmentConfig,
         "Train a segmenter on a pretrained encoder.",
-        ("pipelines.segment",),
+        ("pipelines.segment", *TUNING_CODE),
         TUNING_DATA,
         without_effect("segment"),
         headline=("/miou",),

@@ -11,6 +11,8 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any, NamedTuple
 
 from infra import tracking
+from infra.shard_spec import as_entries
+from mae_core.config import StrictConfig
 from pipelines.chain.code import code_digests
 from pipelines.chain.config import (
     OWN_PLACES,
@@ -25,6 +27,9 @@ from pipelines.chain.config import (
 )
 from pipelines.chain.execute import KEY_CHARS, Action, Decision, KeyParts, differences
 from pipelines.chain.folder import Done, StageFolder, earlier_folders
+from pipelines.config.downstream import DownstreamConfig
+from pipelines.config.pretrain import PretrainConfig
+from pipelines.config.steps import num_steps
 from pipelines.outcome import ConfigError
 from pipelines.reading.fingerprints import fingerprint, num_samples
 
@@ -135,7 +140,7 @@ def key_parts(stage: Stage, keys: Mapping[str, str], pipeline: str = "") -> KeyP
     inputs = {}
     for key in [key for key in values if _is_under(key, stage.kind.data_keys)]:
         value = values.pop(key)
-        entries = [value] if isinstance(value, str) else value or []
+        entries = as_entries(value or ())
         made = [entry for entry in entries if _references(entry)]
         found = [entry for entry in entries if not _references(entry)]
         if made:
@@ -267,22 +272,17 @@ def _num_samples(stage: Stage, outputs: Mapping[str, str]) -> int | None:
     return None if spec is None or _references(spec) else num_samples(spec)
 
 
-def _num_steps(config: Any, samples: int | None) -> int | None:
-    optim = getattr(config, "optim", None)
-    if optim is None or samples is None:
+def _num_steps(config: StrictConfig, samples: int | None) -> int | None:
+    if samples is None:
         return None
-    per_arm = _steps_of(samples, optim)
-    section = getattr(config, "arms_config", None)
-    if section is None:
-        return per_arm
-    trained = [arm for arm in config.arms if arm not in ("knn", "logistic")]
-    per_share = [_steps_of(round(samples * share), optim) for share in section.label_fraction]
-    return len(trained) * len(section.seeds) * sum(per_share)
-
-
-def _steps_of(samples: int, optim: Any) -> int:
-    steps = int(optim.epochs * samples / optim.global_batch_size + 1e-9)
-    return min(steps, optim.max_steps or steps)
+    if isinstance(config, PretrainConfig):
+        return num_steps(config.optim, samples)
+    if not isinstance(config, DownstreamConfig):
+        return None
+    section = config.section
+    num_trained = sum(kind.is_trained for kind in section.kinds)
+    per_share = [num_steps(config.optim, round(samples * x)) for x in section.label_fraction]
+    return num_trained * len(section.seeds) * sum(per_share)
 
 
 def plan_table(plans: list[Planned]) -> str:

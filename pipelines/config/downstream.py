@@ -6,6 +6,7 @@ from pydantic import Field, field_validator, model_validator
 
 from infra.config import StorageConfig, TrackingConfig
 from mae_core.config import StrictConfig, as_square
+from pipelines.config.arms import ArmKind
 from pipelines.config.roles import identity_digest
 from pipelines.config.sections import (
     CheckpointConfig,
@@ -74,6 +75,7 @@ class TuningOptimConfig(StrictConfig):
 class ArmsConfig(StrictConfig):
     """What is trained and compared: each arm, with each share of the labels and each seed."""
 
+    arms: tuple[str, ...]
     label_fraction: tuple[Share, ...] = (1.0,)
     """Shares of the labelled training samples, equal for each class; each arm is trained once for
     every share."""
@@ -95,6 +97,18 @@ class ArmsConfig(StrictConfig):
         if not seeds or len(set(seeds)) < len(seeds) or min(seeds) < 0:
             raise ValueError(f"seeds={list(seeds)}: give different numbers from 0 on")
         return seeds
+
+    @field_validator("arms")
+    @classmethod
+    def _each_arm_once(cls, arms: tuple[str, ...]) -> tuple[str, ...]:
+        if not arms or len(set(arms)) < len(arms):
+            raise ValueError(f"arms={list(arms)}: give at least one, each only once")
+        return arms
+
+    @property
+    def kinds(self) -> tuple[ArmKind, ...]:
+        """The kinds of arm that are compared."""
+        return tuple(ArmKind[word.upper()] for word in self.arms)
 
 
 class TuningReportConfig(StrictConfig):
@@ -153,24 +167,10 @@ class DownstreamConfig(StrictConfig):
             )
         return self
 
-    @model_validator(mode="after")
-    def _each_arm_once(self) -> Self:
-        arms = self.arms if hasattr(self, "stage") else ("none",)
-        if not arms or len(set(arms)) < len(arms):
-            raise ValueError(f"{self.stage}.arms={list(arms)}: give at least one, each only once")
-        return self
-
     @property
-    def arms_config(self) -> ArmsConfig:
+    def section(self) -> ArmsConfig:
         """The stage's own section."""
-        section: ArmsConfig = getattr(self, self.stage)
-        return section
-
-    @property
-    def arms(self) -> tuple[str, ...]:
-        """The ways to train, from the stage's own section."""
-        arms: tuple[str, ...] = self.arms_config.model_dump()["arms"]
-        return arms
+        raise NotImplementedError
 
     @property
     def run_name(self) -> str:
@@ -221,7 +221,7 @@ class ClassifySection(ArmsConfig):
 
     @model_validator(mode="after")
     def _neighbours_have_one_class(self) -> Self:
-        if self.labels == "many" and {"knn", "logistic"} & set(self.arms):
+        if self.labels == "many" and not all(kind.is_trained for kind in self.kinds):
             raise ValueError("arms knn and logistic need labels=one")
         return self
 
@@ -229,6 +229,10 @@ class ClassifySection(ArmsConfig):
 class ClassifyConfig(DownstreamConfig):
     stage: ClassVar[str] = "classify"
     classify: ClassifySection = ClassifySection()
+
+    @property
+    def section(self) -> ClassifySection:
+        return self.classify
 
 
 DenseArm = Literal["finetune", "frozen", "scratch"]
@@ -260,6 +264,10 @@ class DetectSection(ArmsConfig):
 class DetectConfig(DownstreamConfig):
     stage: ClassVar[str] = "detect"
     detect: DetectSection = DetectSection()
+
+    @property
+    def section(self) -> DetectSection:
+        return self.detect
 
 
 class SegmentSection(ArmsConfig):
@@ -329,3 +337,7 @@ class SegmentSection(ArmsConfig):
 class SegmentConfig(DownstreamConfig):
     stage: ClassVar[str] = "segment"
     segment: SegmentSection
+
+    @property
+    def section(self) -> SegmentSection:
+        return self.segment

@@ -20,7 +20,8 @@ from mae_core.data.pixels import CorruptSampleError, Pixels
 from mae_core.data.samples import DataError, Sample
 from mae_core.data.transforms import stack_pixels
 from mae_core.data.views import normalize
-from pipelines.downstream.task import Arm, EncodedSample, Evaluation, Example, Task
+from pipelines.downstream.arms import Arm
+from pipelines.downstream.task import EncodedSample, Evaluation, Example, Task
 from pipelines.reading.shards import BrokenSample, Rows, read_chosen, read_samples, target_of
 from pipelines.training.run_folder import RunFolder
 

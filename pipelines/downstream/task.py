@@ -1,8 +1,4 @@
-"""What classify, detect and segment each say to the loop that trains all three.
-
-One run compares several arms: a way to train, a share of the labels, a seed. They are trained
-one after the other, as one sequence of samples and steps.
-"""
+"""What classify, detect and segment each tell the one task that trains all three."""
 
 from collections.abc import Callable, Sequence
 from types import MappingProxyType
@@ -16,30 +12,8 @@ from torch import Tensor, nn
 from mae_core.config import ModelConfig
 from mae_core.data.pixels import Pixels
 from mae_core.train_step import BatchLoss
+from pipelines.downstream.arms import Arm
 from pipelines.reading.class_names import Numbers, folder_of
-
-
-class Arm(NamedTuple):
-    name: str  # how it is trained: finetune, scratch, frozen, linear, knn, logistic
-    fraction: float  # share of the labelled samples
-    seed: int
-    num_samples: int  # chosen
-    steps: int  # optimizer steps; 0 where nothing is trained
-    first_step: int  # steps of the arms before
-
-    @property
-    def label(self) -> str:
-        """Names it in files and metrics: `finetune-0.1-seed0`."""
-        return f"{self.name}-{self.fraction:g}-seed{self.seed}"
-
-    @property
-    def last_step(self) -> int:
-        return self.first_step + self.steps
-
-
-def arm_of_step(arms: Sequence[Arm], step: int) -> Arm:
-    """Which arm the optimizer step is of; steps count from 1, through all arms."""
-    return next(arm for arm in arms if arm.first_step < step <= arm.last_step)
 
 
 class EncodedSample(NamedTuple):
@@ -88,6 +62,7 @@ class TaskInfo(NamedTuple):
     names: tuple[str, ...]  # of the classes
     title: str  # of pictures: run and data
     numbers: Numbers = MappingProxyType({})  # what classes are called in each folder of shards
+    identifiers: tuple[int, ...] = ()  # category_id of each class, where labels are these
 
 
 class Task(Protocol):

@@ -51,8 +51,10 @@ class DecodedBatch(NamedTuple):
     rows: pa.Table  # the block, without the image column
 
     @property
-    def first_position(self) -> int:
-        return int(self.rows["position"][0].as_py())
+    def came(self) -> list[bool]:
+        """Whether each sample could be decoded."""
+        weights: list[float] = self.weights[:: len(self.weights) // len(self.rows)].tolist()
+        return [weight > 0 for weight in weights]
 
 
 class _Decoding(NamedTuple):

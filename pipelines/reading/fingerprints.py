@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from infra import storage
-from infra.shard_spec import expand_shards
+from infra.shard_spec import as_entries, expand_shards
 from mae_core.data.manifest import Manifest, parse_manifest
 from mae_core.data.samples import DataError
 from pipelines.outcome import ConfigError
@@ -37,7 +37,7 @@ def fingerprint(
         StorageError: The store cannot be used.
     """
     hasher = hashlib.sha256()
-    for entry in [spec] if isinstance(spec, str) else spec:
+    for entry in as_entries(spec):
         for line in _facts(entry, by_time, with_names):
             hasher.update(f"{line}\n".encode())
     return hasher.hexdigest()[:16]
@@ -155,7 +155,7 @@ def _read(uri: str) -> bytes | None:
 def num_samples(spec: str | Sequence[str]) -> int | None:
     """Return the number of samples that the shards' manifests state; None if one has none."""
     total = 0
-    for entry in [spec] if isinstance(spec, str) else spec:
+    for entry in as_entries(spec):
         try:
             shards = expand_shards(entry)
         except (storage.NoShardsError, storage.StorageError, ValueError):

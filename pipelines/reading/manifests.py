@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 from infra import storage
+from infra.shard_spec import as_entries
 from mae_core.data.manifest import (
     MANIFEST_NAME,
     Manifest,
@@ -28,7 +29,7 @@ _FOLDERS_LOOKED_AT = 5
 
 def hint_to_pack(spec: str | tuple[str, ...]) -> str:
     """Suggest `mae prepare` if an entry is a folder of images, or of folders with images."""
-    for entry in (spec,) if isinstance(spec, str) else spec:
+    for entry in as_entries(spec):
         names = storage.list_files(entry)
         names += [
             name

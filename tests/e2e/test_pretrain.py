@@ -77,8 +77,8 @@ def test_a_finished_run_is_not_trained_again_unless_fresh(
     undisturbed: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     place, trained = undisturbed.place, []
-    original = pretrain._train
-    monkeypatch.setattr(pretrain, "_train", lambda *a: (trained.append(1), original(*a)))
+    original = pretrain.fit
+    monkeypatch.setattr(pretrain, "fit", lambda *a: (trained.append(1), original(*a)))
 
     again = place.run()
     assert again == undisturbed.result._replace(status="reused")

@@ -18,7 +18,7 @@ from mae_core.train_step import (
     NonFiniteLossError,
     StepMetrics,
     optimizer_step,
-    pretrain_step,
+    pretrain_loss,
 )
 
 
@@ -52,10 +52,11 @@ def take_step(
     """Take one step of plain gradient descent at rate 1: the update is minus the gradient."""
     mae = make_mae()
     before = {name: p.detach().clone() for name, p in mae.named_parameters()}
-    metrics = pretrain_step(
+    metrics = optimizer_step(
         mae,
         torch.optim.SGD(mae.parameters(), lr=0.0),
         micro_batches,
+        pretrain_loss,
         grad_accum_steps=len(micro_batches),
         learning_rate=1.0,
         autocast_dtype=None,
@@ -145,10 +146,11 @@ def run(
     grad_accum_steps: int = 1,
     learning_rate: float = 1.0,
 ) -> StepMetrics:
-    return pretrain_step(
+    return optimizer_step(
         model,
         optimizer,
         micro_batches,
+        pretrain_loss,
         grad_accum_steps=grad_accum_steps,
         learning_rate=learning_rate,
         autocast_dtype=None,
@@ -158,10 +160,11 @@ def run(
 def test_reads_no_more_micro_batches_than_a_step_needs() -> None:
     mae = make_mae()
     stream = iter(split(make_batch(), 8))
-    pretrain_step(
+    optimizer_step(
         mae,
         torch.optim.SGD(mae.parameters(), lr=0.0),
         stream,
+        pretrain_loss,
         grad_accum_steps=3,
         learning_rate=0.0,
         autocast_dtype=None,
@@ -216,10 +219,11 @@ def test_autocast_reaches_the_model_and_spares_the_loss() -> None:
     )
     optimizer = torch.optim.SGD(mae.parameters(), lr=0.0)
     for autocast_dtype in (None, torch.bfloat16):
-        metrics = pretrain_step(
+        metrics = optimizer_step(
             mae,
             optimizer,
             [make_batch()],
+            pretrain_loss,
             grad_accum_steps=1,
             learning_rate=0.0,
             autocast_dtype=autocast_dtype,

@@ -139,7 +139,7 @@ def test_categories_of_several_sets_are_compared_by_name(sets: Sets) -> None:
     two = sets.add("two", "json", [boxes(1, 2)], categories=named("dog", "fox"))
     val = sets.add("val", "json", [boxes(1)], categories=named("fox"))
     study = sets.study(DetectConfig, [one, two], val)
-    assert study.names == ("1:cat", "2:dog", "3:fox")
+    assert (study.names, study.identifiers) == (("cat", "dog", "fox"), (1, 2, 3))
     assert study.numbers == {one: {1: 0, 2: 1}, two: {1: 1, 2: 2}, val: {1: 2}}
 
 
@@ -157,7 +157,7 @@ def test_given_categories_do_not_change_what_the_numbers_mean(sets: Sets) -> Non
 def test_categories_without_names_are_compared_by_number(sets: Sets) -> None:
     train = sets.add("train", "json", [boxes(3, 7)])
     study = sets.study(DetectConfig, [train], train)
-    assert study.names == ("3:3", "7:7")
+    assert (study.names, study.identifiers) == (("3", "7"), (3, 7))
     assert study.numbers == {train: {3: 0, 7: 1}}
 
 

@@ -10,13 +10,24 @@ import torch
 
 from mae_core.data.manifest import Manifest, ShardInfo
 from mae_core.data.samples import DataError
+from pipelines.config.arms import ArmKind
 from pipelines.config.downstream import ClassifyConfig, DetectConfig, SegmentConfig
 from pipelines.config.loading import load_config
+from pipelines.downstream.arms import (
+    Arm,
+    arm_of_step,
+    arms_table,
+    kept_arm,
+    mean_metrics,
+    plan_arms,
+)
 from pipelines.downstream.measuring import NotMeasuredError
-from pipelines.downstream.run import _finish, _kept_arm, _plan_arms, arms_table, mean_metrics
-from pipelines.downstream.task import Arm, Evaluation, arm_of_step
-from pipelines.downstream.worker import _Worker
+from pipelines.downstream.run import OpenedTuning, PlannedTuning
+from pipelines.downstream.task import Evaluation
+from pipelines.downstream.tuning import TuningTask
 from pipelines.outcome import ConfigError
+from pipelines.training.process import Process
+from pipelines.training.recording import Taken
 from pipelines.training.run_folder import RunFolder
 
 NEEDED = ["init_from=c", "data.train=t", "data.val=v"]
@@ -37,7 +48,7 @@ def make_manifest(*counts: int) -> Manifest:
 
 
 def make_arm(name: str, fraction: float = 1.0, seed: int = 0, steps: int = 1) -> Arm:
-    return Arm(name, fraction, seed, 10, steps, 0)
+    return Arm(ArmKind[name.upper()], fraction, seed, 10, steps, 0)
 
 
 def test_arms_follow_one_another_without_a_gap() -> None:
@@ -48,7 +59,7 @@ def test_arms_follow_one_another_without_a_gap() -> None:
         "optim.epochs=2",
         "optim.max_steps=6",
     )
-    planned = [arm for arm, _ in _plan_arms(config, make_manifest(10, 22), [0, 1] * 16)]
+    planned = [arm for arm, _ in plan_arms(config, make_manifest(10, 22), [0, 1] * 16)]
     assert [arm.label for arm in planned] == [
         "knn-0.5-seed0",
         "finetune-0.5-seed0",
@@ -68,7 +79,7 @@ def test_arms_follow_one_another_without_a_gap() -> None:
 
 def test_a_share_of_the_labels_is_cut_into_rows_of_each_shard() -> None:
     config = make_config("classify.arms=[finetune]", "classify.label_fraction=[0.5]")
-    ((arm, rows),) = _plan_arms(config, make_manifest(3, 0, 9), ["a"] * 6 + ["b"] * 6)
+    ((arm, rows),) = plan_arms(config, make_manifest(3, 0, 9), ["a"] * 6 + ["b"] * 6)
     assert arm.num_samples == 6
     assert [len(part) for part in rows][1] == 0
     chosen = [*np.asarray(rows[0]), *(np.asarray(rows[2]) + 3)]
@@ -79,7 +90,7 @@ def test_a_share_of_the_labels_is_cut_into_rows_of_each_shard() -> None:
 def test_too_few_samples_for_a_batch_are_refused_with_both_numbers() -> None:
     config = make_config("classify.arms=[finetune]", "optim.epochs=1")
     with pytest.raises(ConfigError, match=r"epochs=1 of 5 labelled samples is less than one"):
-        _plan_arms(config, make_manifest(5), [0] * 5)
+        plan_arms(config, make_manifest(5), [0] * 5)
 
 
 def test_metrics_are_means_over_seeds_with_their_deviation() -> None:
@@ -110,12 +121,12 @@ def test_the_table_has_a_row_for_each_arm_and_share() -> None:
 
 def test_each_step_is_of_the_arm_that_trains_it() -> None:
     arms = [
-        Arm("knn", 1.0, 0, 10, 0, 0),
-        Arm("finetune", 1.0, 0, 10, 3, 0),
-        Arm("logistic", 1.0, 0, 10, 0, 3),
-        Arm("scratch", 1.0, 0, 10, 2, 3),
+        Arm(ArmKind.KNN, 1.0, 0, 10, 0, 0),
+        Arm(ArmKind.FINETUNE, 1.0, 0, 10, 3, 0),
+        Arm(ArmKind.LOGISTIC, 1.0, 0, 10, 0, 3),
+        Arm(ArmKind.SCRATCH, 1.0, 0, 10, 2, 3),
     ]
-    names = [arm_of_step(arms, step).name for step in range(1, 6)]
+    names = [arm_of_step(arms, step).kind for step in range(1, 6)]
     assert names == ["finetune", "finetune", "finetune", "scratch", "scratch"]
 
 
@@ -129,10 +140,10 @@ def test_each_step_is_of_the_arm_that_trains_it() -> None:
 )
 def test_the_output_is_the_fine_tuned_model_if_there_is_one(names: list[str], kept: str) -> None:
     arms = [make_arm(name, steps=0 if name == "knn" else 1) for name in names]
-    found = _kept_arm(arms)
+    found = kept_arm(arms)
     assert found is not None
-    assert found.name == kept
-    assert _kept_arm([make_arm("knn", steps=0)]) is None
+    assert found.kind == kept
+    assert kept_arm([make_arm("knn", steps=0)]) is None
 
 
 @pytest.mark.parametrize(
@@ -192,9 +203,9 @@ class StubMeasurer:
 
 def worker_of(folder: RunFolder, failing: object, evaluate: Any) -> Any:
     """A worker that has trained, without Ray."""
-    worker: Any = object.__new__(_Worker)
+    worker: Any = object.__new__(TuningTask)
     worker.job = SimpleNamespace(folder=folder, arms=[], val_shards=(), train_shards=(), rows=())
-    worker.rank, worker.world_size = 0, 1
+    worker.process = Process(0, 1, torch.device("cpu"), lambda *_: None)
     worker.measurer = StubMeasurer(failing)
     worker.task = SimpleNamespace(evaluate=evaluate)
     return worker
@@ -207,16 +218,17 @@ def test_an_arm_that_can_not_be_measured_costs_the_others_nothing(tmp_path: Path
     worker = worker_of(folder, models[bad], lambda *_: Evaluation({"top1": 0.5}, {}, {}))
     worker.job.arms, worker.job.rows = [bad, good], ((), ())
     for arm, model in models.items():
-        worker._finish(arm, model)
+        worker.measure(arm, model)
     assert folder.read_arm_failure(bad.label) == "a.tar: none of the images can be decoded"
     assert not folder.has_arm(bad.label)
     assert folder.read_arm(good.label) == {"top1": 0.5}
 
-    stage = SimpleNamespace(summarize=lambda *_: Evaluation({}, {}, {"summary.md": "| knn |"}))
-    job = SimpleNamespace(run_id=None, arms=(bad, good))
-    finish: Any = _finish
+    kind: Any = SimpleNamespace(summarize=lambda *_: Evaluation({}, {}, {"summary.md": "| knn |"}))
+    nothing: Any = None
+    opened = OpenedTuning(make_config(), kind, folder, nothing, nothing, nothing)
+    planned = PlannedTuning(opened, nothing, [(bad, ()), (good, ())])
     with pytest.raises(DataError, match=r"1 of 2 arms could not be measured.* knn-1-seed1: a\.tar"):
-        finish(make_config(), stage, None, job, folder)
+        planned.finish(Taken(folder, None), None, None)
     assert (tmp_path / "summary.md").read_text() == "| knn |"
     assert folder.read_result() is None  # The same command measures the other one again.
 
@@ -236,5 +248,5 @@ def test_scores_that_can_not_be_computed_are_a_failure_of_their_arm(tmp_path: Pa
     arm = make_arm("logistic", steps=0)
     worker = worker_of(folder, None, evaluate)
     worker.job.arms, worker.job.rows = [arm], ((),)
-    worker._finish(arm, torch.nn.Linear(1, 1))
+    worker.measure(arm, torch.nn.Linear(1, 1))
     assert folder.read_arm_failure(arm.label) == "too few images to choose a penalty"

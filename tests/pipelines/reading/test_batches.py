@@ -69,7 +69,7 @@ def test_a_batch_has_pixels_noise_and_weights(images: dict[str, bytes]) -> None:
     assert batch.noise.dtype == torch.float32
     assert batch.weights.tolist() == [1.0] * 6
     assert batch.bad == []
-    assert batch.first_position == 40
+    assert batch.rows["position"][0].as_py() == 40
     assert "image" not in batch.rows.column_names
 
 
@@ -235,7 +235,7 @@ def test_batches_come_in_order_and_as_each_alone(images: dict[str, bytes]) -> No
     blocks = [make_block(images, epoch=e, first=6 * e) for e in range(5)]
     decoder = BatchDecoder(SPEC, MaskingConfig(), (4, 4), 2)
     batches = list(decoder.batches(iter(blocks), 2))
-    assert [batch.first_position for batch in batches] == [0, 6, 12, 18, 24]
+    assert [batch.rows["position"][0].as_py() for batch in batches] == [0, 6, 12, 18, 24]
     for batch, block in zip(batches, blocks, strict=True):
         alone = decode(block)
         assert torch.equal(batch.pixels, alone.pixels)

@@ -4,8 +4,11 @@ from pathlib import Path
 
 import pytest
 
+from infra import tracking
 from mae_core.data.samples import DataError
-from pipelines.training.recording import earlier_record
+from pipelines.config.loading import load_config
+from pipelines.config.pretrain import PretrainConfig
+from pipelines.training.recording import earlier_record, take_over
 from pipelines.training.run_folder import RunFolder, RunRecord
 
 
@@ -43,3 +46,31 @@ def test_a_record_of_an_earlier_version_is_judged_by_its_digest(tmp_path: Path) 
     assert earlier_record(run, "a", {"data.train": "1"}) is not None
     with pytest.raises(DataError, match="the shards or their manifest"):
         earlier_record(run, "b", {"data.train": "1"})
+
+
+def test_a_run_that_mlflow_can_not_reopen_keeps_its_name_for_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server that is down when the run goes on does not make it a new run afterwards."""
+    asked: list[str | None] = []
+
+    def start(*_: object, run_id: str | None, **more: object) -> None:
+        asked.append(run_id)
+
+    monkeypatch.setattr(tracking, "start_run", start)
+    record = RunRecord(start="s", data_digest="a", inputs={}, run_id="run-7", config={})
+    taken = take_over(
+        load_config(PretrainConfig, [], ["data.train=t"], {}),
+        RunFolder(str(tmp_path)),
+        digest="a",
+        inputs={},
+        earlier=record,
+        fresh=False,
+        tags={"stage": "pretrain"},
+        data={},
+    )
+    assert asked == ["run-7"]
+    assert taken.run_id is None  # nothing is recorded now
+    kept = RunFolder(str(tmp_path)).read_record()
+    assert kept is not None
+    assert (kept.run_id, kept.start) == ("run-7", taken.start)

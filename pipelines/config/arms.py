@@ -1,0 +1,43 @@
+"""The kinds of arm that a downstream run compares: what each one trains, and from where."""
+
+from enum import Enum, StrEnum
+from typing import Self
+
+
+class Trains(Enum):
+    NOTHING = "nothing"  # frozen features are measured
+    HEAD = "the head"
+    ENCODER = "the encoder and the head"
+
+
+class ArmKind(StrEnum):
+    """A way to use the encoder; the value is what the user writes and what labels begin with."""
+
+    trains: Trains
+    is_pretrained: bool  # False: from random weights
+
+    def __new__(cls, word: str, trains: Trains, is_pretrained: bool = True) -> Self:
+        kind = str.__new__(cls, word)
+        kind._value_ = word
+        kind.trains = trains
+        kind.is_pretrained = is_pretrained
+        return kind
+
+    KNN = "knn", Trains.NOTHING  # nearest neighbours of frozen features
+    LOGISTIC = "logistic", Trains.NOTHING  # logistic regression on frozen features
+    LINEAR = "linear", Trains.HEAD  # the paper's linear probe, on augmented images
+    FROZEN = "frozen", Trains.HEAD  # the head of a detector or segmenter
+    FINETUNE = "finetune", Trains.ENCODER
+    SCRATCH = "scratch", Trains.ENCODER, False  # as finetune, from random weights
+
+    @property
+    def is_trained(self) -> bool:
+        return self.trains is not Trains.NOTHING
+
+    @property
+    def trains_encoder(self) -> bool:
+        return self.trains is Trains.ENCODER
+
+
+# Whose model is a run's output: the first kind of these that the run has.
+PREFERRED_OUTPUT = (ArmKind.FINETUNE, ArmKind.FROZEN, ArmKind.LINEAR, ArmKind.SCRATCH)

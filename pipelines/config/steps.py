@@ -1,0 +1,40 @@
+"""The number of a run's optimizer steps, for those that train and those that plan."""
+
+from typing import Protocol
+
+from pipelines.outcome import ConfigError
+
+
+class OptimSteps(Protocol):
+    """What the number of a run's steps follows from."""
+
+    @property
+    def epochs(self) -> float: ...
+
+    @property
+    def global_batch_size(self) -> int: ...
+
+    @property
+    def max_steps(self) -> int | None: ...
+
+
+def num_steps(optim: OptimSteps, num_samples: int) -> int:
+    """Return how many optimizer steps a run on so many samples has; 0 if they fill no batch."""
+    # So that what is a whole number but for the rounding of `epochs` is not cut.
+    steps = int(optim.epochs * num_samples / optim.global_batch_size + 1e-9)
+    return min(steps, optim.max_steps or steps)
+
+
+def needed_steps(optim: OptimSteps, num_samples: int, what: str) -> int:
+    """Return `num_steps`, which must be at least one; `what` names the samples.
+
+    Raises:
+        ConfigError: the samples fill no batch.
+    """
+    steps = num_steps(optim, num_samples)
+    if steps == 0:
+        raise ConfigError(
+            f"optim.epochs={optim.epochs:g} of {num_samples} {what} is less than one "
+            f"optim.global_batch_size={optim.global_batch_size}; lower it, or train longer"
+        )
+    return steps

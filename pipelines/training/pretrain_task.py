@@ -1,0 +1,273 @@
+"""Pretraining as a task of a training process: its model, its batches, its loss, its pictures."""
+
+import io
+import logging
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import ray.data
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from infra import tracking
+from mae_core.checkpoint import CheckpointRecord, load_weights
+from mae_core.data.manifest import ShardInfo
+from mae_core.data.order import RunOrder
+from mae_core.data.pixels import Pixels
+from mae_core.data.views import normalize
+from mae_core.evaluation.reconstruction import reconstruct, reconstruction_picture
+from mae_core.model.mae import MaskedAutoencoder, build_mae
+from mae_core.optim import build_optimizer, warmup_cosine
+from mae_core.train_step import BatchLoss, MicroBatch, pretrain_loss
+from pipelines.config.pretrain import PretrainConfig
+from pipelines.reading.batches import BatchDecoder, DecodedBatch, decode_block, view_spec
+from pipelines.reading.class_names import Numbers
+from pipelines.reading.sequence import SequencePlan, passes_per_block, sequence_dataset
+from pipelines.training.checkpoints import fetch_checkpoint, resume_position
+from pipelines.training.knn import ImageReader, knn_metrics
+from pipelines.training.process import Process, StepOptions, Trained
+from pipelines.training.reporting import After, RunSize
+from pipelines.training.run_folder import RunFolder
+from pipelines.training.stopping import StopChannel
+
+logger = logging.getLogger(__name__)
+
+BATCHES_AHEAD = 2
+EXPORT_S = 10.0  # about what it takes to log the encoder to MLflow
+
+
+class Pictures(NamedTuple):
+    """What the reconstruction picture shows."""
+
+    pixels: Pixels  # (B, H, W, C)
+    noise: npt.NDArray[np.float32]  # (B, L)
+
+
+class WholeRun(NamedTuple):
+    """The one part that pretraining trains."""
+
+    seed: int
+    steps: int
+    label: str = "pretrain"
+    first_step: int = 0
+
+    @property
+    def last_step(self) -> int:
+        return self.steps
+
+
+class PretrainJob(NamedTuple):
+    """All that a worker is told."""
+
+    config: PretrainConfig
+    run_uri: str
+    init_uri: str | None  # of the checkpoint whose weights the run starts from
+    start: str  # see RunFolder
+    run_id: str | None  # MLflow's
+    size: RunSize
+    data_digest: str
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    pictures: Pictures
+    train_shards: tuple[ShardInfo, ...]
+    val_shards: tuple[ShardInfo, ...]  # empty: no kNN evaluation
+    class_numbers: Numbers
+    evaluation_key: str  # see RunFolder.write_evaluation
+
+    @property
+    def folder(self) -> RunFolder:
+        return RunFolder(self.run_uri, self.start)
+
+    @property
+    def channel(self) -> StopChannel:
+        return StopChannel(self.start)
+
+    def build_task(self, process: Process, workspace: Path) -> "PretrainTask":
+        return PretrainTask(self, process, workspace)
+
+
+def remaining_data(job: PretrainJob) -> ray.data.Dataset:
+    """Return the run's sequence from the newest whole checkpoint on."""
+    config = job.config
+    order = RunOrder(
+        counts=np.asarray([shard.num_samples for shard in job.train_shards], dtype=np.int64),
+        seed=config.seed,
+        window=config.data.shuffle_window,
+        num_samples=job.size.num_images,
+    )
+    start = resume_position(job.run_uri) // config.data.crops_per_image
+    plan = SequencePlan(
+        job.train_shards,
+        order,
+        start,
+        config.images_per_micro_batch,
+        num_workers=config.scaling.num_workers,
+    )
+    plan = replace(plan, passes_per_block=passes_per_block(plan, _bytes_per_image(job)))
+    decode = None
+    if config.data.decode == "cluster":
+        views = config.data.crops_per_image
+        decode = partial(decode_block, spec=view_spec(config), num_views=views)
+    return sequence_dataset(plan, decode=decode)
+
+
+def _bytes_per_image(job: PretrainJob) -> float:
+    """Return the size of an image on its way from a read task to a worker."""
+    config, shards = job.config, job.train_shards
+    if config.data.decode == "cluster":
+        height, width = config.model.img_size
+        return height * width * config.model.in_chans * config.data.crops_per_image
+    return sum(s.num_bytes for s in shards) / sum(s.num_samples for s in shards)
+
+
+class PretrainTask:
+    """See `pipelines.training.process.TrainingTask`."""
+
+    def __init__(self, job: PretrainJob, process: Process, workspace: Path) -> None:
+        self.job = job
+        self.config = config = job.config
+        self.process = process
+        self.workspace = workspace
+        self.parts = (WholeRun(config.seed, job.size.total_steps),)
+        self.options = StepOptions(compiles=config.optim.compile)
+        self.mean = torch.tensor(job.mean, device=process.device)
+        self.std = torch.tensor(job.std, device=process.device)
+
+    def size(self, part: WholeRun) -> RunSize:
+        return self.job.size
+
+    def after(self, part: WholeRun) -> After:
+        """Count the images of the closing evaluation as if they were trained on."""
+        job, knn = self.job, self.config.knn
+        steps = 0.0
+        if job.val_shards:
+            limits = ((job.train_shards, knn.max_train), (job.val_shards, knn.max_val))
+            images = sum(min(sum(s.num_samples for s in shards), limit) for shards, limit in limits)
+            steps = images / job.size.global_batch_size
+        return After(steps, EXPORT_S)
+
+    def is_measured(self, part: WholeRun) -> bool:
+        """The driver starts workers only where something is left to do."""
+        return False
+
+    def build(self, part: WholeRun, *, is_resumed: bool) -> Trained:
+        mae = self._build_untrained()
+        if self.job.init_uri is not None and not is_resumed:
+            start = fetch_checkpoint(self.job.init_uri, self.workspace / "init")
+            load_weights(start.folder, mae)
+        return Trained(mae, build_optimizer(mae, self.config.optim, fused=True))
+
+    def _build_untrained(self) -> MaskedAutoencoder:
+        """Build the model that the seed gives, alike on every worker."""
+        config = self.config
+        torch.manual_seed(config.seed)
+        mae = build_mae(config.model, config.masking, config.loss)
+        return mae.to(self.process.device)
+
+    def learning_rate(self, part: WholeRun, step: int) -> float:
+        size, optim = self.job.size, self.config.optim
+        return warmup_cosine(
+            step - 1,
+            peak=optim.learning_rate,
+            warmup_steps=optim.warmup_epochs * size.samples_per_epoch / size.global_batch_size,
+            total_steps=size.total_steps,
+        )
+
+    def decoded(self, tables: Iterable[pa.Table]) -> Iterator[DecodedBatch]:
+        config = self.config
+        decoder = BatchDecoder(
+            view_spec(config),
+            config.masking,
+            config.model.grid_size,
+            config.scaling.cpus_per_worker,
+            config.data.crops_per_image,
+        )
+        return decoder.batches(tables, BATCHES_AHEAD)
+
+    def batch(self, decoded: DecodedBatch, part: WholeRun, *, step: int, number: int) -> MicroBatch:
+        """Move whole numbers to the device, and make floats of them there."""
+        device = self.process.device
+
+        def move(tensor: Tensor) -> Tensor:
+            is_gpu = device.type == "cuda"
+            return tensor.pin_memory().to(device, non_blocking=True) if is_gpu else tensor
+
+        full_scale = torch.iinfo(decoded.pixels.dtype).max
+        scaled = move(decoded.pixels).float().div_(full_scale)
+        images = ((scaled - self.mean) / self.std).permute(0, 3, 1, 2).contiguous()
+        return MicroBatch(images, move(decoded.noise), move(decoded.weights))
+
+    def loss(self, model: nn.Module, batch: MicroBatch, part: WholeRun) -> BatchLoss:
+        return pretrain_loss(model, batch)
+
+    def show(
+        self, model: nn.Module, part: WholeRun, step: int, writer: tracking.MetricWriter
+    ) -> None:
+        """Write the reconstruction picture to MLflow and into the run's folder."""
+        if step % self.config.reporting.picture_every_steps and step != part.last_step:
+            return
+        picture = self._picture(model, step)
+        writer.picture(picture, "reconstruction", step)
+        buffer = io.BytesIO()
+        Image.fromarray(picture).save(buffer, "PNG")
+        self.job.folder.write_picture(buffer.getvalue())
+
+    def _picture(self, model: nn.Module, step: int) -> npt.NDArray[np.uint8]:
+        job, device = self.job, self.process.device
+        assert isinstance(model, MaskedAutoencoder)
+        images = torch.from_numpy(normalize(job.pictures.pixels, job.mean, job.std))
+        noise = torch.from_numpy(job.pictures.noise.copy())  # Ray hands out read-only arrays
+        result = reconstruct(model, images.to(device), noise.to(device))
+        return reconstruction_picture(
+            images,
+            result.pred.float().cpu(),
+            result.mask.cpu(),
+            patch_size=self.config.model.patch_size,
+            norm_pix=self.config.loss.norm_pix,
+            channel_mean=job.mean,
+            channel_std=job.std,
+            title=f"step {step}, loss {result.loss:.3f} on these training images",
+        )
+
+    def record(self, part: WholeRun, step: int) -> CheckpointRecord:
+        size, config = self.job.size, self.config
+        samples_seen = step * size.global_batch_size
+        return CheckpointRecord(
+            step=step,
+            samples_seen=samples_seen,
+            epoch=samples_seen / size.samples_per_epoch,
+            total_steps=size.total_steps,
+            seed=config.seed,
+            data_digest=self.job.data_digest,
+            channel_mean=self.job.mean,
+            channel_std=self.job.std,
+            model=config.model,
+            masking=config.masking,
+            loss=config.loss,
+        )
+
+    def measure(self, part: WholeRun, model: nn.Module) -> None:
+        """Compare nearest neighbours of the frozen encoder with those of the untrained one."""
+        job, config = self.job, self.config
+        if not job.val_shards:
+            return
+        assert isinstance(model, MaskedAutoencoder)
+        metrics = knn_metrics(
+            {"top1": model.encoder, "top1_untrained": self._build_untrained().encoder},
+            job.train_shards,
+            job.val_shards,
+            ImageReader(
+                config.model, job.mean, job.std, config.scaling.cpus_per_worker, job.class_numbers
+            ),
+            config.knn,
+            partial(self.process.tell_measured, "kNN evaluation"),
+        )
+        if metrics is not None:
+            job.folder.write_evaluation(job.evaluation_key, metrics)

@@ -1,0 +1,145 @@
+"""What the downstream stages add to a training process, with tiny models and without Ray."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from torch import nn
+
+from mae_core.data.pixels import CorruptSampleError
+from pipelines.config.arms import ArmKind
+from pipelines.config.downstream import ClassifyConfig
+from pipelines.config.loading import load_config
+from pipelines.downstream.arms import Arm
+from pipelines.downstream.task import EncodedSample, Example
+from pipelines.downstream.tuning import DecodedExamples, TuningTask
+from pipelines.training.process import Process
+
+FINETUNE = Arm(ArmKind.FINETUNE, 1.0, 0, 80, 20, 5)
+ENCODER = SimpleNamespace(
+    model=SimpleNamespace(img_size=(2, 2), in_chans=3),
+    channel_mean=(0.5, 0.5, 0.5),
+    channel_std=(0.5, 0.5, 0.5),
+)
+
+
+class FakeTask:
+    """Has a peak rate of 1 and decodes what is not broken."""
+
+    def peak_learning_rate(self, arm: Arm) -> float:
+        return 1.0
+
+    def training_example(self, sample: EncodedSample, arm: Arm) -> Example:
+        if sample.key == "broken":
+            raise CorruptSampleError("its image ends early", "truncated")
+        return Example(np.full((2, 2, 3), 255, np.uint8), arm.label)
+
+
+def make_task(folder: Path, *words: str) -> TuningTask:
+    needed = ["init_from=c", "data.train=t", "data.val=v", "data.shuffle_window=8"]
+    batch = ["optim.global_batch_size=8", "optim.micro_batch_size=4"]
+    job: Any = SimpleNamespace(
+        config=load_config(ClassifyConfig, [], [*needed, *batch, *words], {}),
+        arms=(Arm(ArmKind.LINEAR, 1.0, 0, 80, 5, 0), FINETUNE),
+        make_task=FakeTask,
+        encoder=ENCODER,
+        targets=("cls",),
+    )
+    return TuningTask(job, Process(0, 1, torch.device("cpu"), lambda *_: None), folder)
+
+
+@pytest.mark.parametrize(
+    ("step", "rate"),
+    [
+        (1, 0.0),
+        (2, 0.5),  # 0.2 epochs of 10 steps: two steps of warm-up
+        (3, 1.0),  # the end of the warm-up
+        (20, 0.1 + 0.9 * 0.007596124),  # the last: 17 of 18 steps along the cosine, to the floor
+    ],
+)
+def test_the_learning_rate_of_a_step(tmp_path: Path, step: int, rate: float) -> None:
+    task = make_task(tmp_path, "optim.warmup_epochs=0.2", "optim.min_lr_ratio=0.1")
+    assert task.learning_rate(FINETUNE, step) == pytest.approx(rate)
+
+
+def test_a_warm_up_takes_a_fifth_of_the_steps_at_most(tmp_path: Path) -> None:
+    task = make_task(tmp_path, "optim.warmup_epochs=5")
+    assert task.learning_rate(FINETUNE, 3) == pytest.approx(0.5)
+    assert task.learning_rate(FINETUNE, 5) == pytest.approx(1.0)
+
+
+def rows(*keys: str, position: int, errors: tuple[str | None, ...]) -> pa.Table:
+    count = len(keys)
+    return pa.table(
+        {
+            "position": list(range(position, position + count)),
+            "shard": ["a.tar"] * count,
+            "key": list(keys),
+            "epoch": [2] * count,
+            "image": [b""] * count,
+            "target": [b"1"] * count,
+            "error": pa.array(errors, pa.string()),
+        }
+    )
+
+
+def test_what_can_not_be_used_is_a_hole_with_its_reason(tmp_path: Path) -> None:
+    task = make_task(tmp_path)
+    errors = (None, None, "checksum: it changed")
+    table = rows("whole", "broken", "changed", position=40, errors=errors)
+    (decoded,) = task.decoded([table])
+    assert decoded.came == [True, False, False]
+    assert [(x.key, x.kind, x.epoch) for x in decoded.bad] == [
+        ("broken", "truncated", 2),
+        ("changed", "checksum", 2),
+    ]
+    batch = task.batch(decoded, FINETUNE, step=6, number=0)
+    assert batch.images[:, 0, 0, 0].tolist() == [1.0, 0.0, 0.0]  # a hole's pixels are zeros
+    assert batch.weights.tolist() == [1.0, 0.0, 0.0]
+    assert batch.targets == ["finetune-1-seed0", None, None]
+
+
+def test_a_sample_is_decoded_for_the_arm_that_its_step_is_of(tmp_path: Path) -> None:
+    task = make_task(tmp_path)
+    tables = [rows("k", position=place, errors=(None,)) for place in (39, 40)]
+    found = [decoded.examples[0] for decoded in task.decoded(tables)]
+    assert [x.target for x in found if x is not None] == ["linear-1-seed0", "finetune-1-seed0"]
+
+
+def test_each_micro_batch_mixes_by_draws_of_its_own(tmp_path: Path) -> None:
+    task = make_task(tmp_path)
+    decoded = DecodedExamples([None], [], pa.table({}))
+    draws = [
+        task.batch(decoded, FINETUNE, step=step, number=number).generator.random()
+        for step, number in ((6, 0), (6, 1), (7, 0), (6, 0))
+    ]
+    assert len(set(draws)) == 3
+    assert draws[0] == draws[3]
+
+
+def test_an_arm_from_scratch_fetches_no_pretrained_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rates: list[float] = []
+
+    def build_encoder(_: object, *, drop_path_rate: float) -> nn.Module:
+        rates.append(drop_path_rate)
+        return nn.Linear(1, 1)
+
+    monkeypatch.setattr("pipelines.downstream.tuning.build_encoder", build_encoder)
+    task = make_task(tmp_path, "optim.drop_path_rate=0.3")
+    fake: Any = task.task
+    fake.build_model = lambda encoder, arm: encoder
+    fake.build_optimizer = lambda model, arm: torch.optim.SGD(model.parameters(), lr=0.0)
+    scratch = FINETUNE._replace(kind=ArmKind.SCRATCH)
+    first = task.build(scratch, is_resumed=False).model
+    torch.manual_seed(99)
+    again = task.build(scratch, is_resumed=True).model
+    pairs = zip(first.parameters(), again.parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+    assert rates == [0.3, 0.3]
+    assert not (tmp_path / "pretrained").exists()

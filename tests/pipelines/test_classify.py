@@ -1,0 +1,117 @@
+"""What classify adds to a training process: labels, mixed targets, losses, learning rates."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from mae_core.config import ModelConfig
+from pipelines.classify import ClassifyTask
+from pipelines.config.arms import ArmKind
+from pipelines.config.downstream import ClassifyConfig
+from pipelines.config.loading import load_config
+from pipelines.downstream.arms import Arm
+from pipelines.downstream.task import Batch, TaskInfo
+
+PLAIN = ("classify.mixup=0", "classify.cutmix=0", "classify.random_erase=0")
+
+
+def make_task(*words: str, num_classes: int = 4) -> ClassifyTask:
+    needed = ["init_from=c", "data.train=t", "data.val=v", "optim.global_batch_size=64"]
+    config = load_config(ClassifyConfig, [], [*needed, "optim.micro_batch_size=64", *words], {})
+    return ClassifyTask(config, TaskInfo(ModelConfig(), tuple("abcdefgh"[:num_classes]), "title"))
+
+
+def make_arm(kind: ArmKind) -> Arm:
+    return Arm(kind, 1.0, 0, 10, 1, 0)
+
+
+def make_batch(targets: list[Any], weights: list[float]) -> Batch:
+    images = torch.arange(len(targets) * 3 * 2 * 2.0).reshape(len(targets), 3, 2, 2)
+    weight = torch.tensor(weights)
+    images = images * weight[:, None, None, None]
+    return Batch(images, targets, weight, np.random.default_rng(0))
+
+
+def test_fine_tuning_spreads_a_share_of_the_label_over_all_classes() -> None:
+    task = make_task(*PLAIN, "classify.smoothing=0.2")
+    batch = make_batch([np.asarray(1), np.asarray(3)], [1, 1])
+    _, targets = task._augmented(batch, make_arm(ArmKind.FINETUNE))
+    assert targets.tolist() == [
+        pytest.approx([0.05, 0.85, 0.05, 0.05]),
+        pytest.approx([0.05, 0.05, 0.05, 0.85]),
+    ]
+
+
+def test_the_linear_probe_takes_images_and_labels_as_they_are() -> None:
+    task = make_task("classify.smoothing=0.2")
+    batch = make_batch([np.asarray(1), np.asarray(3)], [1, 1])
+    images, targets = task._augmented(batch, make_arm(ArmKind.LINEAR))
+    assert torch.equal(images, batch.images)
+    assert targets.tolist() == [[0, 1, 0, 0], [0, 0, 0, 1]]
+
+
+def test_a_hole_has_no_class_also_where_it_is_mixed_in() -> None:
+    words = ("classify.smoothing=0", "classify.random_erase=0", "classify.cutmix=0")
+    task = make_task(*words, "classify.mixup=0.8")
+    batch = make_batch([np.asarray(1), None], [1, 0])
+    images, targets = task._augmented(batch, make_arm(ArmKind.SCRATCH))
+    kept = float(targets[0, 1])
+    assert 0 < kept < 1
+    # The label is as strong as the image is; what is mixed in of the hole is black and of no class.
+    assert torch.allclose(images[0], batch.images[0] * kept)
+    assert targets.tolist() == [
+        pytest.approx([0, kept, 0, 0]),
+        pytest.approx([0, 1 - kept, 0, 0]),
+    ]
+
+
+class Logits(nn.Module):
+    def __init__(self, logits: Tensor) -> None:
+        super().__init__()
+        self.logits = nn.Parameter(logits)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.logits
+
+
+def test_the_loss_divides_by_the_nominal_batch_and_a_hole_adds_nothing() -> None:
+    task = make_task(*PLAIN, "classify.smoothing=0", num_classes=2)
+    model = Logits(torch.tensor([[0.0, 0.0], [9.0, -9.0]]))
+    loss = task.loss(model, make_batch([np.asarray(0), None], [1, 0]), make_arm(ArmKind.FINETUNE))
+    assert loss.loss.item() == pytest.approx(0.34657359)  # ln 2, over two images
+    assert loss.num_samples.item() == 1
+
+
+def test_findings_are_each_decided_apart() -> None:
+    task = make_task(*PLAIN, "classify.labels=many", "classify.arms=[finetune]", num_classes=2)
+    model = Logits(torch.tensor([[0.0, 2.0]]))
+    batch = make_batch([np.asarray([1, 1])], [1])
+    loss = task.loss(model, batch, make_arm(ArmKind.FINETUNE))
+    # The mean of ln 2 and ln(1 + e^-2).
+    assert loss.loss.item() == pytest.approx((0.69314718 + 0.12692801) / 2)
+
+
+@pytest.mark.parametrize(("kind", "rate"), [(ArmKind.LINEAR, 0.025), (ArmKind.FINETUNE, 0.00125)])
+def test_the_learning_rate_is_scaled_from_the_kinds_own_base(kind: ArmKind, rate: float) -> None:
+    task = make_task("optim.base_lr=0.005", "classify.linear_base_lr=0.1")
+    assert task.peak_learning_rate(make_arm(kind)) == pytest.approx(rate)
+
+
+def test_only_an_arm_that_trains_the_encoder_is_changed_by_rand_augment(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("pipelines.classify.training_view", lambda *_: np.zeros((2, 2, 3)))
+    monkeypatch.setattr(
+        "pipelines.classify.rand_augment", lambda pixels, *_, magnitude: pixels + magnitude
+    )
+    sample: Any = SimpleNamespace(image=b"", epoch=0, key="k", where="w", target=b"1", folder="f")
+    task = make_task("classify.rand_augment=5")
+    shades = {
+        kind: task.training_example(sample, make_arm(kind)).pixels.max()
+        for kind in (ArmKind.LINEAR, ArmKind.FINETUNE, ArmKind.SCRATCH)
+    }
+    assert list(shades.values()) == [0, 5, 5]

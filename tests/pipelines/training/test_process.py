@@ -1,0 +1,248 @@
+"""The step loop that every stage trains by, with a tiny model and without Ray."""
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+import pytest
+import torch
+from torch import Tensor, nn
+
+from mae_core.checkpoint import CheckpointRecord
+from mae_core.config import LossConfig, MaskingConfig, ModelConfig
+from mae_core.data.samples import DataError
+from mae_core.train_step import BatchLoss
+from pipelines.config.loading import load_config
+from pipelines.config.pretrain import PretrainConfig
+from pipelines.reading.batches import BadSample
+from pipelines.training import process
+from pipelines.training.checkpoints import list_steps
+from pipelines.training.process import Process, StepOptions, Trained, TrainingProcess
+from pipelines.training.reporting import After, RunSize
+from pipelines.training.run_folder import RunFolder
+from pipelines.training.stopping import Phase, Told
+
+WORDS = [
+    "data.train=t",
+    "data.shuffle_window=8",
+    "optim.global_batch_size=4",
+    "optim.micro_batch_size=2",
+    "checkpoint.every_steps=3",
+    "reporting.every_steps=1",
+]
+
+
+class Rows(NamedTuple):
+    rows: pa.Table
+    bad: list[BadSample]
+    came: list[bool]
+
+
+class Part(NamedTuple):
+    label: str
+    seed: int
+    steps: int
+    first_step: int
+
+    @property
+    def last_step(self) -> int:
+        return self.first_step + self.steps
+
+
+class Channel:
+    """Notes what the workers tell."""
+
+    def __init__(self) -> None:
+        self.phases: list[Phase] = []
+
+    def tell(self, told: Told) -> None:
+        self.phases.append(told.phase)
+
+    def is_asked(self) -> bool:
+        return False
+
+
+class FakeTask:
+    """Fits one number a part to the positions of the samples."""
+
+    options = StepOptions()
+
+    def __init__(self, parts: tuple[Part, ...], bad: frozenset[int]) -> None:
+        self.parts = parts
+        self.bad = bad
+        self.measured: list[tuple[str, float]] = []
+        self.rates: list[float] = []
+
+    def size(self, part: Part) -> RunSize:
+        return RunSize(part.steps, 4, 8, 1)
+
+    def after(self, part: Part) -> After:
+        return After()
+
+    def is_measured(self, part: Part) -> bool:
+        return False
+
+    def build(self, part: Part, *, is_resumed: bool) -> Trained:
+        model = nn.Linear(1, 1, bias=False)
+        nn.init.zeros_(model.weight)
+        return Trained(model, torch.optim.AdamW(model.parameters(), lr=0.0))
+
+    def learning_rate(self, part: Part, step: int) -> float:
+        self.rates.append(step / 10)
+        return step / 10
+
+    def decoded(self, tables: Iterable[pa.Table]) -> Iterator[Rows]:
+        for table in tables:
+            positions = table["position"].to_pylist()
+            came = [place not in self.bad for place in positions]
+            bad = [
+                BadSample(0, "a.tar", str(p), "empty", "why") for p in positions if p in self.bad
+            ]
+            yield Rows(table, bad, came)
+
+    def batch(self, decoded: Rows, part: Part, *, step: int, number: int) -> Tensor:
+        positions: list[int] = decoded.rows["position"].to_pylist()
+        noise = torch.rand(1)  # the same after every start: each step has a seed
+        return torch.tensor(positions)[:, None] / 100 + noise
+
+    def loss(self, model: nn.Module, batch: Tensor, part: Part) -> BatchLoss:
+        return BatchLoss(((model(batch) - 1) ** 2).mean(), torch.tensor(float(len(batch))))
+
+    def show(self, model: nn.Module, part: Part, step: int, writer: object) -> None:
+        pass
+
+    def record(self, part: Part, step: int) -> CheckpointRecord:
+        return CheckpointRecord(
+            step=step,
+            samples_seen=step * 4,
+            epoch=0.0,
+            total_steps=self.parts[-1].last_step,
+            seed=0,
+            data_digest="d",
+            channel_mean=(0.5,) * 3,
+            channel_std=(0.5,) * 3,
+            model=ModelConfig(),
+            masking=MaskingConfig(),
+            loss=LossConfig(),
+        )
+
+    def measure(self, part: Part, model: nn.Module) -> None:
+        (weight,) = model.parameters()
+        self.measured.append((part.label, weight.item()))
+
+
+class Job:
+    """A job of two parts, 7 and 5 steps long, of 2 x 2 samples."""
+
+    run_id = None
+
+    def __init__(
+        self, folder: Path, words: tuple[str, ...] = (), bad: frozenset[int] = frozenset()
+    ) -> None:
+        self.config = load_config(PretrainConfig, [], [*WORDS, *words], {})
+        self.run_uri = str(folder)
+        self.folder = RunFolder(str(folder))
+        self.channel: Any = Channel()
+        self.task = FakeTask((Part("a", 1, 7, 0), Part("b", 2, 5, 7)), bad)
+
+    def build_task(self, process: Process, workspace: Path) -> FakeTask:
+        return self.task
+
+
+@pytest.fixture(autouse=True)
+def _without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    context = SimpleNamespace(get_world_rank=lambda: 0, get_world_size=lambda: 1)
+    monkeypatch.setattr(process.ray.train, "get_context", lambda: context)
+    monkeypatch.setattr(process.ray.train.torch, "get_device", lambda: torch.device("cpu"))
+    monkeypatch.setattr(process.ray.train, "report", lambda metrics: None)
+
+    def stream(self: Any) -> Iterator[Rows]:
+        places = range(self.first_step * 4, 12 * 4, 2)
+        tables = [pa.table({"position": [x, x + 1]}) for x in places]
+        found: Iterator[Rows] = self.task.decoded(tables)
+        return found
+
+    monkeypatch.setattr(TrainingProcess, "_stream", stream)
+
+
+def train(job: Job, workspace: Path, stop_after: int | None = None) -> None:
+    """Train; with `stop_after`, until the run is asked to stop in that step."""
+    worker: TrainingProcess[Any, Any, Any] = TrainingProcess(job, workspace)
+    if stop_after is not None:
+        original = worker._step
+
+        def step(*arguments: Any) -> None:
+            original(*arguments)
+            worker.ends.is_asked = arguments[3] == stop_after
+
+        worker._step = step  # type: ignore[method-assign]
+    worker.run()
+
+
+def test_each_part_is_trained_and_measured_with_steps_of_its_own(tmp_path: Path) -> None:
+    job = Job(tmp_path / "run")
+    train(job, tmp_path / "local")
+    assert [label for label, _ in job.task.measured] == ["a", "b"]
+    assert job.task.rates == pytest.approx(
+        [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.1, 0.2, 0.3, 0.4, 0.5]
+    )
+    # Every three steps of a part and at its end; the two newest are kept.
+    assert list_steps(job.run_uri) == [10, 12]
+    phases = list(dict.fromkeys(job.channel.phases))
+    assert phases == [Phase.TRAINING, Phase.MEASURING]
+
+
+@pytest.mark.parametrize("stop_after", [2, 7, 9])
+def test_a_run_that_was_stopped_ends_like_one_that_was_not(tmp_path: Path, stop_after: int) -> None:
+    whole = Job(tmp_path / "whole")
+    train(whole, tmp_path / "local")
+
+    first = Job(tmp_path / "run")
+    train(first, tmp_path / "first", stop_after)
+    assert list_steps(first.run_uri)[-1] == stop_after
+    assert first.channel.phases[-1] is Phase.STOPPED
+    second = Job(tmp_path / "run")
+    if stop_after == 9:  # the first part is trained; its model is kept where an arm's is
+        uri = Path(second.folder.model_uri("a"))
+        (tmp_path / "a").mkdir()
+        keep(whole, tmp_path / "a", uri)
+    train(second, tmp_path / "second")
+    assert second.task.measured == whole.task.measured
+
+
+def keep(job: Job, local: Path, uri: Path) -> None:
+    """Keep a model with the weight that the job's first part was measured with."""
+    model = nn.Linear(1, 1, bias=False)
+    nn.init.constant_(model.weight, job.task.measured[0][1])
+    process.save_checkpoint(uri, job.task.record(job.task.parts[0], 7), model=model, optimizer=None)
+
+
+def test_a_part_that_is_measured_is_neither_built_nor_trained(tmp_path: Path) -> None:
+    job = Job(tmp_path / "run")
+    train(job, tmp_path / "local")
+    again = Job(tmp_path / "run")
+    again.task.is_measured = lambda part: part.label == "a"  # type: ignore[method-assign]
+    train(again, tmp_path / "again")
+    assert again.task.measured == job.task.measured[1:]
+    assert again.task.rates == []
+
+
+def test_samples_that_are_not_the_next_ones_end_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tables = [pa.table({"position": [x, x + 1]}) for x in (2, 4)]
+    monkeypatch.setattr(TrainingProcess, "_stream", lambda self: self.task.decoded(tables))
+    with pytest.raises(RuntimeError, match=r"got samples 2 \+ 2 .* where 0 \+ 2 were due"):
+        train(Job(tmp_path / "run"), tmp_path / "local")
+
+
+def test_too_many_bad_samples_end_the_run_naming_the_first(tmp_path: Path) -> None:
+    few = Job(tmp_path / "few", ("data.max_bad_ratio=0.002",), frozenset({1, 5}))
+    train(few, tmp_path / "local")  # 2 of the first thousand are no more than 0.2 %
+    many = Job(tmp_path / "many", ("data.max_bad_ratio=0.002",), frozenset({1, 5, 6}))
+    with pytest.raises(
+        DataError, match=r"3 of 1000 samples can't be used.* the first is 1 in a\.tar"
+    ):
+        train(many, tmp_path / "other")
