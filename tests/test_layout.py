@@ -1,8 +1,20 @@
+"""Every module has a test file of its name, or a line here says which tests cover it."""
+
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
+
+# Modules of pipelines that do nothing without their neighbours, which these tests run.
+COVERED_BY = {
+    "commands/arguments": "tests/pipelines/test_cli.py",
+    "doctor/services": "tests/pipelines/doctor/test_command.py",
+    "packing/classes": "tests/pipelines/packing/test_prepare_sources.py",
+    "packing/process_pool": "tests/pipelines/packing/test_prepare_resume.py",
+    "packing/shard": "tests/pipelines/test_prepare.py",
+    "schedule/passes": "tests/pipelines/schedule/test_command.py",
+}
 
 
 @pytest.mark.parametrize("package", ["infra", "mae_core"])
@@ -11,3 +23,16 @@ def test_every_module_has_a_test_file_of_its_name(package: str) -> None:
     tests = {path.stem.removeprefix("test_") for path in (ROOT / "tests" / package).rglob("*.py")}
     assert len(modules) > 20
     assert modules - tests == set()
+
+
+@pytest.mark.parametrize("package", ["commands", "doctor", "packing", "reading", "schedule"])
+def test_a_module_of_pipelines_has_one_or_says_which_tests_cover_it(package: str) -> None:
+    modules = {path.stem for path in (ROOT / "pipelines" / package).glob("*.py")} - {"__init__"}
+    folder = ROOT / "tests/pipelines" / package
+    tested = {name for name in modules if (folder / f"test_{name}.py").is_file()}
+    covered = {key.split("/")[1] for key in COVERED_BY if key.startswith(f"{package}/")}
+    assert modules - tested == covered
+
+
+def test_the_tests_that_cover_a_module_are_there() -> None:
+    assert [file for file in COVERED_BY.values() if not (ROOT / file).is_file()] == []
