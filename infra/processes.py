@@ -12,6 +12,8 @@ import random
 import signal
 import socket
 import subprocess
+import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -89,6 +91,37 @@ def end_with_parent() -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
     if os.getppid() != int(parent):  # it died before the request
         os.kill(os.getpid(), signal.SIGTERM)
+
+
+_working: list[threading.Thread] = []
+
+
+def note_working(thread: threading.Thread) -> None:
+    """Note a thread that may be left behind while it works, when the command was stopped."""
+    _working.append(thread)
+
+
+def is_thread_left() -> bool:
+    """Return whether a thread that was noted still works, besides the one that asks."""
+    # Not is_alive, which Python 3.11 gets wrong after a Ctrl-C inside of `join`.
+    there = threading.enumerate()
+    _working[:] = [thread for thread in _working if thread in there]
+    return any(thread is not threading.current_thread() for thread in _working)
+
+
+def end_past_threads(exit_code: int) -> None:
+    """End this process and its children at once if a noted thread still works; else return.
+
+    Python's own end would wait for what such a thread waits for, and C++ code of a library that a
+    daemon thread is in may abort the process then.
+    """
+    if is_thread_left():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        for child in psutil.Process().children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                child.kill()
+        os._exit(exit_code)
 
 
 def stop_process(folder: Path, name: str, grace_s: float) -> bool:

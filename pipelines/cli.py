@@ -13,7 +13,7 @@ import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 
-from infra.processes import end_with_parent
+from infra.processes import end_past_threads, end_with_parent
 from infra.redaction import redact, redact_logs
 from pipelines.commands.arguments import COMMANDS, load_own_stage, make_parser, parse, read_config
 from pipelines.outcome import StageResult, explain
@@ -22,10 +22,18 @@ from pipelines.terminal import progress
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a stage or another command; return the exit code."""
+    exit_code = _run(argv)
+    end_past_threads(exit_code)
+    return exit_code
+
+
+def _run(argv: Sequence[str] | None) -> int:
     # Silence the libraries before they are imported.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_DEDUP_LOGS", "0")
+    # A call after Ray has ended must not start another Ray, which would lack the guards of ours.
+    os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     redact_logs()

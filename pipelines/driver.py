@@ -15,6 +15,7 @@ from pipelines.job import ROOT, ray_job_id
 from pipelines.outcome import ConfigError
 
 POLL_S = 0.1
+LETTING_GO_S = 1.0
 MARKING_S = 0.5  # for MLflow, where all of the time is up
 
 
@@ -148,6 +149,8 @@ class Stopper:
                 ask()
                 while thread.is_alive() and time.monotonic() < until_s and is_worth_waiting():
                     thread.join(POLL_S)
+                # What is saved now needs a moment to let go of Ray.
+                thread.join(max(min(LETTING_GO_S, until_s - time.monotonic()), 0.0))
                 marking.join(max(until_s - time.monotonic(), MARKING_S))
                 raise KeyboardInterrupt
         finally:

@@ -107,6 +107,7 @@ class EmbedRun:
     """See `pipelines.training.run.Run`."""
 
     stage = STAGE
+    trains = False
 
     def __init__(self, config: EmbedConfig) -> None:
         self.config = config

@@ -98,6 +98,7 @@ class PretrainRun:
     """See `pipelines.training.run.Run`."""
 
     stage = STAGE
+    trains = True
 
     def __init__(self, config: PretrainConfig) -> None:
         self.config = config

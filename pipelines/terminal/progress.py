@@ -4,6 +4,7 @@ No command is silent for long: code that waits for something wraps it in `doing`
 """
 
 import logging
+import os
 import sys
 import threading
 import time
@@ -37,6 +38,11 @@ class State(NamedTuple):
 def shows_bar() -> bool:
     """Return whether to draw bars: on a terminal, and without other machines' lines in between."""
     return sys.stderr.isatty() and job.cluster_address() is None
+
+
+def has_bar() -> bool:
+    """Return whether a bar shows what this process does: it may be a worker of the driver's."""
+    return bool(os.environ.get(worker_logging.BAR_VARIABLE)) or shows_bar()
 
 
 def write(text: str) -> None:

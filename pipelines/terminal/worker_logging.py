@@ -28,6 +28,8 @@ def set_up() -> None:
     file = os.environ.get(LOG_FILE_VARIABLE)
     handler = logging.FileHandler(file) if file else logging.StreamHandler(sys.stderr)
     handler.addFilter(RedactionFilter())
+    if not file:
+        handler.addFilter(_count)
     for name in OURS:  # not the root logger, because Ray has its own handlers there
         ours = logging.getLogger(name)
         ours.handlers = [handler]
@@ -39,17 +41,19 @@ def set_up() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
-def has_bar() -> bool:
-    """Return whether the driver of this worker draws a bar."""
-    return bool(os.environ.get(BAR_VARIABLE))
-
-
 _num_shown = 0
 
 
 def num_lines_shown() -> int:
-    """Return how often `shown` has copied something, which means that a worker wrote a line."""
+    """Return a number that grows with every line that a user sees, whichever process wrote it."""
     return _num_shown
+
+
+def _count(_record: logging.LogRecord) -> bool:
+    """Count a line that this process logs, as a training in the driver does."""
+    global _num_shown
+    _num_shown += 1
+    return True
 
 
 @contextmanager

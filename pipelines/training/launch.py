@@ -56,8 +56,12 @@ def check_resources(scaling: ScalingConfig, cpus: float, gpus: float, place: str
 
 
 @contextmanager
-def running_ray(scaling: ScalingConfig) -> Iterator[None]:
+def running_ray(scaling: ScalingConfig, *, in_driver: bool = False) -> Iterator[None]:
     """Inside, the cluster that RAY_ADDRESS names is joined, or a local Ray runs.
+
+    Args:
+        scaling: the workers.
+        in_driver: the one worker is the driver itself.
 
     Raises:
         ConfigError: the workers do not fit.
@@ -76,7 +80,7 @@ def running_ray(scaling: ScalingConfig) -> Iterator[None]:
             folder = stack.enter_context(local_ray.private_folder())
             log = folder / "workers.log"
             stack.enter_context(worker_logging.shown(log, progress.write))
-            given = local_resources(scaling, log, cpus, gpus)
+            given = local_resources(scaling, log, cpus, gpus, in_driver=in_driver)
             with progress.doing("starting Ray"):
                 stack.enter_context(local_ray.running(folder, given))
         worker_logging.set_up()  # the driver's own loggers, now that Ray has made them
@@ -97,10 +101,17 @@ def _join(address: str) -> None:
         ) from error
 
 
-def local_resources(scaling: ScalingConfig, log: Path, cpus: int, gpus: int) -> local_ray.LocalRay:
-    """Return what a Ray on this machine gets; its processes write what we say to `log`."""
+def local_resources(
+    scaling: ScalingConfig, log: Path, cpus: int, gpus: int, *, in_driver: bool = False
+) -> local_ray.LocalRay:
+    """Return what a Ray on this machine gets; its processes write what we say to `log`.
+
+    Training in the driver takes none of Ray's CPUs. Ray gets fewer then, so that as many read the
+    data as beside a worker of Ray's.
+    """
+    needed = scaling.num_workers * scaling.cpus_per_worker
     return local_ray.LocalRay(
-        num_cpus=max(cpus, scaling.num_workers * scaling.cpus_per_worker) + SPARE_CPUS,
+        num_cpus=max(cpus, needed) - (needed if in_driver else 0) + SPARE_CPUS,
         num_gpus=gpus,
         object_store_bytes=machine.object_store_bytes(machine.memory_bytes()),
         runtime_env={
@@ -129,7 +140,14 @@ def _loopback_for_workers() -> dict[str, str]:
     return {name: os.environ.get(name, names[0]) for name in variables} if names else {}
 
 
+def trains_in_driver(scaling: ScalingConfig) -> bool:
+    """Return whether training runs in the driver's process: see `pipelines.training.local_mode`."""
+    return scaling.num_workers == 1 and cluster_address() is None
+
+
 def ray_scaling(scaling: ScalingConfig) -> RayScalingConfig:
+    if trains_in_driver(scaling):
+        return RayScalingConfig(num_workers=0, use_gpu=scaling.use_gpu)
     return RayScalingConfig(
         num_workers=scaling.num_workers,
         use_gpu=scaling.use_gpu,

@@ -20,6 +20,7 @@ import ray
 from ray._private import ray_constants
 from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
 
+from infra import processes
 from infra.storage import StorageError
 
 # The path of a Unix socket has at most 107 characters, of which Ray's own part takes 65.
@@ -99,7 +100,10 @@ def running(folder: Path, given: LocalRay) -> Iterator[None]:
         try:
             yield
         finally:
-            ray.shutdown()
+            # A thread that asked Ray for something after this would end the process, with code 1.
+            # Where one is left, the process ends soon, and Ray with it.
+            if not processes.is_thread_left():
+                ray.shutdown()
 
 
 @contextmanager

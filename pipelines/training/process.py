@@ -10,7 +10,7 @@ pretraining is one part, a downstream run has one for each arm.
 import logging
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -18,7 +18,6 @@ from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import pyarrow as pa
 import ray.train
-import ray.train.torch
 import torch
 import torch.distributed
 from torch import nn
@@ -39,6 +38,7 @@ from pipelines.config.pretrain import PretrainConfig
 from pipelines.reading.batches import BadSample, autocast_dtype, check_place
 from pipelines.reading.sample_trace import SampleTrace
 from pipelines.reading.sequence import micro_batches
+from pipelines.training import local_mode
 from pipelines.training.checkpoints import (
     FoundCheckpoint,
     commit_checkpoint,
@@ -208,7 +208,7 @@ class TrainingProcess(Generic[PartT, DecodedT, BatchT]):
         self.config = config = job.config
         context = ray.train.get_context()
         self.rank, self.world_size = context.get_world_rank(), context.get_world_size()
-        self.device = ray.train.torch.get_device()
+        self.device = local_mode.training_device(config.scaling)
         if self.device.type == "cpu":
             torch.set_num_threads(config.scaling.cpus_per_worker)
         self.autocast_dtype = autocast_dtype(config.optim.precision, self.device)
@@ -227,10 +227,13 @@ class TrainingProcess(Generic[PartT, DecodedT, BatchT]):
     def run(self) -> None:
         """Train and measure each part, from the newest whole checkpoint on."""
         with ExitStack() as stack:
+            stack.callback(self.ends.close)
             found = find_checkpoint(self.job.run_uri, self.workspace / "own")
             self.first_step = done = found.manifest.step if found else 0
             trace = stack.enter_context(SampleTrace(self.config.debug.sample_trace, self.rank))
             stream = self._stream()
+            if isinstance(stream, Generator):  # so that nothing reads on in the driver
+                stack.callback(stream.close)
             # Asked once, before any worker waits for another, so that all get the same answer. The
             # data goes on from the checkpoint, so a part that is behind it is trained again.
             finished = [

@@ -18,8 +18,7 @@ from infra.tracking import MetricWriter
 from mae_core.data.samples import DataError
 from mae_core.train_step import StepMetrics
 from pipelines.reading.batches import BadSample
-from pipelines.terminal import worker_logging
-from pipelines.terminal.progress import format_seconds, silence_limit_s
+from pipelines.terminal.progress import format_seconds, has_bar, silence_limit_s
 from pipelines.training.run_folder import RunFolder
 from pipelines.training.stopping import Phase, StepEnds, Told
 
@@ -104,7 +103,7 @@ class StepReporter:
     unsaved_bad: list[BadSample] = field(default_factory=list)  # since the last checkpoint
     waited_s: float = 0.0
     pace: Pace = field(default_factory=Pace)
-    _has_bar: bool = field(default_factory=worker_logging.has_bar)
+    _has_bar: bool = field(default_factory=has_bar)
     _detail: str = ""  # of the last report
     _began_s: float = field(default_factory=lambda: time.monotonic())
     _said_at_s: float = field(default_factory=lambda: time.monotonic())

@@ -27,7 +27,7 @@ from pipelines import driver
 from pipelines.config.sections import SavingConfig, ScalingConfig
 from pipelines.outcome import StageResult
 from pipelines.reading.sequence import configure_ray_data
-from pipelines.training import launch, recording
+from pipelines.training import launch, local_mode, recording
 from pipelines.training.checkpoints import at_newest_checkpoint
 from pipelines.training.process import TrainingJob, training_worker
 from pipelines.training.process_group import OneAddressTorchConfig
@@ -115,6 +115,10 @@ class Run(Protocol):
     @property
     def stage(self) -> str: ...
 
+    @property
+    def trains(self) -> bool:
+        """Whether its workers are those of `fit`, of which a single one may be the driver."""
+
     def open(self, folder: RunFolder) -> OpenedRun:
         """Open the data; an earlier result counts only for the data that it was made of."""
 
@@ -159,7 +163,8 @@ def drive(run: Run, *, fresh: bool) -> StageResult:
         logger.info("%s is done: its result is reused (--fresh starts over)", folder.uri)
         return kept
     planned = opened.plan()
-    with launch.running_ray(config.scaling):
+    in_driver = run.trains and launch.trains_in_driver(config.scaling)
+    with launch.running_ray(config.scaling, in_driver=in_driver):
         taken = recording.take_over(
             config,
             folder,
@@ -230,7 +235,10 @@ def fit(
         dataset_config=ray.train.DataConfig(enable_shard_locality=False),
         torch_config=OneAddressTorchConfig(timeout_s=timeout_s),
     )
-    trainer.fit()
+    if launch.trains_in_driver(job.config.scaling):
+        local_mode.fit(trainer.fit, job.config.scaling, job.channel.is_asked)
+    else:
+        trainer.fit()
 
 
 def _opened(job: JobT, read: Callable[[JobT], ray.data.Dataset]) -> ray.data.Dataset:

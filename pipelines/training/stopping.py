@@ -103,13 +103,18 @@ class StepEnds:
             self._group = group
         self._saved_at_s = time.monotonic()
         self._told_at_s = 0.0
+        self._is_closed = False
         self.is_asked = False  # to stop; only rank 0 knows
         if rank == 0:
             # A thread of its own looks: a step costs no request.
             threading.Thread(target=self._watch, name="stop-watch", daemon=True).start()
 
+    def close(self) -> None:
+        """End the watch, which would otherwise go on for as long as the process."""
+        self._is_closed = True
+
     def _watch(self) -> None:
-        while not self.is_asked:
+        while not (self.is_asked or self._is_closed):
             try:
                 self.is_asked = self._channel.is_asked()
             except Exception as error:  # Ray ends, or its store is away for a moment

@@ -6,11 +6,9 @@ One encoder is pretrained for a few steps; what it knows does not matter here.
 import hashlib
 import io
 import json
-import os
 import re
 import signal
 import tarfile
-import threading
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +20,7 @@ import torch
 from mlflow import MlflowClient
 from PIL import Image
 
+from infra.storage import StorageError
 from mae_core.checkpoint import load_encoder, verify_checkpoint
 from mae_core.data.samples import DataError
 from pipelines import classify, detect, embed, segment
@@ -35,8 +34,8 @@ from pipelines.config.embed import EmbedConfig
 from pipelines.config.loading import load_config
 from pipelines.outcome import ConfigError, StageResult
 from pipelines.reading.shards import open_shards, read_rows
+from pipelines.training import checkpoints
 from tests.e2e.conftest import assert_golden
-from tests.e2e.victims import train_workers
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -221,8 +220,8 @@ def test_dense_stages_leave_numbers_pictures_and_a_model(
 
 
 @pytest.mark.usefixtures("local_ray")
-def test_a_killed_worker_costs_nothing_but_time(
-    downstream: Downstream, tmp_path: Path, local_ray: Path
+def test_a_store_that_fails_once_costs_nothing_but_time(
+    downstream: Downstream, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In the second arm: the first is not trained again, and all ends as if undisturbed."""
     arms = ("classify.arms=[finetune,scratch]", "classify.seeds=[0]")
@@ -235,15 +234,17 @@ def test_a_killed_worker_costs_nothing_but_time(
     weights = weights_sha256(undisturbed.output)
     lines = len(downstream.place.trace())
 
-    def kill_one() -> None:
-        downstream.place.wait_for_step(20, attempt=2)  # of 24; checkpoints at 17 and 22
-        for worker in train_workers(os.getpid()):
-            worker.kill()
+    failed, upload = [], checkpoints.transfers.upload_folder
 
-    thread = threading.Thread(target=kill_one)
-    thread.start()
+    def upload_or_fail(local: Path, uri: str, **options: Any) -> None:
+        if uri.endswith("step-00000022") and not failed:  # of 24; a checkpoint is at 17, too
+            failed.append(uri)
+            raise StorageError("the store is away")
+        upload(local, uri, **options)
+
+    monkeypatch.setattr(checkpoints.transfers, "upload_folder", upload_or_fail)
     again = downstream.run(ClassifyConfig, *arms, fresh=True)
-    thread.join()
+    assert len(failed) == 1
     assert downstream.losses(again.run_id, "scratch-1-seed0/train/loss") == losses
     assert weights_sha256(again.output) == weights
     assert again.metrics == undisturbed.metrics

@@ -98,9 +98,9 @@ def test_fresh_trains_again_to_the_same_weights(place: Any) -> None:
     assert (Path(fresh.output) / "model.safetensors").read_bytes() == weights
 
 
-@pytest.mark.usefixtures("no_model_export")
+@pytest.mark.usefixtures("no_model_export", "local_ray")
 def test_a_damaged_newest_checkpoint_costs_a_warning_and_not_the_result(
-    place: Any, undisturbed: Any, local_ray: Path
+    place: Any, undisturbed: Any, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """As if the run had been killed at its end, and the last checkpoint had been cut."""
     done = Path(undisturbed.result.output).parents[1]
@@ -114,7 +114,7 @@ def test_a_damaged_newest_checkpoint_costs_a_warning_and_not_the_result(
     result = place.run(f"data.train={undisturbed.place.shapes}/train")
     assert result.status == "done"
     assert {line["step"] for line in place.trace()} == set(range(26, 31))
-    assert "step-00000030 is not whole" in local_ray.read_text()
+    assert "step-00000030 is not whole" in capfd.readouterr().err
     again = Path(result.output) / "model.safetensors"
     assert (
         again.read_bytes() == (Path(undisturbed.result.output) / "model.safetensors").read_bytes()
@@ -207,15 +207,17 @@ def test_several_crops_of_an_image_fill_a_batch_and_go_on_after_a_stop(place: An
     assert (Path(again.output) / "model.safetensors").read_bytes() == weights
 
 
-@pytest.mark.usefixtures("no_model_export")
-def test_broken_images_are_left_out_and_named(place: Any, local_ray: Path) -> None:
+@pytest.mark.usefixtures("no_model_export", "local_ray")
+def test_broken_images_are_left_out_and_named(
+    place: Any, capfd: pytest.CaptureFixture[str]
+) -> None:
     data = repack(
         place.shapes / "train", place.folder / "d", lambda n, b: b"broken" if n == 7 else b
     )
     result = place.run(f"data.train={data}", "optim.epochs=1", "data.max_bad_ratio=0.5")
     assert result.status == "done"
     assert len(place.trace()) == 95
-    assert "left out: shard=" in local_ray.read_text()
+    assert "left out: shard=" in capfd.readouterr().err
     assert result.metrics["data/left_out"] == 1
     client = MlflowClient(place.tracking_uri)
     assert client.get_run(result.run_id).data.metrics["worker/bad_samples"] == 1.0

@@ -1,6 +1,7 @@
 import json
 import os
 import socket
+import subprocess
 import sys
 from pathlib import Path
 
@@ -86,3 +87,30 @@ def test_free_ports_are_free_at_their_offset_too() -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", port))
     assert first + 10_005 < 32_768
+
+
+PROGRAM = """
+import sys, threading, time
+from infra import processes
+thread = threading.Thread(target=time.sleep, args=(%s,), daemon=False)
+thread.start()
+processes.note_working(thread)
+print("said")
+thread.join(%s)
+processes.end_past_threads(7)
+sys.exit(3)
+"""
+
+
+def test_a_thread_that_works_on_does_not_keep_the_process() -> None:
+    ended = subprocess.run(
+        [sys.executable, "-c", PROGRAM % (600, 0.0)], capture_output=True, text=True, timeout=60
+    )
+    assert (ended.returncode, ended.stdout) == (7, "said\n")
+
+
+def test_a_process_whose_threads_have_ended_ends_as_usual() -> None:
+    ended = subprocess.run(
+        [sys.executable, "-c", PROGRAM % (0.0, 60.0)], capture_output=True, text=True, timeout=60
+    )
+    assert (ended.returncode, ended.stdout) == (3, "said\n")

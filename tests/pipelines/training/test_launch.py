@@ -279,6 +279,22 @@ def test_workers_reserve_their_cpus_and_a_gpu_each() -> None:
     assert gpu.resources_per_worker == {"CPU": 3, "GPU": 1}
 
 
+def test_one_worker_without_a_cluster_trains_in_the_drivers_process(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    one, two = ScalingConfig(cpus_per_worker=2), ScalingConfig(num_workers=2, cpus_per_worker=2)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    assert (launch.ray_scaling(one).num_workers, launch.ray_scaling(two).num_workers) == (0, 2)
+    # What Ray gets beside it is what it would have left beside a worker of its own.
+    log = tmp_path / "log"
+    beside, without = (
+        launch.local_resources(one, log, cpus=4, gpus=0, in_driver=x) for x in (True, False)
+    )
+    assert (beside.num_cpus, without.num_cpus) == (4, 6)
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    assert launch.ray_scaling(one).num_workers == 1
+
+
 def test_a_run_is_tagged_with_commit_and_job(monkeypatch: pytest.MonkeyPatch, in_job: None) -> None:
     monkeypatch.setenv("MAE_GIT_COMMIT", "abc123")
     assert driver.run_tags("pretrain", seed=7, output="/out") == {
