@@ -21,8 +21,9 @@ class ScalingConfig(StrictConfig):
     cpus_per_worker: int = Field(default=1, gt=0)
     """CPUs reserved by each worker, for decoding threads and, without a GPU, compute threads."""
     max_failures: int = Field(default=3, ge=0)
-    """Number of lost workers that a run survives before it fails; the same command then
-    resumes."""
+    """Number of lost workers, or of errors that may pass, that a run survives before it fails; the
+    same command then resumes. One worker without a cluster is the command's own process: if it is
+    lost, the command ends."""
 
 
 class SavingConfig(StrictConfig):
