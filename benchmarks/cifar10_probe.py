@@ -16,7 +16,8 @@ from torch import Tensor
 
 from infra import storage
 from infra.shard_spec import expand_shards
-from mae_core.checkpoint import CheckpointManifest, load_encoder
+from mae_core.checkpoint import load_encoder
+from mae_core.checkpoint_manifest import CheckpointManifest
 from mae_core.data.decode import decode_image
 from mae_core.data.samples import iter_samples
 from mae_core.data.views import normalize

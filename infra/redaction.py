@@ -9,6 +9,7 @@ import base64
 import logging
 import os
 import re
+import sys
 from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
@@ -128,3 +129,9 @@ def redact_bytes(data: bytes) -> bytes:
         return redact(data.decode()).encode()
     except UnicodeDecodeError:
         return data
+
+
+def write_redacted(text: str) -> None:
+    """Write a text to stdout without secrets, and end the line."""
+    sys.stdout.write(f"{redact(text.rstrip())}\n")
+    sys.stdout.flush()

@@ -12,97 +12,34 @@ and weight decay are not stored because they follow from the config and the step
 Safetensors: https://github.com/huggingface/safetensors.
 """
 
-import hashlib
 import importlib.metadata
 import json
 import os
 import platform
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
 
 import torch
-from pydantic import Field, ValidationError, model_validator
-from pydantic_core import from_json
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from mae_core.config import LossConfig, MaskingConfig, ModelConfig, StrictConfig
+from mae_core.checkpoint_manifest import (
+    MANIFEST_FILE,
+    SELF_DIGEST,
+    TRAINING_STATE_FILE,
+    WEIGHTS_FILE,
+    CheckpointManifest,
+    CheckpointRecord,
+    CorruptCheckpointError,
+    digest_of,
+    fields_sha256,
+    read_manifest,
+    verify_file,
+)
 from mae_core.model.encoder import MaskedEncoder, build_encoder
 
-MANIFEST_FILE = "manifest.json"
-WEIGHTS_FILE = "model.safetensors"
-TRAINING_STATE_FILE = "training_state.safetensors"
-_SELF_DIGEST = "manifest_sha256"
 _NO_STATE = "none"
-
-
-class CorruptCheckpointError(RuntimeError):
-    """A checkpoint file is missing, truncated, changed or unreadable; the message names it."""
-
-
-class FileDigest(StrictConfig):
-    bytes: int = Field(ge=0)
-    sha256: str = Field(pattern="^[0-9a-f]{64}$")
-
-
-class CheckpointRecord(StrictConfig):
-    """The facts that the run provides; the rest of the manifest is computed from the files."""
-
-    step: int = Field(ge=0)
-    """Number of optimizer steps completed."""
-    samples_seen: int = Field(ge=0)
-    """Position in the run's sequence of samples."""
-    epoch: float = Field(ge=0)
-    """Number of passes over the data completed."""
-    total_steps: int = Field(gt=0)
-    """Number of optimizer steps in the whole run, which the learning rate schedule spans."""
-    seed: int
-    """Seed of the run's sample order, augmentation and masking noise."""
-    data_digest: str
-    """Identifies the training data: continuing on other data makes it a different run."""
-    channel_mean: tuple[float, ...]
-    """Subtracted from each channel, in units of 0..1 pixels."""
-    channel_std: tuple[float, ...]
-    """Divides each channel, in units of 0..1 pixels."""
-    model: ModelConfig
-    masking: MaskingConfig
-    loss: LossConfig
-    stage: str = "pretrain"
-    """The task that the weights were trained for: pretrain, classify, detect or segment."""
-    classes: tuple[str, ...] = ()
-    """Names of the classes that a fine-tuned model predicts."""
-    category_ids: tuple[int, ...] = ()
-    """The category_id of each class, where the labels have one."""
-
-    @model_validator(mode="after")
-    def _statistics_fit_the_channels(self) -> Self:
-        for name in ("channel_mean", "channel_std"):
-            if len(getattr(self, name)) != self.model.in_chans:
-                raise ValueError(
-                    f"{name} has {len(getattr(self, name))} values for "
-                    f"in_chans={self.model.in_chans}"
-                )
-        return self
-
-
-class CheckpointManifest(CheckpointRecord):
-    """A record and the files it belongs to."""
-
-    format_version: Literal[1]
-    decoder_present: bool
-    """Whether the weights include a decoder, which further pretraining and pictures need."""
-    versions: dict[str, str]
-    """Versions of torch, timm, Python and this package at the time of saving."""
-    files: dict[Annotated[str, Field(pattern=r"^\w[\w.-]*$")], FileDigest]
-    """Every file except the manifest."""
-
-    @model_validator(mode="after")
-    def _weights_are_listed(self) -> Self:
-        if WEIGHTS_FILE not in self.files:
-            raise ValueError(f"files does not list {WEIGHTS_FILE}")
-        return self
 
 
 def save_checkpoint(
@@ -139,10 +76,10 @@ def save_checkpoint(
         format_version=1,
         decoder_present=any(name.startswith("decoder.") for name in weights),
         versions=_versions(),
-        files={file_name: _digest(folder / file_name) for file_name in contents},
+        files={file_name: digest_of(folder / file_name) for file_name in contents},
     )
     fields = manifest.model_dump(mode="json")
-    sealed = {**fields, _SELF_DIGEST: _fields_sha256(fields)}
+    sealed = {**fields, SELF_DIGEST: fields_sha256(fields)}
     (folder / MANIFEST_FILE).write_text(json.dumps(sealed, indent=2) + "\n")
     return manifest
 
@@ -205,74 +142,6 @@ def _installed(package: str) -> str:
         return "not installed"
 
 
-def _digest(path: Path) -> FileDigest:
-    with path.open("rb") as file:
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-    return FileDigest(bytes=path.stat().st_size, sha256=sha256)
-
-
-def _fields_sha256(fields: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
-
-
-def read_manifest(folder: Path) -> CheckpointManifest:
-    """Read the manifest without checking the files that it lists.
-
-    Raises:
-        CorruptCheckpointError: The manifest is missing, unreadable, changed, or of another format
-            version.
-    """
-    path = folder / MANIFEST_FILE
-    try:
-        fields = from_json(path.read_bytes())
-    except OSError as error:
-        raise CorruptCheckpointError(f"{path}: {error.strerror}") from error
-    except ValueError as error:
-        raise CorruptCheckpointError(f"{path}: not JSON: {error}") from error
-    if not isinstance(fields, dict):
-        raise CorruptCheckpointError(f"{path}: not a JSON object")
-    if fields.get("format_version") != 1:
-        version = fields.get("format_version")
-        raise CorruptCheckpointError(f"{path}: format_version={version!r}, this code reads 1")
-    if fields.pop(_SELF_DIGEST, None) != _fields_sha256(fields):
-        raise CorruptCheckpointError(f"{path}: changed since it was written ({_SELF_DIGEST})")
-    try:
-        return CheckpointManifest.model_validate(fields)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise CorruptCheckpointError(f"{path}: {where}: {first['msg']}") from error
-
-
-def verify_checkpoint(folder: Path) -> CheckpointManifest:
-    """Compare every file with the manifest.
-
-    Raises:
-        CorruptCheckpointError: A file is missing, truncated or changed; names the first one.
-    """
-    manifest = read_manifest(folder)
-    for file_name in manifest.files:
-        _verify_file(folder, file_name, manifest)
-    return manifest
-
-
-def _verify_file(folder: Path, file_name: str, manifest: CheckpointManifest) -> None:
-    path, expected = folder / file_name, manifest.files[file_name]
-    try:
-        found_bytes = path.stat().st_size
-        if found_bytes != expected.bytes:
-            raise CorruptCheckpointError(
-                f"{path}: has {found_bytes} bytes, the manifest says {expected.bytes}"
-            )
-        found = _digest(path)
-    except OSError as error:
-        raise CorruptCheckpointError(f"{path}: {error.strerror}") from error
-    if found.sha256 != expected.sha256:
-        raise CorruptCheckpointError(
-            f"{path}: sha256 is {found.sha256}, the manifest says {expected.sha256}"
-        )
-
-
 def load_weights(folder: Path, model: nn.Module, *, strict: bool = True) -> None:
     """Check the weights file against the manifest and load the weights into `model`.
 
@@ -309,7 +178,7 @@ def load_encoder(
 
 
 def _load_tensors(folder: Path, file_name: str, manifest: CheckpointManifest) -> dict[str, Tensor]:
-    _verify_file(folder, file_name, manifest)
+    verify_file(folder, file_name, manifest)
     try:
         return load_file(folder / file_name)
     except SafetensorError as error:

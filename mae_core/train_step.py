@@ -8,9 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-
-class NonFiniteLossError(FloatingPointError):
-    """The loss or the gradient is NaN or infinite; the weights are unchanged by the step."""
+from mae_core.training_error import NonFiniteLossError
 
 
 class MicroBatch(NamedTuple):

@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mae_core.checkpoint import CheckpointManifest
+from mae_core.checkpoint_manifest import CheckpointManifest
 from mae_core.data.augment import rand_augment, random_erase
 from mae_core.data.class_labels import (
     RawLabel,

@@ -74,7 +74,7 @@ def _run(argv: Sequence[str] | None) -> int:
     print(redact(json.dumps(fields)), flush=True)
     # Imported by name, because not every stage has loaded MLflow.
     if sys.stdout.isatty() and result.run_id is not None:
-        importlib.import_module("pipelines.training.recording").say_run_page(config, result.run_id)
+        importlib.import_module("pipelines.terminal.run_page").say_run_page(config, result.run_id)
     return 0
 
 

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mae_core.checkpoint import CheckpointManifest
+from mae_core.checkpoint_manifest import CheckpointManifest
 from mae_core.data.boxes import (
     Boxes,
     collect_categories,

@@ -33,7 +33,8 @@ import ray.data
 import torch
 
 from infra import storage, tracking
-from mae_core.checkpoint import WEIGHTS_FILE, CheckpointManifest, load_encoder
+from mae_core.checkpoint import load_encoder
+from mae_core.checkpoint_manifest import WEIGHTS_FILE, CheckpointManifest
 from mae_core.data.decode import decode_image
 from mae_core.data.manifest import Manifest, ShardInfo
 from mae_core.data.pixels import CorruptSampleError, Pixels

@@ -4,6 +4,7 @@ import json
 import os
 from pathlib import Path
 
+STAGE_VARIABLE = "MAE_STAGE"  # names the stage of a pipeline that this process is
 ROOT = Path(__file__).resolve().parents[1]
 
 

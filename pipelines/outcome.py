@@ -9,12 +9,12 @@ The errors of the three packages and the exit code of each:
       NotMeasuredError         an evaluation failed (pipelines.downstream.measuring)
     NoShardsError           4  there are no shards (infra.storage)
     DamagedFileError        4  one of our own files is damaged (infra.own_files)
-    CorruptCheckpointError  4  a checkpoint does not match its manifest (mae_core.checkpoint)
+    CorruptCheckpointError  4  a checkpoint is damaged (mae_core.checkpoint_manifest)
     StorageError            5  a store or a disk failed (infra.storage)
       HeldError                another process holds the lease (infra.lease)
       RayStartError            Ray cannot be started here (pipelines.training.local_ray)
       SupersededError          a later start took over the run (pipelines.training.run_folder)
-    NonFiniteLossError      6  the loss is not finite (mae_core.train_step)
+    NonFiniteLossError      6  the loss is not finite (mae_core.training_error)
 
 Classes are recognised by name, so that reporting an error imports neither torch nor Ray.
 """

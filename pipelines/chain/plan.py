@@ -10,7 +10,7 @@ from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, NamedTuple
 
-from infra import tracking
+from infra.run_records import run_status
 from infra.shard_spec import as_entries
 from mae_core.config import StrictConfig
 from pipelines.chain.code import code_digests
@@ -202,7 +202,7 @@ def decide(
         return Decision(Action.RUN, why_new(stage, parts, folder))
     if problem := folder.problem(done):
         return Decision(Action.RUN, f"output changed: {problem}", fresh=True)
-    status = tracking.run_status(tracking_uri, done.run_id)
+    status = run_status(tracking_uri, done.run_id)
     if status == "MISSING":
         return Decision(Action.REBUILD, "result exists, its run is missing in MLflow: re-recorded")
     if status not in ("FINISHED", "UNKNOWN"):

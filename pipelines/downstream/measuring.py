@@ -14,7 +14,7 @@ import torch
 import torch.distributed
 from torch import Tensor, nn
 
-from mae_core.checkpoint import CheckpointManifest
+from mae_core.checkpoint_manifest import CheckpointManifest
 from mae_core.data.manifest import ShardInfo
 from mae_core.data.pixels import CorruptSampleError, Pixels
 from mae_core.data.samples import DataError, Sample

@@ -12,7 +12,7 @@ from torch import nn
 
 from infra import storage, tracking
 from infra.shard_spec import as_entries
-from mae_core.checkpoint import WEIGHTS_FILE, CheckpointManifest
+from mae_core.checkpoint_manifest import WEIGHTS_FILE, CheckpointManifest
 from mae_core.data.decode import decode_image
 from mae_core.data.manifest import Manifest
 from mae_core.data.pixels import CorruptSampleError

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from infra import tracking, transfers
-from mae_core.checkpoint import CheckpointManifest, CheckpointRecord, load_encoder, save_checkpoint
+from mae_core.checkpoint import load_encoder, save_checkpoint
+from mae_core.checkpoint_manifest import CheckpointManifest, CheckpointRecord
 from mae_core.config import ModelConfig
 from mae_core.data.manifest import ShardInfo
 from mae_core.data.order import ChainedOrder, RunOrder

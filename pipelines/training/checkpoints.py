@@ -14,7 +14,7 @@ from typing import NamedTuple, TypeVar
 
 from infra import storage, transfers
 from infra.file_names import UnsafeNameError
-from mae_core.checkpoint import (
+from mae_core.checkpoint_manifest import (
     MANIFEST_FILE,
     CheckpointManifest,
     CorruptCheckpointError,

@@ -17,7 +17,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from infra import tracking
-from mae_core.checkpoint import CheckpointRecord, load_weights
+from mae_core.checkpoint import load_weights
+from mae_core.checkpoint_manifest import CheckpointRecord
 from mae_core.data.manifest import ShardInfo
 from mae_core.data.order import RunOrder
 from mae_core.data.pixels import Pixels

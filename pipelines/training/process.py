@@ -25,12 +25,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from infra import tracking
-from mae_core.checkpoint import (
-    CheckpointRecord,
-    load_training_state,
-    load_weights,
-    save_checkpoint,
-)
+from mae_core.checkpoint import load_training_state, load_weights, save_checkpoint
+from mae_core.checkpoint_manifest import CheckpointRecord
 from mae_core.data.randomness import named_generator
 from mae_core.train_step import BatchLoss, optimizer_step
 from pipelines.config.downstream import DownstreamConfig

@@ -3,7 +3,6 @@
 import json
 import logging
 import os
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -28,8 +27,6 @@ from pipelines.training.stopping import Phase, StopChannel, Told
 
 logger = logging.getLogger(__name__)
 
-
-STAGE_VARIABLE = "MAE_STAGE"  # names the stage of a pipeline that this process is
 
 # Sections and fields that say where and how, and paths that a pipeline fills in.
 UNNAMED = (
@@ -264,7 +261,7 @@ def log_bad_samples(uri: str, run_id: str | None, folder: RunFolder) -> list[dic
 
 def say_where_to_compare(uri: str) -> None:
     """Log how to look at the runs, unless this is a stage of a pipeline, which says it once."""
-    if os.environ.get(STAGE_VARIABLE):
+    if os.environ.get(job.STAGE_VARIABLE):
         return
     if uri.startswith("sqlite:"):
         logger.info("to compare runs: mlflow ui --backend-store-uri %s", uri)
@@ -277,10 +274,3 @@ def tell_evaluation(uri: str, run_id: str | None, failure: Exception | None) -> 
     lines = str(failure).splitlines() or [type(failure).__name__]
     text = "done" if failure is None else f"failed: {lines[0][:300]}"
     tracking.set_tags(uri, run_id, {"evaluation": text})
-
-
-def say_run_page(config: object, run_id: str | None) -> None:
-    """Tell a person at a terminal how to open the run's page, as the last line of a command."""
-    track = getattr(config, "tracking", None)
-    if track is not None and run_id is not None and sys.stdout.isatty():
-        sys.stderr.write(f"the run's page: {tracking.how_to_open(track.uri, run_id)}\n")

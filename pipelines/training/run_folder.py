@@ -30,10 +30,10 @@ from typing_extensions import TypedDict
 
 from infra import storage
 from infra.own_files import DamagedFileError, parse_own, read_or_none, read_own
-from mae_core.checkpoint import CorruptCheckpointError
+from mae_core.checkpoint_manifest import CorruptCheckpointError
 from mae_core.config import StrictConfig
 from mae_core.data.samples import DataError
-from mae_core.train_step import NonFiniteLossError
+from mae_core.training_error import NonFiniteLossError
 from pipelines.outcome import ConfigError, StageResult, lasting_error
 
 logger = logging.getLogger(__name__)

@@ -21,7 +21,8 @@ from mlflow import MlflowClient
 from PIL import Image
 
 from infra.storage import StorageError
-from mae_core.checkpoint import load_encoder, verify_checkpoint
+from mae_core.checkpoint import load_encoder
+from mae_core.checkpoint_manifest import verify_checkpoint
 from mae_core.data.samples import DataError
 from pipelines import classify, detect, embed, segment
 from pipelines.config.downstream import (

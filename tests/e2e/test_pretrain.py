@@ -15,7 +15,7 @@ from mlflow import MlflowClient
 from PIL import Image
 
 from mae_core.data.samples import DataError
-from mae_core.train_step import NonFiniteLossError
+from mae_core.training_error import NonFiniteLossError
 from pipelines import pretrain
 from pipelines.outcome import ConfigError
 from tests.e2e.conftest import assert_golden

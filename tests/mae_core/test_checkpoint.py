@@ -11,14 +11,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from mae_core import checkpoint as checkpoint_module
-from mae_core.checkpoint import (
+from mae_core import checkpoint_manifest
+from mae_core.checkpoint import load_encoder, load_training_state, load_weights, save_checkpoint
+from mae_core.checkpoint_manifest import (
     CheckpointRecord,
     CorruptCheckpointError,
-    load_encoder,
-    load_training_state,
-    load_weights,
     read_manifest,
-    save_checkpoint,
     verify_checkpoint,
 )
 from mae_core.config import DecoderConfig, LossConfig, MaskingConfig, ModelConfig
@@ -104,7 +102,7 @@ def rewrite_manifest(folder: Path, change: Callable[[dict[str, Any]], object]) -
     fields = json.loads(path.read_text())
     del fields["manifest_sha256"]
     change(fields)
-    sealed = {**fields, "manifest_sha256": checkpoint_module._fields_sha256(fields)}
+    sealed = {**fields, "manifest_sha256": checkpoint_manifest.fields_sha256(fields)}
     path.write_text(json.dumps(sealed))
 
 
@@ -336,7 +334,7 @@ def test_loading_runs_no_pickle(folder: Path, monkeypatch: pytest.MonkeyPatch) -
 def test_a_pickle_in_the_place_of_weights_is_not_run(folder: Path) -> None:
     marker = folder / "pickle_was_run"
     torch.save({"weights": _TouchOnLoad(marker)}, folder / "model.safetensors")
-    digest = checkpoint_module._digest(folder / "model.safetensors").model_dump()
+    digest = checkpoint_manifest.digest_of(folder / "model.safetensors").model_dump()
     rewrite_manifest(folder, lambda fields: fields["files"].update({"model.safetensors": digest}))
     verify_checkpoint(folder)
     with pytest.raises(CorruptCheckpointError, match=r"model\.safetensors: "):

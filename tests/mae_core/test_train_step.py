@@ -12,14 +12,8 @@ from torch.nn.parallel import DistributedDataParallel
 from mae_core.model.decoder import PixelDecoder
 from mae_core.model.encoder import MaskedEncoder
 from mae_core.model.mae import MAEOutput, MaskedAutoencoder
-from mae_core.train_step import (
-    BatchLoss,
-    MicroBatch,
-    NonFiniteLossError,
-    StepMetrics,
-    optimizer_step,
-    pretrain_loss,
-)
+from mae_core.train_step import BatchLoss, MicroBatch, StepMetrics, optimizer_step, pretrain_loss
+from mae_core.training_error import NonFiniteLossError
 
 
 def make_mae() -> MaskedAutoencoder:

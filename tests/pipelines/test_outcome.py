@@ -13,9 +13,9 @@ from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 
 from infra.lease import HeldError
 from infra.storage import NoShardsError, StorageError
-from mae_core.checkpoint import CorruptCheckpointError
+from mae_core.checkpoint_manifest import CorruptCheckpointError
 from mae_core.data.samples import DataError
-from mae_core.train_step import NonFiniteLossError
+from mae_core.training_error import NonFiniteLossError
 from pipelines.outcome import (
     NOT_STARTED,
     OUT_OF_MEMORY,

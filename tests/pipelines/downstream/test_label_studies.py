@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mae_core.checkpoint import CheckpointManifest
+from mae_core.checkpoint_manifest import CheckpointManifest
 from mae_core.config import LossConfig, MaskingConfig, ModelConfig
 from mae_core.data.samples import DataError
 from pipelines import classify, detect, segment

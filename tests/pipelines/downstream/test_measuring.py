@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from mae_core.checkpoint import CheckpointManifest
+from mae_core.checkpoint_manifest import CheckpointManifest
 from mae_core.data.decode import decode_image
 from mae_core.data.manifest import ShardInfo
 from mae_core.data.samples import DataError

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from mae_core.checkpoint import CheckpointRecord, CorruptCheckpointError, save_checkpoint
+from mae_core.checkpoint import save_checkpoint
+from mae_core.checkpoint_manifest import CheckpointRecord, CorruptCheckpointError
 from mae_core.config import LossConfig, MaskingConfig, ModelConfig
 from pipelines.config.embed import EmbedConfig
 from pipelines.outcome import ConfigError

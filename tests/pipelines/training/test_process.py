@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mae_core.checkpoint import CheckpointRecord
+from mae_core.checkpoint_manifest import CheckpointRecord
 from mae_core.config import LossConfig, MaskingConfig, ModelConfig
 from mae_core.data.samples import DataError
 from mae_core.train_step import BatchLoss

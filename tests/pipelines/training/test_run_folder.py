@@ -10,9 +10,9 @@ import pytest
 from infra import storage
 from infra.own_files import DamagedFileError
 from infra.storage import StorageError
-from mae_core.checkpoint import CorruptCheckpointError
+from mae_core.checkpoint_manifest import CorruptCheckpointError
 from mae_core.data.samples import DataError
-from mae_core.train_step import NonFiniteLossError
+from mae_core.training_error import NonFiniteLossError
 from pipelines.outcome import ConfigError, StageResult
 from pipelines.training.run_folder import RunFolder, RunRecord, SupersededError
 
