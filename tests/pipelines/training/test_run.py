@@ -31,6 +31,7 @@ class FakeRun:
     """A stage that opens, plans, works and finishes, and notes it."""
 
     stage = "fake"
+    trains = True
 
     def __init__(self, config: PretrainConfig, error: Exception | None = None) -> None:
         self.config = config
@@ -86,7 +87,7 @@ def ended(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     def start(*_: object, run_id: str | None, **more: object) -> str:
         return run_id or f"run-{len(statuses)}"
 
-    monkeypatch.setattr(launch, "running_ray", lambda _: nullcontext())
+    monkeypatch.setattr(launch, "running_ray", lambda _, in_driver: nullcontext())
     monkeypatch.setattr(tracking, "start_run", start)
     monkeypatch.setattr(tracking, "end_run", lambda _uri, _run, status: statuses.append(status))
     monkeypatch.setattr(tracking, "log_artifact_text", lambda *_: None)
