@@ -269,7 +269,7 @@ def _head_address(config: ClusterConfig) -> str:
 def _checked_name(name: str, max_length: int) -> str:
     if not re.fullmatch(r"[a-z]([-a-z0-9]*[a-z0-9])?", name) or len(name) > max_length:
         raise ClusterConfigError(
-            f"{name!r} is no name for Kubernetes: a-z, 0-9 and -, from a letter to a letter or"
+            f"{name!r} is not a Kubernetes name: a-z, 0-9 and -, from a letter to a letter or"
             f" digit, at most {max_length} characters"
         )
     return name

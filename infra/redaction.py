@@ -58,7 +58,7 @@ def redact_value(value: Any) -> Any:
 
 
 def _environment() -> tuple[tuple[str, str], ...]:
-    """Return the variables that may contain a secret, read anew because they may change."""
+    """Return the variables that may contain a secret, read each time because they may change."""
     return tuple(
         (name, value)
         for name, value in os.environ.items()

@@ -379,7 +379,7 @@ def _is_name(name: str, uri: str) -> bool:
     """Return whether a listed name is a valid file name: a store may list any key."""
     if name and "\0" not in name and not {".", "..", ""} & set(name.split("/")):
         return True
-    logger.warning("%s lists %r, which is no file name; it is left out", uri, name)
+    logger.warning("%s lists %r, which is not a file name; it is left out", uri, name)
     return False
 
 

@@ -162,7 +162,7 @@ def _wrappers_text(root: Path, parent: PurePath, names: Sequence[str]) -> str:
             "put each mask beside its image as NAME.seg.png (an image is NAME.jpg, say), and pack "
             f"the images alone: mae prepare {folder / images} OUT"
         )
-    verb = "are no classes" if len(names) > 1 else "is no class"
+    verb = "are not classes" if len(names) > 1 else "is not a class"
     return (
         f"source={root}: {_listed([(parent / name).as_posix() for name in names])} {verb}; "
         f"{advice}. If this is intended, give a list file"

@@ -22,7 +22,7 @@ class MaskedEncoder(nn.Module):
     """Encode the kept patches of an image, or all of them without `ids_keep`.
 
     Accepts images of any size that its patches tile. At a size other than `img_size` the
-    positions are interpolated (see `resample_positions`), not computed anew.
+    positions are interpolated (see `resample_positions`), not recomputed.
     """
 
     positions: Tensor  # (L, D); not in the state dict, because it follows from the sizes

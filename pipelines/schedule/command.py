@@ -176,7 +176,7 @@ def _utc(at: datetime) -> str:
 
 
 def _list_rows(schedules: Iterable[Schedule], root: str) -> Iterator[list[str]]:
-    yield ["schedule", "when", "is", "goes on", "waiting", "last", "pipeline"]
+    yield ["schedule", "when", "state", "running", "waiting", "last", "pipeline"]
     for schedule in schedules:
         state = read_state(root, schedule.name)
         running, queued, last = "", 0, ""

@@ -327,7 +327,7 @@ def test_cron_lines_that_kubernetes_would_refuse_are_refused_here(cron: str, mes
 
 @pytest.mark.parametrize("name", ["Nightly", "night_ly", "-x", "1x", "x" * 53, "", "x\n"])
 def test_names_that_kubernetes_would_refuse_are_refused_here(name: str) -> None:
-    with pytest.raises(ClusterConfigError, match="no name for Kubernetes"):
+    with pytest.raises(ClusterConfigError, match="is not a Kubernetes name"):
         make_cron_job(name=name)
 
 

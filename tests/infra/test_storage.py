@@ -212,7 +212,7 @@ def test_names_that_no_file_has_are_left_out_of_listings(
         set_endpoint(monkeypatch, port)
         assert set(storage.list_tree("s3://data/run")) == {"a", "sub/b"}
         assert ".." not in storage.list_folders("s3://data/run")
-    assert "s3://data/run lists '../evil', which is no file name" in caplog.text
+    assert "s3://data/run lists '../evil', which is not a file name" in caplog.text
 
 
 USES: list[Callable[[str], object]] = [

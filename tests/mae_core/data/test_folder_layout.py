@@ -55,15 +55,18 @@ def test_a_split_is_told_to_take_the_numbers_of_the_training_set() -> None:
 @pytest.mark.parametrize(
     ("names", "told"),
     [
-        (["images/1.png", "masks/1.png"], "images, masks are no classes; put each mask beside"),
+        (["images/1.png", "masks/1.png"], "images, masks are not classes; put each mask beside"),
         (["Images/1.png", "Labels/1.png"], "mae prepare ds/Images OUT"),
         (["JPEGImages/1.jpg", "SegmentationClass/1.png", "SegmentationObject/1.png"], "JPEGImages"),
         (["VOC2007/JPEGImages/1.jpg", "VOC2007/SegmentationClass/1.png"], "ds/VOC2007/JPEGImages"),
-        (["img/1.png", "gt/1.png"], "gt, img are no classes"),
-        (["imagesTr/1.png", "labelsTr/1.png"], "are no classes"),
+        (["img/1.png", "gt/1.png"], "gt, img are not classes"),
+        (["imagesTr/1.png", "labelsTr/1.png"], "are not classes"),
         (["n01/images/1.png", "n01/masks/1.png", "n02/images/1.png"], "n01/images, n01/masks are"),
-        (["images/1.png"], "images is no class; pack the folder inside: mae prepare ds/images OUT"),
-        (["JPEGImages/1.png"], "JPEGImages is no class"),
+        (
+            ["images/1.png"],
+            "images is not a class; pack the folder inside: mae prepare ds/images OUT",
+        ),
+        (["JPEGImages/1.png"], "JPEGImages is not a class"),
         (["PetImages/Cat/1.jpg", "PetImages/Dog/1.jpg"], "mae prepare ds/PetImages OUT"),
     ],
 )
