@@ -51,9 +51,9 @@ from pipelines.reading.fingerprints import fingerprint
 from pipelines.reading.shards import open_shards, read_rows, read_samples
 from pipelines.terminal import progress
 from pipelines.training.checkpoints import fetch_checkpoint, fetch_manifest
-from pipelines.training.recording import Taken
-from pipelines.training.run import Identity, Work, checked, drive
-from pipelines.training.run_folder import RunFolder
+from pipelines.training.protocol import Identity, Work
+from pipelines.training.run import checked, drive
+from pipelines.training.run_folder import RunFolder, Taken
 from pipelines.training.stopping import Decision, Phase, StepEnds, StopChannel, Told
 
 logger = logging.getLogger(__name__)

@@ -7,8 +7,8 @@
 The same command goes on where it was stopped; a finished run is not trained again.
 
 What a run does is in `pipelines/training/run.py`; the step loop is `TrainingProcess._train` in
-`pipelines/training/process.py`. What pretraining adds is here and in
-`pipelines/training/pretrain_task.py`.
+`pipelines/training/process.py`. What pretraining adds is here, in
+`pipelines/training/pretrain_run.py` and in `pipelines/training/pretrain_task.py`.
 """
 
 import sys
@@ -20,67 +20,25 @@ if __name__ == "__main__":  # run as a file: import the package, not the files b
 
     sys.exit(main(["pretrain", *sys.argv[1:]]))
 
-import hashlib
-import json
 import logging
-import tempfile
-from functools import partial
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
-import numpy as np
-
-from infra import storage, tracking
-from mae_core.data.decode import decode_image
-from mae_core.data.pixels import CorruptSampleError, Pixels
-from mae_core.data.manifest import IMAGENET_STATS, ChannelStats, Manifest
-from mae_core.data.randomness import named_generator
-from mae_core.data.samples import DataError
-from mae_core.data.transforms import center_crop, stack_pixels
-from mae_core.masking import draw_noise
+from infra import storage
+from mae_core.data.manifest import Manifest
 from pipelines import driver
-from pipelines.training.checkpoints import (
-    fetch_manifest,
-    find_checkpoint,
-    list_steps,
-)
-from pipelines.reading.class_names import (
-    Classes,
-    classes_by_name,
-    read_class_names,
-    united_names,
-    warn_of_unnamed,
-)
 from pipelines.config.pretrain import PretrainConfig
-from pipelines.config.steps import needed_steps
 from pipelines.outcome import ConfigError, StageResult
-from pipelines.reading.shards import measure_channel_stats, open_shards, read_rows
-from pipelines.training.export import log_encoder
 from pipelines.reading.fingerprints import fingerprint
-from pipelines.training.knn import METRICS_PREFIX, check_labels
-from pipelines.training.recording import (
-    Taken,
-    log_bad_samples,
-    saved_steps,
-    tell_evaluation,
-)
-from pipelines.training.reporting import RunSize
-from pipelines.training.run import Identity, Work, checked, drive, fit
+from pipelines.reading.shards import open_shards
+from pipelines.training.checkpoints import fetch_manifest
+from pipelines.training.pretrain_evaluation import METRICS_PREFIX, evaluation_key
+from pipelines.training.protocol import Identity, PlannedRun
+from pipelines.training.run import checked, drive
 from pipelines.training.run_folder import RunFolder
-from pipelines.training.pretrain_task import Pictures, PretrainJob, remaining_data
 
 logger = logging.getLogger(__name__)
 
 STAGE = "pretrain"
-NUM_PICTURES = 8
-
-
-class Plan(NamedTuple):
-    """What the run will do, known before anything is started."""
-
-    stats: ChannelStats
-    classes: Classes
-    size: RunSize
-    pictures: Pictures
 
 
 def run(config: PretrainConfig, *, fresh: bool) -> StageResult:
@@ -146,81 +104,11 @@ class OpenedPretraining(NamedTuple):
         trained = {name: x for name, x in metrics if not name.startswith(METRICS_PREFIX)}
         return done._replace(status="reused", metrics=evaluation | trained)
 
-    def plan(self) -> "PlannedPretraining":
-        return PlannedPretraining(self.config, self, _plan(self.config, self))
+    def plan(self) -> PlannedRun:
+        # Imported here, because a run that is done is found without torch, Ray and MLflow.
+        from pipelines.training.pretrain_run import plan_pretraining
 
-
-class PlannedPretraining(NamedTuple):
-    """See `pipelines.training.run.PlannedRun`."""
-
-    config: PretrainConfig
-    data: OpenedPretraining
-    plan: Plan
-
-    def work(self, taken: Taken) -> Work:
-        config, plan, data = self.config, self.plan, self.data
-        job = PretrainJob(
-            config=config,
-            run_uri=taken.folder.uri,
-            init_uri=None if config.init_from is None else storage.absolute(config.init_from),
-            start=taken.start,
-            run_id=taken.run_id,
-            size=plan.size,
-            data_digest=data.train.digest,
-            mean=plan.stats.mean,
-            std=plan.stats.std,
-            pictures=plan.pictures,
-            train_shards=data.train.shards,
-            val_shards=() if data.val is None else data.val.shards,
-            class_numbers=plan.classes.numbers,
-            evaluation_key=evaluation_key(config),
-        )
-        saved = partial(saved_steps, job.run_uri, job.channel, plan.size.total_steps)
-        return Work(partial(fit, job, remaining_data), job.channel, saved)
-
-    def is_kept(self, taken: Taken) -> bool:
-        """Return whether the training is done, so that only the evaluation can have failed."""
-        # A step beyond the last one is none of this run's: then nothing was evaluated.
-        return self.plan.size.total_steps in list_steps(taken.folder.uri)
-
-    def finish(
-        self, taken: Taken, earlier: StageResult | None, failure: Exception | None
-    ) -> StageResult:
-        """Record the last checkpoint and its evaluation; then the run is done."""
-        uri, run_id, folder = self.config.tracking.uri, taken.run_id, taken.folder
-        total_steps = self.plan.size.total_steps
-        with tempfile.TemporaryDirectory() as workspace:
-            found = find_checkpoint(folder.uri, Path(workspace))
-            if found is None or found.manifest.step != total_steps:
-                raise storage.StorageError(f"{folder.uri}: the last checkpoint is not there")
-            metrics = dict(folder.read_evaluation(evaluation_key(self.config)) or {})
-            metrics["data/left_out"] = len(log_bad_samples(uri, run_id, folder))
-            tracking.log_final_metrics(uri, run_id, metrics, total_steps)
-            # A start that trained the model already has logged it.
-            if earlier is None or earlier.run_id != run_id:
-                log_encoder(uri, run_id, found.folder)
-                tracking.log_artifact_file(
-                    uri, run_id, found.folder / "manifest.json", "checkpoint"
-                )
-        logger.info("reconstruction picture: %s", folder.picture_uri)
-        status: Literal["done", "evaluated"] = "done" if earlier is None else "evaluated"
-        result = StageResult(STAGE, status, run_id, found.uri, metrics)
-        folder.write_result(result)
-        if self.config.data.val is not None:
-            tell_evaluation(uri, run_id, failure)
-        return result
-
-
-def evaluation_key(config: PretrainConfig) -> str:
-    """Name all that the evaluation is computed from, besides the trained model; "" without one."""
-    if config.data.val is None:
-        return ""
-    facts = [
-        config.knn.model_dump(mode="json"),
-        fingerprint(config.data.train),  # Its names of classes count here, and not in training.
-        fingerprint(config.data.val),
-    ]
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+        return plan_pretraining(self.config, self.train, self.val)
 
 
 def _check_init_from(config: PretrainConfig) -> None:
@@ -235,101 +123,3 @@ def _check_init_from(config: PretrainConfig) -> None:
             raise ConfigError(
                 f"init_from={uri}: was trained with model.{name}={theirs}, this run has {ours}"
             )
-
-
-def _plan(config: PretrainConfig, data: OpenedPretraining) -> Plan:
-    optim, manifest = config.optim, data.train
-    total_steps = needed_steps(optim, manifest.num_samples, "samples")
-    stats = _channel_stats(config, manifest)
-    logger.info(
-        "data: %d samples in %d shards, digest=%s mean=%s std=%s",
-        manifest.num_samples,
-        len(manifest.shards),
-        manifest.digest[:12],
-        np.round(stats.mean, 3).tolist(),
-        np.round(stats.std, 3).tolist(),
-    )
-    logger.info(
-        "plan: %d steps of global batch %d = micro batch %d x %d workers x %d accumulated, "
-        "learning rate %.2e",
-        total_steps,
-        optim.global_batch_size,
-        optim.micro_batch_size,
-        config.scaling.num_workers,
-        config.grad_accum_steps,
-        optim.learning_rate,
-    )
-    size = RunSize(
-        total_steps, optim.global_batch_size, manifest.num_samples, config.data.crops_per_image
-    )
-    return Plan(stats, _classes(data), size, _pictures(config, manifest))
-
-
-def _classes(data: OpenedPretraining) -> Classes:
-    """What the numbers in both sets mean; a mistake in the labels is told before training.
-
-    Raises:
-        DataError: none of the samples that are looked at has a label.
-    """
-    if data.val is None:
-        return Classes((), {})
-    train = read_class_names(data.train.shards)
-    both = train | read_class_names(data.val.shards)
-    warn_of_unnamed(both)
-    classes = classes_by_name(both)  # One that only data.val names has a number: it is wrong.
-    for key, manifest in (("data.train", data.train), ("data.val", data.val)):
-        check_labels(key, manifest.shards, classes.numbers)
-    unknown = set(classes.names) - set(united_names(train))
-    if any(train.values()) and unknown:
-        logger.warning(
-            "data.val names classes that data.train does not: %s; the kNN evaluation counts their "
-            "images as wrong",
-            ", ".join(sorted(unknown)),
-        )
-    return classes
-
-
-def _channel_stats(config: PretrainConfig, manifest: Manifest) -> ChannelStats:
-    in_chans = config.model.in_chans
-    if config.data.stats == "imagenet":
-        stats = IMAGENET_STATS
-    else:
-        stored = manifest.channel_stats
-        fits = stored is not None and len(stored.mean) == in_chans
-        stats = stored if stored and fits else measure_channel_stats(manifest, in_chans)
-    if len(stats.mean) != in_chans:
-        raise ConfigError(
-            f"model.in_chans={in_chans}, but the channel statistics (data.stats="
-            f"{config.data.stats}) have {len(stats.mean)} channels"
-        )
-    return stats
-
-
-def _pictures(config: PretrainConfig, manifest: Manifest) -> Pictures:
-    """The images and masks of the reconstruction picture: the same ones all through the run."""
-    model = config.model
-    pixels: list[Pixels] = []
-    for shard in manifest.shards:
-        for sample in read_rows(shard, 0, min(shard.num_samples, 4 * NUM_PICTURES)):
-            try:
-                pixels.append(
-                    center_crop(decode_image(sample.image, model.in_chans), model.img_size)
-                )
-            except CorruptSampleError:
-                continue
-            if len(pixels) == NUM_PICTURES:
-                break
-        if len(pixels) == NUM_PICTURES:
-            break
-    noise = [
-        draw_noise(
-            named_generator(config.seed, "picture", i),
-            model.grid_size,
-            kind=config.masking.kind,
-            mask_ratio=config.masking.mask_ratio,
-        )
-        for i in range(len(pixels))
-    ]
-    if not pixels:
-        raise DataError(f"none of the first images of {manifest.shards[0].path} can be decoded")
-    return Pictures(stack_pixels(pixels), np.stack(noise))

@@ -57,6 +57,7 @@ KINDS: dict[str, StageKind] = {
         "Pretrain a masked autoencoder on shards.",
         (
             "pipelines.pretrain",
+            "pipelines.training.pretrain_run",
             "pipelines.training.pretrain_task",
             STEP_LOOP,
             NUM_STEPS,

@@ -30,9 +30,11 @@ from pipelines.reading.class_names import Numbers
 from pipelines.reading.fingerprints import fingerprint
 from pipelines.reading.shards import Rows, open_shards, read_rows, target_of
 from pipelines.training.checkpoints import fetch_manifest
-from pipelines.training.recording import Taken, log_bad_samples, saved_steps
-from pipelines.training.run import Identity, Work, checked, drive, fit
-from pipelines.training.run_folder import RunFolder
+from pipelines.training.protocol import Identity, Work
+from pipelines.training.recording import log_bad_samples, saved_steps
+from pipelines.training.run import checked, drive
+from pipelines.training.run_folder import RunFolder, Taken
+from pipelines.training.start import fit
 
 logger = logging.getLogger(__name__)
 

@@ -26,13 +26,13 @@ from mae_core.model.encoder import MaskedEncoder
 from pipelines.config.pretrain import KnnConfig
 from pipelines.reading.class_names import Numbers, folder_of
 from pipelines.reading.shards import read_rows
+from pipelines.training.pretrain_evaluation import METRICS_PREFIX
 
 logger = logging.getLogger(__name__)
 
 ROWS_PER_READ = 64
 CHECKED_SAMPLES = 512  # of each set, before training
 MAX_EXAMPLES = 3
-METRICS_PREFIX = "knn/"
 
 
 class Slice(NamedTuple):

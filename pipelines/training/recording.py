@@ -6,14 +6,12 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import partial
-from types import MappingProxyType
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 from uuid import uuid4
 
 from infra import storage, tracking
 from infra.config import TrackingConfig
 from mae_core.config import StrictConfig
-from mae_core.data.samples import DataError
 from pipelines import driver, job
 from pipelines.config.fields import flatten
 from pipelines.config.sections import SavingConfig
@@ -22,7 +20,7 @@ from pipelines.outcome import known_error
 from pipelines.terminal import progress
 from pipelines.training.checkpoints import newest_step
 from pipelines.training.reporting import count_kinds
-from pipelines.training.run_folder import RunFolder, RunRecord
+from pipelines.training.run_folder import RunFolder, RunRecord, Taken
 from pipelines.training.stopping import Phase, StopChannel, Told
 
 logger = logging.getLogger(__name__)
@@ -50,48 +48,6 @@ class RunConfig(Protocol):
 
     @property
     def name(self) -> str: ...
-
-
-class Taken(NamedTuple):
-    """A run's folder, taken over by this start of the command."""
-
-    folder: RunFolder
-    run_id: str | None  # MLflow's
-
-    @property
-    def start(self) -> str:
-        assert self.folder.start is not None
-        return self.folder.start
-
-
-def earlier_record(
-    folder: RunFolder, digest: str, inputs: Mapping[str, str] = MappingProxyType({})
-) -> RunRecord | None:
-    """Read what an earlier start of the run wrote, if there was one.
-
-    Args:
-        folder: of the run.
-        digest: names the data, and the weights that the run starts from.
-        inputs: a fingerprint of each thing that the result is computed from, by the key of the
-            config that names it.
-
-    Raises:
-        DataError: the earlier start had other data or weights; names which.
-    """
-    record = folder.read_record()
-    if record is None:
-        return None
-    changed = [key for key, now in inputs.items() if record.inputs.get(key, now) != now]
-    if not changed and record.data_digest == digest:
-        return record
-    before, now = record.data_digest, digest
-    if before == now:  # The digest leaves out what no manifest vouches for.
-        before, now = record.inputs[changed[0]], inputs[changed[0]]
-    what = ", ".join(changed) or "the shards or their manifest"
-    raise DataError(
-        f"{folder.uri}: data (or the weights that it started from) changed since this run began "
-        f"(digest {before}, now {now}): {what}. Bring the data back, or start over with --fresh"
-    )
 
 
 def take_over(

@@ -20,7 +20,8 @@ import logging
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, Literal
+from types import MappingProxyType
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -319,3 +320,45 @@ class RunFolder:
         """
         self._write(".writable", b"")
         storage.delete_file(self._file(".writable"))
+
+
+class Taken(NamedTuple):
+    """A run's folder, taken over by this start of the command."""
+
+    folder: RunFolder
+    run_id: str | None  # MLflow's
+
+    @property
+    def start(self) -> str:
+        assert self.folder.start is not None
+        return self.folder.start
+
+
+def earlier_record(
+    folder: RunFolder, digest: str, inputs: Mapping[str, str] = MappingProxyType({})
+) -> RunRecord | None:
+    """Read what an earlier start of the run wrote, if there was one.
+
+    Args:
+        folder: of the run.
+        digest: names the data, and the weights that the run starts from.
+        inputs: a fingerprint of each thing that the result is computed from, by the key of the
+            config that names it.
+
+    Raises:
+        DataError: the earlier start had other data or weights; names which.
+    """
+    record = folder.read_record()
+    if record is None:
+        return None
+    changed = [key for key, now in inputs.items() if record.inputs.get(key, now) != now]
+    if not changed and record.data_digest == digest:
+        return record
+    before, now = record.data_digest, digest
+    if before == now:  # The digest leaves out what no manifest vouches for.
+        before, now = record.inputs[changed[0]], inputs[changed[0]]
+    what = ", ".join(changed) or "the shards or their manifest"
+    raise DataError(
+        f"{folder.uri}: data (or the weights that it started from) changed since this run began "
+        f"(digest {before}, now {now}): {what}. Bring the data back, or start over with --fresh"
+    )

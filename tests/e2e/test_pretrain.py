@@ -3,6 +3,8 @@
 import io
 import json
 import shutil
+import subprocess
+import sys
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -85,6 +87,20 @@ def test_a_finished_run_is_not_trained_again_unless_fresh(
     # Where and how it runs is not what it is.
     assert place.run("scaling.num_workers=2", "checkpoint.every_steps=7").status == "reused"
     assert trained == []
+
+
+def test_a_finished_run_is_found_without_torch_ray_and_mlflow(undisturbed: Any) -> None:
+    code = (
+        "import sys; from pipelines import cli\n"
+        "heavy = ('torch', 'timm', 'torchvision', 'ray', 'mlflow')\n"
+        "print(cli.main(sys.argv[1:]), [x for x in heavy if x in sys.modules], file=sys.stderr)"
+    )
+    words = undisturbed.place.words()
+    done = subprocess.run(
+        [sys.executable, "-c", code, "pretrain", *words], capture_output=True, text=True
+    )
+    assert json.loads(done.stdout.splitlines()[-1])["status"] == "reused"
+    assert done.stderr.splitlines()[-1] == "0 []"
 
 
 @pytest.mark.usefixtures("no_model_export", "local_ray")

@@ -346,6 +346,23 @@ def test_help_and_a_config_error_import_nothing_heavy(tmp_path: Path) -> None:
         assert done.stderr.splitlines()[-1] == "[]"
 
 
+def test_a_plan_imports_neither_torch_nor_ray_nor_mlflow(tmp_path: Path) -> None:
+    """It is asked often, and each of these takes seconds."""
+    code = (
+        "import sys; from pipelines import cli\n"
+        "heavy = ('torch', 'timm', 'torchvision', 'ray', 'mlflow', 'boto3', 'matplotlib')\n"
+        "print(cli.main(sys.argv[1:]), [x for x in heavy if x in sys.modules], file=sys.stderr)"
+    )
+    chain = f"{ROOT}/configs/chain/demo.yaml"
+    done = subprocess.run(
+        [sys.executable, "-c", code, "plan", chain, "--set", f"storage.root={tmp_path}/runs"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.stderr.splitlines()[-1] == "0 []", done.stderr
+
+
 def test_a_path_with_an_equals_sign_is_a_path(
     mae: Callable[..., Told], monkeypatch: pytest.MonkeyPatch
 ) -> None:

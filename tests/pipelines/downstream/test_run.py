@@ -27,8 +27,7 @@ from pipelines.downstream.task import Evaluation
 from pipelines.downstream.tuning import TuningTask
 from pipelines.outcome import ConfigError
 from pipelines.training.process import Process
-from pipelines.training.recording import Taken
-from pipelines.training.run_folder import RunFolder
+from pipelines.training.run_folder import RunFolder, Taken
 
 NEEDED = ["init_from=c", "data.train=t", "data.val=v"]
 

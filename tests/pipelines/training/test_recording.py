@@ -8,8 +8,8 @@ from infra import tracking
 from mae_core.data.samples import DataError
 from pipelines.config.loading import load_config
 from pipelines.config.pretrain import PretrainConfig
-from pipelines.training.recording import earlier_record, take_over
-from pipelines.training.run_folder import RunFolder, RunRecord
+from pipelines.training.recording import take_over
+from pipelines.training.run_folder import RunFolder, RunRecord, earlier_record
 
 
 def started(folder: Path, inputs: dict[str, str]) -> RunFolder:

@@ -13,9 +13,9 @@ from pipelines.config.loading import load_config
 from pipelines.config.pretrain import PretrainConfig
 from pipelines.outcome import ConfigError, StageResult
 from pipelines.training import launch, run
-from pipelines.training.recording import Taken
-from pipelines.training.run import Identity, Work, checked, drive
-from pipelines.training.run_folder import RunFolder
+from pipelines.training.protocol import Identity, Work
+from pipelines.training.run import checked, drive
+from pipelines.training.run_folder import RunFolder, Taken
 from pipelines.training.stopping import Told
 
 

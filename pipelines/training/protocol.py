@@ -1,0 +1,100 @@
+"""What a stage adds to the driver of `pipelines.training.run`, and what it is asked in turn."""
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+from infra.config import StorageConfig, TrackingConfig
+from pipelines.config.sections import SavingConfig, ScalingConfig
+from pipelines.outcome import StageResult
+from pipelines.training.run_folder import RunFolder, Taken
+
+if TYPE_CHECKING:  # A run that is done is found without Ray.
+    from pipelines.training.stopping import StopChannel
+
+
+class RunConfig(Protocol):
+    """What the config of every such stage has."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def tracking(self) -> TrackingConfig: ...
+
+    @property
+    def run_name(self) -> str: ...
+
+    @property
+    def storage(self) -> StorageConfig: ...
+
+    @property
+    def scaling(self) -> ScalingConfig: ...
+
+    @property
+    def checkpoint(self) -> SavingConfig: ...
+
+
+class Identity(NamedTuple):
+    """What a run is computed from; what MLflow's list of runs can be searched by."""
+
+    digest: str  # of the data, and of the weights that it starts from
+    inputs: Mapping[str, str]  # a fingerprint of each, by the key of the config that names it
+    data: Mapping[str, tuple[str, str]]  # digest and source of each data set, by its use
+    tags: Mapping[str, str]
+
+
+class Work(NamedTuple):
+    """What the workers of a run do."""
+
+    run: Callable[[], object]  # returns when it is done
+    channel: "StopChannel"
+    what_is_saved: Callable[[], str]  # for the user of a run that was stopped
+
+
+class PlannedRun(Protocol):
+    """A run that can start."""
+
+    def work(self, taken: Taken) -> Work: ...
+
+    def is_kept(self, taken: Taken) -> bool:
+        """Return whether what the workers did counts, although they failed in the end."""
+
+    def finish(
+        self, taken: Taken, earlier: StageResult | None, failure: Exception | None
+    ) -> StageResult:
+        """Record what the workers made, and write the result.
+
+        Args:
+            taken: the run.
+            earlier: the result of an earlier start, if there is one.
+            failure: what the workers failed with, if `is_kept` said that their work counts.
+        """
+
+
+class OpenedRun(Protocol):
+    """A run whose data are open."""
+
+    @property
+    def identity(self) -> Identity: ...
+
+    def reuse(self, done: StageResult) -> StageResult | None:
+        """Return the result of an earlier start as this start's; None if work is left to do."""
+
+    def plan(self) -> PlannedRun: ...
+
+
+class Run(Protocol):
+    """A stage's own part of its driver."""
+
+    @property
+    def config(self) -> RunConfig: ...
+
+    @property
+    def stage(self) -> str: ...
+
+    @property
+    def trains(self) -> bool:
+        """Whether its workers are those of `fit`, of which a single one may be the driver."""
+
+    def open(self, folder: RunFolder) -> OpenedRun:
+        """Open the data; an earlier result counts only for the data that it was made of."""

@@ -1,0 +1,131 @@
+"""What happens once a run has work to do: Ray, the run's record, the workers and the result."""
+
+import logging
+from collections.abc import Callable
+from functools import partial
+from typing import Any, TypeVar
+
+import ray.data
+import ray.train
+from ray.train.torch import TorchTrainer
+
+from pipelines.outcome import StageResult
+from pipelines.reading.sequence import configure_ray_data
+from pipelines.training import launch, local_mode, recording
+from pipelines.training.process import TrainingJob, training_worker
+from pipelines.training.process_group import OneAddressTorchConfig
+from pipelines.training.protocol import OpenedRun, PlannedRun, Run, RunConfig
+from pipelines.training.run_folder import RunFolder, RunRecord, Taken
+
+logger = logging.getLogger(__name__)
+
+# What a worker may wait for the others, unless a stage says more; torch's own default.
+WORKER_TIMEOUT_S = 1800
+
+
+def start(
+    run: Run,
+    opened: OpenedRun,
+    folder: RunFolder,
+    *,
+    record: RunRecord | None,
+    earlier: StageResult | None,
+    fresh: bool,
+) -> StageResult:
+    """Plan a run, take it over, do it and finish it.
+
+    Args:
+        run: the stage's part.
+        opened: the run with its data open.
+        folder: of the run.
+        record: what an earlier start wrote down.
+        earlier: the result of an earlier start, in which something is missing.
+        fresh: delete what is there.
+    """
+    config, identity = run.config, opened.identity
+    planned = opened.plan()
+    in_driver = run.trains and launch.trains_in_driver(config.scaling)
+    with launch.running_ray(config.scaling, in_driver=in_driver):
+        taken = recording.take_over(
+            config,
+            folder,
+            digest=identity.digest,
+            inputs=identity.inputs,
+            earlier=record,
+            fresh=fresh,
+            tags=dict(identity.tags),
+            data=identity.data,
+        )
+        return _work(config, planned, taken, earlier)
+
+
+def _work(
+    config: RunConfig, planned: PlannedRun, taken: Taken, earlier: StageResult | None
+) -> StageResult:
+    """Let the workers run, and finish."""
+    work, folder, uri = planned.work(taken), taken.folder, config.tracking.uri
+    failure: Exception | None = None
+    with recording.ended_in_mlflow(
+        uri, taken.run_id, folder, what_is_saved=work.what_is_saved
+    ) as stopper:
+        folder.forget_failure()
+        try:
+            recording.run_until_stopped(stopper, work.run, work.channel, config.checkpoint)
+        except Exception as error:
+            folder.check_start()
+            if not planned.is_kept(taken):
+                raise
+            failure = error
+        result = planned.finish(taken, earlier, failure)
+        recording.say_where_to_compare(uri)
+    if failure is not None:
+        logger.error(
+            "the training is done and kept in %s; its evaluation failed: the same command "
+            "evaluates anew without training again",
+            result.output,
+        )
+        folder.record_failure(failure)
+        folder.raise_failure()
+        raise failure
+    return result
+
+
+JobT = TypeVar("JobT", bound=TrainingJob)
+
+
+def fit(
+    job: JobT,
+    read: Callable[[JobT], ray.data.Dataset] | None,
+    timeout_s: int = WORKER_TIMEOUT_S,
+) -> None:
+    """Start the training workers, let each of them train, and wait for all.
+
+    Args:
+        job: all that a worker must know.
+        read: opens the training data. It is called before each start of the workers, so that a
+            recovery reads from its own position on. None: the workers need no training data.
+        timeout_s: how long a worker may wait for the others.
+    """
+    datasets: dict[str, Any] = {} if read is None else {"train": partial(_opened, job, read)}
+    trainer = TorchTrainer(
+        training_worker,
+        train_loop_config={"task": job},
+        scaling_config=launch.ray_scaling(job.config.scaling),
+        run_config=launch.ray_run(job.run_uri, job.config.scaling),
+        datasets=datasets,
+        dataset_config=ray.train.DataConfig(enable_shard_locality=False),
+        torch_config=OneAddressTorchConfig(timeout_s=timeout_s),
+    )
+    if launch.trains_in_driver(job.config.scaling):
+        local_mode.fit(trainer.fit, job.config.scaling, job.channel.is_asked)
+    else:
+        trainer.fit()
+
+
+def _opened(job: JobT, read: Callable[[JobT], ray.data.Dataset]) -> ray.data.Dataset:
+    """Open the data for one start of the workers, unless that start would be in vain."""
+    job.folder.check_start()
+    job.folder.raise_failure()
+    job.folder.check_writable()
+    configure_ray_data()
+    return read(job)
