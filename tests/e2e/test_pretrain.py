@@ -18,8 +18,8 @@ from PIL import Image
 
 from mae_core.data.samples import DataError
 from mae_core.training_error import NonFiniteLossError
-from pipelines import pretrain
 from pipelines.outcome import ConfigError
+from pipelines.training import pretrain_run
 from tests.e2e.conftest import assert_golden
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
@@ -79,8 +79,8 @@ def test_a_finished_run_is_not_trained_again_unless_fresh(
     undisturbed: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     place, trained = undisturbed.place, []
-    original = pretrain.fit
-    monkeypatch.setattr(pretrain, "fit", lambda *a: (trained.append(1), original(*a)))
+    original = pretrain_run.fit
+    monkeypatch.setattr(pretrain_run, "fit", lambda *a: (trained.append(1), original(*a)))
 
     again = place.run()
     assert again == undisturbed.result._replace(status="reused")
