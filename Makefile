@@ -80,6 +80,10 @@ render: $(STAMP)  ## Print the Kubernetes manifests of configs/cluster/kuberay.y
 bench-data: $(STAMP)  ## Measure reading and decoding; DATA="a.tar b.tar" for your images
 	$(call told,measuring,$(PYTHON) benchmarks/data.py $(DATA))
 
+.PHONY: bench-startup
+bench-startup: $(STAMP)  ## Measure what each command takes before it works; TIMES=3 turns
+	$(call told,measuring,$(PYTHON) benchmarks/startup.py)
+
 .PHONY: chaos
 chaos: $(STAMP)  ## Stop and kill runs at random steps and show what each lost; TIMES=10 of each
 	$(PYTHON) benchmarks/stopping.py $(or $(TIMES),3)
