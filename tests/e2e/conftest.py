@@ -19,6 +19,7 @@ from pipelines.config.loading import load_config
 from pipelines.config.prepare import PrepareConfig
 from pipelines.config.pretrain import PretrainConfig
 from pipelines.outcome import StageResult
+from pipelines.training import pretrain_run
 
 ROOT = Path(__file__).parents[2]
 # 96 samples in global batches of 16: 6 steps an epoch, 30 in all.
@@ -160,7 +161,7 @@ def place(tmp_path: Path, shapes: Path) -> Place:
 @pytest.fixture
 def no_model_export(monkeypatch: pytest.MonkeyPatch) -> None:
     """Spares the ten seconds in which MLflow and torch.export write the encoder."""
-    monkeypatch.setattr(pretrain, "log_encoder", lambda *_: None)
+    monkeypatch.setattr(pretrain_run, "log_encoder", lambda *_: None)
 
 
 @dataclass(frozen=True)
@@ -178,7 +179,7 @@ def undisturbed(
     """A run of one worker that nothing happened to."""
     place = Place(tmp_path_factory.mktemp("undisturbed"), shapes)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pretrain, "log_encoder", lambda *_: None)
+        patch.setattr(pretrain_run, "log_encoder", lambda *_: None)
         result = place.run()
     return Undisturbed(
         place,
