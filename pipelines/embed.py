@@ -105,7 +105,7 @@ def run(config: EmbedConfig, *, fresh: bool) -> StageResult:
 
 
 class EmbedRun:
-    """See `pipelines.training.run.Run`."""
+    """See `pipelines.training.protocol.Run`."""
 
     stage = STAGE
     trains = False
@@ -131,7 +131,7 @@ class EmbedRun:
 
 
 class OpenedEmbedding(NamedTuple):
-    """See `pipelines.training.run.OpenedRun` and `PlannedRun`: nothing is left to plan."""
+    """See `pipelines.training.protocol.OpenedRun` and `PlannedRun`: nothing is left to plan."""
 
     config: EmbedConfig
     folder: RunFolder

@@ -53,7 +53,7 @@ def run(config: PretrainConfig, *, fresh: bool) -> StageResult:
 
 
 class PretrainRun:
-    """See `pipelines.training.run.Run`."""
+    """See `pipelines.training.protocol.Run`."""
 
     stage = STAGE
     trains = True
@@ -74,7 +74,7 @@ class PretrainRun:
 
 
 class OpenedPretraining(NamedTuple):
-    """See `pipelines.training.run.OpenedRun`."""
+    """See `pipelines.training.protocol.OpenedRun`."""
 
     config: PretrainConfig
     folder: RunFolder

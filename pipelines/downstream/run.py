@@ -85,7 +85,7 @@ def run(config: ConfigT, kind: TaskKind[ConfigT], *, fresh: bool) -> StageResult
 
 
 class TuningRun(Generic[ConfigT]):
-    """See `pipelines.training.run.Run`."""
+    """See `pipelines.training.protocol.Run`."""
 
     trains = True
 
@@ -109,7 +109,7 @@ class TuningRun(Generic[ConfigT]):
 
 @dataclass(frozen=True)
 class OpenedTuning(Generic[ConfigT]):
-    """See `pipelines.training.run.OpenedRun`."""
+    """See `pipelines.training.protocol.OpenedRun`."""
 
     config: ConfigT
     kind: TaskKind[ConfigT]
@@ -157,7 +157,7 @@ class OpenedTuning(Generic[ConfigT]):
 
 @dataclass(frozen=True)
 class PlannedTuning(Generic[ConfigT]):
-    """See `pipelines.training.run.PlannedRun`."""
+    """See `pipelines.training.protocol.PlannedRun`."""
 
     opened: OpenedTuning[ConfigT]
     info: TaskInfo

@@ -70,7 +70,7 @@ def plan_pretraining(
 
 
 class PlannedPretraining(NamedTuple):
-    """See `pipelines.training.run.PlannedRun`."""
+    """See `pipelines.training.protocol.PlannedRun`."""
 
     config: PretrainConfig
     data: OpenedData
