@@ -142,34 +142,39 @@ def _installed(package: str) -> str:
         return "not installed"
 
 
-def load_weights(folder: Path, model: nn.Module, *, strict: bool = True) -> None:
+def load_weights(
+    folder: Path, model: nn.Module, *, strict: bool = True, is_verified: bool = False
+) -> None:
     """Check the weights file against the manifest and load the weights into `model`.
 
     Args:
         folder: The checkpoint.
         model: The bare module.
         strict: False allows tensors that only one side has; the shapes of the others must match.
+        is_verified: Whether `verify_checkpoint` has checked this folder already.
 
     Raises:
         CorruptCheckpointError: The weights or the manifest are damaged.
         ValueError: A tensor does not fit the model; names the first one.
     """
-    _load_named(model, _load_tensors(folder, WEIGHTS_FILE, read_manifest(folder)), strict=strict)
+    weights = _load_tensors(folder, WEIGHTS_FILE, read_manifest(folder), is_verified)
+    _load_named(model, weights, strict=strict)
 
 
 def load_encoder(
-    folder: Path, *, drop_path_rate: float = 0.0
+    folder: Path, *, drop_path_rate: float = 0.0, is_verified: bool = False
 ) -> tuple[MaskedEncoder, CheckpointManifest]:
     """Build the encoder that the manifest describes and load its weights.
 
-    Also accepts a fine-tuned model, whose head is left out.
+    Also accepts a fine-tuned model, whose head is left out. `is_verified` says whether
+    `verify_checkpoint` has checked this folder already.
 
     Raises:
         CorruptCheckpointError: The weights or the manifest are damaged.
         ValueError: A tensor does not fit the encoder; names the first one.
     """
     manifest = read_manifest(folder)
-    weights = _load_tensors(folder, WEIGHTS_FILE, manifest)
+    weights = _load_tensors(folder, WEIGHTS_FILE, manifest, is_verified)
     encoder = build_encoder(manifest.model, drop_path_rate=drop_path_rate)
     prefix = "encoder."
     own = {n.removeprefix(prefix): t for n, t in weights.items() if n.startswith(prefix)}
@@ -177,8 +182,11 @@ def load_encoder(
     return encoder, manifest
 
 
-def _load_tensors(folder: Path, file_name: str, manifest: CheckpointManifest) -> dict[str, Tensor]:
-    verify_file(folder, file_name, manifest)
+def _load_tensors(
+    folder: Path, file_name: str, manifest: CheckpointManifest, is_verified: bool
+) -> dict[str, Tensor]:
+    if not is_verified:
+        verify_file(folder, file_name, manifest)
     try:
         return load_file(folder / file_name)
     except SafetensorError as error:
@@ -207,11 +215,18 @@ def _check_shape(name: str, found: Tensor, expected: Tensor) -> None:
         )
 
 
-def load_training_state(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+def load_training_state(
+    folder: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    *,
+    is_verified: bool = False,
+) -> None:
     """Give each parameter the optimizer state saved under its name.
 
     The order of the parameters and their groups may differ from the order when it was saved. Call
-    this after `load_weights`.
+    this after `load_weights`. `is_verified` says whether `verify_checkpoint` has checked this
+    folder already.
 
     Raises:
         CorruptCheckpointError: The training state or the manifest is damaged.
@@ -221,7 +236,7 @@ def load_training_state(folder: Path, model: nn.Module, optimizer: torch.optim.O
     if TRAINING_STATE_FILE not in manifest.files:
         raise ValueError(f"{folder} was saved without an optimizer and cannot be resumed")
     saved: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in _load_tensors(folder, TRAINING_STATE_FILE, manifest).items():
+    for key, tensor in _load_tensors(folder, TRAINING_STATE_FILE, manifest, is_verified).items():
         kind, name = key.split("/", maxsplit=1)
         saved.setdefault(name, {})[kind] = tensor
     optimized = _optimized(model, optimizer)

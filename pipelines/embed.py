@@ -380,7 +380,7 @@ class FeatureReader:
 def _load(job: EmbedJob) -> tuple[MaskedEncoder, CheckpointManifest]:
     with tempfile.TemporaryDirectory() as workspace:
         found = fetch_checkpoint(job.init_uri, Path(workspace) / "encoder")
-        return load_encoder(found.folder)
+        return load_encoder(found.folder, is_verified=True)
 
 
 def _table(samples: list[tuple[int, Sample]], path: str, features: npt.NDArray[Any]) -> pa.Table:

@@ -34,7 +34,7 @@ from pipelines.outcome import ConfigError
 from pipelines.reading.batches import BadSample, ahead
 from pipelines.reading.sequence import SequencePlan, passes_per_block, sequence_dataset
 from pipelines.reading.shards import Rows
-from pipelines.training.checkpoints import fetch_checkpoint, resume_position
+from pipelines.training.checkpoints import resume_position
 from pipelines.training.process import Process, StepOptions, Trained, torch_seed
 from pipelines.training.reporting import After, RunSize
 from pipelines.training.run_folder import RunFolder
@@ -88,8 +88,8 @@ class TuningJob(NamedTuple):
     def total_steps(self) -> int:
         return self.arms[-1].last_step
 
-    def build_task(self, process: Process, workspace: Path) -> "TuningTask":
-        return TuningTask(self, process, workspace)
+    def build_task(self, process: Process) -> "TuningTask":
+        return TuningTask(self, process)
 
 
 def remaining_data(job: TuningJob) -> ray.data.Dataset:
@@ -135,14 +135,13 @@ class DecodedExamples(NamedTuple):
 class TuningTask:
     """See `pipelines.training.process.TrainingTask`; its parts are the run's arms."""
 
-    def __init__(self, job: TuningJob, process: Process, workspace: Path) -> None:
+    def __init__(self, job: TuningJob, process: Process) -> None:
         self.job = job
         self.config = config = job.config
         self.process = process
         self.parts = job.arms
         self.options = StepOptions(max_grad_norm=config.optim.max_grad_norm)
         self.task = job.make_task()
-        self.workspace = workspace
         self.pool = ThreadPoolExecutor(config.scaling.cpus_per_worker, thread_name_prefix="decode")
         self.measurer = Measurer(
             task=self.task,
@@ -172,7 +171,7 @@ class TuningTask:
         torch.manual_seed(torch_seed(part.seed, "weights"))
         rate = self.config.optim.drop_path_rate if part.kind.trains_encoder else 0.0
         if part.kind.is_pretrained:
-            encoder, _ = load_encoder(self._fetched(), drop_path_rate=rate)
+            encoder, _ = load_encoder(self._fetched(), drop_path_rate=rate, is_verified=True)
         else:
             encoder = build_encoder(self.job.encoder.model, drop_path_rate=rate)
         try:
@@ -184,8 +183,7 @@ class TuningTask:
     def _fetched(self) -> Path:
         """Return a local copy of the pretrained checkpoint, fetched for the first arm of it."""
         if self._pretrained is None:
-            found = fetch_checkpoint(self.job.init_uri, self.workspace / "pretrained")
-            self._pretrained = found.folder
+            self._pretrained = self.process.fetch(self.job.init_uri)
         return self._pretrained
 
     def learning_rate(self, part: Arm, step: int) -> float:

@@ -27,6 +27,7 @@ from pipelines.outcome import ConfigError
 logger = logging.getLogger(__name__)
 
 ConfigT = TypeVar("ConfigT", bound=StrictConfig)
+SET_ASIDE_FILE = "manifest.damaged.json"  # the manifest of a checkpoint found to be damaged
 MAX_NAMED = 8  # folders in a message
 
 
@@ -40,6 +41,10 @@ def checkpoints_uri(run_uri: str) -> str:
     return storage.join(run_uri, "checkpoints")
 
 
+def checkpoint_uri(run_uri: str, step: int) -> str:
+    return storage.join(checkpoints_uri(run_uri), f"step-{step:08d}")
+
+
 def commit_checkpoint(
     local: Path, run_uri: str, *, step: int, keep: int, check: Callable[[], None]
 ) -> str:
@@ -48,12 +53,12 @@ def commit_checkpoint(
     When this returns, a run that dies goes on from here. `check` raises if the run may not write
     any more; it is called first, and before the manifest.
     """
-    uri = storage.join(checkpoints_uri(run_uri), f"step-{step:08d}")
+    uri = checkpoint_uri(run_uri, step)
     check()
     transfers.upload_folder(local, uri, last=MANIFEST_FILE, before_last=check)
     older = [s for s in list_steps(run_uri) if s <= step]
     for old in older[:-keep]:
-        storage.delete_folder(storage.join(checkpoints_uri(run_uri), f"step-{old:08d}"))
+        storage.delete_folder(checkpoint_uri(run_uri, old))
     return uri
 
 
@@ -66,26 +71,78 @@ def list_steps(run_uri: str) -> list[int]:
 def newest_step(run_uri: str) -> int | None:
     """The step of the newest committed checkpoint; its files are not read."""
     for step in reversed(list_steps(run_uri)):
-        uri = storage.join(checkpoints_uri(run_uri), f"step-{step:08d}")
+        uri = checkpoint_uri(run_uri, step)
         if storage.exists(storage.join(uri, MANIFEST_FILE)):
             return step
     return None
 
 
-def find_checkpoint(run_uri: str, workspace: Path) -> FoundCheckpoint | None:
-    """Download the newest checkpoint that is whole; a broken one costs a warning.
+def find_checkpoint(run_uri: str) -> CheckpointManifest | None:
+    """Return the manifest of the newest checkpoint whose files are there in their sizes.
 
-    Args:
-        run_uri: the run's folder.
-        workspace: an empty local folder for the copy.
+    Their contents are not read. A checkpoint that is not whole costs a warning.
     """
     for step in reversed(list_steps(run_uri)):
-        uri = storage.join(checkpoints_uri(run_uri), f"step-{step:08d}")
+        uri = checkpoint_uri(run_uri, step)
         try:
-            return fetch_checkpoint(uri, workspace / f"step-{step:08d}")
-        except CorruptCheckpointError as error:
+            manifest = _read_manifest(uri)
+            _check_sizes(uri, manifest)
+        except (FileNotFoundError, CorruptCheckpointError) as error:
             logger.warning("checkpoint %s is not whole (%s); trying the one before", uri, error)
+        else:
+            return manifest
     return None
+
+
+def _check_sizes(uri: str, manifest: CheckpointManifest) -> None:
+    there = storage.list_tree(uri, deep=False)
+    for name, file in manifest.files.items():
+        found = there[name].num_bytes if name in there else None
+        if found != file.bytes:
+            what = "is missing" if found is None else f"has {found} bytes"
+            raise CorruptCheckpointError(
+                f"{uri}/{name}: {what}, the manifest says {file.bytes} bytes"
+            )
+
+
+def _read_manifest(uri: str) -> CheckpointManifest:
+    """Raises: FileNotFoundError, CorruptCheckpointError."""
+    data = storage.read_bytes(storage.join(uri, MANIFEST_FILE))
+    with tempfile.TemporaryDirectory() as workspace:
+        (Path(workspace) / MANIFEST_FILE).write_bytes(data)
+        return read_manifest(Path(workspace))
+
+
+class StartAgainError(RuntimeError):
+    """The workers must start again: the checkpoint that they were started from is damaged."""
+
+
+def fetch_found(run_uri: str, step: int, workspace: Path) -> FoundCheckpoint:
+    """Download the checkpoint that `find_checkpoint` found, and compare its contents.
+
+    Where they differ, the checkpoint is set aside: its manifest gets another name, so that the
+    data and the workers start again from the one before.
+
+    Raises:
+        StartAgainError: it was set aside.
+    """
+    uri = checkpoint_uri(run_uri, step)
+    try:
+        return fetch_checkpoint(uri, workspace / f"step-{step:08d}")
+    except CorruptCheckpointError as error:
+        place = storage.join(uri, MANIFEST_FILE)
+        try:
+            storage.write_bytes(storage.join(uri, SET_ASIDE_FILE), storage.read_bytes(place))
+            storage.delete_file(place)
+        except FileNotFoundError:
+            logger.debug("%s is set aside already", uri)
+        logger.warning(
+            "checkpoint %s is not whole (%s); trying the one before. Its manifest is kept as %s",
+            uri,
+            error,
+            SET_ASIDE_FILE,
+        )
+        raise StartAgainError(f"checkpoint {uri} is damaged: {error}") from error
 
 
 def fetch_checkpoint(uri: str, folder: Path) -> FoundCheckpoint:
@@ -142,17 +199,13 @@ def fetch_manifest(uri: str) -> CheckpointManifest:
     Raises:
         ConfigError: there is none, or it can't be read.
     """
-    with tempfile.TemporaryDirectory() as workspace:
-        try:
-            data = storage.read_bytes(storage.join(storage.absolute(uri), MANIFEST_FILE))
-            (Path(workspace) / MANIFEST_FILE).write_bytes(data)
-            return read_manifest(Path(workspace))
-        except (FileNotFoundError, CorruptCheckpointError) as error:
-            raise ConfigError(f"init_from={uri}: is no whole checkpoint ({error})") from error
+    try:
+        return _read_manifest(storage.absolute(uri))
+    except (FileNotFoundError, CorruptCheckpointError) as error:
+        raise ConfigError(f"init_from={uri}: is no whole checkpoint ({error})") from error
 
 
 def resume_position(run_uri: str) -> int:
-    """Samples of the run's sequence that the newest whole checkpoint was trained on."""
-    with tempfile.TemporaryDirectory() as workspace:
-        found = find_checkpoint(run_uri, Path(workspace))
-    return found.manifest.samples_seen if found else 0
+    """Return how many samples of the run's sequence the newest whole checkpoint was trained on."""
+    found = find_checkpoint(run_uri)
+    return found.samples_seen if found else 0

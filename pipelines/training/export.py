@@ -31,7 +31,7 @@ def log_encoder(uri: str, run_id: str | None, checkpoint: Path) -> None:
     """
     if run_id is None:
         return
-    encoder, manifest = load_encoder(checkpoint)
+    encoder, manifest = load_encoder(checkpoint, is_verified=True)
     height, width = manifest.model.img_size
     channels = manifest.model.in_chans
     example = np.zeros((2, channels, height, width), np.float32)

@@ -28,6 +28,8 @@ from pipelines.reading.class_names import (
 )
 from pipelines.reading.shards import measure_channel_stats, read_rows
 from pipelines.training.checkpoints import (
+    checkpoint_uri,
+    fetch_checkpoint,
     find_checkpoint,
     list_steps,
 )
@@ -109,9 +111,12 @@ class PlannedPretraining(NamedTuple):
         uri, run_id, folder = self.config.tracking.uri, taken.run_id, taken.folder
         total_steps = self.plan.size.total_steps
         with tempfile.TemporaryDirectory() as workspace:
-            found = find_checkpoint(folder.uri, Path(workspace))
-            if found is None or found.manifest.step != total_steps:
+            last = find_checkpoint(folder.uri)
+            if last is None or last.step != total_steps:
                 raise storage.StorageError(f"{folder.uri}: the last checkpoint is not there")
+            found = fetch_checkpoint(
+                checkpoint_uri(folder.uri, total_steps), Path(workspace) / "last"
+            )
             metrics = dict(folder.read_evaluation(evaluation_key(self.config)) or {})
             metrics["data/left_out"] = len(log_bad_samples(uri, run_id, folder))
             tracking.log_final_metrics(uri, run_id, metrics, total_steps)

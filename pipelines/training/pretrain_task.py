@@ -5,7 +5,6 @@ import logging
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -31,7 +30,7 @@ from pipelines.config.pretrain import PretrainConfig
 from pipelines.reading.batches import BatchDecoder, DecodedBatch, decode_block, view_spec
 from pipelines.reading.class_names import Numbers
 from pipelines.reading.sequence import SequencePlan, passes_per_block, sequence_dataset
-from pipelines.training.checkpoints import fetch_checkpoint, resume_position
+from pipelines.training.checkpoints import resume_position
 from pipelines.training.knn import ImageReader, knn_metrics
 from pipelines.training.process import Process, StepOptions, Trained
 from pipelines.training.reporting import After, RunSize
@@ -90,8 +89,8 @@ class PretrainJob(NamedTuple):
     def channel(self) -> StopChannel:
         return StopChannel(self.start)
 
-    def build_task(self, process: Process, workspace: Path) -> "PretrainTask":
-        return PretrainTask(self, process, workspace)
+    def build_task(self, process: Process) -> "PretrainTask":
+        return PretrainTask(self, process)
 
 
 def remaining_data(job: PretrainJob) -> ray.data.Dataset:
@@ -131,11 +130,10 @@ def _bytes_per_image(job: PretrainJob) -> float:
 class PretrainTask:
     """See `pipelines.training.process.TrainingTask`."""
 
-    def __init__(self, job: PretrainJob, process: Process, workspace: Path) -> None:
+    def __init__(self, job: PretrainJob, process: Process) -> None:
         self.job = job
         self.config = config = job.config
         self.process = process
-        self.workspace = workspace
         self.parts = (WholeRun(config.seed, job.size.total_steps),)
         self.options = StepOptions(compiles=config.optim.compile)
         self.mean = torch.tensor(job.mean, device=process.device)
@@ -161,8 +159,7 @@ class PretrainTask:
     def build(self, part: WholeRun, *, is_resumed: bool) -> Trained:
         mae = self._build_untrained()
         if self.job.init_uri is not None and not is_resumed:
-            start = fetch_checkpoint(self.job.init_uri, self.workspace / "init")
-            load_weights(start.folder, mae)
+            load_weights(self.process.fetch(self.job.init_uri), mae, is_verified=True)
         return Trained(mae, build_optimizer(mae, self.config.optim, fused=True))
 
     def _build_untrained(self) -> MaskedAutoencoder:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import Any, Generic, NamedTuple, Protocol, TypeVar
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar, cast
 
 import pyarrow as pa
 import ray.train
@@ -39,6 +39,7 @@ from pipelines.training.checkpoints import (
     FoundCheckpoint,
     commit_checkpoint,
     fetch_checkpoint,
+    fetch_found,
     find_checkpoint,
 )
 from pipelines.training.reporting import (
@@ -100,6 +101,7 @@ class Process(NamedTuple):
     world_size: int
     device: torch.device
     tell_measured: Callable[[str, int, int], None]  # what is measured; pieces done; of how many
+    fetch: Callable[[str], Path]  # copies a checkpoint, once for all workers of a node
 
 
 class Trained(NamedTuple):
@@ -117,6 +119,7 @@ class StepOptions(NamedTuple):
 PartT = TypeVar("PartT", bound=Part)
 DecodedT = TypeVar("DecodedT", bound=DecodedRows)
 BatchT = TypeVar("BatchT")
+T = TypeVar("T")
 
 
 class TrainingTask(Protocol[PartT, DecodedT, BatchT]):
@@ -182,8 +185,8 @@ class TrainingJob(Protocol):
     @property
     def channel(self) -> StopChannel: ...
 
-    def build_task(self, process: Process, workspace: Path) -> TrainingTask[Any, Any, Any]:
-        """Build the stage's part; `workspace` is a local folder that lasts as long as it."""
+    def build_task(self, process: Process) -> TrainingTask[Any, Any, Any]:
+        """Build the stage's part."""
 
 
 def training_worker(arguments: dict[str, Any]) -> None:
@@ -204,6 +207,7 @@ class TrainingProcess(Generic[PartT, DecodedT, BatchT]):
         self.config = config = job.config
         context = ray.train.get_context()
         self.rank, self.world_size = context.get_world_rank(), context.get_world_size()
+        self.node, self.local_rank = context.get_node_rank(), context.get_local_rank()
         self.device = local_mode.training_device(config.scaling)
         if self.device.type == "cpu":
             torch.set_num_threads(config.scaling.cpus_per_worker)
@@ -214,8 +218,8 @@ class TrainingProcess(Generic[PartT, DecodedT, BatchT]):
             rank=self.rank,
             world_size=self.world_size,
         )
-        process = Process(self.rank, self.world_size, self.device, self.ends.measured)
-        task: TrainingTask[PartT, DecodedT, BatchT] = job.build_task(process, workspace)
+        process = Process(self.rank, self.world_size, self.device, self.ends.measured, self._fetch)
+        task: TrainingTask[PartT, DecodedT, BatchT] = job.build_task(process)
         self.task = task
         self.first_step = 0  # done before this start
         self.num_passes = 0  # micro batches of this worker since it started
@@ -224,7 +228,7 @@ class TrainingProcess(Generic[PartT, DecodedT, BatchT]):
         """Train and measure each part, from the newest whole checkpoint on."""
         with ExitStack() as stack:
             stack.callback(self.ends.close)
-            found = find_checkpoint(self.job.run_uri, self.workspace / "own")
+            found = self._once_a_node(self._found)
             self.first_step = done = found.manifest.step if found else 0
             trace = stack.enter_context(SampleTrace(self.config.debug.sample_trace, self.rank))
             stream = self._stream()
@@ -253,12 +257,37 @@ class TrainingProcess(Generic[PartT, DecodedT, BatchT]):
         if not is_begun:
             return trained
         if found is not None and done <= part.last_step:
-            load_weights(found.folder, trained.model)
-            load_training_state(found.folder, trained.model, trained.optimizer)
+            load_weights(found.folder, trained.model, is_verified=True)
+            load_training_state(found.folder, trained.model, trained.optimizer, is_verified=True)
         else:  # trained, and not measured
-            uri = self.job.folder.model_uri(part.label)
-            load_weights(fetch_checkpoint(uri, self.workspace / part.label).folder, trained.model)
+            kept = self._fetch(self.job.folder.model_uri(part.label))
+            load_weights(kept, trained.model, is_verified=True)
         return trained
+
+    def _found(self) -> FoundCheckpoint | None:
+        """Copy the newest whole checkpoint of this run."""
+        newest = find_checkpoint(self.job.run_uri)
+        if newest is None:
+            return None
+        return fetch_found(self.job.run_uri, newest.step, self.workspace / "own")
+
+    def _fetch(self, uri: str) -> Path:
+        """Copy a checkpoint once for all workers of a node, and return its verified folder."""
+        local = Path(tempfile.mkdtemp(dir=self.workspace)) / "checkpoint"
+        return self._once_a_node(lambda: fetch_checkpoint(uri, local).folder)
+
+    def _once_a_node(self, fetch: Callable[[], T]) -> T:
+        """Call `fetch` in the first worker of each node, and return in each worker its result."""
+        mine = fetch() if self.local_rank == 0 else None
+        results = [(self.node, self.local_rank, mine)]
+        if self.world_size > 1:
+            results *= self.world_size
+            torch.distributed.all_gather_object(results, results[0])
+        return next(
+            cast(T, result)
+            for node, local_rank, result in results
+            if node == self.node and local_rank == 0
+        )
 
     def _train(
         self,

@@ -9,9 +9,10 @@ import ray.data
 import ray.train
 from ray.train.torch import TorchTrainer
 
-from pipelines.outcome import StageResult
+from pipelines.outcome import StageResult, chain
 from pipelines.reading.sequence import configure_ray_data
 from pipelines.training import launch, local_mode, recording
+from pipelines.training.checkpoints import StartAgainError
 from pipelines.training.process import TrainingJob, training_worker
 from pipelines.training.process_group import OneAddressTorchConfig
 from pipelines.training.protocol import OpenedRun, PlannedRun, Run, RunConfig
@@ -106,6 +107,19 @@ def fit(
             recovery reads from its own position on. None: the workers need no training data.
         timeout_s: how long a worker may wait for the others.
     """
+    while True:
+        try:
+            _fit_once(job, read, timeout_s)
+        except Exception as error:
+            # Each time, one checkpoint fewer counts as whole.
+            if not any(isinstance(link, StartAgainError) for link in chain(error)):
+                raise
+            logger.info("the workers start again, from the checkpoint before")
+        else:
+            return
+
+
+def _fit_once(job: JobT, read: Callable[[JobT], ray.data.Dataset] | None, timeout_s: int) -> None:
     datasets: dict[str, Any] = {} if read is None else {"train": partial(_opened, job, read)}
     trainer = TorchTrainer(
         training_worker,

@@ -204,7 +204,7 @@ def worker_of(folder: RunFolder, failing: object, evaluate: Any) -> Any:
     """A worker that has trained, without Ray."""
     worker: Any = object.__new__(TuningTask)
     worker.job = SimpleNamespace(folder=folder, arms=[], val_shards=(), train_shards=(), rows=())
-    worker.process = Process(0, 1, torch.device("cpu"), lambda *_: None)
+    worker.process = Process(0, 1, torch.device("cpu"), lambda *_: None, Path)
     worker.measurer = StubMeasurer(failing)
     worker.task = SimpleNamespace(evaluate=evaluate)
     return worker

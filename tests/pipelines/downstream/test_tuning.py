@@ -39,6 +39,10 @@ class FakeTask:
         return Example(np.full((2, 2, 3), 255, np.uint8), arm.label)
 
 
+def _no_fetch(uri: str) -> Path:
+    raise AssertionError(f"{uri} is fetched")
+
+
 def make_task(folder: Path, *words: str) -> TuningTask:
     needed = ["init_from=c", "data.train=t", "data.val=v", "data.shuffle_window=8"]
     batch = ["optim.global_batch_size=8", "optim.micro_batch_size=4"]
@@ -49,7 +53,7 @@ def make_task(folder: Path, *words: str) -> TuningTask:
         encoder=ENCODER,
         targets=("cls",),
     )
-    return TuningTask(job, Process(0, 1, torch.device("cpu"), lambda *_: None), folder)
+    return TuningTask(job, Process(0, 1, torch.device("cpu"), lambda *_: None, _no_fetch))
 
 
 @pytest.mark.parametrize(
@@ -142,4 +146,3 @@ def test_an_arm_from_scratch_fetches_no_pretrained_weights(
     pairs = zip(first.parameters(), again.parameters(), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
     assert rates == [0.3, 0.3]
-    assert not (tmp_path / "pretrained").exists()

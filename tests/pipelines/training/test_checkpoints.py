@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -14,9 +15,11 @@ from mae_core.config import LossConfig, MaskingConfig, ModelConfig
 from pipelines.config.embed import EmbedConfig
 from pipelines.outcome import ConfigError
 from pipelines.training.checkpoints import (
+    StartAgainError,
     at_newest_checkpoint,
     commit_checkpoint,
     fetch_checkpoint,
+    fetch_found,
     find_checkpoint,
     list_steps,
     resume_position,
@@ -88,19 +91,23 @@ def cut(file: Path) -> None:
 
 
 def found_step(run: Path, workspace: Path) -> int | None:
-    found = find_checkpoint(str(run), workspace)
-    return found.manifest.step if found else None
+    """The step that the workers go on from, after as many starts as that takes."""
+    while (newest := find_checkpoint(str(run))) is not None:
+        with suppress(StartAgainError):
+            return fetch_found(str(run), newest.step, workspace).manifest.step
+    return None
 
 
 def test_a_run_without_checkpoints_begins_at_zero(tmp_path: Path) -> None:
-    assert find_checkpoint(str(tmp_path / "run"), tmp_path / "w") is None
+    assert find_checkpoint(str(tmp_path / "run")) is None
     assert resume_position(str(tmp_path / "run")) == 0
     assert list_steps(str(tmp_path / "run")) == []
 
 
 def test_the_newest_is_found_and_copied(saved: dict[int, Path], tmp_path: Path) -> None:
-    found = find_checkpoint(str(tmp_path / "run"), tmp_path / "w")
-    assert found is not None
+    newest = find_checkpoint(str(tmp_path / "run"))
+    assert newest is not None
+    found = fetch_found(str(tmp_path / "run"), newest.step, tmp_path / "w")
     assert found.uri == str(saved[15])
     assert found.manifest.step == 15
     assert sorted(p.name for p in found.folder.iterdir()) == [
@@ -136,6 +143,9 @@ def test_a_damaged_one_costs_a_warning_and_the_one_before_is_found(
         assert found_step(tmp_path / "run", tmp_path / "w") == 10
     assert f"checkpoint {saved[15]} is not whole" in caplog.text
     assert str(saved[10]) not in caplog.text
+    # The data goes on from there, too, and so does the next command.
+    assert resume_position(str(tmp_path / "run")) == 640
+    assert (saved[15] / "model.safetensors").exists()
 
 
 def test_when_all_are_damaged_the_run_begins_anew(saved: dict[int, Path], tmp_path: Path) -> None:

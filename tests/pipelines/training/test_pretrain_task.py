@@ -28,7 +28,7 @@ WORDS = [
     "optim.micro_batch_size=8",
     "optim.warmup_epochs=0.5",
 ]
-PROCESS = Process(0, 1, torch.device("cpu"), lambda *_: None)
+PROCESS = Process(0, 1, torch.device("cpu"), lambda *_: None, Path)
 # 96 samples: 6 steps an epoch; the warm-up ends after 3 of 30 steps.
 SIZE = RunSize(30, 16, 96, 1)
 PART = WholeRun(0, 30)
@@ -51,7 +51,7 @@ def make_task(folder: Path, **changes: Any) -> PretrainTask:
         class_numbers={},
         evaluation_key="",
     )
-    return PretrainTask(job._replace(**changes), PROCESS, folder)
+    return PretrainTask(job._replace(**changes), PROCESS)
 
 
 @pytest.mark.parametrize(

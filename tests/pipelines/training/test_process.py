@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from mae_core import checkpoint_manifest
 from mae_core.checkpoint_manifest import CheckpointRecord
 from mae_core.config import LossConfig, MaskingConfig, ModelConfig
 from mae_core.data.samples import DataError
@@ -18,7 +19,7 @@ from pipelines.config.loading import load_config
 from pipelines.config.pretrain import PretrainConfig
 from pipelines.reading.batches import BadSample
 from pipelines.training import process
-from pipelines.training.checkpoints import list_steps
+from pipelines.training.checkpoints import StartAgainError, list_steps
 from pipelines.training.process import Process, StepOptions, Trained, TrainingProcess
 from pipelines.training.reporting import After, RunSize
 from pipelines.training.run_folder import RunFolder
@@ -147,13 +148,18 @@ class Job:
         self.channel: Any = Channel()
         self.task = FakeTask((Part("a", 1, 7, 0), Part("b", 2, 5, 7)), bad)
 
-    def build_task(self, process: Process, workspace: Path) -> FakeTask:
+    def build_task(self, process: Process) -> FakeTask:
         return self.task
 
 
 @pytest.fixture(autouse=True)
 def _without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
-    context = SimpleNamespace(get_world_rank=lambda: 0, get_world_size=lambda: 1)
+    context = SimpleNamespace(
+        get_world_rank=lambda: 0,
+        get_world_size=lambda: 1,
+        get_node_rank=lambda: 0,
+        get_local_rank=lambda: 0,
+    )
     monkeypatch.setattr(process.ray.train, "get_context", lambda: context)
     monkeypatch.setattr(process.ray.train.torch, "get_device", lambda: torch.device("cpu"))
     monkeypatch.setattr(process.ray.train, "report", lambda metrics: None)
@@ -169,6 +175,7 @@ def _without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def train(job: Job, workspace: Path, stop_after: int | None = None) -> None:
     """Train; with `stop_after`, until the run is asked to stop in that step."""
+    workspace.mkdir()
     worker: TrainingProcess[Any, Any, Any] = TrainingProcess(job, workspace)
     if stop_after is not None:
         original = worker._step
@@ -206,13 +213,12 @@ def test_a_run_that_was_stopped_ends_like_one_that_was_not(tmp_path: Path, stop_
     second = Job(tmp_path / "run")
     if stop_after == 9:  # the first part is trained; its model is kept where an arm's is
         uri = Path(second.folder.model_uri("a"))
-        (tmp_path / "a").mkdir()
-        keep(whole, tmp_path / "a", uri)
+        keep(whole, uri)
     train(second, tmp_path / "second")
     assert second.task.measured == whole.task.measured
 
 
-def keep(job: Job, local: Path, uri: Path) -> None:
+def keep(job: Job, uri: Path) -> None:
     """Keep a model with the weight that the job's first part was measured with."""
     model = nn.Linear(1, 1, bias=False)
     nn.init.constant_(model.weight, job.task.measured[0][1])
@@ -246,3 +252,55 @@ def test_too_many_bad_samples_end_the_run_naming_the_first(tmp_path: Path) -> No
         DataError, match=r"3 of 1000 samples can't be used.* the first is 1 in a\.tar"
     ):
         train(many, tmp_path / "other")
+
+
+def test_a_checkpoint_whose_contents_changed_is_set_aside_for_the_one_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = Job(tmp_path / "run")
+    train(whole, tmp_path / "local", stop_after=7)
+    weights = tmp_path / "run/checkpoints/step-00000007/model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(StartAgainError, match="step-00000007 is damaged"):
+        train(Job(tmp_path / "run"), tmp_path / "first")
+    again = Job(tmp_path / "run")
+    train(again, tmp_path / "second")
+    assert again.task.rates[0] == pytest.approx(0.7)  # from step 6 on
+    assert not (tmp_path / "run/failed.json").exists()
+
+
+def test_a_resumed_worker_hashes_each_file_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(Job(tmp_path / "run"), tmp_path / "local", stop_after=2)
+    hashed: list[str] = []
+    original = checkpoint_manifest.digest_of
+
+    def digest_of(path: Path) -> Any:
+        hashed.append(path.name)
+        return original(path)
+
+    monkeypatch.setattr(checkpoint_manifest, "digest_of", digest_of)
+    train(Job(tmp_path / "run"), tmp_path / "again")
+    assert sorted(hashed) == ["model.safetensors", "training_state.safetensors"]
+
+
+def test_one_worker_of_a_node_fetches_for_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the second worker of the second node, where the third worker of all is the first."""
+
+    def gather(results: list[Any], mine: Any) -> None:
+        assert mine == (1, 1, None)
+        results[:] = [(0, 0, "there"), (0, 1, None), (1, 0, "here"), mine]
+
+    monkeypatch.setattr(process.torch.distributed, "all_gather_object", gather)
+    worker: TrainingProcess[Any, Any, Any] = TrainingProcess(Job(tmp_path / "run"), tmp_path)
+    worker.world_size, worker.node, worker.local_rank = 4, 1, 1
+
+    def fetch() -> str:
+        raise AssertionError("this worker fetches")
+
+    assert worker._once_a_node(fetch) == "here"
