@@ -55,16 +55,33 @@ def _place(uri: str) -> dict[str, str]:
     return {"Bucket": bucket, "Key": key}
 
 
-def s3_client() -> Any:
-    names = ("AWS_ENDPOINT_URL", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
+def open_client(patience: Config) -> Any:
+    """Open a client of the S3 store that the environment names, with keys read anew."""
     region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or "us-east-1"
-    return _client_of(region, *(os.environ.get(name) or None for name in names))
+    # A separate session, because the default one keeps the first keys that it saw.
+    return boto3.Session().client(
+        "s3",
+        endpoint_url=os.environ.get("AWS_ENDPOINT_URL") or None,
+        region_name=region,
+        config=patience,
+    )
+
+
+def s3_client() -> Any:
+    names = (
+        "AWS_REGION",
+        "AWS_DEFAULT_REGION",
+        "AWS_ENDPOINT_URL",
+        "AWS_ACCESS_KEY_ID",
+        "AWS_SECRET_ACCESS_KEY",
+        "AWS_SESSION_TOKEN",
+    )
+    return _client_of(*(os.environ.get(name) or None for name in names))
 
 
 @lru_cache(maxsize=4)
-def _client_of(region: str, endpoint: str | None, *_keys: str | None) -> Any:
-    # A separate session, because the default one keeps the first keys that it saw. And no request
-    # may last so long that others consider a lease stale.
-    patience = Config(connect_timeout=3, read_timeout=10, retries={"total_max_attempts": 2})
-    session = boto3.Session()
-    return session.client("s3", endpoint_url=endpoint, region_name=region, config=patience)
+def _client_of(*_settings: str | None) -> Any:
+    # No request may last so long that others consider a lease stale.
+    return open_client(
+        Config(connect_timeout=3, read_timeout=10, retries={"total_max_attempts": 2})
+    )

@@ -47,6 +47,7 @@ from pipelines import driver
 from pipelines.config.embed import EmbedConfig
 from pipelines.downstream.measuring import to_images
 from pipelines.outcome import ConfigError, StageResult
+from pipelines.reading.batches import too_many_bad
 from pipelines.reading.fingerprints import fingerprint
 from pipelines.reading.shards import open_shards, read_rows, read_samples
 from pipelines.terminal import progress
@@ -54,7 +55,7 @@ from pipelines.training.checkpoints import fetch_checkpoint, fetch_manifest
 from pipelines.training.protocol import Identity, Work
 from pipelines.training.run import checked, drive
 from pipelines.training.run_folder import RunFolder, Taken
-from pipelines.training.stopping import Decision, Phase, StepEnds, StopChannel, Told
+from pipelines.training.stopping import AfterStep, Phase, StepEnds, StopChannel, Told
 
 logger = logging.getLogger(__name__)
 
@@ -231,7 +232,7 @@ def _count_bad(config: EmbedConfig, data: Manifest, pieces: list[Piece]) -> int:
     """
     num_written = sum(_num_rows(piece.uri) for piece in pieces)
     bad = data.num_samples - num_written
-    if bad > config.max_bad_ratio * max(data.num_samples, 1000):
+    if too_many_bad(bad, data.num_samples, config.max_bad_ratio):
         raise DataError(
             f"{bad} of {data.num_samples} images can't be used, more than max_bad_ratio="
             f"{config.max_bad_ratio:g}; the workers' log names them"
@@ -283,10 +284,10 @@ class _Embedder:
             rows = read_samples(piece.shard, start, stop)
             numbered = [(start + i, row) for i, row in enumerate(rows) if isinstance(row, Sample)]
             tables += self.reader.table(piece.shard.path, numbered)
-            decision = self.ends.decide(is_due=False)
-            if decision is not Decision.GO_ON and stop < piece.stop:
+            decision = self.ends.agree(is_due=False)
+            if decision is not AfterStep.GO_ON and stop < piece.stop:
                 _write_part(piece, stop, tables)
-            if decision is Decision.STOP and stop < piece.stop:
+            if decision is AfterStep.STOP and stop < piece.stop:
                 return None
         table = _whole(tables)
         storage.write_bytes(piece.uri, _parquet(table))

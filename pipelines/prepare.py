@@ -271,10 +271,10 @@ def _pack_set(plan: SetPlan, config: PrepareConfig) -> PackedSet:
     num_images = num_new = 0
     logged_at_s = started_at_s
 
-    def reached() -> progress.State:
+    def reached() -> progress.Progress:
         elapsed = progress.format_seconds(time.monotonic() - started_at_s)
         detail = f"images={num_images} {elapsed}"
-        return progress.State("packing shards", len(records), len(plan.shards), detail)
+        return progress.Progress("packing shards", len(records), len(plan.shards), detail)
 
     with progress.doing("packing shards", reached):
         for name, (record, is_new) in _pack_shards(plan, min(config.workers, len(plan.shards))):

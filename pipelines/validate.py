@@ -102,8 +102,8 @@ def run(config: ValidateConfig, *, fresh: bool) -> StageResult:
     looks: list[Look] = []
     total = sum(_num_looked_at(config, shards))
 
-    def reached() -> progress.State:
-        return progress.State("checking images", len(looks), total)
+    def reached() -> progress.Progress:
+        return progress.Progress("checking images", len(looks), total)
 
     with progress.doing("checking images", reached):
         looks.extend(_look_at(config, shards))

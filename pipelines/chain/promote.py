@@ -26,7 +26,6 @@ class Verdict(NamedTuple):
     is_refused: bool
     text: str
     value: float
-    holder_value: float | None = None
     version: str | None = None  # version number of the candidate
 
 
@@ -38,7 +37,7 @@ def judge(
     if holder is None:
         return Verdict(False, f"{alias}: the first: {spec.metric} {value:.4g}", value)
     if holder.run_id == run_id:
-        return Verdict(False, f"{alias}: version {holder.number} is already this one", value, value)
+        return Verdict(False, f"{alias}: version {holder.number} is already this one", value)
     tags = holder.tags
     before = _number(tags.get(VALUE_TAG))
     if before is None or tags.get(METRIC_TAG) != spec.metric or tags.get(DATA_TAG) != data:
@@ -52,15 +51,15 @@ def judge(
             f"on data {data}: not comparable; promote.other_data=replace would promote this one"
         )
         is_refused = spec.other_data == "refuse"
-        return Verdict(is_refused, text, value, before)
+        return Verdict(is_refused, text, value)
     gain = value - before if spec.higher_is_better else before - value
     compared = (
         f"{spec.metric} {value:.4g}, version {holder.number} has {before:.4g}, margin "
         f"{spec.margin:g}"
     )
     if gain > spec.margin:
-        return Verdict(False, f"{alias}: better: {compared}", value, before)
-    return Verdict(True, f"{alias}: not better by more than the margin: {compared}", value, before)
+        return Verdict(False, f"{alias}: better: {compared}", value)
+    return Verdict(True, f"{alias}: not better by more than the margin: {compared}", value)
 
 
 def _number(text: str | None) -> float | None:

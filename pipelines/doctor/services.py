@@ -3,7 +3,6 @@
 import base64
 import http.client
 import json
-import logging
 import os
 import secrets
 import socket
@@ -21,11 +20,10 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 from urllib.parse import urlsplit
 
-import boto3
 from botocore.config import Config as BotoConfig
 from botocore.exceptions import BotoCoreError, ClientError
 
-from infra import storage
+from infra import conditional, storage
 
 TIMEOUT_S = 5.0  # of one request
 START_HINT = "start it (make up; . .services/env)"
@@ -169,19 +167,10 @@ def nearest_folder(place: str) -> Path:
 def _ask_bucket(place: str) -> tuple[datetime, datetime] | None:
     """Query the bucket with boto3, whose timeouts can be limited; return the server's time."""
     bucket, _, prefix = place.removeprefix(storage.S3_SCHEME).partition("/")
-    region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or "us-east-1"
     once = BotoConfig(
         connect_timeout=TIMEOUT_S, read_timeout=TIMEOUT_S, retries={"total_max_attempts": 1}
     )
-    # It would log where it found the keys.
-    logging.getLogger("botocore.credentials").setLevel(logging.WARNING)
-    # Not the process's default session, which remembers keys.
-    client = boto3.Session().client(
-        "s3",
-        endpoint_url=os.environ.get("AWS_ENDPOINT_URL") or None,
-        region_name=region,
-        config=once,
-    )
+    client = conditional.open_client(once)
     found = client.list_objects_v2(Bucket=bucket, Prefix=prefix, MaxKeys=1)
     return _server_time(found["ResponseMetadata"]["HTTPHeaders"].get("date"))
 

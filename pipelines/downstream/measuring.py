@@ -22,6 +22,7 @@ from mae_core.data.transforms import stack_pixels
 from mae_core.data.views import normalize
 from pipelines.downstream.arms import Arm
 from pipelines.downstream.task import EncodedSample, Evaluation, Example, Task
+from pipelines.reading.batches import too_many_bad
 from pipelines.reading.shards import BrokenSample, Rows, read_chosen, read_samples, target_of
 from pipelines.training.run_folder import RunFolder
 
@@ -96,7 +97,7 @@ class Measurer:
         predictions = [prediction for part in ordered for prediction in part]
         total = sum(map(len, chosen))
         num_bad, ratio = total - len(predictions), self.max_bad_ratio
-        if num_bad > ratio * max(total, 1000):
+        if too_many_bad(num_bad, total, ratio):
             raise NotMeasuredError(
                 f"{num_bad} of {total} samples of {shards[0].path} and the shards beside it can't "
                 f"be measured, more than data.max_bad_ratio={ratio:g}; the log names them"

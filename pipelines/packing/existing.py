@@ -67,8 +67,8 @@ def run(config: PrepareConfig, *, fresh: bool) -> StageResult:
             )
     found: dict[str, _Indexed] = {}
 
-    def reached() -> progress.State:
-        return progress.State("indexing tars", len(found), len(names))
+    def reached() -> progress.Progress:
+        return progress.Progress("indexing tars", len(found), len(names))
 
     with progress.doing("indexing tars", reached):
         for name, one in _index_all(folder, names, config):

@@ -19,6 +19,8 @@ from mae_core.data.views import ViewSpec, mask_generator, training_views
 from mae_core.masking import draw_noise
 from pipelines.config.pretrain import PretrainConfig
 
+LEAST_JUDGED = 1000  # samples that a share of bad ones is taken of, at least
+
 
 def view_spec(config: PretrainConfig) -> ViewSpec:
     return ViewSpec(
@@ -36,6 +38,14 @@ class BadSample(NamedTuple):
     key: str
     kind: str  # category for counting: see CorruptSampleError; or checksum, damaged
     reason: str
+
+
+def too_many_bad(num_bad: int, seen: int, max_bad_ratio: float) -> bool:
+    """Return whether too large a share of the samples can't be used.
+
+    The share is of a thousand samples at least: one bad sample among the first ten is no 10 %.
+    """
+    return num_bad > max_bad_ratio * max(seen, LEAST_JUDGED)
 
 
 class DecodedBatch(NamedTuple):

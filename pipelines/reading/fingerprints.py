@@ -130,10 +130,10 @@ def shard_facts(shards: Sequence[str]) -> list[storage.FileFacts]:
 
 def _manifest_of(folder: str) -> Manifest | None:
     text = _read(storage.join(folder, MANIFEST_NAME))
-    return None if text is None else read_manifest(text, folder)
+    return None if text is None else parse_folder_manifest(text, folder)
 
 
-def read_manifest(text: bytes, folder: str) -> Manifest:
+def parse_folder_manifest(text: bytes, folder: str) -> Manifest:
     """Parse a manifest, or raise a ConfigError if it is damaged."""
     try:
         return parse_manifest(text, storage.join(folder, MANIFEST_NAME))

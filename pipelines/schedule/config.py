@@ -21,7 +21,9 @@ from pipelines.config.fields import did_you_mean
 from pipelines.config.loading import near_file, read_config_file, shown
 from pipelines.outcome import ConfigError
 
-NAME_PATTERN = r"^[a-z]([-a-z0-9]*[a-z0-9])?$"  # becomes a prefix of Kubernetes and Ray names
+SCHEDULE_NAME_PATTERN = (
+    r"^[a-z]([-a-z0-9]*[a-z0-9])?$"  # becomes a prefix of Kubernetes and Ray names
+)
 CRON_HINT = "minute hour day month weekday, such as '30 2 * * *' or '*/15 8-18 * * MON-FRI'"
 TICK_WORDS = ("{tick}", "{tick_date}")
 _ANY_TIME = datetime(2027, 1, 1, tzinfo=UTC)
@@ -43,7 +45,7 @@ class NewDataConfig(StrictConfig):
 
 
 class Schedule(StrictConfig):
-    name: str = Field(pattern=NAME_PATTERN, max_length=35)
+    name: str = Field(pattern=SCHEDULE_NAME_PATTERN, max_length=35)
     """Prefix of the ids of its runs: a-z, 0-9 and -."""
     chain: str
     """The pipeline's file, as for `mae run`."""

@@ -16,12 +16,12 @@ from pipelines.schedule.config import Schedule, load_schedules
 from pipelines.schedule.runs import read_pause, read_state, status, stop, submit, write_state
 from pipelines.schedule.times import (
     LATE,
-    Decision,
-    State,
+    ScheduleState,
+    TickDecision,
     advance,
-    decide,
+    decide_ticks,
     ended,
-    fingerprint,
+    files_fingerprint,
     look,
     next_wake,
     ticks_between,
@@ -45,7 +45,7 @@ def run_pass(
     now: datetime,
     on_time: timedelta = timedelta(),
     others: Sequence[str] = (),
-) -> tuple[State, list[str]]:
+) -> tuple[ScheduleState, list[str]]:
     """Do what is due; return the new state, and a line for each action.
 
     `others` are schedules of the same pipeline, of which only one run can be active at a time.
@@ -56,7 +56,7 @@ def run_pass(
     pause, before = read_pause(root, schedule.name), read_state(root, schedule.name)
     seen = ""
     if schedule.new_data is not None:
-        seen = fingerprint(storage.list_tree(schedule.new_data.path))
+        seen = files_fingerprint(storage.list_tree(schedule.new_data.path))
     state = look(schedule, before, pause, now, seen=seen, on_time=on_time)
     lines: list[str] = []
     try:
@@ -65,9 +65,9 @@ def run_pass(
             if how != "running":
                 lines.append(f"{state.running}: {how}")
                 state = ended(state, how)
-        decisions = decide(schedule, state, pause, now)
+        decisions = decide_ticks(schedule, state, pause, now)
         if decisions and any(_is_running(root, name) for name in others):
-            decisions = decide(schedule, state, pause, now, is_taken=True)
+            decisions = decide_ticks(schedule, state, pause, now, is_taken=True)
         for decision in decisions:
             lines.append(_carry_out(root, schedule, state, decision))
             state = advance(state, decision)
@@ -100,7 +100,7 @@ def others_of(schedule: Schedule, schedules: Iterable[Schedule]) -> list[str]:
     return [x.name for x in same if x.name != schedule.name]
 
 
-def _carry_out(root: str, schedule: Schedule, state: State, decision: Decision) -> str:
+def _carry_out(root: str, schedule: Schedule, state: ScheduleState, decision: TickDecision) -> str:
     told = f"{decision.tick.id}: {decision.kind}, {decision.why}"
     if decision.kind == "replace" and state.running is not None:
         stop(root, schedule.name, state.running)
@@ -217,6 +217,6 @@ def once(
             time.sleep(ONCE_POLL_S)
 
 
-def _has_tick_in_jitter(schedule: Schedule, state: State, now: datetime) -> bool:
+def _has_tick_in_jitter(schedule: Schedule, state: ScheduleState, now: datetime) -> bool:
     is_cron = schedule.new_data is None and schedule.enabled
     return is_cron and any(ticks_between(schedule, state.handled_until, now))

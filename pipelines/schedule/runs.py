@@ -1,7 +1,7 @@
 """Start, watch and stop the runs of schedules; each tick starts only once, even with competitors.
 
     <root>/schedules/<name>/
-      state.json         what the scheduler knows (schedule.times.State)
+      state.json         what the scheduler knows (schedule.times.ScheduleState)
       pause.json         the last `mae schedule pause` or `resume`
       ticks/<id>.json    written when this tick was started: where, when
       runs/<id>.log      output of a local process, beside its .exit code
@@ -37,7 +37,7 @@ from infra.redaction import redact
 from mae_core.config import StrictConfig
 from pipelines.driver import git_commit
 from pipelines.schedule.config import Schedule
-from pipelines.schedule.times import Pause, State, Tick
+from pipelines.schedule.times import Pause, ScheduleState, Tick
 
 logger = logging.getLogger(__name__)
 
@@ -85,11 +85,11 @@ def folder_of(root: str, name: str) -> str:
     return storage.join(root, "schedules", name)
 
 
-def read_state(root: str, name: str) -> State | None:
-    return _read(storage.join(folder_of(root, name), "state.json"), State)
+def read_state(root: str, name: str) -> ScheduleState | None:
+    return _read(storage.join(folder_of(root, name), "state.json"), ScheduleState)
 
 
-def write_state(root: str, name: str, state: State) -> None:
+def write_state(root: str, name: str, state: ScheduleState) -> None:
     _write(storage.join(folder_of(root, name), "state.json"), state)
 
 

@@ -34,7 +34,7 @@ class Tick(NamedTuple):
 Kind = Literal["fire", "replace", "queue", "skip", "miss"]
 
 
-class Decision(NamedTuple):
+class TickDecision(NamedTuple):
     kind: Kind
     tick: Tick
     why: str
@@ -47,7 +47,7 @@ class Pause(StrictConfig):
     at: datetime = datetime.min.replace(tzinfo=UTC)
 
 
-class State(StrictConfig):
+class ScheduleState(StrictConfig):
     """What a scheduler knows about a schedule."""
 
     trigger: str
@@ -66,21 +66,21 @@ class State(StrictConfig):
 
 def look(
     schedule: Schedule,
-    state: State | None,
+    state: ScheduleState | None,
     pause: Pause,
     now: datetime,
     *,
     seen: str = "",
     on_time: timedelta = timedelta(),
-) -> State:
-    """Return the state to pass to `decide`; `seen` is the fingerprint of the current data.
+) -> ScheduleState:
+    """Return the state to pass to `decide_ticks`; `seen` is the fingerprint of the current data.
 
     Ticks never fire if they passed before the schedule was first seen (except within `on_time`),
     while it was off, or while it was paused.
     """
     is_new = state is None or state.trigger != schedule.trigger
     if state is None or is_new:
-        new = State(trigger=schedule.trigger, handled_until=now - on_time)
+        new = ScheduleState(trigger=schedule.trigger, handled_until=now - on_time)
         state = new if state is None else _changed(new, running=state.running, last=state.last)
     if seen != state.seen:
         state = _changed(state, seen=seen, seen_at=now)
@@ -91,9 +91,9 @@ def look(
     return _changed(state, fired=seen) if is_new else state
 
 
-def decide(
-    schedule: Schedule, state: State, pause: Pause, now: datetime, *, is_taken: bool = False
-) -> list[Decision]:
+def decide_ticks(
+    schedule: Schedule, state: ScheduleState, pause: Pause, now: datetime, *, is_taken: bool = False
+) -> list[TickDecision]:
     """Decide what to do now, in order; at most one run is started.
 
     `is_taken` means that another schedule runs the same pipeline, whose run we must not stop.
@@ -112,11 +112,11 @@ def decide(
     decisions = []
     if missed:
         why = f"{len(missed)} ticks were missed, catch_up is {schedule.catch_up}"
-        decisions.append(Decision("miss", tick_of(schedule, missed[-1]), why))
+        decisions.append(TickDecision("miss", tick_of(schedule, missed[-1]), why))
     waiting = list(state.queued)
     is_busy = is_taken or state.running is not None
     if waiting and not is_busy:
-        decisions.append(Decision("fire", tick_of(schedule, waiting.pop(0)), "it waited"))
+        decisions.append(TickDecision("fire", tick_of(schedule, waiting.pop(0)), "it waited"))
         is_busy = True
     for at in wanted:
         kind: Kind = "fire"
@@ -124,7 +124,7 @@ def decide(
             is_made_up = at in made_up[schedule.catch_up]
             kind = _kind_of_busy(schedule, state, is_made_up=is_made_up)
         why = "it is time" if kind == "fire" else f"a run is active, overlap is {schedule.overlap}"
-        decisions.append(Decision(kind, tick_of(schedule, at), why))
+        decisions.append(TickDecision(kind, tick_of(schedule, at), why))
         is_busy = True
         if kind == "queue":
             waiting.append(at)
@@ -133,7 +133,7 @@ def decide(
     return decisions
 
 
-def _kind_of_busy(schedule: Schedule, state: State, *, is_made_up: bool) -> Kind:
+def _kind_of_busy(schedule: Schedule, state: ScheduleState, *, is_made_up: bool) -> Kind:
     # Ticks that are caught up wait for one another.
     if is_made_up and schedule.catch_up == "all":
         return "queue"
@@ -142,21 +142,21 @@ def _kind_of_busy(schedule: Schedule, state: State, *, is_made_up: bool) -> Kind
 
 
 def _decide_data(
-    schedule: Schedule, state: State, now: datetime, *, is_taken: bool
-) -> list[Decision]:
+    schedule: Schedule, state: ScheduleState, now: datetime, *, is_taken: bool
+) -> list[TickDecision]:
     assert schedule.new_data is not None
     settle = timedelta(seconds=schedule.new_data.settle_s)
     if state.seen in ("", state.fired) or now - state.seen_at < settle:
         return []
     tick = Tick(f"{schedule.name}-{state.seen[:ID_CHARS]}", None)
     if state.running is None and not is_taken:
-        return [Decision("fire", tick, "there is new data")]
+        return [TickDecision("fire", tick, "there is new data")]
     if schedule.overlap == "replace" and state.running is not None:
-        return [Decision("replace", tick, "there is new data, overlap is replace")]
+        return [TickDecision("replace", tick, "there is new data, overlap is replace")]
     return []  # the data stays: whatever exists when the run ends fires then
 
 
-def advance(state: State, decision: Decision) -> State:
+def advance(state: ScheduleState, decision: TickDecision) -> ScheduleState:
     """Return the state after a decision was carried out."""
     at = decision.tick.at
     if at is None:
@@ -175,12 +175,12 @@ def advance(state: State, decision: Decision) -> State:
     )
 
 
-def ended(state: State, how: str) -> State:
+def ended(state: ScheduleState, how: str) -> ScheduleState:
     """Return the state after the active run has ended."""
     return _changed(state, running=None, last=f"{state.running} {how}")
 
 
-def _changed(state: State, **values: object) -> State:
+def _changed(state: ScheduleState, **values: object) -> ScheduleState:
     return state.model_copy(update=values)
 
 
@@ -228,7 +228,7 @@ def tick_of(schedule: Schedule, at: datetime) -> Tick:
     return Tick(f"{schedule.name}-{at.astimezone(UTC):%Y%m%dT%H%M%SZ}", at)
 
 
-def fingerprint(files: Mapping[str, FileFacts]) -> str:
+def files_fingerprint(files: Mapping[str, FileFacts]) -> str:
     """Hash names, sizes and times of change; "" if there are no files."""
     lines = [f"{name}\t{facts.num_bytes}\t{facts.changed_at_ns}" for name, facts in files.items()]
     return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest() if lines else ""

@@ -26,7 +26,7 @@ MAX_SAY_EVERY_S = 60.0
 BAR = "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}{postfix}"
 
 
-class State(NamedTuple):
+class Progress(NamedTuple):
     """What is being done, and how far it is."""
 
     what: str
@@ -63,7 +63,7 @@ def format_seconds(seconds: float) -> str:
 
 
 @contextmanager
-def doing(what: str, read: Callable[[], State] | None = None) -> Iterator[None]:
+def doing(what: str, read: Callable[[], Progress] | None = None) -> Iterator[None]:
     """Show that something is being done, for the duration of the block.
 
     Args:
@@ -77,7 +77,7 @@ def doing(what: str, read: Callable[[], State] | None = None) -> Iterator[None]:
     def show() -> None:
         while not ended.wait(DRAW_EVERY_S):
             try:
-                display.show(State(what) if read is None else read())
+                display.show(Progress(what) if read is None else read())
             except Exception as error:  # the object that is shown may end first
                 logger.debug("could not show the progress: %s", error)
 
@@ -103,7 +103,7 @@ class _Bar:
         self._shown: tuple[str, int] | None = None
         self._since_s = time.monotonic()
 
-    def show(self, state: State) -> None:
+    def show(self, state: Progress) -> None:
         if self._shown != (state.what, state.total):
             self.close()
             self._shown, self._since_s = (state.what, state.total), time.monotonic()
@@ -136,11 +136,11 @@ class _Lines:
 
     def __init__(self, what: str) -> None:
         self._began_s = self._since_s = time.monotonic()
-        self._state: State | None = None
+        self._state: Progress | None = None
         self._num_lines = worker_logging.num_lines_shown()
         logger.info("%s ...", what)
 
-    def show(self, state: State) -> None:
+    def show(self, state: Progress) -> None:
         now_s, num_lines = time.monotonic(), worker_logging.num_lines_shown()
         if num_lines != self._num_lines:
             self._num_lines, self._since_s = num_lines, now_s

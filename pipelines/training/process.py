@@ -31,7 +31,7 @@ from mae_core.data.randomness import named_generator
 from mae_core.train_step import BatchLoss, optimizer_step
 from pipelines.config.downstream import DownstreamConfig
 from pipelines.config.pretrain import PretrainConfig
-from pipelines.reading.batches import BadSample, autocast_dtype, check_place
+from pipelines.reading.batches import BadSample, autocast_dtype, check_place, too_many_bad
 from pipelines.reading.sample_trace import SampleTrace
 from pipelines.reading.sequence import micro_batches
 from pipelines.training import local_mode
@@ -47,10 +47,9 @@ from pipelines.training.reporting import (
     RunSize,
     StepReporter,
     bad_samples_error,
-    too_many_bad,
 )
 from pipelines.training.run_folder import RunFolder
-from pipelines.training.stopping import Decision, Phase, StepEnds, StopChannel
+from pipelines.training.stopping import AfterStep, Phase, StepEnds, StopChannel
 
 logger = logging.getLogger(__name__)
 
@@ -314,12 +313,12 @@ class TrainingProcess(Generic[PartT, DecodedT, BatchT]):
                     self.task.show(trained.model, part, own_step, reporter.writer)
                 every = self.config.checkpoint.every_steps
                 is_due = step == part.last_step or own_step % every == 0
-                decision = self.ends.decide(is_due=is_due)
-                if decision is not Decision.GO_ON:
-                    hurried = decision is Decision.STOP
+                decision = self.ends.agree(is_due=is_due)
+                if decision is not AfterStep.GO_ON:
+                    hurried = decision is AfterStep.STOP
                     reporter.settle(self.job.folder, self.rank, self.world_size, is_hurried=hurried)
                     self._checkpoint(part, trained, step)
-                if decision is Decision.STOP:
+                if decision is AfterStep.STOP:
                     self.ends.tell(Phase.STOPPED, step)
                     return False
         if self.world_size > 1:  # measured with the statistics of the model that is kept
@@ -359,7 +358,7 @@ class TrainingProcess(Generic[PartT, DecodedT, BatchT]):
         totals = reporter.report(own_step, learning_rate=learning_rate, grad_norm=metrics.grad_norm)
         seen = (own_step - reporter.first_step) * reporter.size.images_per_step
         ratio = self.config.data.max_bad_ratio
-        if too_many_bad(totals, seen, ratio):
+        if too_many_bad(totals.num_bad, seen, ratio):
             reporter.save_bad_samples(self.job.folder, self.rank, self.world_size)
             raise bad_samples_error(totals, seen, ratio, self.job.folder)
 

@@ -191,7 +191,7 @@ def run_until_stopped(
         )
 
 
-def _state(told: Told) -> progress.State:
+def _state(told: Told) -> progress.Progress:
     """What the workers said, for the user."""
     what = {
         Phase.STARTING: "starting the workers",
@@ -200,7 +200,7 @@ def _state(told: Told) -> progress.State:
         Phase.STOPPED: "stopping the workers",
     }[told.phase]
     is_counted = told.phase in (Phase.TRAINING, Phase.MEASURING)
-    return progress.State(what, told.step, told.total if is_counted else 0, told.detail)
+    return progress.Progress(what, told.step, told.total if is_counted else 0, told.detail)
 
 
 def log_bad_samples(uri: str, run_id: str | None, folder: RunFolder) -> list[dict[str, Any]]:

@@ -17,7 +17,7 @@ from torch import Tensor
 from infra.tracking import MetricWriter
 from mae_core.data.samples import DataError
 from mae_core.train_step import StepMetrics
-from pipelines.reading.batches import BadSample
+from pipelines.reading.batches import LEAST_JUDGED, BadSample
 from pipelines.terminal.progress import format_seconds, has_bar, silence_limit_s
 from pipelines.training.run_folder import RunFolder
 from pipelines.training.stopping import Phase, StepEnds, Told
@@ -235,18 +235,13 @@ class StepReporter:
             torch.distributed.barrier()
 
 
-def too_many_bad(totals: Totals, seen: int, max_bad_ratio: float) -> bool:
-    """Judged against a thousand samples at least: one bad one of the first ten is no 10 %."""
-    return totals.num_bad > max_bad_ratio * max(seen, 1000)
-
-
 def bad_samples_error(
     totals: Totals, seen: int, max_bad_ratio: float, folder: RunFolder
 ) -> DataError:
     """Say what is wrong with how many, after `StepReporter.save_bad_samples`."""
     bad = folder.read_bad_samples()
     return DataError(
-        f"{totals.num_bad} of {max(seen, 1000)} samples can't be used, more than "
+        f"{totals.num_bad} of {max(seen, LEAST_JUDGED)} samples can't be used, more than "
         f"data.max_bad_ratio={max_bad_ratio:g} ({count_kinds(bad)}); the first is "
         f"{bad[0]['key']} in {bad[0]['shard']}: {bad[0]['reason']}; all of them: "
         f"{folder.bad_samples_uri}"

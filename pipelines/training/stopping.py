@@ -73,7 +73,7 @@ class StopChannel(NamedTuple):
         return internal_kv._internal_kv_get(f"{self.start}-{key}", namespace=NAMESPACE)
 
 
-class Decision(Enum):
+class AfterStep(Enum):
     GO_ON = 0
     SAVE = 1
     STOP = 2  # with a checkpoint
@@ -135,7 +135,7 @@ class StepEnds:
         """Tell how far the measuring is, in images or pieces of them."""
         self.tell_progress(Told(Phase.MEASURING, done, total, what))
 
-    def decide(self, *, is_due: bool) -> Decision:
+    def agree(self, *, is_due: bool) -> AfterStep:
         """Every rank calls it after the same steps, and gets the same answer.
 
         Args:
@@ -145,13 +145,13 @@ class StepEnds:
         if self._group is not None:
             word = torch.tensor(decision.value)
             torch.distributed.broadcast(word, 0, group=self._group)
-            decision = Decision(int(word))
-        if decision is not Decision.GO_ON:
+            decision = AfterStep(int(word))
+        if decision is not AfterStep.GO_ON:
             self._saved_at_s = time.monotonic()
         return decision
 
-    def _of_this_rank(self, is_due: bool) -> Decision:
+    def _of_this_rank(self, is_due: bool) -> AfterStep:
         if self.is_asked:
-            return Decision.STOP
+            return AfterStep.STOP
         is_due = is_due or time.monotonic() - self._saved_at_s >= self._every_s
-        return Decision.SAVE if is_due else Decision.GO_ON
+        return AfterStep.SAVE if is_due else AfterStep.GO_ON

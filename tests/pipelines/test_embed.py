@@ -12,7 +12,7 @@ from pipelines import embed
 from pipelines.config.embed import EmbedConfig
 from pipelines.embed import Piece
 from pipelines.reading.shards import open_shards
-from pipelines.training.stopping import Decision, StopChannel
+from pipelines.training.stopping import AfterStep, StopChannel
 
 
 class Reader:
@@ -38,11 +38,11 @@ class Ends:
 
     is_asked = False
 
-    def __init__(self, *decisions: Decision) -> None:
+    def __init__(self, *decisions: AfterStep) -> None:
         self.decisions = list(decisions)
 
-    def decide(self, *, is_due: bool) -> Decision:
-        return self.decisions.pop(0) if self.decisions else Decision.GO_ON
+    def agree(self, *, is_due: bool) -> AfterStep:
+        return self.decisions.pop(0) if self.decisions else AfterStep.GO_ON
 
 
 @pytest.fixture
@@ -55,7 +55,7 @@ def shard(foreign: Path, tmp_path: Path) -> ShardInfo:
 def embedder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Any]:
     monkeypatch.setattr(embed, "FeatureReader", Reader)
 
-    def make(*decisions: Decision) -> Any:
+    def make(*decisions: AfterStep) -> Any:
         monkeypatch.setattr(embed, "StepEnds", lambda *_, **__: Ends(*decisions))
         config = EmbedConfig(init_from="unused", data="unused")
         return embed._Embedder(embed.EmbedJob(config, "", (4, 4), StopChannel("a")), [])
@@ -76,7 +76,7 @@ def test_a_stopped_file_goes_on_where_it_was_and_ends_as_if_never_stopped(
     assert embedder()._write(whole) == 8
 
     cut = piece(shard, tmp_path / "cut")
-    first = embedder(Decision.GO_ON, Decision.STOP)
+    first = embedder(AfterStep.GO_ON, AfterStep.STOP)
     assert first._write(cut) is None
     assert not Path(cut.uri).exists()
     assert embed._what_is_saved([cut], 16, embed.RunFolder(str(tmp_path / "cut"))) == (
@@ -94,7 +94,7 @@ def test_what_is_done_is_kept_by_the_clock_too(
     tmp_path: Path, shard: ShardInfo, embedder: Callable[..., Any]
 ) -> None:
     cut = piece(shard, tmp_path)
-    killed = embedder(Decision.GO_ON, Decision.SAVE)
+    killed = embedder(AfterStep.GO_ON, AfterStep.SAVE)
     killed.reader.fail_after = 4
     with pytest.raises(MemoryError):
         killed._write(cut)
@@ -114,7 +114,7 @@ def test_a_damaged_part_costs_a_warning_and_is_embedded_again(
     tmp_path: Path, shard: ShardInfo, embedder: Callable[..., Any], caplog: pytest.LogCaptureFixture
 ) -> None:
     cut = piece(shard, tmp_path)
-    embedder(Decision.STOP)._write(cut)
+    embedder(AfterStep.STOP)._write(cut)
     Path(cut.part_uri).write_bytes(b"PAR1 cut")
     again = embedder()
     assert again._write(cut) == 8

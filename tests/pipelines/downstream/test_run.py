@@ -145,6 +145,13 @@ def test_the_output_is_the_fine_tuned_model_if_there_is_one(names: list[str], ke
     assert kept_arm([make_arm("knn", steps=0)]) is None
 
 
+def test_the_output_is_of_the_largest_share_of_the_labels() -> None:
+    arms = [make_arm("finetune", share) for share in (0.1, 1.0, 0.5)]
+    found = kept_arm([*arms, make_arm("scratch", 1.0)])
+    assert found is not None
+    assert found.label == "finetune-1-seed0"
+
+
 @pytest.mark.parametrize(
     ("config_type", "words", "message"),
     [

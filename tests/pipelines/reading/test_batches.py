@@ -21,6 +21,7 @@ from pipelines.reading.batches import (
     DecodedBatch,
     ahead,
     decode_block,
+    too_many_bad,
     view_spec,
 )
 from pipelines.reading.sequence import SCHEMA
@@ -262,3 +263,18 @@ def test_batches_are_decoded_ahead_but_no_further(images: dict[str, bytes]) -> N
     while any(t.name.startswith("ahead") for t in threading.enumerate()):
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+@pytest.mark.parametrize(
+    ("num_bad", "seen", "is_too_many"),
+    [
+        (10, 10, False),  # of a thousand at least: 1 %
+        (11, 10, True),
+        (20, 2000, False),
+        (21, 2000, True),
+    ],
+)
+def test_a_share_of_bad_samples_is_judged_against_a_thousand_at_least(
+    num_bad: int, seen: int, is_too_many: bool
+) -> None:
+    assert too_many_bad(num_bad, seen, 0.01) == is_too_many

@@ -26,7 +26,7 @@ from pipelines.schedule.runs import (
     submit,
     write_state,
 )
-from pipelines.schedule.times import State, Tick, tick_of
+from pipelines.schedule.times import ScheduleState, Tick, tick_of
 
 AT = datetime(2027, 3, 27, 23, 30, tzinfo=UTC)
 NIGHTLY = Schedule(
@@ -182,7 +182,7 @@ def test_the_run_of_another_machine_is_unknown_for_a_day(
 
 
 def test_state_is_read_as_it_was_written_and_damage_is_told(tmp_path: Path) -> None:
-    state = State(trigger="x", handled_until=AT, queued=(AT, AT), running="r", seen="s")
+    state = ScheduleState(trigger="x", handled_until=AT, queued=(AT, AT), running="r", seen="s")
     assert read_state(root_of(tmp_path), "nightly") is None
     write_state(root_of(tmp_path), "nightly", state)
     assert read_state(root_of(tmp_path), "nightly") == state

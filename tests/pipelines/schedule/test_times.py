@@ -13,13 +13,13 @@ from hypothesis import strategies as st
 from infra.storage import FileFacts
 from pipelines.schedule.config import NewDataConfig, Schedule
 from pipelines.schedule.times import (
-    Decision,
     Pause,
-    State,
+    ScheduleState,
+    TickDecision,
     advance,
-    decide,
+    decide_ticks,
     ended,
-    fingerprint,
+    files_fingerprint,
     jitter,
     look,
     next_ticks,
@@ -49,17 +49,17 @@ class FakeScheduler:
     def __init__(self, schedule: Schedule, run_time: timedelta = timedelta()) -> None:
         self.schedule = schedule
         self.run_time = run_time
-        self.state: State | None = None
+        self.state: ScheduleState | None = None
         self.pause = NEVER
         self.seen = ""
         self.ends_at = YEAR
         self.done: list[tuple[str, str]] = []  # kind and tick
 
-    def at(self, now: datetime) -> list[Decision]:
+    def at(self, now: datetime) -> list[TickDecision]:
         state = look(self.schedule, self.state, self.pause, now, seen=self.seen)
         if state.running is not None and now >= self.ends_at:
             state = ended(state, "done")
-        decisions = decide(self.schedule, state, self.pause, now)
+        decisions = decide_ticks(self.schedule, state, self.pause, now)
         for decision in decisions:
             state = advance(state, decision)
             if decision.kind in ("fire", "replace"):
@@ -173,7 +173,7 @@ def test_a_first_look_fires_nothing_of_the_past() -> None:
 
 def test_a_first_look_may_count_what_is_just_due() -> None:
     state = look(make(), None, NEVER, YEAR + 2 * MINUTE, on_time=5 * MINUTE)
-    decisions = decide(make(), state, NEVER, YEAR + 2 * MINUTE)
+    decisions = decide_ticks(make(), state, NEVER, YEAR + 2 * MINUTE)
     assert [(x.kind, x.tick.id) for x in decisions] == [("fire", "nightly-20270101T000000Z")]
 
 
@@ -294,7 +294,7 @@ def test_state_survives_a_restart() -> None:
         lasting.at(now)
         forgetful.at(now)
         assert forgetful.state is not None
-        forgetful.state = State.model_validate_json(forgetful.state.model_dump_json())
+        forgetful.state = ScheduleState.model_validate_json(forgetful.state.model_dump_json())
     assert forgetful.done == lasting.done
     assert len(forgetful.fired) > 100
 
@@ -396,13 +396,13 @@ def test_a_fingerprint_sees_names_sizes_and_times(
     change: Callable[[dict[str, FileFacts]], dict[str, FileFacts]],
 ) -> None:
     files = {"a.tar": FileFacts(10, 5), "b.tar": FileFacts(20, 5)}
-    assert fingerprint(change(files)) != fingerprint(files)
+    assert files_fingerprint(change(files)) != files_fingerprint(files)
 
 
 def test_a_fingerprint_does_not_see_the_order() -> None:
     files = {"a.tar": FileFacts(10, 5), "b.tar": FileFacts(20, 5)}
-    assert fingerprint(dict(reversed(files.items()))) == fingerprint(files)
-    assert fingerprint({}) == ""
+    assert files_fingerprint(dict(reversed(files.items()))) == files_fingerprint(files)
+    assert files_fingerprint({}) == ""
 
 
 @pytest.mark.parametrize(
@@ -412,11 +412,11 @@ def test_a_run_of_another_schedule_of_the_pipeline_is_waited_for_and_never_stopp
     overlap: str, kind: str
 ) -> None:
     state = look(make(overlap=overlap), None, NEVER, YEAR + HOUR / 2)
-    (decision,) = decide(make(overlap=overlap), state, NEVER, YEAR + HOUR, is_taken=True)
+    (decision,) = decide_ticks(make(overlap=overlap), state, NEVER, YEAR + HOUR, is_taken=True)
     assert (decision.kind, decision.tick.id) == (kind, "nightly-20270101T010000Z")
     queued = state.model_copy(update={"queued": (YEAR,)})
-    assert decide(make(), queued, NEVER, YEAR + HOUR / 2, is_taken=True) == []
-    assert len(decide(make(), queued, NEVER, YEAR + HOUR / 2)) == 1
+    assert decide_ticks(make(), queued, NEVER, YEAR + HOUR / 2, is_taken=True) == []
+    assert len(decide_ticks(make(), queued, NEVER, YEAR + HOUR / 2)) == 1
 
 
 @pytest.mark.parametrize("overlap", ["skip", "replace"])
@@ -424,8 +424,8 @@ def test_new_data_waits_for_another_schedule_of_the_pipeline(overlap: str) -> No
     data = make_data(overlap=overlap)
     state = look(data, None, NEVER, YEAR, seen="a" * 64)
     state = look(data, state, NEVER, YEAR + HOUR, seen="b" * 64)
-    assert decide(data, state, NEVER, YEAR + 2 * HOUR, is_taken=True) == []
-    assert [x.kind for x in decide(data, state, NEVER, YEAR + 2 * HOUR)] == ["fire"]
+    assert decide_ticks(data, state, NEVER, YEAR + 2 * HOUR, is_taken=True) == []
+    assert [x.kind for x in decide_ticks(data, state, NEVER, YEAR + 2 * HOUR)] == ["fire"]
 
 
 def test_a_replaced_run_takes_those_that_waited_for_it_along() -> None:

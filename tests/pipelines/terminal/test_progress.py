@@ -16,7 +16,7 @@ from pipelines.config.prepare import PrepareConfig
 from pipelines.config.validate import ValidateConfig
 from pipelines.packing import existing as existing_shards
 from pipelines.terminal import progress, worker_logging
-from pipelines.terminal.progress import State
+from pipelines.terminal.progress import Progress
 from tests.pipelines.packed_sets import pack, write_image
 
 
@@ -46,7 +46,7 @@ def seen_on_a_terminal() -> Iterator[Terminal]:
 
 
 def test_a_terminal_gets_a_bar_and_what_is_said_comes_above_it() -> None:
-    state = State("training", 40, 80, "loss=0.5 eta=0m25s")
+    state = Progress("training", 40, 80, "loss=0.5 eta=0m25s")
     with seen_on_a_terminal() as terminal, progress.doing("starting", lambda: state):
         wait_for("training  50%|", terminal)
         logging.getLogger("pipelines.x").info("a line")
@@ -76,7 +76,7 @@ def wait_for_line(text: str, caplog: pytest.LogCaptureFixture) -> None:
 @pytest.mark.usefixtures("impatient")
 def test_a_pipe_gets_lines(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
-    state = State("kNN evaluation", 3, 12)
+    state = Progress("kNN evaluation", 3, 12)
     with progress.doing("starting the workers", lambda: state):
         wait_for_line("still kNN evaluation 3 of 12, 0m00s", caplog)
     assert caplog.messages[0] == "starting the workers ..."
@@ -129,12 +129,12 @@ def test_what_workers_say_is_no_silence(
     lines = progress._Lines("training")
     lines._since_s -= 999.9
     monkeypatch.setattr(worker_logging, "num_lines_shown", lambda: 7)
-    lines.show(State("training"))
+    lines.show(Progress("training"))
     lines._since_s -= 999.9
-    lines.show(State("training"))
+    lines.show(Progress("training"))
     assert caplog.messages == ["training ..."]
     lines._since_s -= 999.9
-    lines.show(State("training"))
+    lines.show(Progress("training"))
     assert caplog.messages[-1].startswith("still training")
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from pipelines.training import recording, stopping
 from pipelines.training.checkpoints import newest_step
-from pipelines.training.stopping import Decision, Phase, StepEnds, StopChannel, Told
+from pipelines.training.stopping import AfterStep, Phase, StepEnds, StopChannel, Told
 
 
 @pytest.fixture(autouse=True)
@@ -41,12 +41,12 @@ def wait_until_asked(ends: StepEnds) -> None:
 def test_steps_go_on_until_a_checkpoint_is_due_or_the_run_is_to_stop() -> None:
     channel = StopChannel("a")
     ends = step_ends(channel)
-    assert ends.decide(is_due=False) is Decision.GO_ON
-    assert ends.decide(is_due=True) is Decision.SAVE
+    assert ends.agree(is_due=False) is AfterStep.GO_ON
+    assert ends.agree(is_due=True) is AfterStep.SAVE
     channel.ask()
     wait_until_asked(ends)
-    assert ends.decide(is_due=False) is Decision.STOP
-    assert ends.decide(is_due=True) is Decision.STOP
+    assert ends.agree(is_due=False) is AfterStep.STOP
+    assert ends.agree(is_due=True) is AfterStep.STOP
 
 
 def test_a_checkpoint_is_due_by_the_clock_and_any_checkpoint_sets_it_back(
@@ -56,14 +56,14 @@ def test_a_checkpoint_is_due_by_the_clock_and_any_checkpoint_sets_it_back(
     monkeypatch.setattr(stopping.time, "monotonic", lambda: now)
     ends = step_ends(StopChannel("b"), every_minutes=2)
     now += 119
-    assert ends.decide(is_due=False) is Decision.GO_ON
+    assert ends.agree(is_due=False) is AfterStep.GO_ON
     now += 1
-    assert ends.decide(is_due=False) is Decision.SAVE
-    assert ends.decide(is_due=False) is Decision.GO_ON
+    assert ends.agree(is_due=False) is AfterStep.SAVE
+    assert ends.agree(is_due=False) is AfterStep.GO_ON
     now += 100
-    assert ends.decide(is_due=True) is Decision.SAVE
+    assert ends.agree(is_due=True) is AfterStep.SAVE
     now += 100
-    assert ends.decide(is_due=False) is Decision.GO_ON
+    assert ends.agree(is_due=False) is AfterStep.GO_ON
 
 
 def test_another_start_of_the_run_is_not_asked() -> None:
