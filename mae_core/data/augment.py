@@ -10,12 +10,15 @@ from typing import TypeVar
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image, ImageEnhance, ImageOps
+from PIL import Image
+from timm.data import auto_augment
 from torch import Tensor
 
 from mae_core.data.pixels import Pixels
 
 Fill = int | tuple[int, ...]
+Move = Callable[[Image.Image, float, Fill], Image.Image]  # image, strength, fill
+Tone = Callable[[Image.Image, float], Image.Image]  # image, strength
 Floats = TypeVar("Floats", Tensor, npt.NDArray[np.float32])
 
 _MAX_MAGNITUDE = 10.0
@@ -92,104 +95,50 @@ def _joined(bands: list[Image.Image], like: Pixels) -> Pixels:
     return joined
 
 
-def _move(image: Image.Image, matrix: tuple[float, ...], fill: Fill) -> Image.Image:
-    """Fill each place with the pixel that `matrix` (a, b, c, d, e, f) maps it to."""
-    return image.transform(
-        image.size,
-        Image.Transform.AFFINE,
-        matrix,
-        resample=Image.Resampling.BICUBIC,
-        fillcolor=fill,
-    )
-
-
-def _rotate(image: Image.Image, signed: float, fill: Fill) -> Image.Image:
-    return image.rotate(30 * signed, resample=Image.Resampling.BICUBIC, fillcolor=fill)
-
-
-def _shear_x(image: Image.Image, signed: float, fill: Fill) -> Image.Image:
-    return _move(image, (1, 0.3 * signed, 0, 0, 1, 0), fill)
-
-
-def _shear_y(image: Image.Image, signed: float, fill: Fill) -> Image.Image:
-    return _move(image, (1, 0, 0, 0.3 * signed, 1, 0), fill)
-
-
-def _translate_x(image: Image.Image, signed: float, fill: Fill) -> Image.Image:
-    return _move(image, (1, 0, 0.45 * signed * image.width, 0, 1, 0), fill)
-
-
-def _translate_y(image: Image.Image, signed: float, fill: Fill) -> Image.Image:
-    return _move(image, (1, 0, 0, 0, 1, 0.45 * signed * image.height), fill)
-
-
-def _auto_contrast(image: Image.Image, signed: float) -> Image.Image:
-    return ImageOps.autocontrast(image)
-
-
-def _equalize(image: Image.Image, signed: float) -> Image.Image:
-    return ImageOps.equalize(image)
-
-
-def _invert(image: Image.Image, signed: float) -> Image.Image:
-    return ImageOps.invert(image)
-
-
-def _posterize(image: Image.Image, signed: float) -> Image.Image:
-    return ImageOps.posterize(image, max(1, 4 - int(abs(signed) * 4)))
-
-
-def _solarize(image: Image.Image, signed: float) -> Image.Image:
-    return ImageOps.solarize(image, 256 - int(abs(signed) * 256))
-
-
-def _solarize_add(image: Image.Image, signed: float) -> Image.Image:
-    """Brighten the darker half of the values."""
-    added = int(abs(signed) * 110)
-    table = [min(255, level + added) if level < 128 else level for level in range(256)]
-    return image.point(table * len(image.getbands()))
-
-
 def _enhancement(signed: float) -> float:
-    """Convert a strength to Pillow's factor: 1 changes nothing, more exaggerates, less weakens."""
+    """Return the factor of an enhancement; 1 changes nothing."""
     return max(0.1, 1 + 0.9 * signed)
 
 
-def _color(image: Image.Image, signed: float) -> Image.Image:
-    return ImageEnhance.Color(image).enhance(_enhancement(signed))
+def _moved(operation: Callable[..., Image.Image], most: float) -> Move:
+    """Return an operation of timm's that moves pixels; `most` is its argument at full strength."""
+
+    def move(image: Image.Image, signed: float, fill: Fill) -> Image.Image:
+        return operation(image, most * signed, resample=Image.Resampling.BICUBIC, fillcolor=fill)
+
+    return move
 
 
-def _contrast(image: Image.Image, signed: float) -> Image.Image:
-    return ImageEnhance.Contrast(image).enhance(_enhancement(signed))
+def _toned(
+    operation: Callable[..., Image.Image], argument: Callable[[float], float] | None = None
+) -> Tone:
+    """Return an operation of timm's on tones; `argument` computes its argument of the strength."""
+
+    def tone(image: Image.Image, signed: float) -> Image.Image:
+        return operation(image) if argument is None else operation(image, argument(signed))
+
+    return tone
 
 
-def _brightness(image: Image.Image, signed: float) -> Image.Image:
-    return ImageEnhance.Brightness(image).enhance(_enhancement(signed))
-
-
-def _sharpness(image: Image.Image, signed: float) -> Image.Image:
-    return ImageEnhance.Sharpness(image).enhance(_enhancement(signed))
-
-
-# Each function takes a strength in -1..1. Those without two directions ignore the sign.
-_MOVES: dict[str, Callable[[Image.Image, float, Fill], Image.Image]] = {
-    "rotate": _rotate,
-    "shear_x": _shear_x,
-    "shear_y": _shear_y,
-    "translate_x": _translate_x,
-    "translate_y": _translate_y,
+# Each takes a strength in -1..1. Those without two directions ignore the sign.
+_MOVES: dict[str, Move] = {
+    "rotate": _moved(auto_augment.rotate, 30.0),
+    "shear_x": _moved(auto_augment.shear_x, 0.3),
+    "shear_y": _moved(auto_augment.shear_y, 0.3),
+    "translate_x": _moved(auto_augment.translate_x_rel, 0.45),
+    "translate_y": _moved(auto_augment.translate_y_rel, 0.45),
 }
-_TONES: dict[str, Callable[[Image.Image, float], Image.Image]] = {
-    "auto_contrast": _auto_contrast,
-    "equalize": _equalize,
-    "invert": _invert,
-    "posterize": _posterize,
-    "solarize": _solarize,
-    "solarize_add": _solarize_add,
-    "color": _color,
-    "contrast": _contrast,
-    "brightness": _brightness,
-    "sharpness": _sharpness,
+_TONES: dict[str, Tone] = {
+    "auto_contrast": _toned(auto_augment.auto_contrast),
+    "equalize": _toned(auto_augment.equalize),
+    "invert": _toned(auto_augment.invert),
+    "posterize": _toned(auto_augment.posterize, lambda x: max(1, 4 - int(abs(x) * 4))),
+    "solarize": _toned(auto_augment.solarize, lambda x: 256 - int(abs(x) * 256)),
+    "solarize_add": _toned(auto_augment.solarize_add, lambda x: int(abs(x) * 110)),
+    "color": _toned(auto_augment.color, _enhancement),
+    "contrast": _toned(auto_augment.contrast, _enhancement),
+    "brightness": _toned(auto_augment.brightness, _enhancement),
+    "sharpness": _toned(auto_augment.sharpness, _enhancement),
 }
 
 
