@@ -123,7 +123,7 @@ def _raw_labels(section: ClassifySection, manifest: Manifest) -> list[_RawLabels
 
 
 def _classes(section: ClassifySection, data: LabelledData, train: Sequence[_RawLabels]) -> Classes:
-    """The run's classes: by the names that each set gives its numbers, where it gives any.
+    """Return the run's classes, by the names that the sets give to their numbers, if they do.
 
     Raises:
         DataError: data.val names its classes and data.train does not.
@@ -352,7 +352,7 @@ def _cell(score: float) -> str:
 def _summarize(
     config: ClassifyConfig, info: TaskInfo, found: dict[Arm, dict[str, float]]
 ) -> Evaluation:
-    """The table of all arms; the figure where there are several shares of the labels."""
+    """Make the table of all arms, and the figure if there are several shares of the labels."""
     metric = "top1" if config.classify.labels == "one" else "auroc"
     grouped: dict[tuple[ArmKind, float], list[float]] = {}
     for arm, metrics in found.items():

@@ -136,7 +136,7 @@ class _Categories(NamedTuple):
 
 
 def _categories(section: DetectSection, train: Sequence[_Look]) -> _Categories:
-    """The categories that the config lists, or else those that the training samples have."""
+    """Return the categories that the config lists, or else those of the training samples."""
     if section.categories:
         given = dict(sorted(section.categories.items()))
         return _Categories(tuple(given), tuple(given.values()))

@@ -54,7 +54,7 @@ def check_tracking(uri: str) -> None:
 
 
 def run_tags(stage: str, *, seed: object, output: str) -> dict[str, str]:
-    """What MLflow's run list can be searched by."""
+    """Return the tags by which MLflow's list of runs can be searched."""
     tags = {"stage": stage, "output": output, **({"seed": str(seed)} if seed != "" else {})}
     commit = git_commit()
     if commit:

@@ -308,7 +308,7 @@ def _write_part(piece: Piece, stop: int, tables: list[pa.Table]) -> None:
 
 
 def _read_part(piece: Piece) -> tuple[int, list[pa.Table]]:
-    """The row to go on from, and what is there of the rows before it."""
+    """Return the row to continue from, and the features of the rows before it."""
     try:
         table = pa.ipc.open_file(storage.read_bytes(piece.part_uri)).read_all()
         row = int(table.schema.metadata[NEXT_ROW])

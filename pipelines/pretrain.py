@@ -112,7 +112,7 @@ class OpenedPretraining(NamedTuple):
 
 
 def _check_init_from(config: PretrainConfig) -> None:
-    """The weights to start from are there and fit; workers would find out one after the other."""
+    """Check that the weights to start from exist and fit, before each worker finds out."""
     uri = config.init_from
     if uri is None:
         return

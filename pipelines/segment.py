@@ -80,7 +80,7 @@ def run(config: SegmentConfig, *, fresh: bool) -> StageResult:
 
 
 def _study(config: SegmentConfig, data: LabelledData, encoder: CheckpointManifest) -> Study:
-    """The classes' names; every mask of both sets is looked at before any training.
+    """Return the classes' names; look at every mask of both sets before any training.
 
     Raises:
         DataError: a mask is missing, can't be used or is of another size than its image, or the
@@ -121,7 +121,7 @@ def _pixel_counts(
 def _decode_mask(
     section: SegmentSection, data: bytes | None, where: str
 ) -> tuple[LabelMap, InstanceMap | None]:
-    """The classes of a mask's pixels, and the instances where they are to be told apart."""
+    """Return the classes of a mask's pixels, and the instances if they are to be separated."""
     if section.masks == "instances":
         instances = decode_indices(data, where)
         return instances_to_classes(instances), instances

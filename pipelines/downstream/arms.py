@@ -118,7 +118,7 @@ def mean_metrics(found: dict[Arm, dict[str, float]]) -> dict[str, float]:
 
 
 def arms_table(found: dict[Arm, dict[str, float]]) -> str:
-    """A row for each arm and share of the labels: mean and standard deviation over the seeds."""
+    """Return a row for each arm and share of the labels: mean and deviation over the seeds."""
     metrics = list(dict.fromkeys(metric for values in found.values() for metric in values))
     grouped: dict[tuple[ArmKind, float], list[dict[str, float]]] = {}
     for arm, values in found.items():

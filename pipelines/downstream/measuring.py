@@ -126,7 +126,7 @@ class Measurer:
         return predictions
 
     def example_at(self, shards: Shards, place: tuple[int, int]) -> Example:
-        """A sample again, by its shard and row."""
+        """Read a sample again, by its shard and row."""
         (sample,) = read_samples(shards[place[0]], place[1], place[1] + 1)
         example = self._whole_example(shards, place, sample)
         if example is None:

@@ -246,12 +246,12 @@ class PlannedTuning(Generic[ConfigT]):
 
 
 def _short(spec: str | tuple[str, ...]) -> str:
-    """The end of a path, for titles."""
+    """Return the end of a path, for titles."""
     return "/".join(as_entries(spec)[0].rstrip("/").split("/")[-2:])
 
 
 def _at_run_size(config: DownstreamConfig, found: CheckpointManifest) -> CheckpointManifest:
-    """The checkpoint's manifest, for images of this run's size."""
+    """Return the checkpoint's manifest, for images of this run's size."""
     height, width = size = config.img_size or found.model.img_size
     patch = found.model.patch_size
     if height < patch or width < patch or height % patch or width % patch:
@@ -265,7 +265,7 @@ def _at_run_size(config: DownstreamConfig, found: CheckpointManifest) -> Checkpo
 def _check_first_sample(
     config: ConfigT, encoder: CheckpointManifest, data: LabelledData, kind: TaskKind[ConfigT]
 ) -> None:
-    """What is wrong with every sample is told before anything is started."""
+    """Report what is wrong with every sample before anything is started."""
     for key, manifest in (("data.train", data.train), ("data.val", data.val)):
         shard = manifest.shards[0]
         for sample in read_rows(shard, 0, 1):

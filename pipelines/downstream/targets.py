@@ -28,7 +28,7 @@ class Target(NamedTuple):
 
 
 def read_targets(manifest: Manifest, extensions: tuple[str, ...]) -> list[Target]:
-    """The label of each sample; of all shards, in order."""
+    """Read the label of each sample, through all shards in order."""
     return list(map_samples(manifest, lambda shard, row: _target(shard, row, extensions)))
 
 

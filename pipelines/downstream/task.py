@@ -88,7 +88,7 @@ class Task(Protocol):
     def peak_learning_rate(self, arm: Arm) -> float: ...
 
     def loss(self, model: nn.Module, batch: Batch, arm: Arm) -> BatchLoss:
-        """The loss of a micro batch."""
+        """Compute the loss of a micro batch."""
 
     def predict(self, model: nn.Module, images: Tensor, examples: Sequence[Example]) -> list[Any]:
         """One prediction an example, small enough to be gathered; with its truth."""

@@ -63,13 +63,13 @@ def commit_checkpoint(
 
 
 def list_steps(run_uri: str) -> list[int]:
-    """Steps that have a checkpoint folder, whole or not, oldest first."""
+    """List the steps that have a checkpoint folder, whole or not, oldest first."""
     names = storage.list_folders(checkpoints_uri(run_uri))
     return sorted(int(m.group(1)) for m in (re.fullmatch(r"step-(\d+)", n) for n in names) if m)
 
 
 def newest_step(run_uri: str) -> int | None:
-    """The step of the newest committed checkpoint; its files are not read."""
+    """Return the step of the newest committed checkpoint, without reading its files."""
     for step in reversed(list_steps(run_uri)):
         uri = checkpoint_uri(run_uri, step)
         if storage.exists(storage.join(uri, MANIFEST_FILE)):
@@ -106,7 +106,11 @@ def _check_sizes(uri: str, manifest: CheckpointManifest) -> None:
 
 
 def _read_manifest(uri: str) -> CheckpointManifest:
-    """Raises: FileNotFoundError, CorruptCheckpointError."""
+    """Read a checkpoint's manifest.
+
+    Raises:
+        FileNotFoundError, CorruptCheckpointError: it is missing or damaged.
+    """
     data = storage.read_bytes(storage.join(uri, MANIFEST_FILE))
     with tempfile.TemporaryDirectory() as workspace:
         (Path(workspace) / MANIFEST_FILE).write_bytes(data)
@@ -163,7 +167,7 @@ def fetch_checkpoint(uri: str, folder: Path) -> FoundCheckpoint:
 
 
 def at_newest_checkpoint(config: ConfigT) -> ConfigT:
-    """The config with the newest checkpoint for an `init_from` that is a run's folder.
+    """Return the config with the newest checkpoint for an `init_from` that is a run's folder.
 
     So the checkpoint, and not where it was looked for, is what names the run.
 
@@ -187,7 +191,7 @@ def at_newest_checkpoint(config: ConfigT) -> ConfigT:
 
 
 def _steps_in(uri: str) -> list[int]:
-    """Steps that have a folder there, newest first."""
+    """List the steps that have a folder there, newest first."""
     names = storage.list_folders(uri)
     found = (re.fullmatch(r"step-(\d+)", name) for name in names)
     return sorted((int(match[1]) for match in found if match), reverse=True)

@@ -116,7 +116,7 @@ def knn_metrics(
 
 
 def _places_among(known: Tensor, labels: Tensor) -> Tensor:
-    """The place of each label in rising `known`; a place beyond the end for one that is not."""
+    """Return the place of each label in rising `known`; beyond the end for an unknown one."""
     places = torch.searchsorted(known, labels).clamp(max=len(known) - 1)
     return torch.where(known[places] == labels, places, len(known))
 
@@ -199,7 +199,7 @@ def _encode_slice(
 
 
 def _labelled(piece: Slice, numbers: Numbers) -> tuple[list[tuple[Sample, int]], tuple[str, ...]]:
-    """The samples of a slice with their classes, and why the others have none."""
+    """Return the samples of a slice with their classes, and why the others have none."""
     found: list[tuple[Sample, int]] = []
     unlabelled: list[str] = []
     for sample in read_rows(piece.shard, piece.start, piece.stop):
@@ -211,7 +211,7 @@ def _labelled(piece: Slice, numbers: Numbers) -> tuple[list[tuple[Sample, int]],
 
 
 def needed_label(shard: ShardInfo, sample: Sample, numbers: Numbers = MappingProxyType({})) -> int:
-    """The sample's class, as the run numbers it.
+    """Return the sample's class, as the run numbers it.
 
     Raises:
         DataError: it has none, several, or one that its own set does not name.

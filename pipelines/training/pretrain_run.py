@@ -164,7 +164,7 @@ def _plan(config: PretrainConfig, data: OpenedData) -> Plan:
 
 
 def _classes(data: OpenedData) -> Classes:
-    """What the numbers in both sets mean; a mistake in the labels is told before training.
+    """Read what the numbers in both sets mean; report a mistake in the labels before training.
 
     Raises:
         DataError: none of the samples that are looked at has a label.
@@ -204,7 +204,7 @@ def _channel_stats(config: PretrainConfig, manifest: Manifest) -> ChannelStats:
 
 
 def _pictures(config: PretrainConfig, manifest: Manifest) -> Pictures:
-    """The images and masks of the reconstruction picture: the same ones all through the run."""
+    """Choose the images and masks of the reconstruction picture, which stay the same in a run."""
     model = config.model
     pixels: list[Pixels] = []
     for shard in manifest.shards:

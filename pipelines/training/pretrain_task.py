@@ -153,7 +153,7 @@ class PretrainTask:
         return After(steps, EXPORT_S)
 
     def is_measured(self, part: WholeRun) -> bool:
-        """The driver starts workers only where something is left to do."""
+        """Return False: the driver starts workers only if something is left to do."""
         return False
 
     def build(self, part: WholeRun, *, is_resumed: bool) -> Trained:

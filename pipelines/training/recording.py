@@ -192,7 +192,7 @@ def run_until_stopped(
 
 
 def _state(told: Told) -> progress.Progress:
-    """What the workers said, for the user."""
+    """Return what the workers reported, for the user."""
     what = {
         Phase.STARTING: "starting the workers",
         Phase.TRAINING: told.what or "reading the first images",
@@ -204,7 +204,7 @@ def _state(told: Told) -> progress.Progress:
 
 
 def log_bad_samples(uri: str, run_id: str | None, folder: RunFolder) -> list[dict[str, Any]]:
-    """The samples that were left out, each once: said, and listed in MLflow."""
+    """Log the samples that were left out, each once, and list them in MLflow."""
     bad = folder.read_bad_samples()
     if bad:
         logger.warning(

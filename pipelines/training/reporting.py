@@ -223,7 +223,7 @@ class StepReporter:
         self.save_bad_samples(folder, rank, world_size)
 
     def save_bad_samples(self, folder: RunFolder, rank: int, world_size: int) -> None:
-        """What was left out since the last call, of all ranks. Every rank calls it."""
+        """Gather what all ranks left out since the last call. Every rank calls it."""
         found = [[sample._asdict() for sample in self.unsaved_bad]]
         self.unsaved_bad.clear()
         if world_size > 1:

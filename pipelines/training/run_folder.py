@@ -126,7 +126,11 @@ class RunFolder:
         return record is None or record.start != self.start
 
     def check_start(self) -> None:
-        """Raises: SupersededError: a later start has taken the folder over."""
+        """Check that the folder is still ours.
+
+        Raises:
+            SupersededError: a later start has taken it over.
+        """
         if self.is_superseded():
             raise SupersededError(f"{self.uri}: a later start of this run has taken it over")
 
@@ -156,7 +160,7 @@ class RunFolder:
         return None if found is None else StageResult(**found)
 
     def read_whole_result(self) -> StageResult | None:
-        """The result, if what it names is there; with a warning, None if that was deleted."""
+        """Read the result if its output exists; if that was deleted, warn and return None."""
         done = self.read_result()
         if done is None or storage.exists(done.output):
             return done
@@ -222,13 +226,13 @@ class RunFolder:
         self.write_picture_file(f"arms/{label}/{name}", picture)
 
     def write_picture_file(self, name: str, picture: npt.NDArray[np.uint8]) -> str:
-        """An (H, W, 3) picture of the whole run as NAME.png; returns its URI."""
+        """Write an (H, W, 3) picture of the whole run as NAME.png; return its URI."""
         buffer = io.BytesIO()
         Image.fromarray(picture).save(buffer, "PNG")
         return self.write_file(f"{name}.png", buffer.getvalue())
 
     def write_file(self, name: str, data: bytes) -> str:
-        """A file of the whole run; returns its URI."""
+        """Write a file of the whole run; return its URI."""
         self._write(name, data)
         return self._file(name)
 
@@ -250,11 +254,11 @@ class RunFolder:
         return self._file("bad_samples.jsonl")
 
     def read_bad_samples(self) -> list[dict[str, Any]]:
-        """The lines that are whole; a warning counts the others."""
+        """Read the lines that are whole; a warning counts the others."""
         return self._bad_samples()[0]
 
     def _bad_samples(self) -> tuple[list[dict[str, Any]], list[bytes]]:
-        """The samples, and the lines that are damaged, as they are."""
+        """Return the samples, and the damaged lines as they are."""
         samples, damaged = [], []
         for line in (self._read("bad_samples.jsonl") or b"").splitlines():
             try:
@@ -277,7 +281,7 @@ class RunFolder:
         self._write("bad_samples.jsonl", b"".join(line + b"\n" for line in [*lines, *damaged]))
 
     def forget_failure(self) -> None:
-        """An earlier start's error must not stop this one."""
+        """Delete the error of an earlier start, which must not stop this one."""
         storage.delete_file(self._file("failed.json"))
 
     def record_failure(self, error: BaseException) -> None:
@@ -295,7 +299,7 @@ class RunFolder:
             self._write("failed.json", json.dumps(fields).encode())
 
     def read_failure(self) -> Exception | None:
-        """The lasting error that a worker met, if one did."""
+        """Read the lasting error that a worker met, if one did."""
         failed = read_or_none(self._file("failed.json"), _Failed, "the workers are started again")
         if failed is None:
             return None
