@@ -221,7 +221,7 @@ def why_new(stage: Stage, parts: KeyParts, folder: StageFolder) -> str:
             lines = differences(earlier, parts)
             candidates.append((len(lines), -(done.finished_at if done else 0), lines))
     if not candidates:
-        return "never ran"
+        return "no earlier result"
     lines = min(candidates, key=lambda candidate: candidate[:2])[2]
     more = f" and {len(lines) - MAX_REASONS} more" if len(lines) > MAX_REASONS else ""
     return "; ".join(lines[:MAX_REASONS]) + more

@@ -249,7 +249,10 @@ RUN, REUSE = Action.RUN, Action.REUSE
 @pytest.fixture
 def finished(make_chain: Callable[..., Chain]) -> Chain:
     chain = make_chain()
-    assert decisions(chain) == {"first": (RUN, "never ran"), "second": (RUN, "never ran")}
+    assert decisions(chain) == {
+        "first": (RUN, "no earlier result"),
+        "second": (RUN, "no earlier result"),
+    }
     finish(chain, plan_chain(chain, Forced()))
     return chain
 
@@ -379,7 +382,7 @@ def test_a_lost_mlflow_is_written_anew_from_the_store(tmp_path: Path, finished: 
 
 def test_mlflow_alone_is_no_result(tmp_path: Path, finished: Chain) -> None:
     (tmp_path / "runs").rename(tmp_path / "lost")
-    assert decisions(finished)["first"] == (RUN, "never ran")
+    assert decisions(finished)["first"] == (RUN, "no earlier result")
 
 
 def test_a_server_that_is_down_does_not_cost_the_results(finished: Chain) -> None:

@@ -108,8 +108,8 @@ def test_the_page_says_what_became_of_each_stage(run: PipelineRun) -> None:
     text = re.sub(r"<[^>]+>", " ", report.render(run))
     words = " ".join(text.split())
     assert "c failed" in words
-    assert "good done never ran 1m15s 2" in words
-    assert "bad failed never ran 0m03s 1" in words
+    assert "good done no earlier result 1m15s 2" in words
+    assert "bad failed no earlier result 0m03s 1" in words
     assert "after blocked" in words
     assert "needs bad" in words
     assert "good/ finetune/ top1 0.500" in words
@@ -140,10 +140,10 @@ def test_the_description_for_mlflow_links_runs(run: PipelineRun) -> None:
     run_id = run.results["good"].run_id
     assert re.match(
         rf"\| \[good\]\(#/experiments/\d+/runs/{run_id}\?workflowType=machine_learning\) "
-        r"\| done \| never ran \|  \| 1m15s \| finetune/top1 0.500, scratch/top1 0.400 \|",
+        r"\| done \| no earlier result \|  \| 1m15s \| finetune/top1 0.500, scratch/top1 0.400 \|",
         lines[4],
     )
-    assert lines[5] == "| bad | failed | never ran |  | 0m03s |  |"
+    assert lines[5] == "| bad | failed | no earlier result |  | 0m03s |  |"
 
 
 def test_the_description_begins_with_why_the_run_failed(run: PipelineRun) -> None:
@@ -164,9 +164,9 @@ def test_the_page_says_when_what_it_reuses_was_made(run: PipelineRun) -> None:
     run.plans[0] = replace(run.plans[0], done=done)
     run.stages["good"] = replace(run.stages["good"], state=State.REUSED)
     words = " ".join(re.sub(r"<[^>]+>", " ", report.render(run)).split())
-    assert "good reused never ran 2001-09-09 01:46 UTC 1m15s" in words
+    assert "good reused no earlier result 2001-09-09 01:46 UTC 1m15s" in words
     assert "good made 2001-09-09 01:46 UTC" in words
-    assert "| never ran | 2001-09-09 01:46 UTC | 1m15s |" in report.stage_table(run)
+    assert "| no earlier result | 2001-09-09 01:46 UTC | 1m15s |" in report.stage_table(run)
 
 
 @pytest.mark.parametrize(
