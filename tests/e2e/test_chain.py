@@ -11,10 +11,9 @@ import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ import yaml
 from mlflow import MlflowClient
 
 from pipelines import cli
+from tests.e2e.planted_password import PLANTED, watched
 
 ROOT = Path(__file__).parents[2]
 NAMES = {1: "a", 10: "b", 100: "c", 1000: "d"}
@@ -429,39 +429,6 @@ DEMO_WORDS = (
     "segment.optim.max_steps=1",
     "segment.segment.arms=[finetune]",
 )
-
-
-PLANTED = "pl4nted-s3cret"  # a password in the environment, of which nothing may show
-
-
-@contextmanager
-def watched(folder: Path) -> Iterator[set[str]]:
-    """Inside, collect the processes and the files in `folder` that show the planted password."""
-    found: set[str] = set()
-    ended = threading.Event()
-
-    def look() -> None:
-        while not ended.wait(1.0):
-            for process in psutil.process_iter(["cmdline"]):
-                if PLANTED in " ".join(process.info["cmdline"] or []):
-                    found.add(f"process {process.pid}")
-            found.update(holders(folder))
-
-    watcher = threading.Thread(target=look)
-    watcher.start()
-    try:
-        yield found
-    finally:
-        ended.set()
-        watcher.join()
-        found.update(holders(folder))
-
-
-def holders(folder: Path) -> Iterator[str]:
-    for file in folder.rglob("*"):
-        with suppress(OSError):  # it may be gone by now
-            if file.is_file() and PLANTED.encode() in file.read_bytes():
-                yield str(file)
 
 
 def run_demo(folder: Path, command: str, *words: str) -> str:
