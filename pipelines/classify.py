@@ -54,7 +54,7 @@ from mae_core.evaluation.classifier_report import (
     score_classification,
     score_multilabel,
 )
-from mae_core.evaluation.linear_probe import linear_probe_accuracy
+from mae_core.evaluation.linear_probe import fit_linear_probe
 from mae_core.model.classifier import build_classifier
 from mae_core.optim import build_lars
 from mae_core.train_step import BatchLoss
@@ -182,7 +182,7 @@ class ClassifyTask:
         return label
 
     def build_model(self, encoder: nn.Module, arm: Arm) -> nn.Module:
-        if not arm.kind.is_trained:
+        if not self.section.takes_steps(arm.kind):
             return encoder
         is_linear, blocks = arm.kind is ArmKind.LINEAR, self.section.trainable_blocks
         return build_classifier(
@@ -266,21 +266,19 @@ class ClassifyTask:
     ) -> Evaluation:
         values = torch.from_numpy(np.stack([p.values for p in predictions]))
         labels = torch.from_numpy(np.stack([p.label for p in predictions]))
-        if not arm.kind.is_trained:
-            return Evaluation({"top1": self._feature_top1(values, labels, arm, training)}, {}, {})
+        if not self.section.takes_steps(arm.kind):
+            bank = torch.from_numpy(np.stack([p.values for p in training]))
+            bank_labels = torch.from_numpy(np.stack([p.label for p in training]))
+            if arm.kind is ArmKind.KNN:
+                k = min(self.section.k, len(bank))
+                top1 = knn_accuracy(bank, bank_labels, values, labels, k=k)
+                return Evaluation({"top1": top1}, {}, {})
+            num_classes = len(self.info.names)
+            probe = fit_linear_probe(bank, bank_labels, num_classes=num_classes, seed=arm.seed)
+            values = probe.logits(values)
         if self.section.labels == "many":
             return self._evaluate_many(values, labels, arm)
         return self._evaluate_one(predictions, values, labels, arm, read)
-
-    def _feature_top1(
-        self, values: Tensor, labels: Tensor, arm: Arm, training: list[Prediction]
-    ) -> float:
-        bank = torch.from_numpy(np.stack([p.values for p in training]))
-        bank_labels = torch.from_numpy(np.stack([p.label for p in training]))
-        if arm.kind is ArmKind.KNN:
-            k = min(self.section.k, len(bank))
-            return knn_accuracy(bank, bank_labels, values, labels, k=k)
-        return linear_probe_accuracy(bank, bank_labels, values, labels, seed=arm.seed)
 
     def _evaluate_one(
         self,

@@ -50,7 +50,6 @@ from mae_core.model.detector import (
 )
 from mae_core.model.feature_pyramid import MapEncoder
 from mae_core.train_step import BatchLoss
-from pipelines.config.arms import ArmKind
 from pipelines.config.downstream import DetectConfig, DetectSection
 from pipelines.downstream import run as downstream
 from pipelines.downstream.arms import Arm, arms_table
@@ -216,7 +215,7 @@ class DetectTask:
             channels=section.channels,
             num_convs=section.num_convs,
             window=section.window,
-            frozen=arm.kind is ArmKind.FROZEN,
+            frozen=not arm.kind.trains_encoder,
         )
 
     def build_optimizer(self, model: nn.Module, arm: Arm) -> torch.optim.Optimizer:

@@ -57,7 +57,6 @@ from mae_core.model.segmenter import (
     sliding_window_logits,
 )
 from mae_core.train_step import BatchLoss
-from pipelines.config.arms import ArmKind
 from pipelines.config.downstream import SegmentConfig, SegmentSection
 from pipelines.downstream import run as downstream
 from pipelines.downstream.arms import Arm, arms_table
@@ -217,7 +216,7 @@ class SegmentTask:
             head=self.section.head,
             channels=self.section.channels,
             window=self.section.window,
-            frozen=arm.kind is ArmKind.FROZEN,
+            frozen=not arm.kind.trains_encoder,
         )
 
     def build_optimizer(self, model: nn.Module, arm: Arm) -> torch.optim.Optimizer:

@@ -280,7 +280,7 @@ def _num_steps(config: StrictConfig, samples: int | None) -> int | None:
     if not isinstance(config, DownstreamConfig):
         return None
     section = config.section
-    num_trained = sum(kind.is_trained for kind in section.kinds)
+    num_trained = sum(map(section.takes_steps, section.kinds))
     per_share = [num_steps(config.optim, round(samples * x)) for x in section.label_fraction]
     return num_trained * len(section.seeds) * sum(per_share)
 

@@ -29,10 +29,8 @@ class ArmKind(StrEnum):
     FROZEN = "frozen", Trains.HEAD  # the head of a detector or segmenter
     FINETUNE = "finetune", Trains.ENCODER
     SCRATCH = "scratch", Trains.ENCODER, False  # as finetune, from random weights
-
-    @property
-    def is_trained(self) -> bool:
-        return self.trains is not Trains.NOTHING
+    # A head on a frozen encoder with random weights; in classify, logistic regression on it.
+    UNTRAINED = "untrained", Trains.HEAD, False
 
     @property
     def trains_encoder(self) -> bool:
@@ -40,4 +38,10 @@ class ArmKind(StrEnum):
 
 
 # Whose model is a run's output: the first kind of these that the run has.
-PREFERRED_OUTPUT = (ArmKind.FINETUNE, ArmKind.FROZEN, ArmKind.LINEAR, ArmKind.SCRATCH)
+PREFERRED_OUTPUT = (
+    ArmKind.FINETUNE,
+    ArmKind.FROZEN,
+    ArmKind.LINEAR,
+    ArmKind.SCRATCH,
+    ArmKind.UNTRAINED,
+)

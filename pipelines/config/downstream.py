@@ -6,7 +6,7 @@ from pydantic import Field, field_validator, model_validator
 
 from infra.config import StorageConfig, TrackingConfig
 from mae_core.config import StrictConfig, as_square
-from pipelines.config.arms import ArmKind
+from pipelines.config.arms import ArmKind, Trains
 from pipelines.config.roles import identity_digest
 from pipelines.config.sections import (
     CheckpointConfig,
@@ -110,6 +110,10 @@ class ArmsConfig(StrictConfig):
         """The kinds of arm that are compared."""
         return tuple(ArmKind[word.upper()] for word in self.arms)
 
+    def takes_steps(self, kind: ArmKind) -> bool:
+        """Return whether an arm of this kind is trained by an optimizer in this stage."""
+        return kind.trains is not Trains.NOTHING
+
 
 class TuningReportConfig(StrictConfig):
     every_steps: int = Field(default=10, gt=0)
@@ -180,14 +184,16 @@ class DownstreamConfig(StrictConfig):
 
 
 class ClassifySection(ArmsConfig):
-    arms: tuple[Literal["knn", "logistic", "linear", "finetune", "scratch"], ...] = (
-        "knn",
-        "linear",
+    arms: tuple[Literal["knn", "logistic", "linear", "finetune", "scratch", "untrained"], ...] = (
+        "logistic",
         "finetune",
+        "scratch",
+        "untrained",
     )
     """knn: nearest neighbours of frozen features; logistic: logistic regression on them; linear:
     the paper's linear probe (batch norm, LARS, augmented images); finetune: all weights, or the
-    last `trainable_blocks`; scratch: like finetune, from random weights."""
+    last `trainable_blocks`; scratch: like finetune, from random weights; untrained: like logistic,
+    on an encoder with random weights."""
     labels: Literal["one", "many"] = "one"
     """one: each sample has one class; many: each has any number of findings."""
     label_key: str | None = None
@@ -221,9 +227,13 @@ class ClassifySection(ArmsConfig):
 
     @model_validator(mode="after")
     def _neighbours_have_one_class(self) -> Self:
-        if self.labels == "many" and not all(kind.is_trained for kind in self.kinds):
-            raise ValueError("arms knn and logistic need labels=one")
+        if self.labels == "many" and ArmKind.KNN in self.kinds:
+            raise ValueError("the arm knn needs labels=one; logistic takes labels=many")
         return self
+
+    def takes_steps(self, kind: ArmKind) -> bool:
+        """Return False also for `untrained`: logistic regression is fitted without steps."""
+        return super().takes_steps(kind) and kind is not ArmKind.UNTRAINED
 
 
 class ClassifyConfig(DownstreamConfig):
@@ -235,13 +245,13 @@ class ClassifyConfig(DownstreamConfig):
         return self.classify
 
 
-DenseArm = Literal["finetune", "frozen", "scratch"]
+DenseArm = Literal["finetune", "frozen", "scratch", "untrained"]
 
 
 class DetectSection(ArmsConfig):
-    arms: tuple[DenseArm, ...] = ("finetune", "scratch")
+    arms: tuple[DenseArm, ...] = ("finetune", "scratch", "untrained")
     """finetune: train the pretrained encoder and the head; frozen: only the head; scratch: like
-    finetune, from random weights."""
+    finetune, from random weights; untrained: like frozen, on an encoder with random weights."""
     head: Literal["fcos", "faster_rcnn"] = "fcos"
     """Detector on the pyramid: FCOS (Tian et al. 2019) or Faster R-CNN (Ren et al. 2015)."""
     categories: dict[int, str] | None = None
@@ -271,9 +281,9 @@ class DetectConfig(DownstreamConfig):
 
 
 class SegmentSection(ArmsConfig):
-    arms: tuple[DenseArm, ...] = ("finetune", "scratch")
+    arms: tuple[DenseArm, ...] = ("finetune", "scratch", "untrained")
     """finetune: train the pretrained encoder and the head; frozen: only the head; scratch: like
-    finetune, from random weights."""
+    finetune, from random weights; untrained: like frozen, on an encoder with random weights."""
     head: Literal["linear", "fpn", "upernet"] = "fpn"
     """linear: batch norm and a 1x1 convolution; fpn: a fused pyramid (Kirillov et al. 2019);
     upernet: a pyramid with pooling (Xiao et al. 2018)."""

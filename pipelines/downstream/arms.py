@@ -56,10 +56,12 @@ def plan_arms(
             rows = _rows(train, strata, fraction, seed)
             num_samples = sum(map(len, rows))
             for kind in section.kinds:
-                if not kind.is_trained and fraction == 1 and seed != section.seeds[0]:
+                is_trained = section.takes_steps(kind)
+                is_fixed = kind.is_pretrained and not is_trained and fraction == 1
+                if is_fixed and seed != section.seeds[0]:
                     continue  # nothing in it depends on the seed
                 steps = 0
-                if kind.is_trained:
+                if is_trained:
                     steps = needed_steps(config.optim, num_samples, "labelled samples")
                 planned.append((Arm(kind, fraction, seed, num_samples, steps, step), rows))
                 step += steps

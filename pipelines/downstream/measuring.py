@@ -59,16 +59,29 @@ class Measurer:
     rank: int
     world_size: int
     tell: Callable[[str, int, int], None]  # what is measured, how many pieces of how many
-    _kept: dict[Shards, tuple[Any, list[Any] | None]] = field(default_factory=dict)
+    # By shards and whether the encoder is pretrained: which weights and rows, and the predictions.
+    _kept: dict[tuple[Shards, bool], tuple[int | None, Any, list[Any] | None]] = field(
+        default_factory=dict
+    )
 
     def features(
-        self, model: nn.Module, shards: Shards, rows: tuple[Rows, ...] | None
+        self,
+        model: nn.Module,
+        weights: int | None,
+        shards: Shards,
+        rows: tuple[Rows, ...] | None,
     ) -> list[Any] | None:
-        """As `predictions`, kept until other rows of the same shards are asked for."""
-        kept = self._kept.get(shards)
-        if kept is None or kept[0] is not rows:
-            self._kept[shards] = kept = (rows, self.predictions(model, shards, rows))
-        return kept[1]
+        """Return `predictions`, and keep them until other rows or fresh weights are asked for.
+
+        `weights` says which frozen encoder `model` is: the seed of fresh weights, or None for the
+        pretrained one.
+        """
+        key = shards, weights is None
+        kept = self._kept.get(key)
+        if kept is None or kept[0] != weights or kept[1] is not rows:
+            kept = (weights, rows, self.predictions(model, shards, rows))
+            self._kept[key] = kept
+        return kept[2]
 
     def predictions(
         self, model: nn.Module, shards: Shards, rows: tuple[Rows, ...] | None

@@ -295,9 +295,10 @@ class TuningTask:
         if arm.steps:
             predictions = self.measurer.predictions(model, self.job.val_shards, None)
         else:  # such arms share the frozen encoder
-            number = self.job.arms.index(arm)
-            training = self.measurer.features(model, self.job.train_shards, self.job.rows[number])
-            predictions = self.measurer.features(model, self.job.val_shards, None)
+            weights = None if arm.kind.is_pretrained else arm.seed
+            features = partial(self.measurer.features, model, weights)
+            training = features(self.job.train_shards, self.job.rows[self.job.arms.index(arm)])
+            predictions = features(self.job.val_shards, None)
         if predictions is None or training is None:
             return None
         read = partial(self.measurer.example_at, self.job.val_shards)

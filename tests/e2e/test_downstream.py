@@ -129,23 +129,25 @@ def run_folder(place: Any, stage: str) -> Path:
 def test_arms_shares_and_seeds_are_compared_in_one_run(downstream: Downstream) -> None:
     result = downstream.run(
         ClassifyConfig,
-        "classify.arms=[knn,logistic,linear,finetune]",
+        "classify.arms=[knn,logistic,linear,finetune,untrained]",
         "classify.label_fraction=[0.5,1.0]",
         "classify.seeds=[0,1]",
         "optim.max_steps=2",
     )
     assert result.status == "done"
-    names = {"knn", "logistic", "linear", "finetune"}
+    names = {"knn", "logistic", "linear", "finetune", "untrained"}
     for key in (f"{name}-{share}/top1" for name in names for share in ("0.5", "1")):
         assert 0 <= result.metrics[key] <= 1
     # With all of the labels, nothing of the neighbours depends on a seed.
-    assert {"knn-0.5/top1_std", "finetune-1/top1_std"} <= set(result.metrics)
+    assert {"knn-0.5/top1_std", "finetune-1/top1_std", "untrained-1/top1_std"} <= set(
+        result.metrics
+    )
     assert "knn-1/top1_std" not in result.metrics
     assert result.output.endswith("models/finetune-1-seed0")
 
     folder = run_folder(downstream.place, "classify")
     table = (folder / "summary.md").read_text()
-    assert "| labels | knn | logistic | linear | finetune |" in table
+    assert "| labels | knn | logistic | linear | finetune | untrained |" in table
     for name in ("label_fraction.png", "arms/finetune-1-seed0/most_wrong.png"):
         with Image.open(folder / name) as picture:
             assert min(picture.size) > 200
@@ -164,7 +166,7 @@ def test_arms_shares_and_seeds_are_compared_in_one_run(downstream: Downstream) -
 
     assert downstream.run(
         ClassifyConfig,
-        "classify.arms=[knn,logistic,linear,finetune]",
+        "classify.arms=[knn,logistic,linear,finetune,untrained]",
         "classify.label_fraction=[0.5,1.0]",
         "classify.seeds=[0,1]",
         "optim.max_steps=2",

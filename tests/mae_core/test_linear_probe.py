@@ -6,7 +6,7 @@ from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
 from mae_core.evaluation import linear_probe
-from mae_core.evaluation.linear_probe import linear_probe_accuracy
+from mae_core.evaluation.linear_probe import fit_linear_probe, linear_probe_accuracy
 
 
 def make_blobs(
@@ -101,14 +101,47 @@ def test_a_fit_that_stops_early_is_logged_not_warned_about(
     assert "linear probe stopped early" in caplog.text
 
 
-def test_it_needs_two_classes_and_images_to_hold_out() -> None:
+def test_it_needs_two_classes() -> None:
     features = torch.randn(8, 3)
     with pytest.raises(ValueError, match="train_labels hold one class"):
         linear_probe_accuracy(
             features, torch.ones(8).long(), features, torch.ones(8).long(), seed=0
         )
-    with pytest.raises(ValueError, match="no class has the 5 training images"):
-        linear_probe_accuracy(features, torch.arange(8) % 2, features, torch.arange(8), seed=0)
+
+
+def test_one_image_of_each_class_is_enough() -> None:
+    features = 4 * torch.eye(3)
+    labels = torch.arange(3)
+    assert linear_probe_accuracy(features, labels, features + 0.5, labels, seed=0) == 1.0
+
+
+def test_a_class_without_an_image_is_the_least_likely_one() -> None:
+    train, labels = make_blobs(300, num_classes=3, spread=0.3)
+    probe = fit_linear_probe(train, 2 * labels, num_classes=5, seed=0)
+    assert probe.weight.shape == (5, 16)
+    logits = probe.logits(train)
+    assert set(logits.argmax(dim=1).tolist()) == {0, 2, 4}
+    assert set(logits.argmin(dim=1).tolist()) <= {1, 3}
+    assert torch.equal(logits[:, 1], logits[:1, 1].expand(300))
+
+
+def test_two_classes_get_a_logit_each() -> None:
+    train, labels = make_blobs(300, num_classes=2, spread=0.3)
+    probe = fit_linear_probe(train, labels, num_classes=2, seed=0)
+    logits = probe.logits(train)
+    assert (logits.argmax(dim=1) == labels).all()
+    assert torch.allclose(logits.sum(dim=1), torch.zeros(300), atol=1e-6)
+
+
+def test_each_finding_is_decided_by_itself() -> None:
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(400, 6, generator=generator)
+    labels = torch.stack([features[:, 0] > 0, features[:, 1] > 1, features[:, 2] > 99], dim=1)
+    probe = fit_linear_probe(features, labels.long(), num_classes=3, seed=0)
+    found = probe.logits(features) > 0
+    assert (found == labels).float().mean(dim=0).tolist() == pytest.approx([1, 1, 1], abs=0.03)
+    assert probe.weight[2].tolist() == [0] * 6  # nobody has it
+    assert probe.bias[2].item() == pytest.approx(-6.6859, abs=1e-3)  # ln(0.5 / 400.5)
 
 
 def test_features_that_cannot_be_scored_are_refused() -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mae_core.config import ModelConfig
-from pipelines.classify import ClassifyTask
+from pipelines.classify import ClassifyTask, Prediction
 from pipelines.config.arms import ArmKind
 from pipelines.config.downstream import ClassifyConfig
 from pipelines.config.loading import load_config
@@ -67,6 +67,37 @@ def test_a_hole_has_no_class_also_where_it_is_mixed_in() -> None:
         pytest.approx([0, kept, 0, 0]),
         pytest.approx([0, 1 - kept, 0, 0]),
     ]
+
+
+def features_of(labels: list[Any], seed: int) -> list[Prediction]:
+    """Two features that tell the first finding, or classes 0 and 1, and noise in the others."""
+    generator = np.random.default_rng(seed)
+    values = generator.normal(size=(len(labels), 4)).astype(np.float32)
+    values[:, 0] += [8.0 * np.ravel(label)[0] for label in labels]
+    return [Prediction(row, np.asarray(x), (0, 0)) for row, x in zip(values, labels, strict=True)]
+
+
+@pytest.mark.parametrize("kind", [ArmKind.LOGISTIC, ArmKind.UNTRAINED])
+def test_frozen_features_are_read_by_logistic_regression(kind: ArmKind) -> None:
+    words = ("classify.seeds=[5]", "classify.arms=[logistic,untrained]")  # no pictures of seed 0
+    task, labels = make_task(*words, num_classes=2), [0, 1] * 20
+    encoder = nn.Linear(1, 1)
+    assert task.build_model(encoder, make_arm(kind)) is encoder
+    found = task.evaluate(features_of(labels, 1), make_arm(kind), no_read, features_of(labels, 0))
+    assert found.metrics["top1"] == 1.0
+
+
+def test_findings_are_read_from_frozen_features() -> None:
+    words = ("classify.seeds=[5]", "classify.arms=[logistic]", "classify.labels=many")
+    task, labels = make_task(*words, num_classes=2), [[0, 0], [1, 0], [0, 1], [1, 1]] * 10
+    training, test = features_of(labels, 0), features_of(labels, 1)
+    found = task.evaluate(test, make_arm(ArmKind.LOGISTIC), no_read, training)
+    assert found.metrics["auroc/a"] == 1.0
+    assert found.metrics["auroc/b"] < 0.8  # nothing in the features tells it
+
+
+def no_read(place: tuple[int, int]) -> Any:
+    raise AssertionError("nothing is drawn")
 
 
 class Logits(nn.Module):

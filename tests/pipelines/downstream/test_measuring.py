@@ -103,12 +103,25 @@ def test_features_are_kept_for_the_same_rows_and_made_anew_for_others(
     task, model = FakeTask(), nn.Linear(1, 1)
     measurer = make_measurer(task)
     few, others = (np.asarray([0]), np.asarray([1])), (np.asarray([2]), np.asarray([3]))
-    first: Any = measurer.features(model, shards, few)
+    first: Any = measurer.features(model, None, shards, few)
     num_batches = len(task.batches)
-    assert measurer.features(model, shards, few) is first
+    assert measurer.features(model, None, shards, few) is first
     assert len(task.batches) == num_batches
-    second: Any = measurer.features(model, shards, others)
+    second: Any = measurer.features(model, None, shards, others)
     assert [label for label, _ in second] == [2, 43]
+
+
+def test_features_of_fresh_weights_are_kept_beside_the_pretrained_ones(
+    shards: tuple[ShardInfo, ...],
+) -> None:
+    task, model = FakeTask(), nn.Linear(1, 1)
+    measurer, rows = make_measurer(task), (np.asarray([0]), np.asarray([1]))
+    pretrained = measurer.features(model, None, shards, rows)
+    seed_0 = measurer.features(model, 0, shards, rows)
+    assert seed_0 is not pretrained
+    assert measurer.features(model, 0, shards, rows) is seed_0
+    assert measurer.features(model, 1, shards, rows) is not seed_0
+    assert measurer.features(model, None, shards, rows) is pretrained
 
 
 def test_a_sample_is_found_again_by_its_place(shards: tuple[ShardInfo, ...]) -> None:

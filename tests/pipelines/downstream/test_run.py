@@ -52,7 +52,7 @@ def make_arm(name: str, fraction: float = 1.0, seed: int = 0, steps: int = 1) ->
 
 def test_arms_follow_one_another_without_a_gap() -> None:
     config = make_config(
-        "classify.arms=[knn,finetune,scratch]",
+        "classify.arms=[knn,finetune,scratch,untrained]",
         "classify.label_fraction=[1.0,0.5]",
         "classify.seeds=[0,3]",
         "optim.epochs=2",
@@ -63,17 +63,39 @@ def test_arms_follow_one_another_without_a_gap() -> None:
         "knn-0.5-seed0",
         "finetune-0.5-seed0",
         "scratch-0.5-seed0",
+        "untrained-0.5-seed0",
         "knn-0.5-seed3",
         "finetune-0.5-seed3",
         "scratch-0.5-seed3",
+        "untrained-0.5-seed3",
         "knn-1-seed0",  # once: no seed matters
         "finetune-1-seed0",
         "scratch-1-seed0",
+        "untrained-1-seed0",
         "finetune-1-seed3",
         "scratch-1-seed3",
+        "untrained-1-seed3",  # its weights are drawn from the seed
     ]
-    assert [arm.steps for arm in planned] == [0, 4, 4, 0, 4, 4, 0, 6, 6, 6, 6]
-    assert [arm.first_step for arm in planned] == [0, 0, 4, 8, 8, 12, 16, 16, 22, 28, 34]
+    assert [arm.steps for arm in planned] == [0, 4, 4, 0, 0, 4, 4, 0, 0, 6, 6, 0, 6, 6, 0]
+    first_steps = [arm.first_step for arm in planned]
+    assert first_steps == [0, 0, 4, 8, 8, 8, 12, 16, 16, 16, 22, 28, 28, 34, 40]
+
+
+def test_an_untrained_encoder_gets_a_trained_head_where_the_task_is_dense() -> None:
+    words = ["detect.arms=[frozen,untrained]", "optim.max_steps=3", "optim.micro_batch_size=8"]
+    config = load_config(DetectConfig, [], [*NEEDED, *words, "optim.global_batch_size=8"], {})
+    planned = [arm for arm, _ in plan_arms(config, make_manifest(32), [0] * 32)]
+    assert [(arm.label, arm.steps) for arm in planned] == [
+        ("frozen-1-seed0", 3),
+        ("untrained-1-seed0", 3),
+    ]
+
+
+@pytest.mark.parametrize("config_type", [ClassifyConfig, DetectConfig, SegmentConfig])
+def test_every_stage_compares_with_scratch_and_untrained_by_default(config_type: Any) -> None:
+    words = ["segment.names=[a,b]"] if config_type is SegmentConfig else []
+    arms = load_config(config_type, [], [*NEEDED, *words], {}).section.arms
+    assert {"finetune", "scratch", "untrained"} <= set(arms)
 
 
 def test_a_share_of_the_labels_is_cut_into_rows_of_each_shard() -> None:
@@ -134,7 +156,7 @@ def test_each_step_is_of_the_arm_that_trains_it() -> None:
     [
         (["knn", "linear", "finetune", "scratch"], "finetune"),
         (["scratch", "frozen"], "frozen"),
-        (["scratch"], "scratch"),
+        (["untrained", "scratch"], "scratch"),
     ],
 )
 def test_the_output_is_the_fine_tuned_model_if_there_is_one(names: list[str], kept: str) -> None:
@@ -157,7 +179,11 @@ def test_the_output_is_of_the_largest_share_of_the_labels() -> None:
     [
         (ClassifyConfig, ["classify.label_fraction=[0.1,1.5]"], "must be above 0, at most 1"),
         (ClassifyConfig, ["classify.seeds=[1,1]"], "give different numbers"),
-        (ClassifyConfig, ["classify.labels=many"], "knn and logistic need labels=one"),
+        (
+            ClassifyConfig,
+            ["classify.labels=many", "classify.arms=[knn]"],
+            "the arm knn needs labels=one",
+        ),
         (
             ClassifyConfig,
             ["optim.micro_batch_size=48", "optim.global_batch_size=64"],
@@ -196,12 +222,13 @@ class StubMeasurer:
     def __init__(self, failing: object) -> None:
         self.failing = failing
 
-    def predictions(self, model: object, shards: object, rows: object) -> list[object]:
+    def predictions(self, model: object, *place: object) -> list[object]:
         if model is self.failing:
             raise NotMeasuredError("a.tar: none of the images can be decoded")
         return []
 
-    features = predictions
+    def features(self, model: object, weights: object, *place: object) -> list[object]:
+        return self.predictions(model, *place)
 
     def example_at(self) -> None:
         """Nothing is drawn."""
