@@ -5,6 +5,7 @@ from contextlib import nullcontext
 from typing import NamedTuple, TypeVar
 
 import torch
+import torch.distributed
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -20,8 +21,16 @@ class MicroBatch(NamedTuple):
 
 
 class BatchLoss(NamedTuple):
-    loss: Float[Tensor, ""]  # sum over the images that were read / their nominal number
+    """The loss of one micro batch.
+
+    Most losses are means over images, whose nominal number every worker knows beforehand. A loss
+    that is a mean over something else, such as matched places, gives its sum and their number. The
+    step divides by that of the global batch, so no micro batch weighs more than another.
+    """
+
+    loss: Float[Tensor, ""]  # sum over the images that were read / their nominal number; or a sum
     num_samples: Float[Tensor, ""]  # images that were read
+    divisor: Float[Tensor, ""] | None = None  # of a sum
 
 
 BatchT = TypeVar("BatchT")
@@ -56,17 +65,17 @@ def optimizer_step(
     """Forward and backward over `grad_accum_steps` batches, then clip and update.
 
     The loss is divided by the nominal number of images, B * grad_accum_steps, even where some are
-    holes. So a hole adds nothing, each other image has the weight 1 / global_batch_size wherever it
-    sits, and the update is the same for any split of the global batch over micro batches and
-    workers (DDP averages gradients over workers). Dividing by the number of images that were read
-    would weight an image by the luck of its neighbours.
+    holes, or by the global batch's divisor if a `BatchLoss` has one. So a hole adds nothing, each
+    other image has the weight 1 / global_batch_size wherever it sits, and the update is the same
+    for any split of the global batch over micro batches and workers (DDP averages gradients over
+    workers). Dividing by the number of images that were read would weight an image by the luck of
+    its neighbours.
 
     Args:
         model: bare, or wrapped in DDP, whose gradients are then exchanged once, in the last batch.
         optimizer: each of its groups gets `learning_rate` times its `lr_scale`, if it has one.
         batches: read as far as needed; all of one size.
-        loss_of: the loss of one batch, divided by its nominal number of images; calls the model
-            once, and is called under autocast.
+        loss_of: the loss of one batch; calls the model once, and is called under autocast.
         grad_accum_steps: batches in a step.
         learning_rate: of this step.
         autocast_dtype: None runs in the weights' own type.
@@ -80,10 +89,16 @@ def optimizer_step(
         group["lr"] = learning_rate * group.get("lr_scale", 1.0)
     optimizer.zero_grad(set_to_none=True)  # a step that raised leaves gradients behind
 
-    loss, num_samples = _accumulate_gradients(
+    loss, num_samples, divisor = _accumulate_gradients(
         model, batches, loss_of, grad_accum_steps=grad_accum_steps, autocast_dtype=autocast_dtype
     )
     parameters = [p for p in model.parameters() if p.grad is not None]
+    if divisor is not None:
+        mean_divisor = _mean_divisor(divisor, grad_accum_steps)
+        loss = loss / mean_divisor
+        for parameter in parameters:
+            assert parameter.grad is not None
+            parameter.grad /= mean_divisor
     grad_norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     # One worker's NaN reaches the gradients of all, so all of them stop here.
     if not torch.isfinite(loss + grad_norm):
@@ -102,10 +117,11 @@ def _accumulate_gradients(
     *,
     grad_accum_steps: int,
     autocast_dtype: torch.dtype | None,
-) -> tuple[Tensor, Tensor]:
-    """Return the loss and the number of images that were read."""
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return the loss, the number of images that were read, and the sum of the divisors."""
     losses: list[Tensor] = []
-    counts: list[Tensor] = []
+    num_samples: list[Tensor] = []
+    divisors: list[Tensor] = []
     iterator = iter(batches)
     no_sync = getattr(model, "no_sync", nullcontext)  # DDP's
     device = next(model.parameters()).device.type
@@ -120,5 +136,23 @@ def _accumulate_gradients(
             loss = output.loss / grad_accum_steps
             loss.backward()  # type: ignore[no-untyped-call]
         losses.append(loss.detach())
-        counts.append(output.num_samples)
-    return torch.stack(losses).sum(), torch.stack(counts).sum()
+        num_samples.append(output.num_samples)
+        if output.divisor is not None:
+            divisors.append(output.divisor)
+    divisor = torch.stack(divisors).sum() if divisors else None
+    return torch.stack(losses).sum(), torch.stack(num_samples).sum(), divisor
+
+
+def _mean_divisor(divisor: Tensor, grad_accum_steps: int) -> Tensor:
+    """Return the mean divisor of the global batch's micro batches.
+
+    The gradients are means over micro batches and workers. So divided by it, they are the sum over
+    the global batch / its divisor, which is at least 1: without any matched place, the loss is that
+    of the background alone, as in torchvision.
+    """
+    world_size = 1
+    total = divisor.detach().clone()
+    if torch.distributed.is_initialized():
+        torch.distributed.all_reduce(total)
+        world_size = torch.distributed.get_world_size()
+    return total.clamp(min=1) / (grad_accum_steps * world_size)

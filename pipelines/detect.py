@@ -42,6 +42,7 @@ from mae_core.evaluation.detection import (
     evaluate_detections,
     precision_recall_picture,
 )
+from mae_core.model.dense import MapOptions
 from mae_core.model.detector import (
     Detections,
     Detector,
@@ -160,15 +161,24 @@ def _categories(section: DetectSection, train: Sequence[_Look]) -> _Categories:
     return _Categories(tuple(x for _, x in ordered), tuple(name for name, _ in ordered))
 
 
-class _Target(NamedTuple):
-    boxes: Boxes  # in the example's pixels, or the original's for validation
-    factor: float = 1.0  # from the original to the example
+class _Wanted(NamedTuple):
+    """What a training example's loss depends on."""
+
+    boxes: Boxes  # in the example's pixels
+    part: tuple[int, int]  # height and width of the picture in the example
+    seed: int
+
+
+class _Truth(NamedTuple):
+    boxes: Boxes  # in the original's pixels
+    part: tuple[int, int]
+    scale: tuple[float, float]  # from x and y in the original to x and y in the example
 
 
 class Prediction(NamedTuple):
     found: Detections  # in the original's pixels, as is the truth
     truth: Boxes
-    factor: float
+    scale: tuple[float, float]
     place: tuple[int, int]
 
 
@@ -184,21 +194,23 @@ class DetectTask:
 
     def training_example(self, sample: EncodedSample, arm: Arm) -> Example:
         original = decode_image(sample.image, self.info.model.in_chans)
-        pixels, boxes = detection_view(
+        generator = sample_generator(arm.seed, sample.epoch, sample.key)
+        view, boxes = detection_view(
             original,
             self._boxes(sample, original.shape),
-            sample_generator(arm.seed, sample.epoch, sample.key),
+            generator,
             size=self.info.model.img_size,
+            fill=self.info.channel_mean,
             scale=self.section.scale,
             flip=self.section.flip,
         )
-        return Example(np.ascontiguousarray(pixels), _Target(boxes))
+        return Example(view.pixels, _Wanted(boxes, view.part, int(generator.integers(2**31))))
 
     def validation_example(self, sample: EncodedSample) -> Example:
         original = decode_image(sample.image, self.info.model.in_chans)
         boxes = self._boxes(sample, original.shape)
-        pixels, factor = fitted_view(original, self.info.model.img_size)
-        return Example(pixels, _Target(boxes, factor))
+        view = fitted_view(original, self.info.model.img_size, self.info.channel_mean)
+        return Example(view.pixels, _Truth(boxes, view.part, view.scale))
 
     def _boxes(self, sample: EncodedSample, picture: tuple[int, ...]) -> Boxes:
         numbers = self.info.numbers.get(sample.folder, self.numbers)
@@ -214,8 +226,7 @@ class DetectTask:
             strides=section.strides,
             channels=section.channels,
             num_convs=section.num_convs,
-            window=section.window,
-            frozen=not arm.kind.trains_encoder,
+            options=MapOptions(section.window, frozen=not arm.kind.trains_encoder),
         )
 
     def build_optimizer(self, model: nn.Module, arm: Arm) -> torch.optim.Optimizer:
@@ -226,23 +237,32 @@ class DetectTask:
 
     def loss(self, model: nn.Module, batch: Batch, arm: Arm) -> BatchLoss:
         there = [i for i, target in enumerate(batch.targets) if target is not None]
+        # The loss is a mean over what the detector counts, so holes leave no gap in it.
+        num_samples = torch.ones_like(batch.weights).sum()
         if not there:  # every worker has to take part: a blank image, that counts nothing
-            blank = box_targets(_no_boxes(), batch.images.device)
-            losses = model(batch.images[:1], [blank])
-            return BatchLoss(0.0 * torch.stack(list(losses.values())).sum(), batch.weights.sum())
-        boxes = [box_targets(batch.targets[i].boxes, batch.images.device) for i in there]
-        losses = model(batch.images[there], boxes)
-        total = torch.stack(list(losses.values())).sum()
-        return BatchLoss(total * batch.weights.mean(), batch.weights.sum())
+            sums, divisor = model(batch.images[:1], [box_targets(_no_boxes(), batch.images.device)])
+            blank = torch.stack(list(sums.values())).sum()
+            return BatchLoss(0.0 * blank, num_samples, 0.0 * divisor)
+        wanted: list[_Wanted] = [batch.targets[i] for i in there]
+        targets = [
+            box_targets(w.boxes, batch.images.device, picture=w.part, seed=w.seed) for w in wanted
+        ]
+        sums, divisor = model(batch.images[there], targets)
+        return BatchLoss(torch.stack(list(sums.values())).sum(), num_samples, divisor)
 
     def predict(
         self, model: nn.Module, images: Tensor, examples: Sequence[Example]
     ) -> list[Prediction]:
+        parts = [example.target.part for example in examples]
         predictions = []
-        for found, example in zip(cast(Detector, model).detect(images), examples, strict=True):
-            boxes, factor = example.target
-            there = Detections(found.boxes.cpu() / factor, found.scores.cpu(), found.labels.cpu())
-            predictions.append(Prediction(there, boxes, factor, example.place or (0, 0)))
+        for found, example in zip(
+            cast(Detector, model).detect(images, parts), examples, strict=True
+        ):
+            truth: _Truth = example.target
+            boxes = found.boxes.cpu() / torch.tensor(truth.scale * 2)
+            there = Detections(boxes, found.scores.cpu(), found.labels.cpu())
+            place = example.place or (0, 0)
+            predictions.append(Prediction(there, truth.boxes, truth.scale, place))
         return predictions
 
     def evaluate(
@@ -262,8 +282,11 @@ class DetectTask:
         pictures = {
             "detections": detection_picture(
                 [read(p.place).pixels for p in shown],
-                [p.truth._replace(xyxy=p.truth.xyxy * np.float32(p.factor)) for p in shown],
-                [p.found._replace(boxes=p.found.boxes * p.factor) for p in shown],
+                [
+                    p.truth._replace(xyxy=p.truth.xyxy * np.asarray(p.scale * 2, np.float32))
+                    for p in shown
+                ],
+                [p.found._replace(boxes=p.found.boxes * torch.tensor(p.scale * 2)) for p in shown],
                 self.names,
                 title,
                 min_score=best_f1_score([p.found for p in predictions], truths),

@@ -50,6 +50,7 @@ from mae_core.evaluation.segmentation import (
     scores_from_counts,
     segmentation_picture,
 )
+from mae_core.model.dense import MapOptions
 from mae_core.model.feature_pyramid import MapEncoder
 from mae_core.model.segmenter import (
     build_segmenter,
@@ -195,6 +196,7 @@ class SegmentTask:
             truth.classes,
             sample_generator(arm.seed, sample.epoch, sample.key),
             size=self.info.model.img_size,
+            fill=self.info.channel_mean,
             scale=self.section.scale,
             flip=self.section.flip,
         )
@@ -215,8 +217,7 @@ class SegmentTask:
             num_classes=len(self.info.names),
             head=self.section.head,
             channels=self.section.channels,
-            window=self.section.window,
-            frozen=not arm.kind.trains_encoder,
+            options=MapOptions(self.section.window, frozen=not arm.kind.trains_encoder),
         )
 
     def build_optimizer(self, model: nn.Module, arm: Arm) -> torch.optim.Optimizer:

@@ -7,7 +7,7 @@ Source of the JSON form: COCO, https://cocodataset.org/#format-data, one file pe
 """
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from mae_core.data.pixels import Pixels
 from mae_core.data.samples import DataError
-from mae_core.data.transforms import Crop, resize_crop
+from mae_core.data.transforms import Crop, blank_picture, resize_crop
 
 _TOLERANCE_PX = 1.0  # how far a box may exceed the picture; PASCAL VOC counts from 1
 _LARGEST_PX = 1e6  # float32 still resolves coordinates of this size
@@ -214,21 +214,30 @@ def _is_number(value: object) -> bool:
     return is_real and abs(value) < _LARGEST_PX  # type: ignore[arg-type]
 
 
+class BoxView(NamedTuple):
+    """A view of a picture. What the picture does not cover lies to the right and below."""
+
+    pixels: Pixels  # (height, width, C)
+    part: tuple[int, int]  # height and width that the picture covers
+    scale: tuple[float, float]  # from x and y in the picture to x and y in the view
+
+
 def detection_view(
     pixels: Pixels,
     boxes: Boxes,
     generator: np.random.Generator,
     *,
     size: tuple[int, int],
+    fill: Sequence[float],
     scale: tuple[float, float] = (0.5, 2.0),
     flip: bool = True,
     min_visible: float = 0.3,
-) -> tuple[Pixels, Boxes]:
+) -> tuple[BoxView, Boxes]:
     """Cut a random view of exactly `size` and its boxes, mirrored half of the time if `flip`.
 
     The picture is resized by the factor that fits it into `size`, times a uniform draw from
     `scale`. If it is then larger than `size`, a random part is cut out; if it is smaller, it lies
-    in the upper left corner with zeros beside it, as in `fitted_view`.
+    in the upper left corner, as in `fitted_view`.
 
     Source: large-scale jitter, Ghiasi et al. 2021, https://arxiv.org/abs/2012.07177, section 3, as
     used to train ViTDet. Differs: the default is (0.5, 2.0) instead of (0.1, 2.0), for smaller
@@ -239,14 +248,14 @@ def detection_view(
         boxes: Boxes in these pixels.
         generator: Owned by the caller; the same draws give the same view.
         size: Height and width.
+        fill: Colour beside the picture; see `blank_picture`.
         scale: Range of the draw; 1 fits the picture.
         flip: Whether to mirror.
         min_visible: Boxes with a smaller share of their area in the view are dropped, and so are
             boxes with a side shorter than a pixel.
     """
     height, width = pixels.shape[:2]
-    factor = min(size[0] / height, size[1] / width) * generator.uniform(*scale)
-    full = max(1, round(height * factor)), max(1, round(width * factor))
+    full = _fitted_size((height, width), size, generator.uniform(*scale))
     by_y, by_x = full[0] / height, full[1] / width
     part = min(size[0], full[0]), min(size[1], full[1])
     top = int(generator.integers(0, full[0] - part[0] + 1))
@@ -263,23 +272,29 @@ def detection_view(
     sides = clipped[:, 2:] - clipped[:, :2]
     whole = (xyxy[:, 2:] - xyxy[:, :2]).prod(axis=1)
     kept = (sides >= _SMALLEST_PX).all(axis=1) & (sides.prod(axis=1) >= min_visible * whole)
-    return _padded(view, size), Boxes(clipped, boxes.labels, boxes.is_crowd).chosen(kept)
+    shown = BoxView(_in_corner(view, size, fill), part, (by_x, by_y))
+    return shown, Boxes(clipped, boxes.labels, boxes.is_crowd).chosen(kept)
 
 
-def fitted_view(pixels: Pixels, size: tuple[int, int]) -> tuple[Pixels, float]:
-    """Resize the whole picture to fit into `size`, in the upper left corner beside zeros.
+def fitted_view(pixels: Pixels, size: tuple[int, int], fill: Sequence[float]) -> BoxView:
+    """Resize the whole picture to fit into `size`, in the upper left corner.
 
-    Returns:
-        The (height, width, C) view, and the factor from coordinates in the picture to coordinates
-        in the view. It is exact to half a pixel of the view, because the sides are rounded.
+    The sides are rounded to whole pixels, so the factors of x and y differ by up to half a pixel of
+    the view over the length of a side.
     """
     height, width = pixels.shape[:2]
-    factor = min(size[0] / height, size[1] / width)
-    part = max(1, round(height * factor)), max(1, round(width * factor))
-    return _padded(resize_crop(pixels, Crop(0, 0, height, width), part), size), factor
+    part = _fitted_size((height, width), size, 1.0)
+    view = resize_crop(pixels, Crop(0, 0, height, width), part)
+    return BoxView(_in_corner(view, size, fill), part, (part[1] / width, part[0] / height))
 
 
-def _padded(pixels: Pixels, size: tuple[int, int]) -> Pixels:
-    canvas = np.zeros((*size, pixels.shape[2]), pixels.dtype)
-    canvas[: pixels.shape[0], : pixels.shape[1]] = pixels
-    return canvas
+def _fitted_size(picture: tuple[int, int], size: tuple[int, int], factor: float) -> tuple[int, int]:
+    """Return height and width of a picture that is fitted into `size`, times `factor`."""
+    factor *= min(size[0] / picture[0], size[1] / picture[1])
+    return max(1, round(picture[0] * factor)), max(1, round(picture[1] * factor))
+
+
+def _in_corner(pixels: Pixels, size: tuple[int, int], fill: Sequence[float]) -> Pixels:
+    whole = blank_picture(size, pixels.shape[2], pixels.dtype, fill)
+    whole[: pixels.shape[0], : pixels.shape[1]] = pixels
+    return whole

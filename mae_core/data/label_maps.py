@@ -17,7 +17,7 @@ from scipy import ndimage  # type: ignore[import-untyped]
 
 from mae_core.data.pixels import Pixels
 from mae_core.data.samples import DataError
-from mae_core.data.transforms import Crop, resize_crop
+from mae_core.data.transforms import Crop, blank_picture, resize_crop
 
 LabelMap = npt.NDArray[np.uint8]  # (H, W), class indices and IGNORE
 InstanceMap = npt.NDArray[np.unsignedinteger[Any]]  # (H, W), 0 is background
@@ -186,21 +186,23 @@ def segmentation_view(
     generator: np.random.Generator,
     *,
     size: tuple[int, int],
+    fill: Sequence[float],
     scale: tuple[float, float] = (0.5, 2.0),
     flip: bool = True,
 ) -> tuple[Pixels, LabelMap]:
     """Resize image and label map alike, cut both to `size`, and maybe mirror both.
 
     Half of the views are mirrored if `flip`. The factor is log-uniform in `scale`: half is as
-    likely as double. Where the view extends beyond the picture, which is placed at random, it is 0
-    and `IGNORE`. Pixels are resampled as in `transforms`, classes by the nearest pixel, so that no
-    new class appears.
+    likely as double. Where the view extends beyond the picture, which is placed at random, it has
+    the colour `fill` and the class `IGNORE`. Pixels are resampled as in `transforms`, classes by
+    the nearest pixel, so that no new class appears.
 
     Args:
         pixels: (H, W, C) uint8 or uint16.
         label_map: (H, W), of the same size.
         generator: The sample's generator.
         size: Height and width of the view.
+        fill: Colour beside the picture; see `blank_picture`.
         scale: Smallest and largest factor.
         flip: Whether left and right may be swapped.
     """
@@ -214,7 +216,7 @@ def segmentation_view(
         rows.length * rows.step,
         columns.length * columns.step,
     )
-    view = np.zeros((*size, pixels.shape[2]), pixels.dtype)
+    view = blank_picture(size, pixels.shape[2], pixels.dtype, fill)
     labels = np.full(size, IGNORE, np.uint8)
     inside = np.s_[rows.at : rows.at + rows.length, columns.at : columns.at + columns.length]
     view[inside] = resize_crop(pixels, crop, (rows.length, columns.length))

@@ -8,7 +8,7 @@ photographs).
 import math
 import threading
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from cykooz_resizer import (
@@ -156,6 +156,23 @@ def shrink_to_short_side(pixels: Pixels, short_side: int) -> Pixels:
         return pixels
     size = max(1, round(height * scale)), max(1, round(width * scale))
     return resize_crop(pixels, Crop(0, 0, height, width), size)
+
+
+def blank_picture(
+    size: tuple[int, int], num_channels: int, dtype: np.dtype[Any], fill: Sequence[float]
+) -> Pixels:
+    """Return a picture of one colour, into which a smaller one can be put.
+
+    Args:
+        size: Height and width.
+        num_channels: Number of channels.
+        dtype: uint8 or uint16.
+        fill: Value of each channel, or one for all, as a share of full scale. With the channel
+            means of `views.normalize`, the border becomes 0 (to half a grey level). Zeros would
+            become many standard deviations, darker than anything that the encoder knows.
+    """
+    value = np.rint(np.asarray(fill, np.float64) * np.iinfo(dtype).max).astype(dtype)
+    return np.full((*size, num_channels), value, dtype)
 
 
 def stack_pixels(pictures: Sequence[Pixels]) -> Pixels:

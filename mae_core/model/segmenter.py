@@ -4,7 +4,7 @@ Logits are (B, K, H, W) for K classes; targets are class indices, or `IGNORE` fo
 """
 
 import math
-from typing import Literal, cast
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from mae_core.data.label_maps import IGNORE
+from mae_core.model.dense import PLAIN_MAP, DenseModel, MapOptions
 from mae_core.model.feature_pyramid import FeaturePyramid, MapEncoder
 
 Head = Literal["linear", "fpn", "upernet"]
@@ -21,42 +22,22 @@ _NUM_LEVELS = 4
 _POOLING_BINS = (1, 2, 3, 6)  # Zhao et al. 2017 (PSPNet), https://arxiv.org/abs/1612.01105
 
 
-class Segmenter(nn.Module):
+class Segmenter(DenseModel):
+    """Return logits for each pixel."""
+
     def __init__(
-        self, encoder: MapEncoder, head: nn.Module, *, window: int = 0, frozen: bool = False
+        self,
+        encoder: MapEncoder,
+        head: "LinearHead | PyramidHead",
+        options: MapOptions = PLAIN_MAP,
     ) -> None:
-        """Put the head on the encoder.
-
-        Args:
-            encoder: An `nn.Module`.
-            head: Maps (B, D, h, w) features to (B, K, ., .) logits, at any one stride.
-            window: Passed to the encoder's `feature_map`.
-            frozen: Give the encoder no gradients and keep it in eval mode.
-        """
-        super().__init__()
-        self.encoder = encoder
+        """Put the head on the encoder's conditioned map; see `DenseModel`."""
+        super().__init__(encoder, options)
         self.head = head
-        self.window = window
-        self.frozen = frozen
-        module = cast(nn.Module, encoder)
-        if frozen:
-            module.requires_grad_(False)
-            module.eval()
-        elif window and isinstance(class_token := getattr(encoder, "cls_token", None), Tensor):
-            # Windowed attention has no class token, and DDP waits for a gradient of each parameter.
-            class_token.requires_grad_(False)
-
-    def train(self, mode: bool = True) -> "Segmenter":
-        super().train(mode)
-        if self.frozen:
-            cast(nn.Module, self.encoder).eval()
-        return self
 
     def forward(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B K H W"]:
         """Return logits for each pixel of images of any size that the patches tile."""
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
-            features = self.encoder.feature_map(images, window=self.window)  # (B, D, h, w)
-        logits = self.head(features)
+        logits = self.head(self.feature_map(images))
         return F.interpolate(logits, size=images.shape[-2:], mode="bilinear", align_corners=False)
 
 
@@ -68,8 +49,9 @@ class LinearHead(nn.Sequential):
     those of DINOv2, Oquab et al. 2023, https://arxiv.org/abs/2304.07193, section 7.4.
     """
 
-    def __init__(self, dim: int, num_classes: int) -> None:
+    def __init__(self, dim: int, stride: int, num_classes: int) -> None:
         super().__init__(nn.BatchNorm2d(dim, affine=False), nn.Conv2d(dim, num_classes, 1))
+        self.output_stride = stride
 
 
 class PyramidHead(nn.Module):
@@ -82,7 +64,14 @@ class PyramidHead(nn.Module):
     """
 
     def __init__(
-        self, dim: int, stride: int, num_classes: int, *, channels: int, pooling: bool
+        self,
+        dim: int,
+        stride: int,
+        num_classes: int,
+        *,
+        channels: int,
+        pooling: bool,
+        finest_stride: int | None = None,
     ) -> None:
         """Build the levels.
 
@@ -92,13 +81,14 @@ class PyramidHead(nn.Module):
             num_classes: Number of classes in the logits.
             channels: Channels of each level.
             pooling: True builds UPerNet, False semantic FPN.
+            finest_stride: See `pyramid_strides`.
         """
         super().__init__()
-        strides = pyramid_strides(stride)
+        strides = pyramid_strides(stride, finest_stride)
         # The map is padded to a multiple of this, so that every level has whole places.
         self.multiple = max(1, strides[-1] // stride)
         self.stride = stride
-        self.finest_stride = strides[0]
+        self.output_stride = strides[0]
         self.pyramid = FeaturePyramid(dim, stride, strides=strides, channels=channels)
         self.pooling = _PyramidPooling(channels) if pooling else None
         self.smooth = nn.ModuleList(_conv(channels, channels, 3) for _ in strides)
@@ -118,7 +108,7 @@ class PyramidHead(nn.Module):
         smooth = [_resized(level, levels[0]) for level in smooth]
         joined = sum(smooth[1:], smooth[0]) if self.pooling is None else torch.cat(smooth, dim=1)
         logits = self.classify(self.fuse(joined))
-        scale = self.stride // self.finest_stride
+        scale = self.stride // self.output_stride
         return logits[..., : rows * scale, : columns * scale]
 
 
@@ -151,16 +141,26 @@ def _resized(level: Tensor, like: Tensor) -> Tensor:
     return F.interpolate(level, size=like.shape[-2:], mode="bilinear", align_corners=False)
 
 
-def pyramid_strides(patch_size: int) -> tuple[int, ...]:
+def pyramid_strides(patch_size: int, finest: int | None = None) -> tuple[int, ...]:
     """Return four strides, each twice the one before.
 
-    The finest is 4, or the nearest stride above it that divides `patch_size` by a power of two.
-    For patches of 4 pixels or less it is half of `patch_size`. So 16 gives (4, 8, 16, 32), 14
-    gives (7, 14, 28, 56) and 4 gives (2, 4, 8, 16).
+    Args:
+        patch_size: Stride of the encoder's map.
+        finest: The first of them: `patch_size` divided by a power of two. By default it is 4, or
+            the nearest stride above it that divides `patch_size` by a power of two; for patches of
+            4 pixels or less it is half of `patch_size`. So 16 gives (4, 8, 16, 32), 14 gives (7,
+            14, 28, 56) and 4 gives (2, 4, 8, 16).
     """
-    finest = patch_size
-    while finest % 2 == 0 and (finest > _FINEST_STRIDE or finest == patch_size):
-        finest //= 2
+    if finest is None:
+        finest = patch_size
+        while finest % 2 == 0 and (finest > _FINEST_STRIDE or finest == patch_size):
+            finest //= 2
+    elif patch_size not in (finest * 2**level for level in range(_NUM_LEVELS)):
+        allowed = [patch_size >> k for k in range(_NUM_LEVELS) if patch_size % 2**k == 0]
+        raise ValueError(
+            f"stride={finest} of the head's output: for patches of {patch_size} pixels it must be "
+            f"one of {', '.join(map(str, allowed))}"
+        )
     return tuple(finest * 2**level for level in range(_NUM_LEVELS))
 
 
@@ -169,9 +169,9 @@ def build_segmenter(
     *,
     num_classes: int,
     head: Head,
+    stride: int | None = None,
     channels: int = 128,
-    window: int = 0,
-    frozen: bool = False,
+    options: MapOptions = PLAIN_MAP,
 ) -> Segmenter:
     """Put a new head on an encoder, which is used as it is and not copied.
 
@@ -179,13 +179,18 @@ def build_segmenter(
         encoder: An `nn.Module` with `embed_dim`, `patch_size` and `feature_map`.
         num_classes: K.
         head: linear, fpn or upernet, from fastest to slowest.
+        stride: Pixels per place of the head's output; see `pyramid_strides`. linear has the
+            encoder's.
         channels: Channels of each level of a pyramid; linear has no levels.
-        window: 0 lets each patch attend to all patches; see `MaskedEncoder.feature_map`.
-        frozen: Train only the head.
+        options: How the encoder's map is made.
     """
-    module: nn.Module
+    module: LinearHead | PyramidHead
     if head == "linear":
-        module = LinearHead(encoder.embed_dim, num_classes)
+        if stride not in (None, encoder.patch_size):
+            raise ValueError(
+                f"stride={stride}: head=linear has the encoder's, {encoder.patch_size}; use fpn"
+            )
+        module = LinearHead(encoder.embed_dim, encoder.patch_size, num_classes)
     else:
         module = PyramidHead(
             encoder.embed_dim,
@@ -193,8 +198,9 @@ def build_segmenter(
             num_classes,
             channels=channels,
             pooling=head == "upernet",
+            finest_stride=stride,
         )
-    return Segmenter(encoder, module, window=window, frozen=frozen)
+    return Segmenter(encoder, module, options)
 
 
 def segmentation_loss(

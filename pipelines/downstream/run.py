@@ -151,7 +151,14 @@ class OpenedTuning(Generic[ConfigT]):
         if len(set(study.names)) < len(study.names):
             raise ConfigError(f"two classes have the same name: {', '.join(sorted(study.names))}")
         title = f"{config.run_name} on {_short(config.data.val)}"
-        info = TaskInfo(self.encoder.model, study.names, title, study.numbers, study.identifiers)
+        info = TaskInfo(
+            self.encoder.model,
+            study.names,
+            title,
+            study.numbers,
+            study.identifiers,
+            self.encoder.channel_mean,
+        )
         return PlannedTuning(self, info, plan_arms(config, data.train, study.strata))
 
 

@@ -63,6 +63,8 @@ class TaskInfo(NamedTuple):
     title: str  # of pictures: run and data
     numbers: Numbers = MappingProxyType({})  # what classes are called in each folder of shards
     identifiers: tuple[int, ...] = ()  # category_id of each class, where labels are these
+    # Of the encoder's normalisation: the colour of what lies beside a picture.
+    channel_mean: tuple[float, ...] = (0.0,)
 
 
 class Task(Protocol):

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from mae_core.config import ModelConfig
 from mae_core.data.label_maps import IGNORE
+from mae_core.model.dense import MapOptions
 from mae_core.model.encoder import build_encoder
 from mae_core.model.segmenter import (
     Head,
@@ -61,8 +62,9 @@ def make_vit(img_size: int = 32, patch_size: int = 8) -> nn.Module:
 
 def make_segmenter(head: Head, encoder: nn.Module | None = None, **options: object) -> Segmenter:
     torch.manual_seed(0)
+    how = MapOptions(**{name: options.pop(name) for name in MapOptions._fields if name in options})
     given = {"num_classes": 3, "channels": 16, **options}
-    return build_segmenter(encoder or ConvEncoder(), head=head, **given)
+    return build_segmenter(encoder or ConvEncoder(), head=head, options=how, **given)
 
 
 def make_images(*shape: int) -> Tensor:

@@ -22,6 +22,7 @@ from mae_core.data.samples import DataError
 from mae_core.data.synthetic import draw_scene, encode_scene
 
 WHERE = "train-000001.tar: key 'cat7'"
+BLACK = (0.0,)
 
 
 def make_json(*boxes: dict[str, Any], **rest: Any) -> bytes:
@@ -228,34 +229,61 @@ def test_a_box_stays_around_its_rectangle_in_every_view(
 ) -> None:
     picture, box = rectangle
     view, boxes = detection_view(
-        make_rectangle(picture, box), make_boxes(box), np.random.default_rng(seed), size=size
+        make_rectangle(picture, box),
+        make_boxes(box),
+        np.random.default_rng(seed),
+        size=size,
+        fill=BLACK,
     )
-    assert view.shape == (*size, 3)
+    assert view.pixels.shape == (*size, 3)
     if len(boxes.labels):
-        np.testing.assert_allclose(boxes.xyxy[0], bright_box(view), atol=1.5)
+        np.testing.assert_allclose(boxes.xyxy[0], bright_box(view.pixels), atol=1.5)
         assert boxes.xyxy.min() >= 0
-        assert boxes.xyxy[0, 2] <= size[1]
-        assert boxes.xyxy[0, 3] <= size[0]
+        assert boxes.xyxy[0, 2] <= view.part[1]
+        assert boxes.xyxy[0, 3] <= view.part[0]
 
 
 @settings(max_examples=100)
 @given(rectangles(), st.sampled_from([(96, 96), (64, 128), (256, 300)]))
-def test_the_factor_of_a_fitted_view_finds_the_rectangle(
+def test_the_scale_of_a_fitted_view_finds_the_rectangle(
     rectangle: tuple[tuple[int, int], tuple[int, int, int, int]], size: tuple[int, int]
 ) -> None:
     picture, box = rectangle
-    view, factor = fitted_view(make_rectangle(picture, box), size)
-    assert view.shape == (*size, 3)
-    np.testing.assert_allclose(np.asarray(box) * factor, bright_box(view), atol=1.5)
+    view = fitted_view(make_rectangle(picture, box), size, BLACK)
+    assert view.pixels.shape == (*size, 3)
+    np.testing.assert_allclose(
+        np.asarray(box) * np.asarray(view.scale * 2), bright_box(view.pixels), atol=1.5
+    )
 
 
-def test_a_fitted_view_lies_in_the_upper_left_corner_beside_zeros() -> None:
-    pixels = np.full((10, 20, 1), 40_000, np.uint16)
-    view, factor = fitted_view(pixels, (40, 40))
-    assert factor == 2.0
-    assert view.dtype == np.uint16
-    assert (view[:20] == 40_000).all()
-    assert (view[20:] == 0).all()
+def test_a_fitted_view_lies_in_the_upper_left_corner_beside_its_fill() -> None:
+    pixels = np.full((10, 20, 2), 40_000, np.uint16)
+    view = fitted_view(pixels, (40, 40), (0.25, 1.0))
+    assert view.scale == (2.0, 2.0)
+    assert view.part == (20, 40)
+    assert view.pixels.dtype == np.uint16
+    assert (view.pixels[:20] == 40_000).all()
+    assert (view.pixels[20:] == (16_384, 65_535)).all()
+
+
+def test_the_corner_of_a_picture_is_mapped_to_the_corner_of_its_part() -> None:
+    # 100 rows become 33: a factor of 0.33 for y and of 1/3 for x. With the factor of x for both,
+    # the last row would be 0.33 pixels off in the view, which are 1 pixel of the picture.
+    view = fitted_view(np.zeros((100, 300, 1), np.uint8), (80, 100), BLACK)
+    assert view.part == (33, 100)
+    assert (300 * view.scale[0], 100 * view.scale[1]) == pytest.approx((100, 33))
+
+
+def test_a_training_view_has_the_fill_beside_the_picture() -> None:
+    generator = np.random.default_rng(0)
+    pixels = np.full((20, 40, 1), 200, np.uint8)
+    view, _ = detection_view(
+        pixels, make_boxes(), generator, size=(40, 40), fill=(0.2,), scale=(0.5, 0.5), flip=False
+    )
+    assert view.part == (10, 20)
+    assert (view.pixels[:10, :20] == 200).all()
+    assert (view.pixels[10:] == 51).all()
+    assert (view.pixels[:, 20:] == 51).all()
 
 
 def test_a_view_is_a_function_of_its_generator() -> None:
@@ -263,7 +291,10 @@ def test_a_view_is_a_function_of_its_generator() -> None:
     boxes = make_boxes((10, 10, 40, 40))
 
     def view(seed: int) -> tuple[Pixels, Boxes]:
-        return detection_view(scene.pixels, boxes, np.random.default_rng(seed), size=(64, 64))
+        shown, cut = detection_view(
+            scene.pixels, boxes, np.random.default_rng(seed), size=(64, 64), fill=BLACK
+        )
+        return shown.pixels, cut
 
     np.testing.assert_array_equal(view(5)[0], view(5)[0])
     np.testing.assert_array_equal(view(5)[1].xyxy, view(5)[1].xyxy)
@@ -276,8 +307,10 @@ def test_half_of_the_views_are_mirrored_and_none_without_flip() -> None:
 
     def lefts(*, flip: bool) -> list[float]:
         generator = np.random.default_rng(0)
-        options: dict[str, Any] = {"size": (64, 64), "scale": (1.0, 1.0), "flip": flip}
-        views = [detection_view(pixels, boxes, generator, **options)[1] for _ in range(200)]
+        options: dict[str, Any] = {"size": (64, 64), "fill": BLACK, "scale": (1.0, 1.0)}
+        views = [
+            detection_view(pixels, boxes, generator, flip=flip, **options)[1] for _ in range(200)
+        ]
         return [float(view.xyxy[0, 0]) for view in views]
 
     mirrored = lefts(flip=True)
@@ -293,7 +326,7 @@ def test_the_picture_is_smaller_and_larger_by_as_much_as_scale_says() -> None:
     sides = []
     for _ in range(200):
         _, boxes = detection_view(
-            pixels, whole, generator, size=(64, 64), scale=(0.5, 1.0), min_visible=0.0
+            pixels, whole, generator, size=(64, 64), fill=BLACK, scale=(0.5, 1.0), min_visible=0.0
         )
         sides.append(float(boxes.xyxy[0, 3]))
     assert 31.5 <= min(sides) < 36
@@ -307,7 +340,12 @@ def test_a_box_mostly_out_of_view_is_left_out_with_its_label() -> None:
     shares = []
     for seed in range(100):
         _, kept = detection_view(
-            pixels, boxes, np.random.default_rng(seed), size=(100, 100), scale=(2.0, 2.0)
+            pixels,
+            boxes,
+            np.random.default_rng(seed),
+            size=(100, 100),
+            fill=BLACK,
+            scale=(2.0, 2.0),
         )
         assert 0 not in kept.labels
         assert 2 not in kept.labels
@@ -328,6 +366,7 @@ def test_crowds_follow_the_same_rule_and_keep_their_mark() -> None:
                 boxes,
                 np.random.default_rng(seed),
                 size=(100, 100),
+                fill=BLACK,
                 scale=(scale, scale),
             )[1].is_crowd.tolist()
             for seed in range(40)
@@ -337,10 +376,14 @@ def test_crowds_follow_the_same_rule_and_keep_their_mark() -> None:
 
 def test_a_view_without_boxes_and_one_of_a_single_pixel_work() -> None:
     view, boxes = detection_view(
-        np.full((1, 1, 1), 9, np.uint16), make_boxes(), np.random.default_rng(0), size=(8, 16)
+        np.full((1, 1, 1), 9, np.uint16),
+        make_boxes(),
+        np.random.default_rng(0),
+        size=(8, 16),
+        fill=BLACK,
     )
-    assert view.shape == (8, 16, 1)
-    assert view.dtype == np.uint16
+    assert view.pixels.shape == (8, 16, 1)
+    assert view.pixels.dtype == np.uint16
     assert [array.shape for array in boxes] == [(0, 4), (0,), (0,)]
 
 

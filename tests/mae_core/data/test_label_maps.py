@@ -30,6 +30,7 @@ from mae_core.data.samples import DataError
 WHERE = "s3://bucket/train-000001.tar: cat7"
 DARK, LIGHT = 60, 180
 MIDDLE = 120
+BLACK = (0.0,)
 
 
 def make_png(values: npt.ArrayLike, mode: str | None = None) -> bytes:
@@ -235,7 +236,9 @@ def test_picture_and_labels_stay_aligned(
     """Test by symmetry: after bicubic resampling a step is half way exactly at the edge."""
     pixels, label_map = make_chequers(height, width, 16)
     generator = np.random.default_rng(seed)
-    view, labels = segmentation_view(pixels, label_map, generator, size=size, scale=(scale, scale))
+    view, labels = segmentation_view(
+        pixels, label_map, generator, size=size, fill=BLACK, scale=(scale, scale)
+    )
     grey = view[..., 0].astype(int)
     assert view.shape == (*size, 1)
     assert labels.shape == size
@@ -260,7 +263,7 @@ def test_view_of_any_picture_has_its_size_and_no_new_class(
     generator = np.random.default_rng(seed)
     label_map = generator.choice(np.uint8([3, 40, 250]), (height, width))
     pixels = generator.integers(1, 65536, (height, width, 2), dtype=np.uint16)
-    view, labels = segmentation_view(pixels, label_map, generator, size=size)
+    view, labels = segmentation_view(pixels, label_map, generator, size=size, fill=BLACK)
     assert view.shape == (*size, 2)
     assert view.dtype == np.uint16
     assert set(np.unique(labels)) <= {3, 40, 250, IGNORE}
@@ -272,7 +275,7 @@ def test_view_at_scale_one_is_a_part_of_the_picture_bit_for_bit() -> None:
     pixels = generator.integers(0, 256, (20, 30, 3), dtype=np.uint8)
     label_map = pixels[..., 0] // 2
     view, labels = segmentation_view(
-        pixels, label_map, generator, size=(8, 9), scale=(1, 1), flip=False
+        pixels, label_map, generator, size=(8, 9), fill=BLACK, scale=(1, 1), flip=False
     )
     places = [
         (top, left)
@@ -290,7 +293,7 @@ def test_smaller_picture_lies_at_any_place_of_the_view() -> None:
     corners = set()
     for _ in range(200):
         view, labels = segmentation_view(
-            pixels, label_map, generator, size=(4, 3), scale=(1, 1), flip=False
+            pixels, label_map, generator, size=(4, 3), fill=BLACK, scale=(1, 1), flip=False
         )
         rows, columns = np.nonzero(labels == 0)
         assert view.sum() == 36
@@ -309,6 +312,7 @@ def test_half_of_the_views_are_mirrored_and_none_without_flip() -> None:
                 label_map,
                 np.random.default_rng(seed),
                 size=(10, 10),
+                fill=BLACK,
                 scale=(1, 1),
                 flip=flip,
             )[1]
@@ -328,16 +332,26 @@ def test_half_is_as_likely_as_double() -> None:
     generator = np.random.default_rng(0)
     enlarged = 0
     for _ in range(400):
-        _, labels = segmentation_view(pixels, label_map, generator, size=(100, 10))
+        _, labels = segmentation_view(pixels, label_map, generator, size=(100, 10), fill=BLACK)
         enlarged += int(labels[-1, 0]) - int(labels[0, 0]) <= 4
     # Uniform in 0.5..2 it would be two thirds; 100 rows of factor 1 span 5 or 6 squares.
     assert 160 < enlarged < 240
 
 
+def test_what_lies_beside_the_picture_has_the_fill_and_no_class() -> None:
+    pixels, label_map = np.zeros((4, 4, 2), np.uint8), np.zeros((4, 4), np.uint8)
+    view, labels = segmentation_view(
+        pixels, label_map, np.random.default_rng(0), size=(8, 8), fill=(0.2, 1.0), scale=(1, 1)
+    )
+    assert np.count_nonzero(labels == IGNORE) == 48
+    assert (view[labels == IGNORE] == (51, 255)).all()
+    assert (view[labels == 0] == 0).all()
+
+
 def test_same_generator_gives_the_same_view() -> None:
     pixels, label_map = make_chequers(50, 60, 5)
     views = [
-        segmentation_view(pixels, label_map, np.random.default_rng(4), size=(32, 32))
+        segmentation_view(pixels, label_map, np.random.default_rng(4), size=(32, 32), fill=BLACK)
         for _ in range(2)
     ]
     assert (views[0][0] == views[1][0]).all()

@@ -1,0 +1,156 @@
+"""The half that a detector and a segmenter share: an encoder, and the map that a head gets of it.
+
+The map is conditioned first. A pretrained encoder's map is badly conditioned: most of its power is
+one mean vector, and one direction holds most of the variance, so that a head which starts from
+small random weights hardly sees the rest.
+"""
+
+from contextlib import nullcontext
+from typing import Literal, NamedTuple, cast
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from mae_core.model.feature_pyramid import MapEncoder
+
+ConditioningKind = Literal["whiten", "standardize", "none"]
+
+# Share of the mean variance that is added to the variance of every direction. Directions that hold
+# less are left small, because what they hold is mostly noise.
+_SHRINKAGE = 1e-3
+
+
+class MapMoments:
+    """Mean and covariance of the places of maps, summed map by map in float64."""
+
+    def __init__(self, dim: int, device: torch.device | str = "cpu") -> None:
+        self.count = torch.zeros((), dtype=torch.float64, device=device)
+        self.total = torch.zeros(dim, dtype=torch.float64, device=device)
+        self.products = torch.zeros(dim, dim, dtype=torch.float64, device=device)
+
+    def add(self, features: Float[Tensor, "B D h w"]) -> None:
+        """Count each place of each map as one vector."""
+        places = features.detach().double().movedim(1, -1).flatten(0, -2)  # (N, D)
+        self.count += len(places)
+        self.total += places.sum(dim=0)
+        self.products += places.T @ places
+
+    @property
+    def mean(self) -> Float[Tensor, " D"]:
+        return self.total / self.count
+
+    @property
+    def covariance(self) -> Float[Tensor, "D D"]:
+        return self.products / self.count - torch.outer(self.mean, self.mean)
+
+
+class Conditioning(nn.Module):
+    """A fixed affine map of the vector at each place: x -> matrix (x - mean).
+
+    It changes nothing until it is fitted. It is not trained, and it does not follow the batch as a
+    batch norm does. So it is the same in training and in evaluation, and for any micro batch.
+    """
+
+    mean: Tensor
+    matrix: Tensor
+
+    def __init__(self, dim: int, kind: ConditioningKind) -> None:
+        """Start as the identity.
+
+        Args:
+            dim: D.
+            kind: "whiten" gives every direction the variance 1 (ZCA), "standardize" every channel,
+                and "none" keeps the map as it is.
+        """
+        super().__init__()
+        self.kind = kind
+        self.register_buffer("mean", torch.zeros(dim))
+        self.register_buffer("matrix", torch.eye(dim))
+
+    def fit(self, moments: MapMoments) -> None:
+        """Compute the affine map from the moments of an encoder's maps.
+
+        Raises:
+            ValueError: There are no places, or their values are not finite.
+        """
+        if self.kind == "none":
+            return
+        if not moments.count:
+            raise ValueError("there is no feature map to fit the conditioning to")
+        covariance = moments.covariance.cpu()
+        if not bool(torch.isfinite(covariance).all()):
+            raise ValueError("the encoder's feature map has values that are not finite")
+        variance = covariance.diagonal().clamp(min=0)
+        # The smallest positive number keeps a map without any variance from a division by zero.
+        floor = _SHRINKAGE * variance.mean().clamp(min=torch.finfo(torch.float32).tiny)
+        if self.kind == "standardize":
+            matrix = (variance + floor).rsqrt().diag()
+        else:
+            values, vectors = torch.linalg.eigh(covariance)
+            matrix = (vectors * (values.clamp(min=0) + floor).rsqrt()) @ vectors.T
+        self.mean.copy_(moments.mean)
+        self.matrix.copy_(matrix)
+
+    def forward(self, features: Float[Tensor, "B D h w"]) -> Float[Tensor, "B D h w"]:
+        """Apply the map, in float32."""
+        if self.kind == "none":
+            return features
+        with torch.autocast(features.device.type, enabled=False):
+            centred = features.float() - self.mean[:, None, None]
+            return torch.einsum("ed,bdhw->behw", self.matrix, centred)
+
+
+class MapOptions(NamedTuple):
+    """How the encoder's map is made."""
+
+    window: int = 0  # passed to the encoder's `feature_map`
+    frozen: bool = False  # the encoder gets no gradients and stays in eval mode
+    conditioning: ConditioningKind = "none"  # see `Conditioning`
+
+
+PLAIN_MAP = MapOptions()
+
+
+class DenseModel(nn.Module):
+    """An encoder whose conditioned map feeds a head; the base of `Detector` and `Segmenter`."""
+
+    def __init__(self, encoder: MapEncoder, options: MapOptions) -> None:
+        """Take the encoder, an `nn.Module`, as it is and freeze what does not train."""
+        super().__init__()
+        self.encoder = encoder
+        self.window, self.frozen, kind = options
+        self.conditioning = Conditioning(encoder.embed_dim, kind)
+        module = cast(nn.Module, encoder)
+        if self.frozen:
+            module.requires_grad_(False)
+            module.eval()
+        elif self.window and isinstance(class_token := getattr(encoder, "cls_token", None), Tensor):
+            # Windowed attention has no class token, and DDP waits for a gradient of each parameter.
+            class_token.requires_grad_(False)
+
+    def train(self, mode: bool = True) -> "DenseModel":
+        """Set the mode as for any module, but keep a frozen encoder in eval mode."""
+        super().train(mode)
+        if self.frozen:
+            cast(nn.Module, self.encoder).eval()
+        return self
+
+    def feature_map(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B D h w"]:
+        """Return the encoder's conditioned map."""
+        return self.conditioning(self._encoded(images))
+
+    def add_moments(self, moments: MapMoments, images: Float[Tensor, "B C H W"]) -> None:
+        """Count the unconditioned map of images, in eval mode; restores the mode."""
+        module = cast(nn.Module, self.encoder)
+        was_training = module.training
+        module.eval()
+        try:
+            with torch.no_grad():
+                moments.add(self._encoded(images))
+        finally:
+            module.train(was_training)
+
+    def _encoded(self, images: Tensor) -> Tensor:
+        with torch.no_grad() if self.frozen else nullcontext():
+            return self.encoder.feature_map(images, window=self.window)
