@@ -12,11 +12,12 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 from infra.processes import end_past_threads, end_with_parent
 from infra.redaction import redact, redact_logs
 from pipelines.commands.arguments import COMMANDS, load_own_stage, make_parser, parse, read_config
-from pipelines.outcome import StageResult, explain
+from pipelines.outcome import STOPPED_CODES, StageResult, explain
 from pipelines.terminal import progress
 
 
@@ -61,11 +62,8 @@ def _run(argv: Sequence[str] | None) -> int:
     except BaseException as error:
         exit_code = _report(error, debug=arguments.debug)
         if not sys.stdout.isatty():  # a person has already seen the message
-            explained = explain(error)
-            # For an error that is not ours, only its text: its class is on stderr.
-            message = str(error) if explained.exit_code == 1 else explained.message
-            failed = {"status": "failed", "error": message, "can_pass": explained.can_pass}
-            print(redact(json.dumps({"stage": arguments.stage, **failed})), flush=True)
+            fields = {"stage": arguments.stage, **_failure(error, exit_code)}
+            print(redact(json.dumps(fields)), flush=True)
         return exit_code
     # Integers stay integers; numpy numbers cannot be written as JSON.
     metrics = {k: x if isinstance(x, int) else float(x) for k, x in result.metrics.items()}
@@ -99,6 +97,16 @@ def _run_command(words: list[str]) -> int:
     except BaseException as error:
         return _report(error, debug="--debug" in words)
     return code
+
+
+def _failure(error: BaseException, exit_code: int) -> dict[str, Any]:
+    """Return what a program that reads stdout is told about a command that did not end well."""
+    if exit_code in STOPPED_CODES:  # the same command continues, so this is no failure of the run
+        return {"status": "stopped", "error": str(error) or "stopped by SIGINT", "can_pass": True}
+    explained = explain(error)
+    # For an error that is not ours, only its text: its class is on stderr.
+    message = str(error) if explained.exit_code == 1 else explained.message
+    return {"status": "failed", "error": message, "can_pass": explained.can_pass}
 
 
 def _report(error: BaseException, *, debug: bool) -> int:

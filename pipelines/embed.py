@@ -19,7 +19,8 @@ if __name__ == "__main__":  # run as a file: import the package, not the files b
 import io
 import logging
 import tempfile
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, NamedTuple
@@ -32,7 +33,7 @@ import ray
 import ray.data
 import torch
 
-from infra import storage, tracking
+from infra import processes, storage, tracking
 from mae_core.checkpoint import load_encoder
 from mae_core.checkpoint_manifest import WEIGHTS_FILE, CheckpointManifest
 from mae_core.data.decode import decode_image
@@ -46,12 +47,15 @@ from mae_core.model.encoder import MaskedEncoder
 from pipelines import driver
 from pipelines.config.embed import EmbedConfig
 from pipelines.downstream.measuring import to_images
+from pipelines.job import cluster_address
 from pipelines.outcome import ConfigError, StageResult
 from pipelines.reading.batches import too_many_bad
 from pipelines.reading.fingerprints import fingerprint
 from pipelines.reading.shards import open_shards, read_rows, read_samples
 from pipelines.terminal import progress
+from pipelines.training import local_mode
 from pipelines.training.checkpoints import fetch_checkpoint, fetch_manifest
+from pipelines.training.launch import trains_in_driver
 from pipelines.training.protocol import Identity, Work
 from pipelines.training.run import checked, drive
 from pipelines.training.run_folder import RunFolder, Taken
@@ -78,7 +82,7 @@ class Piece(NamedTuple):
 
 
 class EmbedJob(NamedTuple):
-    """All that an actor is told."""
+    """All that a worker is told."""
 
     config: EmbedConfig
     init_uri: str
@@ -109,7 +113,6 @@ class EmbedRun:
     """See `pipelines.training.protocol.Run`."""
 
     stage = STAGE
-    trains = False
 
     def __init__(self, config: EmbedConfig) -> None:
         self.config = config
@@ -188,7 +191,11 @@ def _write_missing(job: EmbedJob, pieces: list[Piece], folder: RunFolder) -> Non
     missing = [piece for piece in pieces if piece.name not in there]
     logger.info("%d of %d files are to be written", len(missing), len(pieces))
     if missing:
-        _run_actors(job.config, job, missing)
+        if trains_in_driver(job.config.scaling):
+            written = _written_here(job, missing)
+        else:
+            written = _written_by_actors(job, missing)
+        _follow(job.channel, written, len(missing))
 
 
 def _what_is_saved(pieces: list[Piece], num_images: int, folder: RunFolder) -> str:
@@ -205,8 +212,22 @@ def _what_is_saved(pieces: list[Piece], num_images: int, folder: RunFolder) -> s
     return f"after {done} of {num_images} images; the same command goes on from there"
 
 
-def _run_actors(config: EmbedConfig, job: EmbedJob, missing: list[Piece]) -> None:
-    """Write the files that are missing."""
+def _written_here(job: EmbedJob, missing: list[Piece]) -> Iterator[Mapping[str, int]]:
+    """Write the files in this process, which needs no process of Ray's (docs/adr/0027)."""
+    processes.note_working(threading.current_thread())
+    with local_mode.restored_torch(job.config.scaling):
+        embedder = _Embedder(job, missing)
+        try:
+            for number in range(len(missing)):
+                written = embedder({"number": [number]})
+                yield {name: values[0] for name, values in written.items()}
+        finally:
+            embedder.ends.close()
+
+
+def _written_by_actors(job: EmbedJob, missing: list[Piece]) -> Iterator[Mapping[str, int]]:
+    """Write the files in as many of Ray's processes as there are workers."""
+    config = job.config
     numbers = ray.data.from_items([{"number": i} for i in range(len(missing))])
     written = numbers.repartition(len(missing)).map_batches(
         _Embedder,
@@ -215,13 +236,21 @@ def _run_actors(config: EmbedConfig, job: EmbedJob, missing: list[Piece]) -> Non
         compute=ray.data.ActorPoolStrategy(size=config.scaling.num_workers),
         num_cpus=config.scaling.cpus_per_worker,
         num_gpus=1 if config.scaling.use_gpu else 0,
+        # On one machine, an actor that is lost ran out of memory, and would again. On a cluster it
+        # was on a node that is lost, and Ray starts it on another.
+        max_restarts=0 if cluster_address() is None else -1,
     )
-    for number, row in enumerate(written.iter_rows(), start=1):
+    yield from written.iter_rows()
+
+
+def _follow(channel: StopChannel, written: Iterable[Mapping[str, int]], total: int) -> None:
+    """Tell how far the workers are, for each file that one of them writes or stops at."""
+    for number, row in enumerate(written, start=1):
         if row["is_whole"]:
             if not progress.shows_bar():
-                logger.info("file %d of %d: %d images", number, len(missing), row["num_images"])
-            job.channel.tell(Told(Phase.TRAINING, number, len(missing), "embedding, files"))
-    job.channel.tell(Told(Phase.STOPPED if job.channel.is_asked() else Phase.MEASURING))
+                logger.info("file %d of %d: %d images", number, total, row["num_images"])
+            channel.tell(Told(Phase.TRAINING, number, total, "embedding, files"))
+    channel.tell(Told(Phase.STOPPED if channel.is_asked() else Phase.MEASURING))
 
 
 def _count_bad(config: EmbedConfig, data: Manifest, pieces: list[Piece]) -> int:
@@ -255,7 +284,7 @@ def _num_rows(uri: str) -> int:
 
 
 class _Embedder:
-    """An actor of Ray Data: holds the encoder, writes a file a piece."""
+    """A worker: holds the encoder, and writes one file for each piece."""
 
     def __init__(self, job: EmbedJob, pieces: list[Piece]) -> None:
         self.reader = FeatureReader(job)
@@ -265,7 +294,7 @@ class _Embedder:
             job.channel, every_minutes=job.config.checkpoint.every_minutes, rank=0, world_size=1
         )
 
-    def __call__(self, batch: dict[str, Any]) -> dict[str, list[int]]:
+    def __call__(self, batch: Mapping[str, Iterable[int]]) -> dict[str, list[int]]:
         if self.channel.told().phase is Phase.STARTING:
             self.channel.tell(Told(Phase.TRAINING, what="embedding"))
         counts = [self._write(self.pieces[int(number)]) for number in batch["number"]]

@@ -35,6 +35,8 @@ EXIT_CODES: dict[str, tuple[int, str]] = {
     "StorageError": (5, INFRASTRUCTURE),
     "NonFiniteLossError": (6, "training error"),
 }
+# Of a command that Ctrl-C or SIGTERM stopped.
+STOPPED_CODES = (130, 143)
 # Ray's errors for a machine or process that failed, whatever it was asked to do.
 PASSING_TYPES = {
     "ActorDiedError",

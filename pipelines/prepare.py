@@ -264,16 +264,16 @@ def _pack_set(plan: SetPlan, config: PrepareConfig) -> PackedSet:
     """
     started_at_s = time.monotonic()
     finished = finished_manifest(plan)
-    doing = "packs" if finished is None else "compares with what was packed"
-    log.info("output=%s %s: shards=%d images=%d", plan.output, doing, *plan.counts)
+    doing = "packing" if finished is None else "comparing with what was packed:"
+    num_shards, num_items = plan.counts
+    log.info("output=%s %s %d images in %d shards", plan.output, doing, num_items, num_shards)
     records: dict[str, ShardRecord] = {}
     skipped: list[SkippedImage] = []
     num_images = num_new = 0
     logged_at_s = started_at_s
 
     def reached() -> progress.Progress:
-        elapsed = progress.format_seconds(time.monotonic() - started_at_s)
-        detail = f"images={num_images} {elapsed}"
+        detail = f"images={num_images}"
         return progress.Progress("packing shards", len(records), len(plan.shards), detail)
 
     with progress.doing("packing shards", reached):

@@ -56,7 +56,6 @@ class PretrainRun:
     """See `pipelines.training.protocol.Run`."""
 
     stage = STAGE
-    trains = True
 
     def __init__(self, config: PretrainConfig) -> None:
         self.config = config

@@ -18,14 +18,13 @@ from infra import processes
 from pipelines.chain.execute import Failure
 from pipelines.config.loading import ENVIRONMENT_PREFIX
 from pipelines.job import ROOT, STAGE_VARIABLE
-from pipelines.outcome import StageResult
+from pipelines.outcome import STOPPED_CODES, StageResult
 
 logger = logging.getLogger(__name__)
 
 STOP_GRACE_S = 40.0  # a stage takes `checkpoint.grace_s` to save what it has done
 MEMORY_EVERY_S = 2.0
 TAIL_LINES = 8
-CANCELLED = (128 + signal.SIGINT, 128 + signal.SIGTERM)
 
 
 class StageProcess:
@@ -85,7 +84,7 @@ class StageProcess:
         if exit_code < 0:
             name = signal.Signals(-exit_code).name
             return Failure(f"its process was killed by {name}", 5, can_pass=True)
-        if exit_code in CANCELLED:
+        if exit_code in STOPPED_CODES:
             return Failure("it was stopped from outside", exit_code, can_pass=False)
         message = fields.get("error") or "\n".join(self._tail) or f"exit code {exit_code}"
         return Failure(str(message), exit_code, can_pass=bool(fields.get("can_pass")))

@@ -43,7 +43,7 @@ from pipelines.chain.plan import (
 )
 from pipelines.chain.promote import Verdict, promote
 from pipelines.chain.record import PipelineRun, pipeline_folder, pipeline_tracking
-from pipelines.outcome import ConfigError, StageResult
+from pipelines.outcome import STOPPED_CODES, ConfigError, StageResult
 from pipelines.reading.fingerprints import fingerprint
 from pipelines.terminal.run_page import say_run_page
 
@@ -172,9 +172,13 @@ def _open(chain: Chain, plans: list[Planned], words: tuple[str, ...]) -> Pipelin
 
 
 def _shown_name(pipeline: str, name: str, params: Mapping[str, str]) -> str:
-    """Return the run's name in MLflow: the pipeline, the time, and the overridden values."""
-    when = f"{name[:10]} {name[11:13]}:{name[13:15]}"
-    return name_with_differences(f"{pipeline} {when}", params, dict.fromkeys(params, ""))
+    """Return the run's name in MLflow: the overridden values, the time, and the pipeline.
+
+    MLflow's list shows only the beginning of a name, so what differs between runs comes first.
+    """
+    changed = name_with_differences("", params, dict.fromkeys(params, ""))
+    when = f"{name[5:10]} {name[11:13]}:{name[13:15]}"
+    return f"{changed} {when} {pipeline}".strip()
 
 
 def _name_of_now() -> str:
@@ -290,6 +294,8 @@ def _tags(run: PipelineRun) -> dict[str, str]:
 
 def _summary(run: PipelineRun, exit_code: int, seconds: float) -> dict[str, Any]:
     status = {0: "done", REFUSED: "refused"}.get(exit_code, "failed")
+    if exit_code in STOPPED_CODES:  # a stage was
+        status = "stopped"
     stages = {name: stage.state.value for name, stage in run.stages.items()}
     if status == "done" and set(stages.values()) == {"reused"}:
         status = "reused"

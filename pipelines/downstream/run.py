@@ -87,8 +87,6 @@ def run(config: ConfigT, kind: TaskKind[ConfigT], *, fresh: bool) -> StageResult
 class TuningRun(Generic[ConfigT]):
     """See `pipelines.training.protocol.Run`."""
 
-    trains = True
-
     def __init__(self, config: ConfigT, kind: TaskKind[ConfigT]) -> None:
         self.config = config
         self.kind = kind

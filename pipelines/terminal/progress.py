@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 DRAW_EVERY_S = 0.25
 SAY_FIRST_S = 4.0  # seconds of silence before the first line; later intervals grow
 MAX_SAY_EVERY_S = 60.0
-BAR = "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}{postfix}"
+BAR = "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}{postfix} [{elapsed}]"
 
 
 class Progress(NamedTuple):
@@ -147,10 +147,10 @@ class _Lines:
         if now_s - self._since_s < silence_limit_s(now_s - self._began_s):
             return
         self._since_s = now_s
-        counted = f" {state.done} of {state.total}" if state.total else ""
-        detail = f" {state.detail}" if state.detail else ""
+        counted = f", {state.done} of {state.total}" if state.total else ""
+        detail = f", {state.detail}" if state.detail else ""
         elapsed = format_seconds(now_s - self._began_s)
-        logger.info("still %s%s%s, %s", state.what, counted, detail, elapsed)
+        logger.info("still %s%s%s, after %s", state.what, counted, detail, elapsed)
 
     def close(self) -> None:
         """Do nothing: there is no bar to clear."""

@@ -42,7 +42,7 @@ def fit(
     processes.note_working(threading.current_thread())
     for failures_left in range(scaling.max_failures, -1, -1):
         try:
-            with _restored_torch(scaling), _ended_readers():
+            with restored_torch(scaling), _ended_readers():
                 train()
         except Exception as error:
             if failures_left == 0 or is_stopping():
@@ -71,7 +71,7 @@ def _ended_readers() -> Iterator[None]:
 
 
 @contextmanager
-def _restored_torch(scaling: ScalingConfig) -> Iterator[None]:
+def restored_torch(scaling: ScalingConfig) -> Iterator[None]:
     """Restore torch's number of threads and its random state, which belong to the process."""
     num_threads = torch.get_num_threads()
     try:

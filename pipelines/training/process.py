@@ -391,7 +391,7 @@ class TrainingProcess(Generic[PartT, DecodedT, BatchT]):
         size = self.task.size(part)
         if self.rank == 0:
             logger.info(
-                "%s: training from step %d to %d on %d images: %d workers, device=%s precision=%s",
+                "%s: training from step %d to %d on %d images: workers=%d device=%s precision=%s",
                 part.label,
                 done - part.first_step,
                 part.steps,

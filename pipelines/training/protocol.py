@@ -92,9 +92,5 @@ class Run(Protocol):
     @property
     def stage(self) -> str: ...
 
-    @property
-    def trains(self) -> bool:
-        """Whether its workers are those of `fit`, of which a single one may be the driver."""
-
     def open(self, folder: RunFolder) -> OpenedRun:
         """Open the data; an earlier result counts only for the data that it was made of."""

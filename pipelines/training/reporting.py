@@ -18,7 +18,7 @@ from infra.tracking import MetricWriter
 from mae_core.data.samples import DataError
 from mae_core.train_step import StepMetrics
 from pipelines.reading.batches import LEAST_JUDGED, BadSample
-from pipelines.terminal.progress import format_seconds, has_bar, silence_limit_s
+from pipelines.terminal.progress import format_seconds, has_bar
 from pipelines.training.run_folder import RunFolder
 from pipelines.training.stopping import Phase, StepEnds, Told
 
@@ -105,8 +105,6 @@ class StepReporter:
     pace: Pace = field(default_factory=Pace)
     _has_bar: bool = field(default_factory=has_bar)
     _detail: str = ""  # of the last report
-    _began_s: float = field(default_factory=lambda: time.monotonic())
-    _said_at_s: float = field(default_factory=lambda: time.monotonic())
     _num_steps: int = 0  # since the last report
     _since: float = field(default_factory=lambda: time.monotonic())
     _since_step: int = -1
@@ -141,19 +139,11 @@ class StepReporter:
         self._num_samples = (
             num_samples if self._num_samples is None else self._num_samples + num_samples
         )
-        if self.writer is not None:
-            self._tell(step)
-
-    def _tell(self, step: int) -> None:
-        total, what = self.size.total_steps, self.prefix.rstrip("/") or "training"
-        detail = f"{self._detail} eta={self._eta(step)}".strip()
-        if self.ends is not None:
+        if self.writer is not None and self.ends is not None:
+            what = self.prefix.rstrip("/") or "training"
+            detail = f"{self._detail} eta={self._eta(step)}".strip()
+            total = self.size.total_steps
             self.ends.tell_progress(Told(Phase.TRAINING, step, total, what, detail))
-        now_s = time.monotonic()
-        limit_s = silence_limit_s(now_s - self._began_s)
-        if not (self._has_bar or self.is_due(step)) and now_s - self._said_at_s > limit_s:
-            self._said_at_s = now_s
-            logger.info("%sstep %d/%d eta=%s", self.prefix, step, total, self._eta(step))
 
     def _eta(self, step: int) -> str:
         """Of all that is left: the steps, the evaluation, the export."""
@@ -191,7 +181,6 @@ class StepReporter:
                 f"bad={totals.num_bad}"
             )
             if not self._has_bar:
-                self._said_at_s = now
                 total, eta = self.size.total_steps, self._eta(step)
                 logger.info("%sstep %d/%d %s eta=%s", self.prefix, step, total, self._detail, eta)
         return totals

@@ -45,7 +45,7 @@ def start(
     """
     config, identity = run.config, opened.identity
     planned = opened.plan()
-    in_driver = run.trains and launch.trains_in_driver(config.scaling)
+    in_driver = launch.trains_in_driver(config.scaling)
     with launch.running_ray(config.scaling, in_driver=in_driver):
         taken = recording.take_over(
             config,

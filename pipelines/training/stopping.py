@@ -21,6 +21,7 @@ logger = logging.getLogger(__name__)
 NAMESPACE = "mae"
 POLL_S = 0.1
 TELL_EVERY_S = 0.5
+WATCH_ENDS_S = 2.0
 
 
 class Phase(Enum):
@@ -105,13 +106,16 @@ class StepEnds:
         self._told_at_s = 0.0
         self._is_closed = False
         self.is_asked = False  # to stop; only rank 0 knows
+        # A thread of its own looks: a step costs no request.
+        self._watching = threading.Thread(target=self._watch, name="stop-watch", daemon=True)
         if rank == 0:
-            # A thread of its own looks: a step costs no request.
-            threading.Thread(target=self._watch, name="stop-watch", daemon=True).start()
+            self._watching.start()
 
     def close(self) -> None:
         """End the watch, which would otherwise go on for as long as the process."""
         self._is_closed = True
+        if self._watching.is_alive():
+            self._watching.join(WATCH_ENDS_S)
 
     def _watch(self) -> None:
         while not (self.is_asked or self._is_closed):

@@ -275,12 +275,12 @@ def wait_until_half(chain: Path) -> None:
 
 
 def mlflow_runs(chain: Path) -> dict[str, str]:
-    """Status by name, the pipeline's own as `sums`, which is how its name begins."""
+    """Status by name, the pipeline's own as `sums`, which is how its name ends."""
     client = MlflowClient(f"sqlite:///{chain.parent}/mlflow.db")
     experiment = client.get_experiment_by_name("sums")
     assert experiment is not None
     runs = client.search_runs([experiment.experiment_id])
-    return {run.info.run_name.split()[0]: run.info.status for run in runs}
+    return {run.info.run_name.split()[-1]: run.info.status for run in runs}
 
 
 def stage_processes(chain: Path) -> list[psutil.Process]:
@@ -326,7 +326,7 @@ def test_what_a_killed_pipeline_left_running_is_swept(chain: Path) -> None:
     parents = [
         found.info.status
         for found in client.search_runs([experiment.experiment_id], order_by=["start_time ASC"])
-        if found.info.run_name.startswith("sums ")
+        if found.info.run_name.endswith(" sums")
     ]
     assert parents == ["KILLED", "FINISHED"]
 

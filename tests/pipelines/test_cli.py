@@ -69,7 +69,7 @@ def without_failure(code: int, out: str) -> str:
     if code == 0 or not last.startswith("{"):
         return out
     failed = json.loads(last)
-    assert failed["status"] == "failed"
+    assert failed["status"] == ("stopped" if code in (130, 143) else "failed")
     assert failed["can_pass"] in (True, False)
     return "\n".join(lines)
 
@@ -270,6 +270,29 @@ def test_how_a_stage_ends_is_the_exit_code(
     monkeypatch.setattr(pretrain, "run", run)
     told = mae("pretrain", "data.train=/d")
     assert (told.code, told.out, told.err) == (code, "", last)
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [(driver.CancelledError(15), "stopped by SIGTERM"), (KeyboardInterrupt(), "stopped by SIGINT")],
+)
+def test_a_program_is_told_that_a_stopped_command_can_continue(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    error: BaseException,
+    told: str,
+) -> None:
+    def run(*_: object, **__: object) -> StageResult:
+        raise error
+
+    monkeypatch.setattr(pretrain, "run", run)
+    assert cli.main(["pretrain", "data.train=/d"]) in (130, 143)
+    assert json.loads(capsys.readouterr().out) == {
+        "stage": "pretrain",
+        "status": "stopped",
+        "error": told,
+        "can_pass": True,
+    }
 
 
 def test_debug_shows_the_traceback(

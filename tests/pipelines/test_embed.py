@@ -12,7 +12,7 @@ from pipelines import embed
 from pipelines.config.embed import EmbedConfig
 from pipelines.embed import Piece
 from pipelines.reading.shards import open_shards
-from pipelines.training.stopping import AfterStep, StopChannel
+from pipelines.training.stopping import AfterStep, Phase, StopChannel, Told
 
 
 class Reader:
@@ -120,6 +120,31 @@ def test_a_damaged_part_costs_a_warning_and_is_embedded_again(
     assert again._write(cut) == 8
     assert again.reader.seen == list(range(8))
     assert "is damaged" in caplog.text
+
+
+def test_a_single_worker_writes_in_this_process_and_tells_each_file(
+    tmp_path: Path, shard: ShardInfo, embedder: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    embedder()  # puts the fake reader in place
+    told: list[Told] = []
+    closed: list[bool] = []
+    monkeypatch.setattr(StopChannel, "tell", lambda _, what: told.append(what))
+    monkeypatch.setattr(StopChannel, "told", lambda _: Told())
+    monkeypatch.setattr(StopChannel, "is_asked", lambda _: False)
+    monkeypatch.setattr(Ends, "close", lambda _: closed.append(True), raising=False)
+    whole = piece(shard, tmp_path)
+    config = EmbedConfig(init_from="unused", data="unused")
+    job = embed.EmbedJob(config, "", (4, 4), StopChannel("a"))
+
+    embed._write_missing(job, [whole], embed.RunFolder(str(tmp_path)))
+
+    assert pq.read_table(whole.uri)["row"].to_pylist() == list(range(8))
+    assert told == [
+        Told(Phase.TRAINING, what="embedding"),
+        Told(Phase.TRAINING, 1, 1, "embedding, files"),
+        Told(Phase.MEASURING),
+    ]
+    assert closed == [True]
 
 
 def test_nothing_saved_is_said() -> None:

@@ -78,7 +78,7 @@ def test_a_pipe_gets_lines(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     state = Progress("kNN evaluation", 3, 12)
     with progress.doing("starting the workers", lambda: state):
-        wait_for_line("still kNN evaluation 3 of 12, 0m00s", caplog)
+        wait_for_line("still kNN evaluation, 3 of 12, after 0m00s", caplog)
     assert caplog.messages[0] == "starting the workers ..."
 
 
@@ -86,9 +86,9 @@ def test_a_pipe_gets_lines(caplog: pytest.LogCaptureFixture) -> None:
 @pytest.mark.parametrize(
     ("module", "slow", "told"),
     [
-        (prepare, "_pack_shards", "still packing shards 0 of 2 images=0 0m00s, 0m00s"),
-        (existing_shards, "_index_all", "still indexing tars 0 of 2, 0m00s"),
-        (validate, "_look_at", "still checking images 0 of 8, 0m00s"),
+        (prepare, "_pack_shards", "still packing shards, 0 of 2, images=0, after 0m00s"),
+        (existing_shards, "_index_all", "still indexing tars, 0 of 2, after 0m00s"),
+        (validate, "_look_at", "still checking images, 0 of 8, after 0m00s"),
     ],
 )
 def test_what_reads_many_images_tells_how_far_it_is(

@@ -156,15 +156,17 @@ def test_a_few_seconds_of_slow_steps_hardly_move_the_time_left(
     assert caplog.messages[-1].endswith("eta=5m39s")
 
 
-def test_slow_steps_are_told_between_two_reports(
+def test_between_two_reports_only_the_driver_is_told(
     clock: Clock, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
-    run_steps(reporter_of(Writer(), 10), clock, [60.0, 30.0, 30.0])
-    assert caplog.messages == [
-        "step 1/10 eta=?",
-        "step 2/10 eta=4m00s",
-        "step 3/10 eta=3m30s",
+    ends = Ends()
+    run_steps(reporter_of(Writer(), 10, ends=ends), clock, [60.0, 30.0, 30.0])
+    assert caplog.messages == []
+    assert [told[:5] for told in ends.told] == [
+        (Phase.TRAINING, 1, 10, "training", "eta=?"),
+        (Phase.TRAINING, 2, 10, "training", "eta=4m00s"),
+        (Phase.TRAINING, 3, 10, "training", "eta=3m30s"),
     ]
 
 
