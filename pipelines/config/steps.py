@@ -1,4 +1,4 @@
-"""The number of a run's optimizer steps, for those that train and those that plan."""
+"""The number of steps of a run and of its warm-up, for those that train and those that plan."""
 
 from typing import Protocol
 
@@ -23,6 +23,26 @@ def num_steps(optim: OptimSteps, num_samples: int) -> int:
     # So that what is a whole number but for the rounding of `epochs` is not cut.
     steps = int(optim.epochs * num_samples / optim.global_batch_size + 1e-9)
     return min(steps, optim.max_steps or steps)
+
+
+class WarmupSteps(Protocol):
+    """What the length of a run's warm-up follows from."""
+
+    @property
+    def warmup_epochs(self) -> float: ...
+
+    @property
+    def global_batch_size(self) -> int: ...
+
+
+def warmup_steps(optim: WarmupSteps, num_samples: int, total_steps: int) -> float:
+    """Return during how many steps the learning rate rises; it may be a fraction.
+
+    It rises for a fifth of the steps at most, so that a run that `max_steps` shortens still trains
+    at its full learning rate.
+    """
+    wanted = optim.warmup_epochs * num_samples / optim.global_batch_size
+    return min(wanted, total_steps / 5)
 
 
 def needed_steps(optim: OptimSteps, num_samples: int, what: str) -> int:

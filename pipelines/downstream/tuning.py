@@ -27,6 +27,7 @@ from mae_core.model.encoder import build_encoder
 from mae_core.optim import warmup_cosine
 from mae_core.train_step import BatchLoss
 from pipelines.config.downstream import DownstreamConfig
+from pipelines.config.steps import warmup_steps
 from pipelines.downstream.arms import Arm, arm_of_step
 from pipelines.downstream.measuring import Measurer, NotMeasuredError, to_images, write_evaluation
 from pipelines.downstream.task import Batch, EncodedSample, Evaluation, Example, Task
@@ -188,11 +189,10 @@ class TuningTask:
 
     def learning_rate(self, part: Arm, step: int) -> float:
         optim, peak = self.config.optim, self.task.peak_learning_rate(part)
-        warmup = optim.warmup_epochs * part.num_samples / optim.global_batch_size
         return warmup_cosine(
             step - 1,
             peak=peak,
-            warmup_steps=min(warmup, part.steps / 5),
+            warmup_steps=warmup_steps(optim, part.num_samples, part.steps),
             total_steps=part.steps,
             floor=peak * optim.min_lr_ratio,
         )
@@ -244,6 +244,15 @@ class TuningTask:
 
     def show(self, model: nn.Module, part: Arm, step: int, writer: tracking.MetricWriter) -> None:
         """Draw nothing: an arm's pictures are made when it is measured."""
+
+    def watch(
+        self, model: nn.Module, part: Arm, step: int, writer: tracking.MetricWriter | None
+    ) -> bool:
+        """Measure nothing: an arm is measured when it is trained."""
+        return False
+
+    def best_step(self, step: int) -> int | None:
+        return None
 
     def record(self, part: Arm, step: int) -> CheckpointRecord:
         job, encoder, batch = self.job, self.job.encoder, self.config.optim.global_batch_size
