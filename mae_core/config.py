@@ -123,6 +123,16 @@ class MaskingConfig(StrictConfig):
 class LossConfig(StrictConfig):
     norm_pix: bool = True
     """Normalize each target patch to zero mean and unit variance (He et al. 2021, section 4.1)."""
+    norm_pix_floor: float = Field(default=1e-3, gt=0)
+    """Added to a patch's variance in that normalization, so that a flat patch does not turn its
+    noise into the target. The unit is the variance of the whole data set: 0.001 is a deviation of
+    about 2 grey levels of 255. The authors' code has 0.000001. Without effect if `norm_pix` is
+    false."""
+
+    @property
+    def target_floor(self) -> float | None:
+        """`norm_pix_floor`, or None if the target is the pixels themselves."""
+        return self.norm_pix_floor if self.norm_pix else None
 
 
 class OptimConfig(StrictConfig):
@@ -137,7 +147,8 @@ class OptimConfig(StrictConfig):
     max_steps: int | None = Field(default=None, gt=0)
     """Stop after this many optimizer steps, if `epochs` has not ended the run earlier."""
     warmup_epochs: float = Field(default=40, ge=0)
-    """Number of epochs during which the learning rate rises from 0."""
+    """Number of epochs during which the learning rate rises from 0; at most a fifth of the
+    steps."""
     weight_decay: float = Field(default=0.05, ge=0)
     """Applied to tensors of two or more dimensions; biases and norms are exempt."""
     betas: tuple[float, float] = (0.9, 0.95)

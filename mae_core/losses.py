@@ -9,14 +9,33 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 
-def normalize_patches(patches: Float[Tensor, "B L P"], eps: float = 1e-6) -> Float[Tensor, "B L P"]:
-    """Normalize each patch to zero mean and unit variance over all its values.
+def normalize_patches(patches: Float[Tensor, "B L P"], *, floor: float) -> Float[Tensor, "B L P"]:
+    """Normalize each patch to zero mean and about unit variance over all its values.
 
     The variance is the unbiased one (divided by P - 1), as in the authors' code.
+
+    Args:
+        patches: In units of the data's own deviation.
+        floor: Added to the variance. A patch whose variance is far below it stays near zero,
+            instead of showing its noise at full strength. The authors' code has 1e-6.
     """
     mean = patches.mean(dim=-1, keepdim=True)
     variance = patches.var(dim=-1, keepdim=True)
-    return (patches - mean) / (variance + eps).sqrt()
+    return (patches - mean) / (variance + floor).sqrt()
+
+
+def denormalize_patches(
+    pred: Float[Tensor, "B L P"], target: Float[Tensor, "B L P"], *, floor: float
+) -> Float[Tensor, "B L P"]:
+    """Undo `normalize_patches` with the mean and unbiased variance of `target`."""
+    mean = target.mean(dim=-1, keepdim=True)
+    variance = target.var(dim=-1, keepdim=True)
+    return pred * (variance + floor).sqrt() + mean
+
+
+def flat_patch_share(patches: Float[Tensor, "B L P"], *, floor: float) -> float:
+    """Return the share of patches whose variance is below `floor`."""
+    return float((patches.var(dim=-1) < floor).double().mean())
 
 
 def masked_pixel_loss_per_image(

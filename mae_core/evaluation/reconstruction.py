@@ -1,6 +1,6 @@
 """Evaluate a masked autoencoder's reconstructions in numbers and in a picture.
 
-With `norm_pix` a prediction is in units of its own target patch (zero mean, unit variance) and
+With `loss.norm_pix` a prediction is in units of its own target patch (zero mean, unit variance) and
 looks broken if it is shown directly: https://github.com/facebookresearch/mae/issues/174. Here it
 is scaled back with the target's mean and deviation, which come from the hidden pixels. So the
 picture shows the predicted texture, not the predicted brightness.
@@ -18,7 +18,8 @@ from jaxtyping import Bool, Float
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from mae_core.model.mae import MaskedAutoencoder
+from mae_core.losses import denormalize_patches
+from mae_core.model.mae import MAEOutput, MaskedAutoencoder
 from mae_core.patching import patchify, unpatchify
 
 Pixels = npt.NDArray[np.uint8]
@@ -43,23 +44,26 @@ def reconstruct(
     mae: MaskedAutoencoder, images: Float[Tensor, "B C H W"], noise: Float[Tensor, "B L"]
 ) -> Reconstruction:
     """Predict every patch without gradients, in eval mode, and restore the model's mode."""
+    output = _output(mae, images, noise)
+    return Reconstruction(float(output.loss), output.pred.float(), output.mask)
+
+
+def reconstruction_losses(
+    mae: MaskedAutoencoder, images: Float[Tensor, "B C H W"], noise: Float[Tensor, "B L"]
+) -> Float[Tensor, " B"]:
+    """Return each image's loss as `reconstruct` computes it."""
+    return _output(mae, images, noise).loss_per_image.float()
+
+
+def _output(mae: MaskedAutoencoder, images: Tensor, noise: Tensor) -> MAEOutput:
     was_training = mae.training
     mae.eval()
     try:
         with torch.no_grad():
-            output = mae(images, noise)
+            output: MAEOutput = mae(images, noise)
     finally:
         mae.train(was_training)
-    return Reconstruction(float(output.loss), output.pred.float(), output.mask)
-
-
-def denormalize_patches(
-    pred: Float[Tensor, "B L P"], target: Float[Tensor, "B L P"], eps: float = 1e-6
-) -> Float[Tensor, "B L P"]:
-    """Undo `losses.normalize_patches` with the mean and unbiased variance of `target`."""
-    mean = target.mean(dim=-1, keepdim=True)
-    variance = target.var(dim=-1, keepdim=True)
-    return pred * (variance + eps).sqrt() + mean
+    return output
 
 
 def reconstruction_picture(
@@ -68,7 +72,7 @@ def reconstruction_picture(
     mask: Bool[Tensor, "B L"],
     *,
     patch_size: int,
-    norm_pix: bool,
+    norm_pix_floor: float | None,
     channel_mean: Sequence[float],
     channel_std: Sequence[float],
     title: str = "",
@@ -87,7 +91,7 @@ def reconstruction_picture(
         pred: Prediction for every patch.
         mask: True for removed patches, which are grey in the second column.
         patch_size: Side of a patch in pixels.
-        norm_pix: Whether `pred` is normalised per patch (`LossConfig.norm_pix`).
+        norm_pix_floor: Floor with which `pred` is normalised per patch; None if it is pixels.
         channel_mean: Mean used for the normalisation, in units of 0..1 pixels.
         channel_std: Deviation used for the normalisation, in units of 0..1 pixels.
         title: Title of the whole picture; an empty one takes no room.
@@ -99,8 +103,8 @@ def reconstruction_picture(
     images, pred = images.float(), pred.float()
     _check_shapes(images, pred, mask, patch_size)
     target = patchify(images, patch_size)
-    if norm_pix:
-        pred = denormalize_patches(pred, target)
+    if norm_pix_floor is not None:
+        pred = denormalize_patches(pred, target, floor=norm_pix_floor)
     grid_size = (images.shape[2] // patch_size, images.shape[3] // patch_size)
     removed = mask[:, :, None]
     grey = torch.full_like(target, torch.nan)

@@ -21,7 +21,11 @@ class MAEOutput(NamedTuple):
 
 
 class MaskedAutoencoder(nn.Module):
-    """The model of He et al. 2021, https://arxiv.org/abs/2111.06377, figure 1."""
+    """The model of He et al. 2021, https://arxiv.org/abs/2111.06377, figure 1.
+
+    Its target is normalised per patch (see `normalize_patches`), or the pixels themselves if
+    `norm_pix_floor` is None.
+    """
 
     def __init__(
         self,
@@ -30,14 +34,14 @@ class MaskedAutoencoder(nn.Module):
         *,
         patch_size: int,
         mask_ratio: float,
-        norm_pix_loss: bool,
+        norm_pix_floor: float | None,
     ) -> None:
         super().__init__()
         self.encoder = encoder
         self.decoder = decoder
         self.patch_size = patch_size
         self.mask_ratio = mask_ratio
-        self.norm_pix_loss = norm_pix_loss
+        self.norm_pix_floor = norm_pix_floor
 
     def forward(self, images: Float[Tensor, "B C H W"], noise: Float[Tensor, "B L"]) -> MAEOutput:
         """Reconstruct images of the size that the decoder was built for; `noise` sets the mask."""
@@ -48,8 +52,8 @@ class MaskedAutoencoder(nn.Module):
 
         # fp32: a bf16 sum over B * L patches loses the small values.
         target = patchify(images.float(), self.patch_size)
-        if self.norm_pix_loss:
-            target = normalize_patches(target)
+        if self.norm_pix_floor is not None:
+            target = normalize_patches(target, floor=self.norm_pix_floor)
         loss_per_image = masked_pixel_loss_per_image(pred.float(), target, mask)
         # Every image has as many removed patches, so this equals `masked_pixel_loss`.
         return MAEOutput(loss_per_image.mean(), loss_per_image, pred, mask)
@@ -89,5 +93,5 @@ def build_mae(model: ModelConfig, masking: MaskingConfig, loss: LossConfig) -> M
         decoder,
         patch_size=model.patch_size,
         mask_ratio=masking.mask_ratio,
-        norm_pix_loss=loss.norm_pix,
+        norm_pix_floor=loss.target_floor,
     )

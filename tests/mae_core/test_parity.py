@@ -62,7 +62,7 @@ def make_pair(
 ) -> tuple[MaskedAutoencoder, ViTMAEForPreTraining]:
     """Build ours and transformers' with the same random weights, including biases and norms."""
     torch.manual_seed(0)
-    ours = build_mae(model, MaskingConfig(), LossConfig(norm_pix=norm_pix))
+    ours = build_mae(model, MaskingConfig(), LossConfig(norm_pix=norm_pix, norm_pix_floor=1e-6))
     for parameter in ours.parameters():
         if parameter.ndim == 1:
             torch.nn.init.normal_(parameter, mean=parameter.mean().item(), std=0.1)

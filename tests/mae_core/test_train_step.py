@@ -24,7 +24,7 @@ def make_mae() -> MaskedAutoencoder:
     decoder = PixelDecoder(
         encoder_dim=32, grid_size=(2, 4), dim=16, depth=1, num_heads=2, values_per_patch=192
     )
-    return MaskedAutoencoder(encoder, decoder, patch_size=8, mask_ratio=0.75, norm_pix_loss=True)
+    return MaskedAutoencoder(encoder, decoder, patch_size=8, mask_ratio=0.75, norm_pix_floor=1e-6)
 
 
 def make_batch(holes: tuple[int, ...] = ()) -> MicroBatch:
