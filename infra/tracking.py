@@ -354,8 +354,12 @@ class MetricWriter:
                 target=self._run, args=(run_id,), name="mlflow-writer", daemon=True
             ).start()
 
-    def write(self, metrics: Mapping[str, float], step: int) -> None:
-        if self._is_closed or step <= self._after_step:
+    def write(
+        self, metrics: Mapping[str, float], step: int, *, after_step: int | None = None
+    ) -> None:
+        """Send a step's metrics; `after_step` is that of metrics with steps of their own."""
+        known = self._after_step if after_step is None else after_step
+        if self._is_closed or step <= known:
             return
         try:
             values = {key: float(value) for key, value in metrics.items()}

@@ -18,6 +18,7 @@ MANIFEST_FILE = "manifest.json"
 WEIGHTS_FILE = "model.safetensors"
 TRAINING_STATE_FILE = "training_state.safetensors"
 SELF_DIGEST = "manifest_sha256"
+AUTHORS_FLOOR = 1e-6  # of a patch's variance, in the code of He et al. 2021
 
 
 class CorruptCheckpointError(RuntimeError):
@@ -27,6 +28,16 @@ class CorruptCheckpointError(RuntimeError):
 class FileDigest(StrictConfig):
     bytes: int = Field(ge=0)
     sha256: str = Field(pattern="^[0-9a-f]{64}$")
+
+
+class UnreportedLoss(StrictConfig):
+    """Sums over the steps since the loss was last reported, over all workers."""
+
+    loss: float = 0.0
+    """Sum of the steps' losses."""
+    num_samples: float = Field(default=0.0, ge=0)
+    """Images that were read."""
+    num_steps: int = Field(default=0, ge=0)
 
 
 class CheckpointRecord(StrictConfig):
@@ -51,6 +62,8 @@ class CheckpointRecord(StrictConfig):
     model: ModelConfig
     masking: MaskingConfig
     loss: LossConfig
+    unreported: UnreportedLoss = UnreportedLoss()
+    """With it, the report after a resumption is what it would have been without a stop."""
     stage: str = "pretrain"
     """The task that the weights were trained for: pretrain, classify, detect or segment."""
     classes: tuple[str, ...] = ()
@@ -79,6 +92,14 @@ class CheckpointManifest(CheckpointRecord):
     """Versions of torch, timm, Python and this package at the time of saving."""
     files: dict[Annotated[str, Field(pattern=r"^\w[\w.-]*$")], FileDigest]
     """Every file except the manifest."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _an_older_run_had_the_authors_floor(cls, raw: object) -> object:
+        """Complete a manifest that was written before `loss.norm_pix_floor` existed."""
+        if isinstance(raw, dict) and isinstance(raw.get("loss"), dict):
+            return {**raw, "loss": {"norm_pix_floor": AUTHORS_FLOOR, **raw["loss"]}}
+        return raw
 
     @model_validator(mode="after")
     def _weights_are_listed(self) -> Self:

@@ -31,7 +31,7 @@ from pipelines.outcome import ConfigError, StageResult
 from pipelines.reading.fingerprints import fingerprint
 from pipelines.reading.shards import open_shards
 from pipelines.training.checkpoints import fetch_manifest
-from pipelines.training.pretrain_evaluation import METRICS_PREFIX, evaluation_key
+from pipelines.training.pretrain_evaluation import MEASURED_PREFIXES, evaluation_key
 from pipelines.training.protocol import Identity, PlannedRun
 from pipelines.training.run import checked, drive
 from pipelines.training.run_folder import RunFolder
@@ -100,7 +100,7 @@ class OpenedPretraining(NamedTuple):
             logger.info("%s is trained already; its evaluation is computed anew", self.folder.uri)
             return None
         metrics = done.metrics.items()
-        trained = {name: x for name, x in metrics if not name.startswith(METRICS_PREFIX)}
+        trained = {name: x for name, x in metrics if not name.startswith(MEASURED_PREFIXES)}
         return done._replace(status="reused", metrics=evaluation | trained)
 
     def plan(self) -> PlannedRun:

@@ -58,6 +58,25 @@ class KnnConfig(StrictConfig):
     """Approximate number of validation images to classify, evenly spread."""
 
 
+HEALTH_PREFIX = "health/"  # of the names of its metrics
+HealthMetric = Literal["health/loss", "health/knn", "health/rank"]
+
+
+class HealthConfig(StrictConfig):
+    every_epochs: float = Field(default=100, ge=0)
+    """Epochs between two measurements of the model's health; there is always one at the end. 0
+    measures nothing."""
+    max_images: int = Field(default=1000, gt=0)
+    """Approximate number of images that are measured: of data.val, or of data.train without it. For
+    the kNN accuracy, as many labelled training images are searched."""
+
+
+class KeepingConfig(CheckpointConfig):
+    keep_best: HealthMetric | None = None
+    """Also keep the checkpoint that is best by this metric: health/loss (the lowest), health/knn or
+    health/rank (the highest). What starts from the run still takes its newest checkpoint."""
+
+
 class PretrainConfig(StrictConfig):
     name: str = Field(default="pretrain", pattern=NAME_PATTERN)
     """Prefix of the run's name; a hash of all that determines the result follows."""
@@ -69,9 +88,10 @@ class PretrainConfig(StrictConfig):
     loss: LossConfig = LossConfig()
     optim: OptimConfig = OptimConfig()
     scaling: ScalingConfig = ScalingConfig()
-    checkpoint: CheckpointConfig = CheckpointConfig()
+    checkpoint: KeepingConfig = KeepingConfig()
     reporting: ReportingConfig = ReportingConfig()
     knn: KnnConfig = KnnConfig()
+    health: HealthConfig = HealthConfig()
     storage: StorageConfig = StorageConfig()
     tracking: TrackingConfig = Field(default_factory=TrackingConfig)
     init_from: str | None = None
@@ -122,6 +142,19 @@ class PretrainConfig(StrictConfig):
             raise ValueError(
                 f"masking.mask_ratio={self.masking.mask_ratio} removes none of "
                 f"{self.model.num_patches} patches"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _what_is_best_is_measured(self) -> Self:
+        metric = self.checkpoint.keep_best
+        if metric is not None and self.health.every_epochs == 0:
+            raise ValueError(
+                f"checkpoint.keep_best={metric} is not measured: health.every_epochs is 0"
+            )
+        if metric in ("health/loss", "health/knn") and self.data.val is None:
+            raise ValueError(
+                f"checkpoint.keep_best={metric} is measured on data.val, which is not given"
             )
         return self
 

@@ -99,6 +99,7 @@ _IDENTITY: dict[str, tuple[str, ...]] = {
         "masking.kind",
         "masking.mask_ratio",
         "loss.norm_pix",
+        "loss.norm_pix_floor",
         "optim.base_lr",
         "optim.global_batch_size",
         "optim.epochs",
@@ -163,7 +164,14 @@ _IDENTITY: dict[str, tuple[str, ...]] = {
     "embed": ("init_from", "data", "features", "img_size", "rows_per_file"),
 }
 _EVALUATION: dict[str, tuple[str, ...]] = {
-    "pretrain": ("data.val", "knn.k", "knn.max_train", "knn.max_val"),
+    "pretrain": (
+        "data.val",
+        "knn.k",
+        "knn.max_train",
+        "knn.max_val",
+        "health.every_epochs",
+        "health.max_images",
+    ),
 }
 _NO_EFFECT: dict[str, tuple[str, ...]] = {
     "prepare": ("output", "workers", "max_bad_ratio"),
@@ -174,6 +182,7 @@ _NO_EFFECT: dict[str, tuple[str, ...]] = {
         "data.max_bad_ratio",
         "optim.micro_batch_size",
         "optim.compile",
+        "checkpoint.keep_best",
         "reporting.picture_every_steps",
     ),
     "classify": _TUNING_NO_EFFECT,

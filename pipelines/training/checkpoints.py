@@ -46,9 +46,15 @@ def checkpoint_uri(run_uri: str, step: int) -> str:
 
 
 def commit_checkpoint(
-    local: Path, run_uri: str, *, step: int, keep: int, check: Callable[[], None]
+    local: Path,
+    run_uri: str,
+    *,
+    step: int,
+    keep: int,
+    spared: int | None = None,
+    check: Callable[[], None],
 ) -> str:
-    """Copy a checkpoint to the run's storage, then delete all but the `keep` newest.
+    """Copy a checkpoint to the run's storage, then delete all but the `keep` newest and `spared`.
 
     When this returns, a run that dies goes on from here. `check` raises if the run may not write
     any more; it is called first, and before the manifest.
@@ -58,7 +64,8 @@ def commit_checkpoint(
     transfers.upload_folder(local, uri, last=MANIFEST_FILE, before_last=check)
     older = [s for s in list_steps(run_uri) if s <= step]
     for old in older[:-keep]:
-        storage.delete_folder(checkpoint_uri(run_uri, old))
+        if old != spared:
+            storage.delete_folder(checkpoint_uri(run_uri, old))
     return uri
 
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed
-from torch import Tensor
+from torch import Tensor, nn
 
 from mae_core.config import ModelConfig
 from mae_core.data.class_labels import one_class, read_labels
@@ -49,12 +49,22 @@ class ImageReader(NamedTuple):
     std: tuple[float, ...]
     num_threads: int
     numbers: Numbers
+    needs_labels: bool = True  # False: every sample has the label 0
+
+
+Measure = Callable[[Tensor], Tensor]  # normalised images (B, C, H, W) to (B, ...), on any device
 
 
 class LabelledFeatures(NamedTuple):
-    features: dict[str, Tensor]  # encoder's name to (N, D)
+    features: dict[str, Tensor]  # name of the measure to (N, ...)
     labels: Tensor  # (N,) int64
     unlabelled: tuple[str, ...] = ()  # samples that were left out, and why
+
+
+def features_of(encoder: nn.Module) -> Measure:
+    """Return what encodes whole images by the encoder, on its device."""
+    device = next(encoder.parameters()).device
+    return lambda images: encode_features(encoder, images.to(device))
 
 
 def knn_metrics(
@@ -83,19 +93,14 @@ def knn_metrics(
     def tell_queries(done: int) -> None:
         tell(len(bank_slices) + done, total)
 
-    bank = _shared_features(encoders, bank_slices, reader, tell_bank)
-    queries = _shared_features(encoders, slices, reader, tell_queries)
+    measures = {name: features_of(encoder) for name, encoder in encoders.items()}
+    bank = shared_features(measures, bank_slices, reader, tell_bank)
+    queries = shared_features(measures, slices, reader, tell_queries)
     if bank is None or queries is None:
         return None
     k = min(config.k, len(bank.labels))
-    # Numbers may be large and far apart.
-    known, places = torch.unique(bank.labels, return_inverse=True)
-    wanted = _places_among(known, queries.labels)
     metrics = {
-        f"{METRICS_PREFIX}{name}": knn_accuracy(
-            bank.features[name], places, queries.features[name], wanted, k=k
-        )
-        for name in encoders
+        f"{METRICS_PREFIX}{name}": accuracy_of(name, bank, queries, k=k) for name in encoders
     }
     logger.info(
         "kNN accuracy, k=%d among %d images, of %d test images: %s",
@@ -113,6 +118,14 @@ def knn_metrics(
         )
         metrics[f"{METRICS_PREFIX}left_out"] = float(len(unlabelled))
     return metrics
+
+
+def accuracy_of(name: str, bank: LabelledFeatures, queries: LabelledFeatures, *, k: int) -> float:
+    """Return the kNN accuracy of a measure's features."""
+    # Numbers may be large and far apart.
+    known, places = torch.unique(bank.labels, return_inverse=True)
+    wanted = _places_among(known, queries.labels)
+    return knn_accuracy(bank.features[name], places, queries.features[name], wanted, k=k)
 
 
 def _places_among(known: Tensor, labels: Tensor) -> Tensor:
@@ -134,13 +147,17 @@ def spread_slices(shards: Sequence[ShardInfo], limit: int) -> list[Slice]:
     return [slices[i * len(slices) // wanted] for i in range(wanted)]
 
 
-def _shared_features(
-    encoders: Mapping[str, MaskedEncoder],
+def shared_features(
+    measures: Mapping[str, Measure],
     slices: list[Slice],
     reader: ImageReader,
     tell: Callable[[int], None],
 ) -> LabelledFeatures | None:
-    """Features of all slices on rank 0; each rank encodes its part of them."""
+    """Return the features of all slices on rank 0; each rank measures its part of them.
+
+    Raises:
+        DataError: there is no image with a label that can be used.
+    """
     rank, world_size = 0, 1
     if torch.distributed.is_initialized():
         rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
@@ -148,7 +165,7 @@ def _shared_features(
         mine = []
         for place, piece in enumerate(slices[rank::world_size]):
             tell(place * world_size)
-            mine.append(_encode_slice(encoders, piece, reader, pool))
+            mine.append(_encode_slice(measures, piece, reader, pool))
     parts: list[list[LabelledFeatures]] = [mine]
     if world_size > 1:
         parts = [[] for _ in range(world_size)]
@@ -162,17 +179,24 @@ def _shared_features(
     if not len(labels):
         why = unlabelled[0] if unlabelled else "no image can be decoded"
         raise DataError(f"{slices[0].shard.path}: nothing for the kNN evaluation: {why}")
-    features = {name: torch.cat([part.features[name] for part in ordered]) for name in encoders}
+    features = {
+        name: torch.cat([part.features[name] for part in ordered if len(part.labels)])
+        for name in measures
+    }
     return LabelledFeatures(features, labels, unlabelled)
 
 
 def _encode_slice(
-    encoders: Mapping[str, MaskedEncoder],
+    measures: Mapping[str, Measure],
     piece: Slice,
     reader: ImageReader,
     pool: ThreadPoolExecutor,
 ) -> LabelledFeatures:
-    labelled, unlabelled = _labelled(piece, reader.numbers)
+    if reader.needs_labels:
+        labelled, unlabelled = _labelled(piece, reader.numbers)
+    else:
+        labelled = [(s, 0) for s in read_rows(piece.shard, piece.start, piece.stop)]
+        unlabelled = ()
     images = list(pool.map(lambda item: _image(item[0], reader.model), labelled))
     whole = [
         (image, label)
@@ -180,19 +204,12 @@ def _encode_slice(
         if image is not None
     ]
     if not whole:
-        empty = torch.zeros(0, reader.model.encoder_shape.embed_dim)
-        none = torch.zeros(0, dtype=torch.int64)
-        return LabelledFeatures(dict.fromkeys(encoders, empty), none, unlabelled)
+        return LabelledFeatures({}, torch.zeros(0, dtype=torch.int64), unlabelled)
     batch = torch.from_numpy(
         normalize(stack_pixels([i for i, _ in whole]), reader.mean, reader.std)
     )
     return LabelledFeatures(
-        {
-            name: encode_features(encoder, batch.to(next(encoder.parameters()).device))
-            .float()
-            .cpu()
-            for name, encoder in encoders.items()
-        },
+        {name: measure(batch).float().cpu() for name, measure in measures.items()},
         torch.tensor([label for _, label in whole]),
         unlabelled,
     )

@@ -16,7 +16,7 @@ from mae_core.data.randomness import named_generator
 from mae_core.data.samples import DataError
 from mae_core.data.transforms import center_crop, stack_pixels
 from mae_core.masking import draw_noise
-from pipelines.config.pretrain import PretrainConfig
+from pipelines.config.pretrain import HEALTH_PREFIX, PretrainConfig
 from pipelines.config.steps import needed_steps
 from pipelines.outcome import ConfigError, StageResult
 from pipelines.reading.class_names import (
@@ -34,13 +34,15 @@ from pipelines.training.checkpoints import (
     list_steps,
 )
 from pipelines.training.export import log_encoder
+from pipelines.training.flat_patches import measure_flat_patches
+from pipelines.training.health_points import best_step
 from pipelines.training.knn import check_labels
 from pipelines.training.pretrain_evaluation import evaluation_key
 from pipelines.training.pretrain_task import Pictures, PretrainJob, remaining_data
 from pipelines.training.protocol import Work
 from pipelines.training.recording import log_bad_samples, saved_steps, tell_evaluation
 from pipelines.training.reporting import RunSize
-from pipelines.training.run_folder import Taken
+from pipelines.training.run_folder import RunFolder, Taken
 from pipelines.training.start import fit
 
 logger = logging.getLogger(__name__)
@@ -61,6 +63,7 @@ class Plan(NamedTuple):
     classes: Classes
     size: RunSize
     pictures: Pictures
+    flat_patches: dict[str, float]  # the share of them, by the name of its metric
 
 
 def plan_pretraining(
@@ -80,6 +83,7 @@ class PlannedPretraining(NamedTuple):
 
     def work(self, taken: Taken) -> Work:
         config, plan, data = self.config, self.plan, self.data
+        tracking.log_final_metrics(config.tracking.uri, taken.run_id, plan.flat_patches, 0)
         job = PretrainJob(
             config=config,
             run_uri=taken.folder.uri,
@@ -118,6 +122,7 @@ class PlannedPretraining(NamedTuple):
                 checkpoint_uri(folder.uri, total_steps), Path(workspace) / "last"
             )
             metrics = dict(folder.read_evaluation(evaluation_key(self.config)) or {})
+            metrics |= _best(self.config, folder, run_id, total_steps)
             metrics["data/left_out"] = len(log_bad_samples(uri, run_id, folder))
             tracking.log_final_metrics(uri, run_id, metrics, total_steps)
             # A start that trained the model already has logged it.
@@ -130,9 +135,27 @@ class PlannedPretraining(NamedTuple):
         status: Literal["done", "evaluated"] = "done" if earlier is None else "evaluated"
         result = StageResult(STAGE, status, run_id, found.uri, metrics)
         folder.write_result(result)
-        if self.config.data.val is not None:
+        if evaluation_key(self.config):
             tell_evaluation(uri, run_id, failure)
         return result
+
+
+def _best(
+    config: PretrainConfig, folder: RunFolder, run_id: str | None, total_steps: int
+) -> dict[str, float]:
+    """Say which checkpoint is the best, if the run keeps it; return its step as a metric."""
+    metric = config.checkpoint.keep_best
+    if metric is None:
+        return {}
+    points = folder.read_health(evaluation_key(config))
+    step = best_step(points, metric, total_steps)
+    if step is None or step not in list_steps(folder.uri):
+        logger.warning("the best checkpoint by %s is not there", metric)
+        return {}
+    uri, value = checkpoint_uri(folder.uri, step), points[step][metric.removeprefix(HEALTH_PREFIX)]
+    logger.info("best checkpoint: %s=%.4f at step %d: %s", metric, value, step, uri)
+    tracking.set_tags(config.tracking.uri, run_id, {"best_checkpoint": uri})
+    return {"checkpoint/best_step": float(step)}
 
 
 def _plan(config: PretrainConfig, data: OpenedData) -> Plan:
@@ -160,7 +183,8 @@ def _plan(config: PretrainConfig, data: OpenedData) -> Plan:
     size = RunSize(
         total_steps, optim.global_batch_size, manifest.num_samples, config.data.crops_per_image
     )
-    return Plan(stats, _classes(data), size, _pictures(config, manifest))
+    flat_patches = measure_flat_patches(config, manifest, stats)
+    return Plan(stats, _classes(data), size, _pictures(config, manifest), flat_patches)
 
 
 def _classes(data: OpenedData) -> Classes:

@@ -26,11 +26,13 @@ from mae_core.evaluation.reconstruction import reconstruct, reconstruction_pictu
 from mae_core.model.mae import MaskedAutoencoder, build_mae
 from mae_core.optim import build_optimizer, warmup_cosine
 from mae_core.train_step import BatchLoss, MicroBatch, pretrain_loss
-from pipelines.config.pretrain import PretrainConfig
+from pipelines.config.pretrain import HEALTH_PREFIX, PretrainConfig
+from pipelines.config.steps import warmup_steps
 from pipelines.reading.batches import BatchDecoder, DecodedBatch, decode_block, view_spec
 from pipelines.reading.class_names import Numbers
 from pipelines.reading.sequence import SequencePlan, passes_per_block, sequence_dataset
 from pipelines.training.checkpoints import resume_position
+from pipelines.training.health import HealthData, HealthWatch
 from pipelines.training.knn import ImageReader, knn_metrics
 from pipelines.training.process import Process, StepOptions, Trained
 from pipelines.training.reporting import After, RunSize
@@ -138,19 +140,32 @@ class PretrainTask:
         self.options = StepOptions(compiles=config.optim.compile)
         self.mean = torch.tensor(job.mean, device=process.device)
         self.std = torch.tensor(job.std, device=process.device)
+        reader = ImageReader(
+            config.model, job.mean, job.std, config.scaling.cpus_per_worker, job.class_numbers
+        )
+        self.reader = reader
+        self.health = HealthWatch(
+            config,
+            job.folder,
+            job.evaluation_key,
+            HealthData(job.train_shards, job.val_shards, reader),
+            self._build_untrained,
+        )
+        self._logged_step: int | None = None  # of the health in MLflow; asked for once
 
     def size(self, part: WholeRun) -> RunSize:
         return self.job.size
 
     def after(self, part: WholeRun) -> After:
         """Count the images of the closing evaluation as if they were trained on."""
-        job, knn = self.job, self.config.knn
-        steps = 0.0
+        job, knn, health = self.job, self.config.knn, self.config.health
+        limits = [(job.val_shards, knn.max_val)]
         if job.val_shards:
-            limits = ((job.train_shards, knn.max_train), (job.val_shards, knn.max_val))
-            images = sum(min(sum(s.num_samples for s in shards), limit) for shards, limit in limits)
-            steps = images / job.size.global_batch_size
-        return After(steps, EXPORT_S)
+            limits.append((job.train_shards, knn.max_train))
+        if health.every_epochs:
+            limits += [(job.train_shards, health.max_images), (job.val_shards, health.max_images)]
+        images = sum(min(sum(s.num_samples for s in shards), limit) for shards, limit in limits)
+        return After(images / job.size.global_batch_size, EXPORT_S)
 
     def is_measured(self, part: WholeRun) -> bool:
         """Return False: the driver starts workers only if something is left to do."""
@@ -174,7 +189,7 @@ class PretrainTask:
         return warmup_cosine(
             step - 1,
             peak=optim.learning_rate,
-            warmup_steps=optim.warmup_epochs * size.samples_per_epoch / size.global_batch_size,
+            warmup_steps=warmup_steps(optim, size.samples_per_epoch, size.total_steps),
             total_steps=size.total_steps,
         )
 
@@ -228,11 +243,40 @@ class PretrainTask:
             result.pred.float().cpu(),
             result.mask.cpu(),
             patch_size=self.config.model.patch_size,
-            norm_pix=self.config.loss.norm_pix,
+            norm_pix_floor=self.config.loss.target_floor,
             channel_mean=job.mean,
             channel_std=job.std,
             title=f"step {step}, loss {result.loss:.3f} on these training images",
         )
+
+    def watch(
+        self, model: nn.Module, part: WholeRun, step: int, writer: tracking.MetricWriter | None
+    ) -> bool:
+        """Measure the model's health at its interval; at the last step `measure` does."""
+        size, every_epochs = self.job.size, self.config.health.every_epochs
+        every = max(1, round(every_epochs * size.samples_per_epoch / size.global_batch_size))
+        if every_epochs == 0 or step % every or step == part.last_step:
+            return False
+        assert isinstance(model, MaskedAutoencoder)
+        point = self.health.measure(model, step, part.steps)
+        if writer is not None:
+            metrics = {HEALTH_PREFIX + name: value for name, value in point.items()}
+            writer.write(metrics, step, after_step=self._last_logged())
+        return self.health.best_step(step) == step
+
+    def _last_logged(self) -> int:
+        """Return the last step whose health MLflow has from an earlier start.
+
+        A worker that was killed may have logged the loss of a later step than its health.
+        """
+        if self._logged_step is None:
+            uri, run_id = self.config.tracking.uri, self.job.run_id
+            metric = f"{HEALTH_PREFIX}rank"
+            self._logged_step = tracking.last_logged_step(uri, run_id, metric)
+        return self._logged_step
+
+    def best_step(self, step: int) -> int | None:
+        return self.health.best_step(step)
 
     def record(self, part: WholeRun, step: int) -> CheckpointRecord:
         size, config = self.job.size, self.config
@@ -252,20 +296,24 @@ class PretrainTask:
         )
 
     def measure(self, part: WholeRun, model: nn.Module) -> None:
-        """Compare nearest neighbours of the frozen encoder with those of the untrained one."""
+        """Compare the frozen encoder with the untrained one: nearest neighbours and health."""
         job, config = self.job, self.config
-        if not job.val_shards:
+        if not job.evaluation_key:
             return
         assert isinstance(model, MaskedAutoencoder)
-        metrics = knn_metrics(
-            {"top1": model.encoder, "top1_untrained": self._build_untrained().encoder},
-            job.train_shards,
-            job.val_shards,
-            ImageReader(
-                config.model, job.mean, job.std, config.scaling.cpus_per_worker, job.class_numbers
-            ),
-            config.knn,
-            partial(self.process.tell_measured, "kNN evaluation"),
-        )
-        if metrics is not None:
+        metrics: dict[str, float] = {}
+        if config.health.every_epochs:
+            point = self.health.measure(model, part.last_step, part.steps)
+            metrics |= {HEALTH_PREFIX + name: value for name, value in point.items()}
+        if job.val_shards:
+            found = knn_metrics(
+                {"top1": model.encoder, "top1_untrained": self._build_untrained().encoder},
+                job.train_shards,
+                job.val_shards,
+                self.reader,
+                config.knn,
+                partial(self.process.tell_measured, "kNN evaluation"),
+            )
+            metrics |= found or {}
+        if self.process.rank == 0:
             job.folder.write_evaluation(job.evaluation_key, metrics)

@@ -26,7 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from infra import tracking
 from mae_core.checkpoint import load_training_state, load_weights, save_checkpoint
-from mae_core.checkpoint_manifest import CheckpointRecord
+from mae_core.checkpoint_manifest import CheckpointRecord, UnreportedLoss
 from mae_core.data.randomness import named_generator
 from mae_core.train_step import BatchLoss, optimizer_step
 from pipelines.config.downstream import DownstreamConfig
@@ -158,6 +158,14 @@ class TrainingTask(Protocol[PartT, DecodedT, BatchT]):
     def show(self, model: nn.Module, part: PartT, step: int, writer: tracking.MetricWriter) -> None:
         """Draw what the model does after a step, if that is due. Called on rank 0 alone."""
 
+    def watch(
+        self, model: nn.Module, part: PartT, step: int, writer: tracking.MetricWriter | None
+    ) -> bool:
+        """Measure the model after a step, if that is due; return whether to save it at once."""
+
+    def best_step(self, step: int) -> int | None:
+        """Return the best step up to this one, if its checkpoint is to be kept."""
+
     def record(self, part: PartT, step: int) -> CheckpointRecord:
         """Describe the run for a checkpoint; `step` counts through all parts."""
 
@@ -221,6 +229,7 @@ class TrainingProcess(Generic[PartT, DecodedT, BatchT]):
         task: TrainingTask[PartT, DecodedT, BatchT] = job.build_task(process)
         self.task = task
         self.first_step = 0  # done before this start
+        self.unreported = UnreportedLoss()  # of the checkpoint of that step
         self.num_passes = 0  # micro batches of this worker since it started
 
     def run(self) -> None:
@@ -229,6 +238,7 @@ class TrainingProcess(Generic[PartT, DecodedT, BatchT]):
             stack.callback(self.ends.close)
             found = self._once_a_node(self._found)
             self.first_step = done = found.manifest.step if found else 0
+            self.unreported = found.manifest.unreported if found else UnreportedLoss()
             trace = stack.enter_context(SampleTrace(self.config.debug.sample_trace, self.rank))
             stream = self._stream()
             if isinstance(stream, Generator):  # so that nothing reads on in the driver
@@ -311,13 +321,16 @@ class TrainingProcess(Generic[PartT, DecodedT, BatchT]):
                 own_step = step - part.first_step
                 if reporter.writer is not None:
                     self.task.show(trained.model, part, own_step, reporter.writer)
+                since = time.monotonic()
+                is_due = self.task.watch(trained.model, part, own_step, reporter.writer)
+                reporter.pause(time.monotonic() - since)
                 every = self.config.checkpoint.every_steps
-                is_due = step == part.last_step or own_step % every == 0
+                is_due |= step == part.last_step or own_step % every == 0
                 decision = self.ends.agree(is_due=is_due)
                 if decision is not AfterStep.GO_ON:
                     hurried = decision is AfterStep.STOP
                     reporter.settle(self.job.folder, self.rank, self.world_size, is_hurried=hurried)
-                    self._checkpoint(part, trained, step)
+                    self._checkpoint(part, trained, step, reporter.unreported())
                 if decision is AfterStep.STOP:
                     self.ends.tell(Phase.STOPPED, step)
                     return False
@@ -400,7 +413,7 @@ class TrainingProcess(Generic[PartT, DecodedT, BatchT]):
                 self.device.type,
                 "bf16" if self.autocast_dtype else "fp32",
             )
-        return StepReporter(
+        reporter = StepReporter(
             size,
             self.config.reporting.every_steps,
             done - part.first_step,
@@ -409,6 +422,9 @@ class TrainingProcess(Generic[PartT, DecodedT, BatchT]):
             prefix,
             self.task.after(part),
         )
+        if done > part.first_step:
+            reporter.take_over(self.unreported, self.rank, self.world_size)
+        return reporter
 
     def _stream(self) -> Iterator[DecodedT]:
         """Yield this worker's part of what is left of the run's sequence."""
@@ -445,13 +461,15 @@ class TrainingProcess(Generic[PartT, DecodedT, BatchT]):
             yield self.task.batch(decoded, part, step=step, number=number)
             number += 1
 
-    def _checkpoint(self, part: PartT, trained: Trained, step: int) -> None:
+    def _checkpoint(
+        self, part: PartT, trained: Trained, step: int, unreported: UnreportedLoss
+    ) -> None:
         """Commit a checkpoint on rank 0, then report on every rank, which waits for all of them."""
         if self.rank == 0:
             with tempfile.TemporaryDirectory() as local:
                 save_checkpoint(
                     Path(local),
-                    self.task.record(part, step),
+                    self.task.record(part, step).model_copy(update={"unreported": unreported}),
                     model=trained.model,
                     optimizer=trained.optimizer,
                 )
@@ -460,6 +478,7 @@ class TrainingProcess(Generic[PartT, DecodedT, BatchT]):
                     self.job.run_uri,
                     step=step,
                     keep=self.config.checkpoint.keep,
+                    spared=self.task.best_step(step),
                     check=self.job.folder.check_start,
                 )
             logger.info("checkpoint: %s", uri)

@@ -15,6 +15,7 @@ import torch.distributed
 from torch import Tensor
 
 from infra.tracking import MetricWriter
+from mae_core.checkpoint_manifest import UnreportedLoss
 from mae_core.data.samples import DataError
 from mae_core.train_step import StepMetrics
 from pipelines.reading.batches import LEAST_JUDGED, BadSample
@@ -87,6 +88,10 @@ class Pace:
             self.mean_s += weight * (now_s - self._ended_at_s - self.mean_s)
         self._ended_at_s = now_s
 
+    def pause(self, seconds: float) -> None:
+        """Leave out a time in which nothing is trained."""
+        self._ended_at_s += seconds
+
 
 @dataclass
 class StepReporter:
@@ -145,6 +150,11 @@ class StepReporter:
             total = self.size.total_steps
             self.ends.tell_progress(Told(Phase.TRAINING, step, total, what, detail))
 
+    def pause(self, seconds: float) -> None:
+        """Leave a time in which nothing is trained out of the speed."""
+        self._since += seconds
+        self.pace.pause(seconds)
+
     def _eta(self, step: int) -> str:
         """Of all that is left: the steps, the evaluation, the export."""
         if self.pace.num_steps < 1:
@@ -184,6 +194,27 @@ class StepReporter:
                 total, eta = self.size.total_steps, self._eta(step)
                 logger.info("%sstep %d/%d %s eta=%s", self.prefix, step, total, self._detail, eta)
         return totals
+
+    def unreported(self) -> UnreportedLoss:
+        """Sum over the ranks what the next report starts from. Every rank calls it."""
+        if self._loss is None or self._num_samples is None:
+            return UnreportedLoss()
+        sums = torch.stack([self._loss, self._num_samples])
+        world_size = 1
+        if torch.distributed.is_initialized():
+            torch.distributed.all_reduce(sums)
+            world_size = torch.distributed.get_world_size()
+        loss, num_samples = sums.tolist()
+        return UnreportedLoss(
+            loss=loss / world_size, num_samples=num_samples, num_steps=self._num_steps
+        )
+
+    def take_over(self, earlier: UnreportedLoss, rank: int, world_size: int) -> None:
+        """Begin with what a checkpoint says was not reported yet; every rank calls it."""
+        self._num_steps = earlier.num_steps
+        if rank == 0 and earlier.num_steps:
+            self._loss = torch.tensor(earlier.loss * world_size, dtype=torch.float64)
+            self._num_samples = torch.tensor(earlier.num_samples, dtype=torch.float64)
 
     def _sum_over_ranks(self, num_steps: int) -> Totals:
         assert self._loss is not None

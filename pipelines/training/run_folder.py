@@ -4,7 +4,8 @@ run.json          what the run is, which MLflow run records it, and the start th
 checkpoints/      see pipelines/training/checkpoints.py
 shards/           the index of shards that came without a manifest
 reconstruction.png  what the model fills in, at the last picture
-evaluation.json   the kNN accuracies, and a name of all that they were computed from
+evaluation.json   the measurements at the end, and a name of all that they were computed from
+health.json       of a pretraining: its health at each step that was measured, and such a name
 bad_samples.jsonl   a line for each sample that was left out: epoch, shard, key, kind, reason
 arms/             of a downstream run, a folder an arm: metrics.json (last), pictures, tables
 features/         the Parquet files of an embed run
@@ -84,6 +85,11 @@ class _Result(TypedDict):
 class _Evaluation(StrictConfig):
     key: str
     metrics: dict[str, float]
+
+
+class _Health(StrictConfig):
+    key: str
+    points: dict[int, dict[str, float]]
 
 
 class _Failed(StrictConfig):
@@ -248,6 +254,16 @@ class RunFolder:
         """Keep the metrics under a name of all that they were computed from."""
         fields = {"key": key, "metrics": metrics}
         self._write("evaluation.json", json.dumps(fields).encode())
+
+    def read_health(self, key: str) -> dict[int, dict[str, float]]:
+        """Read the metrics of each step that was measured on what `key` names, in order."""
+        place = self._file("health.json")
+        found = read_or_none(place, _Health, "the curve begins anew")
+        return dict(sorted(found.points.items())) if found and found.key == key else {}
+
+    def write_health(self, key: str, points: Mapping[int, Mapping[str, float]]) -> None:
+        fields = {"key": key, "points": {str(step): points[step] for step in sorted(points)}}
+        self._write("health.json", json.dumps(fields).encode())
 
     @property
     def bad_samples_uri(self) -> str:

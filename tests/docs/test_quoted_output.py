@@ -42,7 +42,9 @@ def test_every_exit_code_is_in_the_guide(code: int) -> None:
 def test_every_metric_of_the_guide_is_recorded() -> None:
     code = "".join(path.read_text() for path in (ROOT / "pipelines").rglob("*.py"))
     recorded = code.replace("{METRICS_PREFIX}", "knn/")
-    named = set(re.findall(r"`((?:train|worker|knn)/\w+)`", RUN_GUIDE + DATA_GUIDE))
+    health = re.findall(r'\("(\w+)", ', source("pipelines/training/health.py"))
+    recorded += "".join(f'"health/{name}"' for name in health)
+    named = set(re.findall(r"`((?:train|worker|knn|data|health)/\w+)`", RUN_GUIDE + DATA_GUIDE))
     assert {"train/loss", "worker/bad_samples", "knn/top1"} <= named
     assert sorted(name for name in named if f'"{name}"' not in recorded) == []
 

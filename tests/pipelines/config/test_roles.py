@@ -64,6 +64,8 @@ def test_only_pretraining_measures_what_it_trained_apart() -> None:
     }
     assert measured == {
         ("pretrain", "data.val"),
+        ("pretrain", "health.every_epochs"),
+        ("pretrain", "health.max_images"),
         ("pretrain", "knn.k"),
         ("pretrain", "knn.max_train"),
         ("pretrain", "knn.max_val"),

@@ -1,6 +1,7 @@
 """What pretraining adds to a training process, with a tiny model and without Ray."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -66,6 +67,12 @@ def make_task(folder: Path, **changes: Any) -> PretrainTask:
 def test_the_learning_rate_of_a_step(tmp_path: Path, step: int, rate: float) -> None:
     found = make_task(tmp_path).learning_rate(PART, step)
     assert found == pytest.approx(rate, rel=1e-5)
+
+
+def test_a_shortened_run_reaches_its_full_learning_rate(tmp_path: Path) -> None:
+    """Half an epoch has 3 steps, but the warm-up takes a fifth of the 5 steps at most."""
+    task = make_task(tmp_path, size=SIZE._replace(total_steps=5))
+    assert task.learning_rate(PART._replace(steps=5), 2) == pytest.approx(0.000625, rel=1e-5)
 
 
 def test_whole_numbers_become_normalised_images_and_holes_keep_their_weight(tmp_path: Path) -> None:
@@ -160,7 +167,8 @@ def test_the_evaluation_compares_with_an_untrained_encoder(
     monkeypatch.setattr("pipelines.training.pretrain_task.knn_metrics", measured)
     monkeypatch.setattr("pipelines.training.run_folder.RunFolder.check_start", lambda _: None)
     shard: Any = object()
-    task = make_task(tmp_path, val_shards=(shard,), evaluation_key="k")
+    config = load_config(PretrainConfig, [], [*WORDS, "health.every_epochs=0"], {})
+    task = make_task(tmp_path, config=config, val_shards=(shard,), evaluation_key="k")
     model = task.build(PART, is_resumed=False).model
     assert isinstance(model, MaskedAutoencoder)
     untrained = [p.clone() for p in model.encoder.parameters()]
@@ -172,3 +180,54 @@ def test_the_evaluation_compares_with_an_untrained_encoder(
     pairs = zip(untrained, seen["top1_untrained"].parameters(), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
     assert task.job.folder.read_evaluation("k") == {"knn/top1": 0.5}
+
+
+class Health:
+    """In the place of what measures: the rank falls from one point to the next."""
+
+    def __init__(self) -> None:
+        self.steps: list[int] = []
+
+    def measure(self, mae: object, step: int, total_steps: int) -> dict[str, float]:
+        self.steps.append(step)
+        return {"rank": 100.0 - step}
+
+    def best_step(self, step: int) -> int | None:
+        return self.steps[0]
+
+
+def test_health_is_measured_at_its_interval_and_at_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An epoch has 6 steps. What an earlier start has logged is not logged again."""
+    monkeypatch.setattr("pipelines.training.run_folder.RunFolder.check_start", lambda _: None)
+    monkeypatch.setattr("infra.tracking.last_logged_step", lambda *_: 12)
+    config = load_config(PretrainConfig, [], [*WORDS, "health.every_epochs=1.5"], {})
+    task = make_task(tmp_path, config=config, evaluation_key="k")
+    health: Any = Health()
+    task.health = health
+    model = task.build(PART, is_resumed=False).model
+    logged: dict[int, tuple[dict[str, float], int]] = {}
+
+    def write(metrics: dict[str, float], step: int, *, after_step: int) -> None:
+        logged[step] = metrics, after_step
+
+    writer: Any = SimpleNamespace(write=write)
+    saved = [step for step in range(1, 31) if task.watch(model, PART, step, writer)]
+    assert health.steps == [9, 18, 27]
+    assert saved == [9]
+    assert logged[18] == ({"health/rank": 82.0}, 12)
+    task.measure(PART, model)
+    assert health.steps[-1] == 30
+    assert task.job.folder.read_evaluation("k") == {"health/rank": 70.0}
+
+
+def test_health_that_is_off_measures_nothing(tmp_path: Path) -> None:
+    config = load_config(PretrainConfig, [], [*WORDS, "health.every_epochs=0"], {})
+    task = make_task(tmp_path, config=config)
+    health: Any = Health()
+    task.health = health
+    model = task.build(PART, is_resumed=False).model
+    assert [step for step in range(1, 31) if task.watch(model, PART, step, None)] == []
+    task.measure(PART, model)
+    assert health.steps == []

@@ -75,6 +75,7 @@ class FakeTask:
         self.bad = bad
         self.measured: list[tuple[str, float]] = []
         self.rates: list[float] = []
+        self.saved_at_once: tuple[int, ...] = ()
 
     def size(self, part: Part) -> RunSize:
         return RunSize(part.steps, 4, 8, 1)
@@ -113,6 +114,12 @@ class FakeTask:
 
     def show(self, model: nn.Module, part: Part, step: int, writer: object) -> None:
         pass
+
+    def watch(self, model: nn.Module, part: Part, step: int, writer: object) -> bool:
+        return step in self.saved_at_once
+
+    def best_step(self, step: int) -> int | None:
+        return max((s for s in self.saved_at_once if s <= step), default=None)
 
     def record(self, part: Part, step: int) -> CheckpointRecord:
         return CheckpointRecord(
@@ -201,6 +208,13 @@ def test_each_part_is_trained_and_measured_with_steps_of_its_own(tmp_path: Path)
     assert phases == [Phase.TRAINING, Phase.MEASURING]
 
 
+def test_a_step_that_is_the_best_is_saved_and_kept(tmp_path: Path) -> None:
+    job = Job(tmp_path / "run")
+    job.task.saved_at_once = (2,)
+    train(job, tmp_path / "local")
+    assert list_steps(job.run_uri) == [2, 10, 12]
+
+
 @pytest.mark.parametrize("stop_after", [2, 7, 9])
 def test_a_run_that_was_stopped_ends_like_one_that_was_not(tmp_path: Path, stop_after: int) -> None:
     whole = Job(tmp_path / "whole")
@@ -216,6 +230,42 @@ def test_a_run_that_was_stopped_ends_like_one_that_was_not(tmp_path: Path, stop_
         keep(whole, uri)
     train(second, tmp_path / "second")
     assert second.task.measured == whole.task.measured
+
+
+class Writer:
+    """Keeps what is reported, in the place of MLflow."""
+
+    losses: dict[int, float]
+    is_failing = False
+
+    def __init__(self, *_: object, **__: object) -> None:
+        pass
+
+    def write(self, metrics: dict[str, float], step: int) -> None:
+        self.losses[step] = next(x for name, x in metrics.items() if name.endswith("train/loss"))
+
+    def flush(self, timeout_s: float) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+def test_the_loss_that_is_reported_after_a_stop_is_that_of_a_run_without_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(process.tracking, "MetricWriter", Writer)
+    words = ("reporting.every_steps=5",)
+    monkeypatch.setattr(Writer, "losses", whole := {}, raising=False)
+    train(Job(tmp_path / "whole", words), tmp_path / "local")
+
+    monkeypatch.setattr(Writer, "losses", stopped := {})
+    train(Job(tmp_path / "run", words), tmp_path / "first", stop_after=2)
+    assert stopped == {}
+    train(Job(tmp_path / "run", words), tmp_path / "second", stop_after=6)
+    train(Job(tmp_path / "run", words), tmp_path / "third")
+    assert stopped == whole
+    assert sorted(whole) == [5, 7]  # the second part's one report, at its step 5, comes last
 
 
 def keep(job: Job, uri: Path) -> None:

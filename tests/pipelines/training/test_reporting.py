@@ -109,6 +109,38 @@ def test_the_loss_is_the_mean_over_the_steps_since_the_last_report(clock: Clock)
     assert losses == {4: 2.5, 8: 6.5, 10: 9.5}
 
 
+@pytest.mark.parametrize("stop", [1, 4, 6, 9])
+def test_a_reporter_that_takes_over_in_mid_interval_reports_the_same(stop: int) -> None:
+    undisturbed, stopped = Writer(), Writer()
+    whole = reporter_of(undisturbed, 4)
+    first, second = reporter_of(stopped, 4), reporter_of(stopped, 4)
+    losses = [0.1, 0.7, 0.3, 0.9, 0.2, 0.5, 0.8, 0.4, 0.6, 0.05]
+    for step, loss in enumerate(losses, start=1):
+        num_samples = 8 if step % 3 else 5
+        for reporter in (whole, first if step <= stop else second):
+            reporter.add(step, metrics(loss, num_samples))
+            if reporter.is_due(step):
+                reporter.report(step, learning_rate=1e-3, grad_norm=torch.tensor(1.0))
+        if step == stop:
+            second.take_over(first.unreported(), rank=0, world_size=1)
+    expected = {step: row["train/loss"] for step, row in undisturbed.written.items()}
+    assert {step: row["train/loss"] for step, row in stopped.written.items()} == expected
+    assert sorted(expected) == [4, 8, 10]
+
+
+def test_what_is_not_reported_is_kept_once_whatever_the_number_of_workers() -> None:
+    """The sums are over all ranks; one rank begins with all of them."""
+    reporter = reporter_of(Writer(), 4)
+    reporter.add(1, metrics(0.5))
+    kept = reporter.unreported()
+    assert (kept.loss, kept.num_samples, kept.num_steps) == (0.5, 8.0, 1)
+    first, other = reporter_of(Writer(), 4), reporter_of(Writer(), 4)
+    first.take_over(kept, rank=0, world_size=2)
+    other.take_over(kept, rank=1, world_size=2)
+    assert first.unreported().loss == 1.0  # a sum over the ranks, of which a report takes the mean
+    assert other.unreported().num_samples == 0.0
+
+
 def test_samples_that_did_not_come_do_not_lower_the_mean() -> None:
     writer = Writer()
     reporter = reporter_of(writer, 2)
