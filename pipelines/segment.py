@@ -16,7 +16,8 @@ if __name__ == "__main__":  # run as a file: import the package, not the files b
     sys.exit(main(["segment", *sys.argv[1:]]))
 
 import logging
-from collections.abc import Callable, Sequence
+import zlib
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import NamedTuple, cast
 
@@ -26,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from mae_core.checkpoint_manifest import CheckpointManifest
+from mae_core.config import ModelConfig
 from mae_core.data.decode import decode_image
 from mae_core.data.label_maps import (
     IGNORE,
@@ -44,16 +46,18 @@ from mae_core.data.randomness import sample_generator
 from mae_core.data.samples import DataError, Sample
 from mae_core.evaluation.segmentation import (
     InstanceMatches,
-    SegmentationScores,
     confusion_counts,
+    foreground_iou,
     instance_f1,
     scores_from_counts,
     segmentation_picture,
 )
+from mae_core.evaluation.segmentation_ceiling import oracle_classes
 from mae_core.model.dense import MapOptions
 from mae_core.model.feature_pyramid import MapEncoder
 from mae_core.model.segmenter import (
     build_segmenter,
+    output_stride,
     segmentation_loss,
     sliding_window_logits,
 )
@@ -64,13 +68,16 @@ from pipelines.downstream.arms import Arm, arms_table
 from pipelines.downstream.run import LabelledData, Study, TaskKind, adamw
 from pipelines.downstream.targets import map_samples, picture_shape
 from pipelines.downstream.task import Batch, EncodedSample, Evaluation, Example, TaskInfo
-from pipelines.outcome import StageResult
+from pipelines.outcome import ConfigError, StageResult
 from pipelines.reading.shards import BrokenSample, target_of
 
 logger = logging.getLogger(__name__)
 
 TARGETS = ("seg.png",)
 NUM_PICTURES = 6
+CEILING_IMAGES = 200  # of data.val, about; an oracle's scores change little with more
+BACKGROUND = INSTANCE_CLASSES[0]
+SHOWN = ("miou", "foreground_iou", "iou/boundary", "instance_f1")  # of the ceiling, in one line
 
 
 def run(config: SegmentConfig, *, fresh: bool) -> StageResult:
@@ -83,18 +90,108 @@ def _study(config: SegmentConfig, data: LabelledData, encoder: CheckpointManifes
     """Return the classes' names; look at every mask of both sets before any training.
 
     Raises:
+        ConfigError: the head can't have the stride that the config asks for.
         DataError: a mask is missing, can't be used or is of another size than its image, or the
             masks of data.train hold one class alone.
     """
-    section = config.segment
+    section, model = config.segment, encoder.model
     names = _names(section)
+    try:
+        stride = output_stride(section.head, model.patch_size, section.stride)
+    except ValueError as error:
+        raise ConfigError(f"segment.{error}") from error
     logger.info("looking at the masks of data.train and data.val")
-    look = partial(_pixel_counts, section=section, in_chans=encoder.model.in_chans)
+    look = partial(_pixel_counts, section=section, in_chans=model.in_chans)
     counts = [x for x in map_samples(data.train, look) if x is not None]
-    for _ in map_samples(data.val, look):
-        pass
     _tell_absent(section, np.asarray(counts).reshape(-1, len(names) + 1))
-    return Study(names, [0] * data.train.num_samples)
+    oracle = partial(
+        _oracle_scores,
+        section=section,
+        model=model,
+        stride=stride,
+        every=-(-data.val.num_samples // CEILING_IMAGES),
+    )
+    ceiling = _metrics([x for x in map_samples(data.val, oracle) if x is not None], names)
+    ceiling = {f"ceiling/{name}": value for name, value in ceiling.items()}
+    logger.info(
+        "ceiling: an oracle on the grid of the head's output (one place for %dx%d pixels) reaches "
+        "%s; a smaller segment.stride or a larger segment.boundary raises it",
+        stride,
+        stride,
+        _shown(ceiling),
+    )
+    return Study(names, [0] * data.train.num_samples, ceiling=ceiling)
+
+
+def _shown(ceiling: Mapping[str, float]) -> str:
+    known = {name: ceiling[f"ceiling/{name}"] for name in SHOWN if f"ceiling/{name}" in ceiling}
+    return ", ".join(f"{name} {value:.3f}" for name, value in known.items())
+
+
+class _Score(NamedTuple):
+    """What one image adds to the scores."""
+
+    counts: npt.NDArray[np.int64]  # (K, K), see confusion_counts
+    matches: InstanceMatches | None
+
+
+def _oracle_scores(
+    shard: str,
+    row: Sample | BrokenSample,
+    *,
+    section: SegmentSection,
+    model: ModelConfig,
+    stride: int,
+    every: int,
+) -> _Score | None:
+    """Look at a mask of data.val; of one in `every`, return what an oracle scores on it."""
+    if _pixel_counts(shard, row, section=section, in_chans=model.in_chans) is None:
+        return None
+    if zlib.crc32(row.key.encode()) % every:
+        return None
+    truth = _Truth(*_decode_mask(section, target_of(row, TARGETS), f"{shard}: {row.key}"))
+    found = oracle_classes(
+        truth.classes,
+        output_stride=stride,
+        crop=model.img_size,
+        stride=_window_stride(section, model.img_size),
+        class_weights=section.class_weights,
+    )
+    return _score(section, found, truth)
+
+
+def _score(section: SegmentSection, found: LabelMap, truth: "_Truth") -> _Score:
+    counts = confusion_counts(
+        torch.from_numpy(found), torch.from_numpy(truth.classes.copy()), len(_names(section))
+    )
+    matches = None
+    if truth.instances is not None:
+        matches = instance_f1(found, truth.instances, boundary=section.boundary)
+    return _Score(counts.numpy(), matches)
+
+
+def _metrics(scores: Sequence["_Score | Prediction"], names: Sequence[str]) -> dict[str, float]:
+    """Return the metrics of some images; none without a pixel that has a class."""
+    total = np.sum([score.counts for score in scores], axis=0)
+    if not np.any(total):
+        return {}
+    counts = torch.from_numpy(total)
+    found = scores_from_counts(counts, names)
+    metrics = {"miou": found.miou, "pixel_accuracy": found.pixel_accuracy}
+    if names[0] == BACKGROUND:
+        metrics["foreground_iou"] = foreground_iou(counts)
+    metrics |= {f"iou/{name}": value for name, value in found.iou_per_class.items()}
+    matches = [score.matches for score in scores if score.matches is not None]
+    if matches:
+        metrics["instance_f1"] = InstanceMatches(*np.sum(matches, axis=0).tolist()).f1
+    return metrics
+
+
+def _window_stride(section: SegmentSection, img_size: tuple[int, int]) -> tuple[int, int]:
+    """Return the steps down and across from one window to the next."""
+    height, width = img_size
+    step = 1 - section.overlap
+    return max(1, round(height * step)), max(1, round(width * step))
 
 
 def _names(section: SegmentSection) -> tuple[str, ...]:
@@ -124,13 +221,11 @@ def _decode_mask(
     """Return the classes of a mask's pixels, and the instances if they are to be separated."""
     if section.masks == "instances":
         instances = decode_indices(data, where)
-        return instances_to_classes(instances), instances
+        return instances_to_classes(instances, section.boundary), instances
     values = MaskValues(section.values, section.ignore_value)
     num_classes = len(_names(section))
     try:
-        return decode_label_map(
-            data, where, kind="classes", num_classes=num_classes, values=values
-        ), None
+        return decode_label_map(data, where, num_classes=num_classes, values=values), None
     except DataError as error:
         if "but the classes are" not in str(error):
             raise
@@ -175,7 +270,7 @@ class _Truth(NamedTuple):
 
 
 class Prediction(NamedTuple):
-    counts: npt.NDArray[np.int64]  # (K, K), see confusion_counts
+    counts: npt.NDArray[np.int64]  # as in _Score
     matches: InstanceMatches | None
     classes: LabelMap | None  # of the first images, for the picture
     place: tuple[int, int]
@@ -216,6 +311,7 @@ class SegmentTask:
             cast(MapEncoder, encoder),
             num_classes=len(self.info.names),
             head=self.section.head,
+            stride=self.section.stride,
             channels=self.section.channels,
             options=MapOptions(self.section.window, frozen=not arm.kind.trains_encoder),
         )
@@ -239,9 +335,8 @@ class SegmentTask:
     def predict(
         self, model: nn.Module, images: Tensor, examples: Sequence[Example]
     ) -> list[Prediction]:
-        height, width = crop = self.info.model.img_size
-        step = 1 - self.section.overlap
-        stride = max(1, round(height * step)), max(1, round(width * step))
+        crop = self.info.model.img_size
+        stride = _window_stride(self.section, crop)
         logits = sliding_window_logits(model, images, crop=crop, stride=stride)
         maps = logits.argmax(dim=1).to(torch.uint8).cpu()
         return [
@@ -250,15 +345,11 @@ class SegmentTask:
         ]
 
     def _prediction(self, classes: Tensor, example: Example) -> Prediction:
-        truth: _Truth = example.target
         place = example.place or (0, 0)
-        counts = confusion_counts(
-            classes, torch.from_numpy(truth.classes.copy()), len(self.info.names)
-        )
         found = classes.numpy()
-        matches = None if truth.instances is None else instance_f1(found, truth.instances)
+        score = _score(self.section, found, example.target)
         is_shown = place[0] == 0 and place[1] < NUM_PICTURES
-        return Prediction(counts.numpy(), matches, found if is_shown else None, place)
+        return Prediction(*score, found if is_shown else None, place)
 
     def evaluate(
         self,
@@ -267,18 +358,15 @@ class SegmentTask:
         read: Callable[[tuple[int, int]], Example],
         training: list[Prediction],
     ) -> Evaluation:
-        counts = np.sum([p.counts for p in predictions], axis=0)
-        scores = scores_from_counts(torch.from_numpy(counts), self.info.names)
-        metrics = {"miou": scores.miou, "pixel_accuracy": scores.pixel_accuracy}
-        metrics |= {f"iou/{name}": value for name, value in scores.iou_per_class.items()}
-        matches = [p.matches for p in predictions if p.matches is not None]
-        if matches:
-            metrics["instance_f1"] = InstanceMatches(*np.sum(matches, axis=0).tolist()).f1
+        metrics = _metrics(predictions, self.info.names)
+        if not metrics:
+            raise ValueError("no pixel of data.val has a class: there is nothing to score")
         shown = [p for p in predictions if p.classes is not None]
         examples = [read(p.place) for p in shown]
-        title = f"{self.info.title}, {arm.kind}: mIoU {scores.miou:.3f}"
+        title = f"{self.info.title}, {arm.kind}: mIoU {metrics['miou']:.3f}"
+        table = {"per_class.md": _per_class_table(metrics)}
         if not shown:
-            return Evaluation(metrics, {}, {"per_class.md": _per_class_table(scores)})
+            return Evaluation(metrics, {}, table)
         picture = segmentation_picture(
             [example.pixels for example in examples],
             [example.target.classes for example in examples],
@@ -286,16 +374,20 @@ class SegmentTask:
             self.info.names,
             title,
         )
-        table = {"per_class.md": _per_class_table(scores)}
         return Evaluation(metrics, {"segmentation": picture}, table)
 
 
-def _per_class_table(scores: SegmentationScores) -> str:
-    rows = [f"| {name} | {value:.3f} |" for name, value in scores.iou_per_class.items()]
+def _per_class_table(metrics: Mapping[str, float]) -> str:
+    scores = {k.removeprefix("iou/"): x for k, x in metrics.items() if k.startswith("iou/")}
+    rows = [f"| {name} | {value:.3f} |" for name, value in scores.items()]
     return "| class | IoU |\n|---|---|\n" + "\n".join(rows) + "\n"
 
 
 def _summarize(
     config: SegmentConfig, info: TaskInfo, found: dict[Arm, dict[str, float]]
 ) -> Evaluation:
-    return Evaluation({}, {}, {"summary.md": arms_table(found)})
+    """Put what the grid of the head's output allows below what the arms reached."""
+    text = arms_table(found)
+    if info.ceiling:
+        text += f"\nCeiling (an oracle on the grid of the head's output): {_shown(info.ceiling)}\n"
+    return Evaluation({}, {}, {"summary.md": text})

@@ -8,7 +8,7 @@ stored, without EXIF rotation: they must be drawn on the upright image.
 import io
 import math
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -45,26 +45,20 @@ def decode_label_map(
     data: bytes | None,
     where: str,
     *,
-    kind: Literal["classes", "instances"],
     num_classes: int,
     values: MaskValues = MASK_VALUES,
 ) -> LabelMap:
-    """Read the label map PNG of an image.
+    """Read the label map PNG of an image, whose values are classes.
 
     Args:
         data: The file's bytes; None where the sample has none.
         where: Shard and key, named in errors.
-        kind: Whether the values are classes, or instances that become `INSTANCE_CLASSES`.
         num_classes: Number of classes; `IGNORE` is not one of them.
-        values: Which values are classes, if `kind` is classes.
+        values: Which values are classes.
 
     Raises:
         DataError: There is no readable PNG, or it has a value that is not a class.
     """
-    if kind == "instances":
-        if num_classes != len(INSTANCE_CLASSES):
-            raise ValueError(f"num_classes={num_classes}, but instances become 3 classes")
-        return instances_to_classes(decode_indices(data, where))
     if not 1 <= num_classes <= IGNORE:
         raise ValueError(f"num_classes={num_classes} is not in 1..{IGNORE}")
     return indices_to_classes(decode_indices(data, where), where, num_classes, values)
@@ -133,32 +127,54 @@ def decode_indices(data: bytes | None, where: str) -> InstanceMap:
     return values.astype(np.uint16) if bit_depth == 16 else values
 
 
-def instances_to_classes(instances: InstanceMap) -> LabelMap:
+def instances_to_classes(instances: InstanceMap, boundary: int = 1) -> LabelMap:
     """Convert instances to `INSTANCE_CLASSES`, which keep touching instances apart.
 
-    A boundary pixel is a pixel of an instance with a 4-neighbour in another instance or in the
-    background. The edge of the picture is not a boundary. The three classes are those of Caicedo
-    et al. 2019, https://pmc.ncbi.nlm.nih.gov/articles/PMC6771982. Differs: the boundary is one
-    pixel wide and inside the instance.
+    A boundary pixel is a pixel of an instance within `boundary` steps to a 4-neighbour of another
+    instance or of the background. An instance that would have no inside then keeps its innermost
+    pixels as the inside. The edge of the picture is not a boundary. The three classes are those of
+    Caicedo et al. 2019, https://pmc.ncbi.nlm.nih.gov/articles/PMC6771982. Differs: the boundary
+    lies inside the instance.
     """
-    padded = np.pad(instances, 1, mode="edge")
-    neighbours = (padded[:-2, 1:-1], padded[2:, 1:-1], padded[1:-1, :-2], padded[1:-1, 2:])
-    boundary = np.logical_or.reduce([neighbour != instances for neighbour in neighbours])
-    classes = np.where(boundary, np.uint8(2), np.uint8(1))
+    depth = _depth(instances, boundary + 1)
+    numbers, places = np.unique(instances, return_inverse=True)
+    deepest = np.zeros(len(numbers), np.int64)
+    np.maximum.at(deepest, places.ravel(), depth.ravel())
+    is_boundary = depth < np.minimum(boundary + 1, deepest)[places.reshape(depth.shape)]
+    # An instance of one pixel's width has only boundary: nothing of it lies deeper than the rest.
+    is_boundary |= depth == 1
+    classes = np.where(is_boundary, np.uint8(2), np.uint8(1))
     return np.where(instances == 0, np.uint8(0), classes)
 
 
-def classes_to_instances(classes: LabelMap) -> InstanceMap:
-    """Undo `instances_to_classes`, except for corners and instances without an inside.
+def _depth(instances: InstanceMap, limit: int) -> npt.NDArray[np.int64]:
+    """Return the steps from each pixel to the nearest one with another number, at most `limit`."""
+    depth = np.full(instances.shape, limit, np.int64)
+    padded = np.pad(instances, 1, mode="edge")
+    neighbours = (padded[:-2, 1:-1], padded[2:, 1:-1], padded[1:-1, :-2], padded[1:-1, 2:])
+    reached = np.logical_or.reduce([neighbour != instances for neighbour in neighbours])
+    cross = ndimage.generate_binary_structure(2, 1)
+    for step in range(1, limit):
+        depth[reached & (depth == limit)] = step
+        reached = ndimage.binary_dilation(reached, cross)
+    return depth
 
-    An instance is a 4-connected component of the inside, grown by one pixel to recover its
-    boundary. Where two instances grow into the same pixel, the one with the higher number gets it.
+
+def classes_to_instances(classes: LabelMap, boundary: int = 1) -> InstanceMap:
+    """Undo `instances_to_classes`, except for instances without an inside.
+
+    An instance is a 4-connected component of the inside that grows into the boundary beside it. Two
+    steps for each pixel of the boundary's width also reach corners. Where two instances grow into
+    the same pixel, the one with the higher number gets it.
     """
     cross = ndimage.generate_binary_structure(2, 1)
-    cores, _ = ndimage.label(classes == INSTANCE_CLASSES.index("inside"), structure=cross)
-    grown = ndimage.grey_dilation(cores, footprint=cross)
-    instances: InstanceMap = np.where(cores > 0, cores, grown).astype(np.uint32)
-    return instances
+    instances, _ = ndimage.label(classes == INSTANCE_CLASSES.index("inside"), structure=cross)
+    is_boundary = classes == INSTANCE_CLASSES.index("boundary")
+    for _ in range(2 * boundary):
+        grown = ndimage.grey_dilation(instances, footprint=cross)
+        instances = np.where(is_boundary & (instances == 0), grown, instances)
+    found: InstanceMap = instances.astype(np.uint32)
+    return found
 
 
 def check_same_size(pixels: Pixels, label_map: InstanceMap, where: str) -> None:

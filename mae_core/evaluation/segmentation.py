@@ -110,8 +110,14 @@ def scores_from_counts(counts: Int[Tensor, "K K"], names: Sequence[str]) -> Segm
     )
 
 
+def foreground_iou(counts: Int[Tensor, "K K"]) -> float:
+    """Return the IoU of all classes but the first together; NaN where there are none."""
+    table = counts.double().cpu()
+    return float(table[1:, 1:].sum() / (table.sum() - table[0, 0]))
+
+
 def instance_f1(
-    predicted_classes: LabelMap, instance_map: InstanceMap, iou: float = 0.5
+    predicted_classes: LabelMap, instance_map: InstanceMap, iou: float = 0.5, *, boundary: int = 1
 ) -> InstanceMatches:
     """Match the instances in predicted classes with the true ones, best overlap first.
 
@@ -123,8 +129,10 @@ def instance_f1(
         predicted_classes: (H, W), in the form that `instances_to_classes` returns.
         instance_map: (H, W), the truth: 0 is background, 1..N are instances.
         iou: Smallest intersection over union of a match.
+        boundary: Width of the boundary in pixels, as in `instances_to_classes`.
     """
-    found_number, found = np.unique(classes_to_instances(predicted_classes), return_inverse=True)
+    instances = classes_to_instances(predicted_classes, boundary)
+    found_number, found = np.unique(instances, return_inverse=True)
     true_number, true = np.unique(instance_map, return_inverse=True)
     table = np.zeros((len(found_number), len(true_number)), np.int64)
     np.add.at(table, (found.ravel(), true.ravel()), 1)

@@ -5,6 +5,7 @@ one mean vector, and one direction holds most of the variance, so that a head wh
 small random weights hardly sees the rest.
 """
 
+from collections.abc import Iterable
 from contextlib import nullcontext
 from typing import Literal, NamedTuple, cast
 
@@ -48,8 +49,8 @@ class MapMoments:
 class Conditioning(nn.Module):
     """A fixed affine map of the vector at each place: x -> matrix (x - mean).
 
-    It changes nothing until it is fitted. It is not trained, and it does not follow the batch as a
-    batch norm does. So it is the same in training and in evaluation, and for any micro batch.
+    It is the identity until it is fitted. It is not trained, and unlike a batch norm it does not
+    follow the batch. So it is the same in training and in evaluation, and for any micro batch.
     """
 
     mean: Tensor
@@ -74,8 +75,6 @@ class Conditioning(nn.Module):
         Raises:
             ValueError: There are no places, or their values are not finite.
         """
-        if self.kind == "none":
-            return
         if not moments.count:
             raise ValueError("there is no feature map to fit the conditioning to")
         covariance = moments.covariance.cpu()
@@ -140,16 +139,20 @@ class DenseModel(nn.Module):
         """Return the encoder's conditioned map."""
         return self.conditioning(self._encoded(images))
 
-    def add_moments(self, moments: MapMoments, images: Float[Tensor, "B C H W"]) -> None:
-        """Count the unconditioned map of images, in eval mode; restores the mode."""
-        module = cast(nn.Module, self.encoder)
-        was_training = module.training
-        module.eval()
+    def fit_conditioning(self, batches: Iterable[Float[Tensor, "B C H W"]]) -> None:
+        """Fit the conditioning to the encoder's map of images, in eval mode; restores the mode."""
+        if self.conditioning.kind == "none":
+            return
+        was_training = self.training
+        self.eval()
+        moments = MapMoments(len(self.conditioning.mean), self.conditioning.mean.device)
         try:
             with torch.no_grad():
-                moments.add(self._encoded(images))
+                for images in batches:
+                    moments.add(self._encoded(images))
         finally:
-            module.train(was_training)
+            self.train(was_training)
+        self.conditioning.fit(moments)
 
     def _encoded(self, images: Tensor) -> Tensor:
         with torch.no_grad() if self.frozen else nullcontext():

@@ -49,9 +49,8 @@ class LinearHead(nn.Sequential):
     those of DINOv2, Oquab et al. 2023, https://arxiv.org/abs/2304.07193, section 7.4.
     """
 
-    def __init__(self, dim: int, stride: int, num_classes: int) -> None:
+    def __init__(self, dim: int, num_classes: int) -> None:
         super().__init__(nn.BatchNorm2d(dim, affine=False), nn.Conv2d(dim, num_classes, 1))
-        self.output_stride = stride
 
 
 class PyramidHead(nn.Module):
@@ -155,13 +154,31 @@ def pyramid_strides(patch_size: int, finest: int | None = None) -> tuple[int, ..
         finest = patch_size
         while finest % 2 == 0 and (finest > _FINEST_STRIDE or finest == patch_size):
             finest //= 2
-    elif patch_size not in (finest * 2**level for level in range(_NUM_LEVELS)):
-        allowed = [patch_size >> k for k in range(_NUM_LEVELS) if patch_size % 2**k == 0]
+    allowed = [patch_size >> k for k in range(patch_size.bit_length()) if patch_size % 2**k == 0]
+    if finest not in allowed:
         raise ValueError(
             f"stride={finest} of the head's output: for patches of {patch_size} pixels it must be "
             f"one of {', '.join(map(str, allowed))}"
         )
     return tuple(finest * 2**level for level in range(_NUM_LEVELS))
+
+
+def output_stride(head: Head, patch_size: int, finest: int | None = None) -> int:
+    """Return pixels per place of a head's output.
+
+    Args:
+        head: linear has the stride of the encoder's map.
+        patch_size: Stride of the encoder's map.
+        finest: See `pyramid_strides`.
+
+    Raises:
+        ValueError: The head can't have the stride `finest`.
+    """
+    if head != "linear":
+        return pyramid_strides(patch_size, finest)[0]
+    if finest not in (None, patch_size):
+        raise ValueError(f"stride={finest}: head=linear has the encoder's, {patch_size}; use fpn")
+    return patch_size
 
 
 def build_segmenter(
@@ -186,11 +203,7 @@ def build_segmenter(
     """
     module: LinearHead | PyramidHead
     if head == "linear":
-        if stride not in (None, encoder.patch_size):
-            raise ValueError(
-                f"stride={stride}: head=linear has the encoder's, {encoder.patch_size}; use fpn"
-            )
-        module = LinearHead(encoder.embed_dim, encoder.patch_size, num_classes)
+        module = LinearHead(encoder.embed_dim, num_classes)
     else:
         module = PyramidHead(
             encoder.embed_dim,

@@ -298,6 +298,13 @@ class SegmentSection(ArmsConfig):
     ignore_value: Value | None = 255
     """Value of pixels that neither the loss nor the scores count, unless it is in `values`; null:
     every pixel counts."""
+    boundary: int = Field(default=2, gt=0)
+    """Width in pixels of the class boundary of `masks=instances`. A narrow one is lost between the
+    places of the head's output; a wide one leaves no inside of small instances."""
+    stride: int | None = Field(default=None, gt=0)
+    """Pixels per place of the head's output, for fpn and upernet: the patch size divided by a power
+    of two. By default 4, or the nearest above it that the patch allows. Half of it takes about four
+    times as long for the head and shows finer objects; see `ceiling/miou`."""
     channels: int = Field(default=128, gt=0)
     """Channels of the head."""
     window: int = Field(default=0, ge=0)
@@ -311,6 +318,12 @@ class SegmentSection(ArmsConfig):
     Raise it for classes with few pixels, which hardly count otherwise."""
     overlap: float = Field(default=0.5, ge=0, lt=1)
     """Share of a window that the next one also covers, for images larger than `img_size`."""
+
+    @model_validator(mode="after")
+    def _only_a_pyramid_has_a_stride(self) -> Self:
+        if self.head == "linear" and self.stride is not None:
+            raise ValueError(f"stride={self.stride} needs head=fpn or head=upernet")
+        return self
 
     @model_validator(mode="after")
     def _each_class_has_a_weight(self) -> Self:

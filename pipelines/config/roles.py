@@ -154,6 +154,8 @@ _IDENTITY: dict[str, tuple[str, ...]] = {
         "segment.names",
         "segment.values",
         "segment.ignore_value",
+        "segment.boundary",
+        "segment.stride",
         "segment.channels",
         "segment.window",
         "segment.scale",

@@ -1,7 +1,7 @@
 """The driver's part of classify, detect and segment: what is trained, and what came of it."""
 
 import logging
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from types import MappingProxyType
@@ -60,6 +60,7 @@ class Study(NamedTuple):
     strata: Sequence[Hashable]  # of each training sample: what shares of the labels spread evenly
     numbers: Numbers = MappingProxyType({})
     identifiers: tuple[int, ...] = ()  # category_id of each class, where labels are these
+    ceiling: Mapping[str, float] = MappingProxyType({})  # what a perfect model could reach
 
 
 @dataclass(frozen=True)
@@ -156,6 +157,7 @@ class OpenedTuning(Generic[ConfigT]):
             study.numbers,
             study.identifiers,
             self.encoder.channel_mean,
+            study.ceiling,
         )
         return PlannedTuning(self, info, plan_arms(config, data.train, study.strata))
 
@@ -207,7 +209,7 @@ class PlannedTuning(Generic[ConfigT]):
         """Bring the arms' results together; then the run is done."""
         config, folder, run_id = self.opened.config, taken.folder, taken.run_id
         found, missing = self._measured(folder)
-        metrics = mean_metrics(found)
+        metrics = mean_metrics(found) | dict(self.info.ceiling)
         metrics["data/left_out"] = len(log_bad_samples(config.tracking.uri, run_id, folder))
         last_step = max(arm.steps for arm in self.arms)
         tracking.log_final_metrics(config.tracking.uri, run_id, metrics, last_step)

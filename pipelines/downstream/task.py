@@ -1,6 +1,6 @@
 """What classify, detect and segment each tell the one task that trains all three."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
@@ -65,6 +65,7 @@ class TaskInfo(NamedTuple):
     identifiers: tuple[int, ...] = ()  # category_id of each class, where labels are these
     # Of the encoder's normalisation: the colour of what lies beside a picture.
     channel_mean: tuple[float, ...] = (0.0,)
+    ceiling: Mapping[str, float] = MappingProxyType({})  # what a perfect model could reach
 
 
 class Task(Protocol):

@@ -11,6 +11,7 @@ from mae_core.data.label_maps import IGNORE, LabelMap, instances_to_classes
 from mae_core.evaluation.segmentation import (
     InstanceMatches,
     confusion_counts,
+    foreground_iou,
     instance_f1,
     scores_from_counts,
     segmentation_picture,
@@ -112,8 +113,8 @@ def test_perfect_classes_find_each_instance_even_where_they_touch() -> None:
 def test_merged_instances_are_neither_found() -> None:
     instances = make_instances()
     merged = np.where(instances == 5, 1000, instances)
-    # The one of 16 x 8 has an IoU of a half, less its corners, with each.
-    matches = instance_f1(instances_to_classes(merged), instances)
+    # The one of 16 x 8 has an IoU of a half with each.
+    matches = instance_f1(instances_to_classes(merged), instances, iou=0.51)
     assert matches == (1, 1, 2)
     assert matches.f1 == pytest.approx(0.4)
 
@@ -130,12 +131,28 @@ def test_overlap_decides_and_each_instance_is_matched_once() -> None:
     instances = np.zeros((20, 20), np.uint16)
     instances[5:15, 5:15] = 1
     classes = np.zeros((20, 20), np.uint8)
-    # Grown by a pixel, rows 5 to 14 and columns 5 to 9 or 10 to 14, less corners: 46 of 100.
-    classes[6:14, 6:9] = 1
-    classes[6:14, 11:14] = 1
+    # With their boundaries, rows 5 to 14 and columns 5 to 9 or 10 to 14, less a row: 45 of 100.
+    classes[5:14, 5:10] = 2
+    classes[5:14, 10:15] = 2
+    classes[6:13, 6:9] = 1
+    classes[6:13, 11:14] = 1
     assert instance_f1(classes, instances) == (0, 2, 1)
-    assert instance_f1(classes, instances, iou=0.46) == (1, 1, 0)
-    assert instance_f1(classes, instances, iou=0.47) == (0, 2, 1)
+    assert instance_f1(classes, instances, iou=0.45) == (1, 1, 0)
+    assert instance_f1(classes, instances, iou=0.46) == (0, 2, 1)
+
+
+def test_a_wide_boundary_belongs_to_the_instance() -> None:
+    instances = make_instances()
+    classes = instances_to_classes(instances, 3)
+    assert instance_f1(classes, instances, iou=0.9, boundary=3) == (3, 0, 0)
+    # Two steps reach a part of it only: 36 to 60 of 64 pixels.
+    assert instance_f1(classes, instances, iou=0.95, boundary=1) == (0, 3, 3)
+
+
+def test_the_foreground_is_all_classes_but_the_first() -> None:
+    counts = torch.tensor([[50, 2, 1], [3, 20, 4], [0, 5, 15]])
+    assert foreground_iou(counts) == pytest.approx((20 + 4 + 5 + 15) / 50)
+    assert math.isnan(foreground_iou(torch.tensor([[9, 0], [0, 0]])))
 
 
 def test_best_overlap_is_matched_first() -> None:

@@ -16,6 +16,7 @@ from mae_core.model.segmenter import (
     Head,
     Segmenter,
     build_segmenter,
+    output_stride,
     pyramid_strides,
     segmentation_loss,
     sliding_window_logits,
@@ -134,6 +135,25 @@ def test_any_patch_size_will_do(head: Head, patch_size: int) -> None:
 )
 def test_finest_stride_is_at_most_half_a_patch(patch_size: int, expected: tuple[int, ...]) -> None:
     assert pyramid_strides(patch_size) == expected
+
+
+@pytest.mark.parametrize("head", ["fpn", "upernet"])
+@pytest.mark.parametrize("stride", [1, 2, 4, 8])
+def test_a_pyramid_predicts_at_the_stride_that_is_asked_for(head: Head, stride: int) -> None:
+    segmenter = make_segmenter(head, make_vit(), stride=stride)
+    images = make_images(1, 3, 24, 40)
+    assert segmenter.head(segmenter.feature_map(images)).shape[-2:] == (24 // stride, 40 // stride)
+    assert segmenter(images).shape == (1, 3, 24, 40)
+    assert output_stride(head, 8, stride) == stride
+
+
+def test_a_stride_that_a_head_can_not_have_is_refused_in_words() -> None:
+    with pytest.raises(ValueError, match=r"stride=3 .*patches of 8 pixels .*one of 8, 4, 2, 1"):
+        make_segmenter("fpn", make_vit(), stride=3)
+    with pytest.raises(ValueError, match="stride=4: head=linear has the encoder's, 8; use fpn"):
+        output_stride("linear", 8, 4)
+    assert output_stride("linear", 8) == 8
+    assert output_stride("fpn", 16) == 4
 
 
 @pytest.mark.parametrize("head", ["fpn", "upernet"])

@@ -16,7 +16,7 @@ from pipelines.config.downstream import SegmentConfig
 from pipelines.config.loading import load_config
 from pipelines.downstream.arms import Arm
 from pipelines.downstream.task import Batch, EncodedSample, TaskInfo
-from pipelines.segment import SegmentTask
+from pipelines.segment import SegmentTask, _summarize
 
 ARM = Arm(ArmKind.FINETUNE, 1.0, 0, 10, 1, 0)
 NAMES = ("ground", "tree")
@@ -106,3 +106,29 @@ def test_a_mask_of_another_size_is_an_error_of_its_sample() -> None:
     sample = make_sample(left_half(8, 8))._replace(target=png(left_half(8, 4)))
     with pytest.raises(DataError, match=r"s/a\.tar: k"):
         make_task().validation_example(sample)
+
+
+def test_the_foreground_is_scored_where_the_first_class_is_the_background() -> None:
+    for names, is_scored in ((("ground", "tree"), False), (("background", "tree"), True)):
+        task = make_task(f"segment.names=[{','.join(names)}]")
+        task.info = task.info._replace(names=names)
+        example = task.validation_example(make_sample(left_half(8, 8)))
+        images = torch.from_numpy(example.pixels.copy()).permute(2, 0, 1)[None].float() - 127.5
+        (prediction,) = task.predict(Brightness(), images, [example])
+        metrics = task.evaluate([prediction], ARM, lambda _, x=example: x, []).metrics
+        assert ("foreground_iou" in metrics) == is_scored
+
+
+def test_the_ceiling_stands_below_the_table_of_the_arms() -> None:
+    task = make_task()
+    info = task.info._replace(ceiling={"ceiling/miou": 0.6543, "ceiling/instance_f1": 0.9})
+    summary = _summarize(task.config, info, {ARM: {"miou": 0.5}})
+    last = summary.texts["summary.md"].splitlines()[-1]
+    assert (
+        last
+        == "Ceiling (an oracle on the grid of the head's output): miou 0.654, instance_f1 0.900"
+    )
+    assert (
+        "Ceiling"
+        not in _summarize(task.config, task.info, {ARM: {"miou": 0.5}}).texts["summary.md"]
+    )

@@ -63,7 +63,7 @@ def make_grey_png(bit_depth: int, row: bytes, width: int) -> bytes:
 
 
 def decode_classes(data: bytes | None, num_classes: int = 3) -> LabelMap:
-    return decode_label_map(data, WHERE, kind="classes", num_classes=num_classes)
+    return decode_label_map(data, WHERE, num_classes=num_classes)
 
 
 def test_palette_gives_the_index_and_not_the_colour() -> None:
@@ -167,9 +167,7 @@ def test_touching_instances_have_a_boundary_on_each_side() -> None:
         [0, 0, 0, 0, 0, 2],
     ]
     assert instances_to_classes(instances).tolist() == expected
-    classes = decode_label_map(make_png(instances), WHERE, kind="instances", num_classes=3)
-    assert classes.tolist() == expected
-    assert classes.dtype == np.uint8
+    assert instances_to_classes(instances).dtype == np.uint8
 
 
 def test_touching_by_a_corner_is_no_boundary() -> None:
@@ -180,13 +178,28 @@ def test_touching_by_a_corner_is_no_boundary() -> None:
 
 
 def test_instance_255_is_not_ignored() -> None:
-    data = make_png(np.full((3, 3), 255, np.uint8))
-    assert decode_label_map(data, WHERE, kind="instances", num_classes=3).tolist() == [[1] * 3] * 3
+    assert instances_to_classes(np.full((3, 3), 255, np.uint8)).tolist() == [[1] * 3] * 3
 
 
-def test_instances_need_three_classes() -> None:
-    with pytest.raises(ValueError, match="num_classes=2, but instances become 3 classes"):
-        decode_label_map(make_png(np.uint8([[0]])), WHERE, kind="instances", num_classes=2)
+def test_a_wider_boundary_reaches_further_inside() -> None:
+    instances = np.zeros((9, 9), np.uint16)
+    instances[1:8, 1:8] = 4
+    for boundary in (1, 2, 3):
+        classes = instances_to_classes(instances, boundary)
+        inside = np.zeros((9, 9), np.bool_)
+        inside[1 + boundary : 8 - boundary, 1 + boundary : 8 - boundary] = True
+        assert (classes == 1).tolist() == inside.tolist()
+        assert (classes == 2).tolist() == ((instances == 4) & ~inside).tolist()
+
+
+def test_a_small_instance_keeps_its_innermost_pixels_as_inside() -> None:
+    instances = np.zeros((5, 12), np.uint16)
+    instances[1:4, 1:4] = 7  # one pixel lies two steps from the background
+    instances[1:3, 6:11] = 9  # none does: it has no inside at any width
+    for boundary in (1, 2, 5):
+        classes = instances_to_classes(instances, boundary)
+        assert np.argwhere(classes == 1).tolist() == [[2, 2]]
+        assert (classes == 0).tolist() == (instances == 0).tolist()
 
 
 def test_indices_are_those_stored() -> None:
@@ -195,16 +208,20 @@ def test_indices_are_those_stored() -> None:
     assert indices.dtype == np.uint16
 
 
-def test_instances_come_back_but_for_their_corners() -> None:
-    instances = np.zeros((9, 12), np.uint16)
-    instances[1:8, 1:6] = 4
-    instances[1:8, 6:11] = 9
-    found = classes_to_instances(instances_to_classes(instances))
-    corners = [(1, 1), (1, 5), (7, 1), (7, 5), (1, 6), (1, 10), (7, 6), (7, 10)]
+@pytest.mark.parametrize("boundary", [1, 2, 3])
+def test_instances_come_back_with_their_corners(boundary: int) -> None:
+    instances = np.zeros((9, 17), np.uint16)
+    instances[1:8, 1:8] = 4
+    instances[1:8, 8:15] = 9
+    found = classes_to_instances(instances_to_classes(instances, boundary), boundary)
     expected = np.where(instances == 4, 1, np.where(instances == 9, 2, 0))
-    for corner in corners:
-        expected[corner] = 0
     assert found.tolist() == expected.tolist()
+
+
+def test_an_instance_grows_into_its_boundary_and_not_into_the_background() -> None:
+    classes = np.uint8([[0, 1, 2, 2, 2, 2, 0], [0, 0, 0, 0, 0, 0, 0]])
+    assert classes_to_instances(classes).tolist() == [[0, 1, 1, 1, 0, 0, 0], [0] * 7]
+    assert classes_to_instances(classes, 2).tolist() == [[0, 1, 1, 1, 1, 1, 0], [0] * 7]
 
 
 def test_sizes_that_differ_are_both_named() -> None:
@@ -361,7 +378,7 @@ def test_same_generator_gives_the_same_view() -> None:
 def test_values_say_which_class_a_pixel_has() -> None:
     data = make_png(np.uint8([[0, 255], [7, 255]]))
     values = MaskValues((0, 255), ignored=7)
-    classes = decode_label_map(data, WHERE, kind="classes", num_classes=2, values=values)
+    classes = decode_label_map(data, WHERE, num_classes=2, values=values)
     assert classes.tolist() == [[0, 1], [IGNORE, 1]]
 
 

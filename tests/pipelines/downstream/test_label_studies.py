@@ -23,6 +23,7 @@ from pipelines.config.downstream import (
 )
 from pipelines.config.loading import load_config
 from pipelines.downstream.run import LabelledData, Study
+from pipelines.outcome import ConfigError
 from pipelines.reading.shards import open_shards
 from tests.pipelines.conftest import png
 
@@ -243,3 +244,25 @@ def test_masks_without_any_instance_are_refused(sets: Sets) -> None:
     train = sets.add("train", "seg.png", [mask(0)])
     with pytest.raises(DataError, match=r"class 1 \(inside\), class 2 \(boundary\) is in no mask"):
         sets.study(SegmentConfig, [train], train, "segment.masks=instances")
+
+
+def test_the_ceiling_of_the_heads_grid_is_known_before_training(
+    sets: Sets, caplog: pytest.LogCaptureFixture
+) -> None:
+    numbers = np.zeros((20, 24), np.uint8)
+    numbers[2:8, 2:8] = 1
+    numbers[10:18, 10:18] = 2
+    buffer = io.BytesIO()
+    Image.fromarray(numbers).save(buffer, "PNG")
+    data = sets.add("data", "seg.png", [buffer.getvalue()] * 2)
+    words = ("segment.masks=instances", "segment.boundary=1")
+    with caplog.at_level(logging.INFO):
+        coarse = sets.study(SegmentConfig, [data], data, *words).ceiling
+    assert "one place for 4x4 pixels) reaches miou 0." in caplog.text
+    exact = sets.study(SegmentConfig, [data], data, *words, "segment.stride=1").ceiling
+    assert set(exact.values()) == {1.0}
+    assert {"ceiling/miou", "ceiling/iou/boundary", "ceiling/foreground_iou"} <= set(exact)
+    assert coarse["ceiling/miou"] < 0.8
+    assert coarse["ceiling/foreground_iou"] < 1.0
+    with pytest.raises(ConfigError, match=r"segment\.stride=3 .*patches of 16 pixels"):
+        sets.study(SegmentConfig, [data], data, *words, "segment.stride=3")
