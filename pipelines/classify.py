@@ -18,6 +18,7 @@ if __name__ == "__main__":  # run as a file: import the package, not the files b
 import math
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
+from functools import partial
 from typing import Any, NamedTuple, cast
 
 import numpy as np
@@ -55,7 +56,7 @@ from mae_core.evaluation.classifier_report import (
     score_multilabel,
 )
 from mae_core.evaluation.linear_probe import fit_linear_probe
-from mae_core.model.classifier import build_classifier
+from mae_core.model.classifier import Classifier, build_classifier
 from mae_core.optim import build_lars
 from mae_core.train_step import BatchLoss
 from pipelines.config.arms import ArmKind
@@ -64,7 +65,14 @@ from pipelines.downstream import run as downstream
 from pipelines.downstream.arms import Arm
 from pipelines.downstream.run import LabelledData, Study, TaskKind, adamw
 from pipelines.downstream.targets import read_targets, warn_of_absent
-from pipelines.downstream.task import Batch, EncodedSample, Evaluation, Example, TaskInfo
+from pipelines.downstream.task import (
+    ArmStart,
+    Batch,
+    EncodedSample,
+    Evaluation,
+    Example,
+    TaskInfo,
+)
 from pipelines.outcome import ConfigError, StageResult
 from pipelines.reading.class_names import (
     CLASSES_FILE,
@@ -77,6 +85,8 @@ from pipelines.reading.class_names import (
 )
 
 MOST_WRONG = 16
+MAX_START_IMAGES = 5000
+SMALLEST_SPREAD = 1e-3  # of a feature that the head's start uses, in the features' median deviation
 
 
 def run(config: ClassifyConfig, *, fresh: bool) -> StageResult:
@@ -193,6 +203,21 @@ class ClassifyTask:
             trainable_blocks=blocks if arm.kind is ArmKind.FINETUNE else None,
         )
 
+    def start(self, arm: Arm) -> ArmStart | None:
+        """Fit the head as a logistic regression, for an arm that is fine-tuned as a whole."""
+        if self.section.head_start == "zero" or not arm.kind.trains_encoder:
+            return None
+        return ArmStart(MAX_START_IMAGES, _head_inputs, partial(self._fit_head, seed=arm.seed))
+
+    def _fit_head(self, model: nn.Module, inputs: list[Prediction], *, seed: int) -> None:
+        features = torch.from_numpy(np.stack([x.values for x in inputs]))
+        labels = torch.from_numpy(np.stack([x.label for x in inputs]))
+        std = features.std(dim=0, correction=0)
+        # A feature that hardly varies is left out: standardised, it would be mostly noise.
+        features = features * (std > SMALLEST_SPREAD * std.median())
+        probe = fit_linear_probe(features, labels, num_classes=len(self.info.names), seed=seed)
+        cast(Classifier, model).start_from(**probe._asdict())
+
     def build_optimizer(self, model: nn.Module, arm: Arm) -> torch.optim.Optimizer:
         if arm.kind is ArmKind.LINEAR:
             return build_lars(model, learning_rate=self.peak_learning_rate(arm))
@@ -249,13 +274,10 @@ class ClassifyTask:
         self, model: nn.Module, images: Tensor, examples: Sequence[Example]
     ) -> list[Prediction]:
         if hasattr(model, "head"):
-            values = model(images).float().cpu().numpy()
+            values = model(images)
         else:
-            values = encode_features(model, images, pool=self.section.pool).cpu().numpy()
-        return [
-            Prediction(row, example.target, example.place or (0, 0))
-            for row, example in zip(values, examples, strict=True)
-        ]
+            values = encode_features(model, images, pool=self.section.pool)
+        return _with_labels(values, examples)
 
     def evaluate(
         self,
@@ -332,6 +354,17 @@ class ClassifyTask:
     def _title(self, arm: Arm) -> str:
         share = "" if arm.fraction == 1 else f", {100 * arm.fraction:g} % of the labels"
         return f"{self.info.title}, {arm.kind}{share}"
+
+
+def _head_inputs(model: nn.Module, images: Tensor, examples: Sequence[Example]) -> list[Prediction]:
+    return _with_labels(cast(Classifier, model).features(images), examples)
+
+
+def _with_labels(values: Tensor, examples: Sequence[Example]) -> list[Prediction]:
+    return [
+        Prediction(row, example.target, example.place or (0, 0))
+        for row, example in zip(values.float().cpu().numpy(), examples, strict=True)
+    ]
 
 
 def _per_class_table(scores: ClassificationScores) -> str:

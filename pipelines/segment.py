@@ -67,7 +67,14 @@ from pipelines.downstream import run as downstream
 from pipelines.downstream.arms import Arm, arms_table
 from pipelines.downstream.run import LabelledData, Study, TaskKind, adamw
 from pipelines.downstream.targets import map_samples, picture_shape
-from pipelines.downstream.task import Batch, EncodedSample, Evaluation, Example, TaskInfo
+from pipelines.downstream.task import (
+    ArmStart,
+    Batch,
+    EncodedSample,
+    Evaluation,
+    Example,
+    TaskInfo,
+)
 from pipelines.outcome import ConfigError, StageResult
 from pipelines.reading.shards import BrokenSample, target_of
 
@@ -315,6 +322,10 @@ class SegmentTask:
             channels=self.section.channels,
             options=MapOptions(self.section.window, frozen=not arm.kind.trains_encoder),
         )
+
+    def start(self, arm: Arm) -> ArmStart | None:
+        """Return None: the model starts as it was built."""
+        return None
 
     def build_optimizer(self, model: nn.Module, arm: Arm) -> torch.optim.Optimizer:
         return adamw(model, self.config.optim, arm)

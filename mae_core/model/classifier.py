@@ -7,6 +7,7 @@ authors train them.
 
 from typing import Literal, cast
 
+import torch
 from jaxtyping import Float
 from timm.layers.norm import LayerNorm
 from torch import Tensor, nn
@@ -52,7 +53,38 @@ class Classifier(nn.Module):
 
     def forward(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B K"]:
         """Return logits of shape (B, K), one for each of K classes."""
-        return self.head(self.fc_norm(self._features(images)))
+        return self.head(self.features(images))
+
+    def features(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B D"]:
+        """Return what the head sees."""
+        return self.fc_norm(self._pooled(images))
+
+    @torch.no_grad()
+    def start_from(
+        self,
+        *,
+        mean: Float[Tensor, " D"],
+        std: Float[Tensor, " D"],
+        weight: Float[Tensor, "K D"],
+        bias: Float[Tensor, " K"],
+    ) -> None:
+        """Take over a linear classifier that was fitted to standardised `features`.
+
+        The norm before the head then gives standardised features, and the head is the classifier,
+        so the logits are those of the classifier. This is the start of LP-FT, Kumar et al. 2022,
+        https://arxiv.org/abs/2202.10054. Differs: standardised features, because the mean vector
+        holds most of the power of an MAE encoder's features, and an optimizer fits such a head
+        slowly.
+        """
+        norm = self.fc_norm
+        if isinstance(norm, nn.Identity):  # the class token, normalised by the encoder itself
+            norm = cast(nn.Module, self.encoder.norm)
+        if not isinstance(norm, LayerNorm):
+            raise ValueError(f"a {type(norm).__name__} before the head can't take over a scale")
+        norm.weight.copy_(norm.weight / std.to(norm.weight))
+        norm.bias.copy_((norm.bias - mean.to(norm.bias)) / std.to(norm.bias))
+        self.head.weight.copy_(weight)
+        self.head.bias.copy_(bias)
 
     def train(self, mode: bool = True) -> "Classifier":
         super().train(mode)
@@ -62,7 +94,7 @@ class Classifier(nn.Module):
                 module.eval()
         return self
 
-    def _features(self, images: Tensor) -> Tensor:
+    def _pooled(self, images: Tensor) -> Tensor:
         if not isinstance(self.encoder, MaskedEncoder):
             return cast(MapEncoder, self.encoder).feature_map(images).mean(dim=(2, 3))  # (B, D)
         encode = self.encoder.tokens if self.pool_before_norm else self.encoder

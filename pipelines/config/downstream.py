@@ -204,6 +204,10 @@ class ClassifySection(ArmsConfig):
     classes.json beside the shards, or the numbers."""
     pool: Literal["mean", "cls"] = "mean"
     """Input of the classifier: the mean of the patch tokens, or the class token."""
+    head_start: Literal["logistic", "zero"] = "logistic"
+    """How the head of finetune and scratch starts. logistic: as a logistic regression on at most
+    5,000 of the arm's images (LP-FT, Kumar et al. 2022); zero: near zero, as in He et al. 2021,
+    which needs many steps."""
     trainable_blocks: int | None = Field(default=None, ge=0)
     """Number of the encoder's last blocks that finetune trains; by default all."""
     linear_base_lr: float = Field(default=0.1, gt=0)

@@ -119,6 +119,7 @@ _IDENTITY: dict[str, tuple[str, ...]] = {
         "classify.label_key",
         "classify.names",
         "classify.pool",
+        "classify.head_start",
         "classify.trainable_blocks",
         "classify.linear_base_lr",
         "classify.k",

@@ -31,6 +31,7 @@ logger = logging.getLogger(__name__)
 ROWS_PER_READ = 32
 
 Shards = tuple[ShardInfo, ...]
+Predict = Callable[[nn.Module, Tensor, Sequence[Example]], list[Any]]
 
 
 class NotMeasuredError(DataError):
@@ -84,9 +85,16 @@ class Measurer:
         return kept[2]
 
     def predictions(
-        self, model: nn.Module, shards: Shards, rows: tuple[Rows, ...] | None
+        self,
+        model: nn.Module,
+        shards: Shards,
+        rows: tuple[Rows, ...] | None,
+        predict: Predict | None = None,
     ) -> list[Any] | None:
-        """Of all samples, or of some rows, on rank 0; each rank predicts its part of them."""
+        """Return the predictions for all samples, or for some rows, on rank 0.
+
+        Each rank predicts its part of them. `predict` takes the place of the task's own.
+        """
         chosen = rows or tuple(range(shard.num_samples) for shard in shards)
         pieces = [
             (shards, number, part[start : start + ROWS_PER_READ])
@@ -98,7 +106,7 @@ class Measurer:
         mine = []
         for place, piece in enumerate(pieces[self.rank :: self.world_size]):
             self.tell("measuring", place * self.world_size, len(pieces))
-            mine.append(self._predict_piece(model, *piece))
+            mine.append(self._predict_piece(model, predict or self.task.predict, *piece))
         model.train(was_training)
         parts = [mine]
         if self.world_size > 1:
@@ -120,7 +128,7 @@ class Measurer:
         return predictions
 
     def _predict_piece(
-        self, model: nn.Module, shards: Shards, number: int, rows: Rows
+        self, model: nn.Module, predict: Predict, shards: Shards, number: int, rows: Rows
     ) -> list[Any]:
         samples = read_chosen(shards[number], rows)
         read = partial(self._whole_example, shards)
@@ -135,7 +143,7 @@ class Measurer:
                     images = to_images(
                         [example.pixels for example in group], self.encoder, self.device
                     )
-                    predictions += self.task.predict(model, images, group)
+                    predictions += predict(model, images, group)
         return predictions
 
     def example_at(self, shards: Shards, place: tuple[int, int]) -> Example:

@@ -68,8 +68,28 @@ class TaskInfo(NamedTuple):
     ceiling: Mapping[str, float] = MappingProxyType({})  # what a perfect model could reach
 
 
+class ArmStart(NamedTuple):
+    """What is fitted to an arm's model before its first step.
+
+    The training images are read without augmentation, as `Task.validation_example` gives them,
+    evenly spaced over the shards and always in the same order. The model is in eval mode and
+    without gradients. The number of workers changes neither the images nor the batches, so the fit
+    is the same for any number of them. A run that is resumed after the first step takes the weights
+    from its checkpoint and fits nothing again.
+    """
+
+    num_images: int  # at most
+    outputs: Callable[[nn.Module, Tensor, Sequence[Example]], list[Any]]
+    """Returns what the fit needs of each image of a batch, small enough to be gathered. The first
+    argument is the model, the second the (B, C, H, W) images, normalised, on the device."""
+    fit: Callable[[nn.Module, list[Any]], None]
+    """Changes the model's parameters and buffers in place, given the outputs of all images. It runs
+    on rank 0 alone; the other workers then get its values."""
+    of_arm: bool = True  # only images whose labels the arm may use; False: any of data.train
+
+
 class Task(Protocol):
-    """All methods but `evaluate` run on every worker."""
+    """All methods but `evaluate` and the fit of `start` run on every worker."""
 
     def training_example(self, sample: EncodedSample, arm: Arm) -> Example:
         """Decode and augment. Runs in threads: a function of its arguments.
@@ -84,6 +104,13 @@ class Task(Protocol):
 
     def build_model(self, encoder: nn.Module, arm: Arm) -> nn.Module:
         """Fresh heads are drawn from torch's global generator."""
+
+    def start(self, arm: Arm) -> ArmStart | None:
+        """Return what is fitted before the arm's first step; None leaves the model as built.
+
+        Both an arm with a pretrained encoder and the one from random weights must get the same
+        start, or their difference is not what pretraining gives.
+        """
 
     def build_optimizer(self, model: nn.Module, arm: Arm) -> torch.optim.Optimizer:
         """Its groups may have `lr_scale`."""

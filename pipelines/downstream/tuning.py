@@ -28,6 +28,7 @@ from mae_core.optim import warmup_cosine
 from mae_core.train_step import BatchLoss
 from pipelines.config.downstream import DownstreamConfig
 from pipelines.config.steps import warmup_steps
+from pipelines.downstream.arm_start import fit_start
 from pipelines.downstream.arms import Arm, arm_of_step
 from pipelines.downstream.measuring import Measurer, NotMeasuredError, to_images, write_evaluation
 from pipelines.downstream.task import Batch, EncodedSample, Evaluation, Example, Task
@@ -177,9 +178,18 @@ class TuningTask:
             encoder = build_encoder(self.job.encoder.model, drop_path_rate=rate)
         try:
             model = self.task.build_model(encoder, part).to(self.process.device)
+            if part.steps and not is_resumed:
+                self._start(part, model)
             return Trained(model, self.task.build_optimizer(model, part))
         except ValueError as error:  # such as strides that do not tile the image
             raise ConfigError(f"arm {part.label}: {error}") from error
+
+    def _start(self, part: Arm, model: nn.Module) -> None:
+        start = self.task.start(part)
+        if start is None:
+            return
+        rows = self.job.rows[self.job.arms.index(part)]
+        fit_start(start, model, self.measurer, self.job.train_shards, rows)
 
     def _fetched(self) -> Path:
         """Return a local copy of the pretrained checkpoint, fetched for the first arm of it."""

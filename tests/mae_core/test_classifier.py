@@ -290,3 +290,33 @@ def test_a_tiny_classifier_learns_8_images(kind: Kind) -> None:
     assert torch.equal(model(images).argmax(dim=1), labels)
     moved = {name for name, value in encoder.state_dict().items() if not value.equal(before[name])}
     assert moved == (set() if kind == "linear" else set(before) - {"norm.weight", "norm.bias"})
+
+
+@pytest.mark.parametrize("pool", ["mean", "cls"])
+def test_a_fitted_classifier_is_taken_over_as_it_is(pool: Pool) -> None:
+    model = build_classifier(make_encoder(), num_classes=3, kind="finetune", pool=pool).eval()
+    images, generator = make_images(8), torch.Generator().manual_seed(2)
+    features = model.features(images).detach()
+    std, mean = torch.std_mean(features, dim=0)
+    weight = torch.randn(3, 16, generator=generator)
+    bias = torch.randn(3, generator=generator)
+    model.start_from(mean=mean, std=std, weight=weight, bias=bias)
+    standardised = model.features(images).detach()
+    assert torch.allclose(standardised, (features - mean) / std, atol=1e-4)
+    assert torch.allclose(model(images), standardised @ weight.T + bias, atol=1e-4)
+
+
+def test_an_encoder_that_is_no_transformer_takes_over_a_classifier_too() -> None:
+    model = build_classifier(Convolutions(), num_classes=3, kind="finetune", pool="mean").eval()
+    features = model.features(make_images()).detach()
+    std, mean = torch.std_mean(features, dim=0)
+    model.start_from(mean=mean, std=std, weight=torch.zeros(3, 8), bias=torch.arange(3.0))
+    assert torch.allclose(model.features(make_images()), (features - mean) / std, atol=1e-4)
+    assert model(make_images())[0].tolist() == pytest.approx([0, 1, 2])
+
+
+def test_a_batch_norm_without_parameters_takes_over_nothing() -> None:
+    model = build_classifier(make_encoder(), num_classes=3, kind="linear", pool="mean")
+    ones, bias = torch.ones(16), torch.zeros(3)
+    with pytest.raises(ValueError, match="a BatchNorm1d before the head can't take over a scale"):
+        model.start_from(mean=ones, std=ones, weight=torch.zeros(3, 16), bias=bias)

@@ -1,7 +1,7 @@
 """What classify adds to a training process: labels, mixed targets, losses, learning rates."""
 
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -9,12 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from mae_core.config import ModelConfig
+from mae_core.model.classifier import Classifier
+from mae_core.model.encoder import MaskedEncoder
 from pipelines.classify import ClassifyTask, Prediction
 from pipelines.config.arms import ArmKind
 from pipelines.config.downstream import ClassifyConfig
 from pipelines.config.loading import load_config
 from pipelines.downstream.arms import Arm
-from pipelines.downstream.task import Batch, TaskInfo
+from pipelines.downstream.task import Batch, Example, TaskInfo
 
 PLAIN = ("classify.mixup=0", "classify.cutmix=0", "classify.random_erase=0")
 
@@ -146,3 +148,70 @@ def test_only_an_arm_that_trains_the_encoder_is_changed_by_rand_augment(
         for kind in (ArmKind.LINEAR, ArmKind.FINETUNE, ArmKind.SCRATCH)
     }
     assert list(shades.values()) == [0, 5, 5]
+
+
+def make_classifier(task: ClassifyTask, arm: Arm) -> Classifier:
+    torch.manual_seed(0)
+    size: Any = {"img_size": (8, 8), "patch_size": 4, "in_chans": 3}
+    encoder = MaskedEncoder(**size, embed_dim=16, depth=1, num_heads=2)
+    return cast(Classifier, task.build_model(encoder, arm))
+
+
+def shades(labels: list[Any]) -> Tensor:
+    """Images that tell the first finding, or the class, by their left half."""
+    images = torch.randn(len(labels), 3, 8, 8, generator=torch.Generator().manual_seed(4))
+    images[..., :4] += torch.tensor([float(np.ravel(x)[0]) for x in labels])[:, None, None, None]
+    return images
+
+
+@pytest.mark.parametrize("kind", [ArmKind.FINETUNE, ArmKind.SCRATCH])
+def test_a_fine_tuned_head_starts_as_a_logistic_regression(kind: ArmKind) -> None:
+    task, labels = make_task(num_classes=2), [0, 1] * 40
+    model = make_classifier(task, make_arm(kind)).eval()
+    images, start = shades(labels), task.start(make_arm(kind))
+    assert start is not None
+    assert (start.num_images, start.of_arm) == (5000, True)
+    examples = [Example(np.zeros(0, np.uint8), np.asarray(label)) for label in labels]
+    with torch.no_grad():
+        start.fit(model, start.outputs(model, images, examples))
+        found = model(images)
+    assert (found.argmax(dim=1) == torch.tensor(labels)).float().mean() > 0.9
+    assert model.features(images).std(dim=0, correction=0).mean().item() == pytest.approx(1.0)
+
+
+def test_a_head_for_findings_starts_as_one_regression_each() -> None:
+    words = ("classify.labels=many", "classify.arms=[finetune]")
+    task, labels = make_task(*words, num_classes=2), [[0, 0], [1, 0], [0, 1], [1, 1]] * 20
+    model = make_classifier(task, make_arm(ArmKind.FINETUNE)).eval()
+    start = task.start(make_arm(ArmKind.FINETUNE))
+    assert start is not None
+    examples = [Example(np.zeros(0, np.uint8), np.asarray(label)) for label in labels]
+    images = shades(labels)
+    with torch.no_grad():
+        start.fit(model, start.outputs(model, images, examples))
+        is_found = model(images)[:, 0] > 0
+    assert (is_found == torch.tensor(labels)[:, 0].bool()).float().mean() > 0.9
+
+
+def test_a_feature_that_hardly_varies_is_not_blown_up() -> None:
+    task, labels = make_task(num_classes=2), [0, 1] * 10
+    model = make_classifier(task, make_arm(ArmKind.FINETUNE))
+    inputs = [
+        Prediction(
+            np.tile(np.float32([1, -1]), 8) * np.float32(2 * label - 1), np.asarray(label), (0, 0)
+        )
+        for label in labels
+    ]
+    for number, prediction in enumerate(inputs):
+        prediction.values[3] = 5 + 1e-6 * number
+    start = task.start(make_arm(ArmKind.FINETUNE))
+    assert start is not None
+    with torch.no_grad():
+        start.fit(model, inputs)
+    assert model.fc_norm.weight[3] == 1
+    assert (model.head.weight[:, 3] == 0).all()
+
+
+def test_the_head_starts_near_zero_where_that_is_asked_for_or_the_encoder_is_frozen() -> None:
+    assert make_task("classify.head_start=zero").start(make_arm(ArmKind.FINETUNE)) is None
+    assert make_task().start(make_arm(ArmKind.LINEAR)) is None

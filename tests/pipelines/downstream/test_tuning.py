@@ -2,7 +2,7 @@
 
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
@@ -15,7 +15,7 @@ from pipelines.config.arms import ArmKind
 from pipelines.config.downstream import ClassifyConfig
 from pipelines.config.loading import load_config
 from pipelines.downstream.arms import Arm
-from pipelines.downstream.task import EncodedSample, Example
+from pipelines.downstream.task import ArmStart, EncodedSample, Example
 from pipelines.downstream.tuning import DecodedExamples, TuningTask
 from pipelines.training.process import Process
 
@@ -29,6 +29,9 @@ ENCODER = SimpleNamespace(
 
 class FakeTask:
     """Has a peak rate of 1 and decodes what is not broken."""
+
+    def start(self, arm: Arm) -> None:
+        return None
 
     def peak_learning_rate(self, arm: Arm) -> float:
         return 1.0
@@ -146,3 +149,27 @@ def test_an_arm_from_scratch_fetches_no_pretrained_weights(
     pairs = zip(first.parameters(), again.parameters(), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
     assert rates == [0.3, 0.3]
+
+
+def test_the_start_is_fitted_before_the_first_step_and_not_when_resumed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "pipelines.downstream.tuning.build_encoder", lambda *_, **__: nn.Linear(1, 1)
+    )
+    task = make_task(tmp_path)
+    fake, measurer, job = cast(Any, task.task), cast(Any, task.measurer), cast(Any, task.job)
+    fake.build_model = lambda encoder, arm: encoder
+    fake.build_optimizer = lambda model, arm: torch.optim.SGD(model.parameters(), lr=0.0)
+    fake.start = lambda arm: ArmStart(10, lambda *_: [], lambda model, _: model.weight.fill_(3))
+    scratch, untrained = (FINETUNE._replace(kind=x) for x in (ArmKind.SCRATCH, ArmKind.UNTRAINED))
+    untrained = untrained._replace(steps=0)
+    job.arms, job.rows, job.train_shards = (scratch, untrained), ((range(4),), (range(4),)), ()
+    monkeypatch.setattr(type(measurer), "predictions", lambda *_: [])
+
+    def weight(arm: Arm, *, is_resumed: bool) -> float:
+        return cast(nn.Linear, task.build(arm, is_resumed=is_resumed).model).weight.item()
+
+    assert weight(scratch, is_resumed=False) == 3
+    assert weight(scratch, is_resumed=True) != 3
+    assert weight(untrained, is_resumed=False) != 3  # it takes no step
