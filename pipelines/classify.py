@@ -229,7 +229,7 @@ class ClassifyTask:
         return base * optim.global_batch_size / 256
 
     def loss(self, model: nn.Module, batch: Batch, arm: Arm) -> BatchLoss:
-        images, targets = self._augmented(batch, arm)
+        images, targets = self.augmented(batch, arm)
         logits = model(images).float()
         if self.section.labels == "many":
             losses = F.binary_cross_entropy_with_logits(logits, targets, reduction="none").mean(1)
@@ -238,8 +238,12 @@ class ClassifyTask:
         loss = (losses * batch.weights).sum() / len(batch.weights)
         return BatchLoss(loss, batch.weights.sum())
 
-    def _augmented(self, batch: Batch, arm: Arm) -> tuple[Tensor, Tensor]:
-        """Images and (B, K) targets, erased and mixed if the arm is fine-tuned."""
+    def augmented(self, batch: Batch, arm: Arm) -> tuple[Tensor, Tensor]:
+        """Return images and (B, K) targets, erased and mixed if the arm is fine-tuned.
+
+        An image is mixed with its neighbour in the global batch, by draws of the pair's own, so
+        that the split into micro batches of an even size changes nothing.
+        """
         section, is_tuned = self.section, arm.kind.trains_encoder
         images, device = batch.images, batch.images.device
         if section.labels == "many":
@@ -256,18 +260,27 @@ class ClassifyTask:
         targets = targets * batch.weights[:, None]
         if is_tuned and section.random_erase > 0:
             erased = [
-                random_erase(image, batch.generator, probability=section.random_erase)
-                for image in images
+                random_erase(
+                    image,
+                    named_generator(arm.seed, "erase", batch.step, place),
+                    probability=section.random_erase,
+                )
+                for place, image in enumerate(images, batch.first)
             ]
             images = torch.stack(cast(list[Tensor], erased))
-        if is_tuned and (section.mixup > 0 or section.cutmix > 0):
-            images, targets = mix_batch(
-                images,
-                targets,
-                batch.generator,
-                mixup_alpha=section.mixup,
-                cutmix_alpha=section.cutmix,
-            )
+        if is_tuned and section.mixes:
+            mixed = [
+                mix_batch(
+                    images[i : i + 2],
+                    targets[i : i + 2],
+                    named_generator(arm.seed, "mix", batch.step, batch.first + i),
+                    mixup_alpha=section.mixup,
+                    cutmix_alpha=section.cutmix,
+                )
+                for i in range(0, len(images), 2)
+            ]
+            pairs, shares = zip(*mixed, strict=True)
+            images, targets = torch.cat(pairs), torch.cat(shares)
         return images, targets
 
     def predict(

@@ -151,7 +151,7 @@ class DownstreamConfig(StrictConfig):
     @model_validator(mode="after")
     def _defaults_fit(self) -> Self:
         """Adapt the defaults to the user's values, so that a default is never the mistake."""
-        optim = fitted_batches(self.optim, self.scaling.num_workers, 1)
+        optim = fitted_batches(self.optim, self.scaling.num_workers, self.images_per_draw)
         object.__setattr__(self, "optim", optim)  # the model is frozen
         object.__setattr__(self, "data", fitted_window(self.data, optim.micro_batch_size))
         return self
@@ -177,9 +177,23 @@ class DownstreamConfig(StrictConfig):
         raise NotImplementedError
 
     @property
+    def images_per_draw(self) -> int:
+        """Neighbouring images of a global batch that no micro batch may separate."""
+        return 1
+
+    @property
+    def depends_on_split(self) -> bool:
+        """Whether the split of a global batch changes the result by more than rounding."""
+        draws_paths = any(kind.trains_encoder for kind in self.section.kinds)
+        return draws_paths and self.optim.drop_path_rate > 0
+
+    @property
     def run_name(self) -> str:
         """Name and a hash of all that determines the result: the same command, the same run."""
-        digest = identity_digest(self.stage, self.model_dump(mode="json"))
+        values = self.model_dump(mode="json")
+        if self.depends_on_split:
+            values["split"] = [self.optim.micro_batch_size, self.scaling.num_workers]
+        digest = identity_digest(self.stage, values)
         return f"{self.name or self.stage}-{digest}"
 
 
@@ -229,6 +243,11 @@ class ClassifySection(ArmsConfig):
     smoothing: float = Field(default=0.1, ge=0, lt=1)
     """Share of the label that is spread over all classes."""
 
+    @property
+    def mixes(self) -> bool:
+        """Whether images are blended in pairs."""
+        return self.mixup > 0 or self.cutmix > 0
+
     @model_validator(mode="after")
     def _neighbours_have_one_class(self) -> Self:
         if self.labels == "many" and ArmKind.KNN in self.kinds:
@@ -247,6 +266,28 @@ class ClassifyConfig(DownstreamConfig):
     @property
     def section(self) -> ClassifySection:
         return self.classify
+
+    @property
+    def images_per_draw(self) -> int:
+        share = self.optim.global_batch_size // self.scaling.num_workers
+        is_odd = "global_batch_size" in self.optim.model_fields_set and share % 2 == 1
+        return 2 if self.classify.mixes and not is_odd else 1
+
+    @property
+    def depends_on_split(self) -> bool:
+        """Whether the split changes the result; the batch norm of `linear` sees a micro batch."""
+        return super().depends_on_split or ArmKind.LINEAR in self.section.kinds
+
+    @model_validator(mode="after")
+    def _pairs_stay_together(self) -> Self:
+        is_mixed = self.classify.mixes and any(kind.trains_encoder for kind in self.section.kinds)
+        if is_mixed and self.optim.micro_batch_size % 2:
+            raise ValueError(
+                f"optim.micro_batch_size={self.optim.micro_batch_size} is odd, but mixup and "
+                "CutMix blend pairs of images: give an even number, or classify.mixup=0 and "
+                "classify.cutmix=0"
+            )
+        return self
 
 
 DenseArm = Literal["finetune", "frozen", "scratch", "untrained"]

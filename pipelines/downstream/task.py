@@ -41,12 +41,17 @@ class Example(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """One micro batch of one worker, on the device."""
+    """One micro batch of one worker, on the device.
+
+    What is drawn for an image should depend on its step and place alone, so that the split of a
+    global batch into micro batches and workers changes nothing.
+    """
 
     images: Tensor  # (B, C, H, W), normalised; a hole's are zeros
     targets: list[Any]  # (B,), the task's own; None for a hole
     weights: Tensor  # (B,), 0 for a hole
-    generator: np.random.Generator  # of this step, worker and pass
+    step: int  # of the arm, from 1
+    first: int  # place of the first image in the step's global batch
 
 
 class Evaluation(NamedTuple):

@@ -22,7 +22,6 @@ from mae_core.config import ModelConfig
 from mae_core.data.manifest import ShardInfo
 from mae_core.data.order import ChainedOrder, RunOrder
 from mae_core.data.pixels import CorruptSampleError
-from mae_core.data.randomness import named_generator
 from mae_core.model.encoder import build_encoder
 from mae_core.optim import warmup_cosine
 from mae_core.train_step import BatchLoss
@@ -234,12 +233,11 @@ class TuningTask:
             return BadSample(sample.epoch, sample.shard, sample.key, corrupt.kind, str(corrupt))
 
     def batch(self, decoded: DecodedExamples, part: Arm, *, step: int, number: int) -> Batch:
-        names = ("batch", step, self.process.rank, number)
-        return self._to_device(decoded.examples, named_generator(part.seed, *names))
+        process, size = self.process, self.config.optim.micro_batch_size
+        first = (number * process.world_size + process.rank) * size
+        return self._to_device(decoded.examples, step, first)
 
-    def _to_device(
-        self, examples: Sequence[Example | None], generator: np.random.Generator
-    ) -> Batch:
+    def _to_device(self, examples: Sequence[Example | None], step: int, first: int) -> Batch:
         model, device = self.job.encoder.model, self.process.device
         hole = np.zeros((*model.img_size, model.in_chans), np.uint8)
         pixels = [hole if x is None else x.pixels for x in examples]
@@ -247,7 +245,7 @@ class TuningTask:
         weights = torch.tensor([float(x is not None) for x in examples], device=device)
         images = images * weights[:, None, None, None]
         targets = [None if x is None else x.target for x in examples]
-        return Batch(images, targets, weights, generator)
+        return Batch(images, targets, weights, step, first)
 
     def loss(self, model: nn.Module, batch: Batch, part: Arm) -> BatchLoss:
         return self.task.loss(model, batch, part)

@@ -151,7 +151,10 @@ class TrainingTask(Protocol[PartT, DecodedT, BatchT]):
         """Decode this worker's micro batches, ahead of the step that uses them."""
 
     def batch(self, decoded: DecodedT, part: PartT, *, step: int, number: int) -> BatchT:
-        """Bring a micro batch to the device; it is the step's `number`th, from 0."""
+        """Bring a micro batch to the device; it is the step's `number`th of this worker, from 0.
+
+        Steps count from 1 at the part's own start.
+        """
 
     def loss(self, model: nn.Module, batch: BatchT, part: PartT) -> BatchLoss: ...
 
@@ -315,10 +318,11 @@ class TrainingProcess(Generic[PartT, DecodedT, BatchT]):
             reporter = self._reporter(part, done, stack)
             self.ends.tell(Phase.TRAINING)
             for step in range(done + 1, part.last_step + 1):
-                torch.manual_seed(torch_seed(part.seed, "step", step, self.rank))
+                own_step = step - part.first_step
+                # By the part's own step: arms of the same seed are compared on the same draws.
+                torch.manual_seed(torch_seed(part.seed, "step", own_step, self.rank))
                 batches = self._batches(part, step, stream, reporter, trace)
                 self._step(part, model, trained.optimizer, step, batches, reporter)
-                own_step = step - part.first_step
                 if reporter.writer is not None:
                     self.task.show(trained.model, part, own_step, reporter.writer)
                 since = time.monotonic()
@@ -458,7 +462,7 @@ class TrainingProcess(Generic[PartT, DecodedT, BatchT]):
             self.num_passes += 1
             reporter.count_bad(decoded.bad)
             trace.write(decoded.rows, decoded.came, step)
-            yield self.task.batch(decoded, part, step=step, number=number)
+            yield self.task.batch(decoded, part, step=step - part.first_step, number=number)
             number += 1
 
     def _checkpoint(

@@ -35,13 +35,13 @@ def make_batch(targets: list[Any], weights: list[float]) -> Batch:
     images = torch.arange(len(targets) * 3 * 2 * 2.0).reshape(len(targets), 3, 2, 2)
     weight = torch.tensor(weights)
     images = images * weight[:, None, None, None]
-    return Batch(images, targets, weight, np.random.default_rng(0))
+    return Batch(images, targets, weight, 1, 0)
 
 
 def test_fine_tuning_spreads_a_share_of_the_label_over_all_classes() -> None:
     task = make_task(*PLAIN, "classify.smoothing=0.2")
     batch = make_batch([np.asarray(1), np.asarray(3)], [1, 1])
-    _, targets = task._augmented(batch, make_arm(ArmKind.FINETUNE))
+    _, targets = task.augmented(batch, make_arm(ArmKind.FINETUNE))
     assert targets.tolist() == [
         pytest.approx([0.05, 0.85, 0.05, 0.05]),
         pytest.approx([0.05, 0.05, 0.05, 0.85]),
@@ -51,7 +51,7 @@ def test_fine_tuning_spreads_a_share_of_the_label_over_all_classes() -> None:
 def test_the_linear_probe_takes_images_and_labels_as_they_are() -> None:
     task = make_task("classify.smoothing=0.2")
     batch = make_batch([np.asarray(1), np.asarray(3)], [1, 1])
-    images, targets = task._augmented(batch, make_arm(ArmKind.LINEAR))
+    images, targets = task.augmented(batch, make_arm(ArmKind.LINEAR))
     assert torch.equal(images, batch.images)
     assert targets.tolist() == [[0, 1, 0, 0], [0, 0, 0, 1]]
 
@@ -60,7 +60,7 @@ def test_a_hole_has_no_class_also_where_it_is_mixed_in() -> None:
     words = ("classify.smoothing=0", "classify.random_erase=0", "classify.cutmix=0")
     task = make_task(*words, "classify.mixup=0.8")
     batch = make_batch([np.asarray(1), None], [1, 0])
-    images, targets = task._augmented(batch, make_arm(ArmKind.SCRATCH))
+    images, targets = task.augmented(batch, make_arm(ArmKind.SCRATCH))
     kept = float(targets[0, 1])
     assert 0 < kept < 1
     # The label is as strong as the image is; what is mixed in of the hole is black and of no class.
@@ -215,3 +215,67 @@ def test_a_feature_that_hardly_varies_is_not_blown_up() -> None:
 def test_the_head_starts_near_zero_where_that_is_asked_for_or_the_encoder_is_frozen() -> None:
     assert make_task("classify.head_start=zero").start(make_arm(ArmKind.FINETUNE)) is None
     assert make_task().start(make_arm(ArmKind.LINEAR)) is None
+
+
+AUGMENTED = ("classify.mixup=0.8", "classify.cutmix=1.0", "classify.random_erase=0.5")
+
+
+def whole_batch(labels: list[Any], weights: list[float], step: int = 3) -> Batch:
+    images = shades([0 if label is None else label for label in labels])
+    weight = torch.tensor(weights)
+    return Batch(images * weight[:, None, None, None], labels, weight, step, 0)
+
+
+def split(batch: Batch, size: int) -> list[Batch]:
+    return [
+        Batch(
+            batch.images[i : i + size],
+            batch.targets[i : i + size],
+            batch.weights[i : i + size],
+            batch.step,
+            batch.first + i,
+        )
+        for i in range(0, len(batch.images), size)
+    ]
+
+
+def test_loss_and_gradient_do_not_depend_on_the_split_into_micro_batches() -> None:
+    task, arm = make_task(*AUGMENTED, "classify.smoothing=0.1"), make_arm(ArmKind.SCRATCH)
+    labels = [np.asarray(x) for x in (0, 1, 2, 3, 0, 1, 2, 3)]
+    batch = whole_batch([*labels[:7], None], [1] * 7 + [0])
+    found = []
+    for size in (8, 4, 2):
+        model = make_classifier(task, arm)
+        nn.init.normal_(model.head.weight, generator=torch.Generator().manual_seed(1))
+        parts = [task.loss(model, part, arm) for part in split(batch, size)]
+        loss = torch.stack([part.loss for part in parts]).mean()
+        loss.backward()
+        found.append((loss.item(), [p.grad for p in model.parameters() if p.grad is not None]))
+    for loss, gradients in found[1:]:
+        assert loss == pytest.approx(found[0][0], rel=1e-6)
+        assert all(
+            torch.allclose(a, b, atol=1e-6) for a, b in zip(gradients, found[0][1], strict=True)
+        )
+
+
+def test_each_pair_and_each_step_is_mixed_by_draws_of_its_own() -> None:
+    task, arm = (
+        make_task(*AUGMENTED, "classify.cutmix=0", "classify.smoothing=0"),
+        make_arm(ArmKind.FINETUNE),
+    )
+    labels = [np.asarray(x) for x in (0, 1, 0, 1)]
+    batches = [whole_batch(labels, [1] * 4, step) for step in (3, 4, 3)]
+    (first, other_step, again) = (task.augmented(batch, arm)[1] for batch in batches)
+    assert torch.equal(first, again)
+    assert not torch.equal(first[:2], first[2:])
+    assert not torch.equal(first, other_step)
+    other_seed = task.augmented(batches[0], arm._replace(seed=1))[1]
+    assert not torch.equal(first, other_seed)
+
+
+def test_arms_of_a_seed_are_augmented_alike() -> None:
+    task = make_task(*AUGMENTED)
+    batch = whole_batch([np.asarray(x) for x in (0, 1, 2, 3)], [1] * 4)
+    pairs = [task.augmented(batch, make_arm(k)) for k in (ArmKind.FINETUNE, ArmKind.SCRATCH)]
+    assert torch.equal(pairs[0][0], pairs[1][0])
+    assert torch.equal(pairs[0][1], pairs[1][1])

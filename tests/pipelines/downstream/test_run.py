@@ -216,6 +216,34 @@ def test_where_it_runs_is_not_what_it_is() -> None:
     assert make_config("init_from=other").run_name != name
 
 
+@pytest.mark.parametrize(
+    ("words", "is_another_run"),
+    [
+        (["classify.arms=[finetune]", "optim.drop_path_rate=0"], False),
+        (["classify.arms=[finetune]", "optim.drop_path_rate=0.1"], True),
+        (["classify.arms=[logistic]", "optim.drop_path_rate=0.1"], False),
+        (["classify.arms=[linear]", "optim.drop_path_rate=0"], True),
+    ],
+)
+def test_the_split_of_a_batch_is_part_of_a_run_whose_result_depends_on_it(
+    words: list[str], is_another_run: bool
+) -> None:
+    name = make_config(*words).run_name
+    assert (make_config(*words, "optim.micro_batch_size=4").run_name != name) is is_another_run
+    two_workers = ("optim.micro_batch_size=4", "scaling.num_workers=2")
+    one_worker = make_config(*words, "optim.micro_batch_size=4").run_name
+    assert (make_config(*words, *two_workers).run_name != one_worker) is is_another_run
+
+
+def test_pairs_that_are_mixed_stay_in_one_micro_batch() -> None:
+    with pytest.raises(ConfigError, match="micro_batch_size=1 is odd, but mixup and CutMix"):
+        make_config("optim.micro_batch_size=1")
+    make_config("optim.micro_batch_size=1", "classify.mixup=0", "classify.cutmix=0")
+    make_config("optim.micro_batch_size=1", "classify.arms=[logistic]")
+    config = load_config(ClassifyConfig, [], [*NEEDED, "optim.global_batch_size=70"], {})
+    assert config.optim.micro_batch_size == 14  # 35 would fit, and part a pair
+
+
 class StubMeasurer:
     """Fails to measure one model, as if too few of its images could be decoded."""
 

@@ -10,13 +10,15 @@ import pytest
 import torch
 from torch import nn
 
+from mae_core.data.manifest import Manifest, ShardInfo
 from mae_core.data.pixels import CorruptSampleError
 from pipelines.config.arms import ArmKind
 from pipelines.config.downstream import ClassifyConfig
 from pipelines.config.loading import load_config
-from pipelines.downstream.arms import Arm
+from pipelines.downstream.arms import Arm, plan_arms
 from pipelines.downstream.task import ArmStart, EncodedSample, Example
-from pipelines.downstream.tuning import DecodedExamples, TuningTask
+from pipelines.downstream.tuning import DecodedExamples, TuningTask, remaining_data
+from pipelines.reading.sequence import SequencePlan
 from pipelines.training.process import Process
 
 FINETUNE = Arm(ArmKind.FINETUNE, 1.0, 0, 80, 20, 5)
@@ -117,15 +119,57 @@ def test_a_sample_is_decoded_for_the_arm_that_its_step_is_of(tmp_path: Path) -> 
     assert [x.target for x in found if x is not None] == ["linear-1-seed0", "finetune-1-seed0"]
 
 
-def test_each_micro_batch_mixes_by_draws_of_its_own(tmp_path: Path) -> None:
+def test_a_micro_batch_knows_its_place_in_the_global_batch(tmp_path: Path) -> None:
     task = make_task(tmp_path)
     decoded = DecodedExamples([None], [], pa.table({}))
-    draws = [
-        task.batch(decoded, FINETUNE, step=step, number=number).generator.random()
-        for step, number in ((6, 0), (6, 1), (7, 0), (6, 0))
-    ]
-    assert len(set(draws)) == 3
-    assert draws[0] == draws[3]
+    assert [task.batch(decoded, FINETUNE, step=6, number=x).first for x in (0, 1)] == [0, 4]
+    task.process = task.process._replace(rank=1, world_size=2)
+    assert [task.batch(decoded, FINETUNE, step=6, number=x).first for x in (0, 1)] == [4, 12]
+
+
+def test_arms_of_a_seed_train_on_the_same_samples_in_the_same_order(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    plans: list[SequencePlan] = []
+    monkeypatch.setattr(
+        "pipelines.downstream.tuning.sequence_dataset", lambda plan: plans.append(plan)
+    )
+    monkeypatch.setattr("pipelines.downstream.tuning.resume_position", lambda _: 0)
+    words = ["classify.arms=[logistic,finetune,scratch]", "classify.label_fraction=[0.5]"]
+    needed = ["init_from=c", "data.train=t", "data.val=v", "data.shuffle_window=8"]
+    batch = ["optim.global_batch_size=8", "optim.micro_batch_size=4", "optim.epochs=3"]
+    config = load_config(ClassifyConfig, [], [*needed, *batch, *words, "classify.seeds=[4]"], {})
+    shards = tuple(
+        ShardInfo(path=f"{i}.tar", index=f"{i}.npy", num_samples=n, num_bytes=99)
+        for i, n in enumerate((20, 12))
+    )
+    planned = plan_arms(config, Manifest(shards=shards), [0, 1, 2, 3] * 8)
+    job: Any = SimpleNamespace(
+        config=config,
+        arms=tuple(arm for arm, _ in planned),
+        rows=tuple(rows for _, rows in planned),
+        train_shards=shards,
+        run_uri="r",
+        targets=("cls",),
+    )
+    remaining_data(job)
+    (plan,) = plans
+    assert [arm.first_step for arm in job.arms] == [0, 0, 6]
+    num_shards, samples = len(shards), 48  # of each of the two arms that take steps
+    windows = plan.order.window_of(samples)
+    seen = []
+    for first, shift in ((0, 0), (windows, num_shards)):
+        arm_rows = []
+        for window in range(first, first + windows):
+            in_order = [
+                (part.epoch, part.shard - shift, int(plan.rows[part.shard][row]))
+                for part in plan.order.window_segments(window)
+                for row in range(part.start, part.stop)
+            ]
+            arm_rows += [in_order[i] for i in plan.order.window_permutation(window)]
+        seen.append(arm_rows)
+    assert len(seen[0]) == samples
+    assert seen[0] == seen[1]
 
 
 def test_an_arm_from_scratch_fetches_no_pretrained_weights(

@@ -76,6 +76,7 @@ class FakeTask:
         self.measured: list[tuple[str, float]] = []
         self.rates: list[float] = []
         self.saved_at_once: tuple[int, ...] = ()
+        self.draws: list[float] = []
 
     def size(self, part: Part) -> RunSize:
         return RunSize(part.steps, 4, 8, 1)
@@ -107,6 +108,7 @@ class FakeTask:
     def batch(self, decoded: Rows, part: Part, *, step: int, number: int) -> Tensor:
         positions: list[int] = decoded.rows["position"].to_pylist()
         noise = torch.rand(1)  # the same after every start: each step has a seed
+        self.draws.append(noise.item())
         return torch.tensor(positions)[:, None] / 100 + noise
 
     def loss(self, model: nn.Module, batch: Tensor, part: Part) -> BatchLoss:
@@ -213,6 +215,15 @@ def test_a_step_that_is_the_best_is_saved_and_kept(tmp_path: Path) -> None:
     job.task.saved_at_once = (2,)
     train(job, tmp_path / "local")
     assert list_steps(job.run_uri) == [2, 10, 12]
+
+
+def test_parts_of_the_same_seed_draw_the_same_numbers_at_the_same_steps(tmp_path: Path) -> None:
+    job = Job(tmp_path / "run")
+    job.task.parts = (Part("a", 1, 4, 0), Part("b", 1, 4, 4), Part("c", 2, 4, 8))
+    train(job, tmp_path / "local")
+    first, second, third = (job.task.draws[i : i + 8] for i in (0, 8, 16))
+    assert first == second
+    assert not set(first) & set(third)
 
 
 @pytest.mark.parametrize("stop_after", [2, 7, 9])
