@@ -397,7 +397,7 @@ def _summarize(
     config: ClassifyConfig, info: TaskInfo, found: dict[Arm, dict[str, float]]
 ) -> Evaluation:
     """Make the table of all arms, and the figure if there are several shares of the labels."""
-    metric = "top1" if config.classify.labels == "one" else "auroc"
+    metric = config.classify.metric
     grouped: dict[tuple[ArmKind, float], list[float]] = {}
     for arm, metrics in found.items():
         if metric in metrics:

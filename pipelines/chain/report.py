@@ -242,11 +242,22 @@ def _result(run: PipelineRun, name: str, result: StageResult) -> dict[str, Any]:
         "name": name,
         "made": _made(plan, run.stages[name]),
         "table": _metric_table(result.metrics),
+        "verdict": _verdict_lines(run, name),
         "pictures": first,
         "more_pictures": more,
         "config": json.dumps(config, indent=1),
         "metrics": "\n".join(f"{key:40} {value:.6g}" for key, value in result.metrics.items()),
     }
+
+
+def _verdict_lines(run: PipelineRun, name: str) -> list[str]:
+    """Return what the stage says that pretraining gives; nothing for other stages."""
+    folder = next(plan.folder for plan in run.plans if plan.stage.name == name)
+    place = storage.join(folder.uri, "verdict.md")
+    if not storage.exists(place):
+        return []
+    lines = storage.read_bytes(place).decode().splitlines()
+    return [line.removeprefix("- ").replace("**", "") for line in lines if line.startswith("- ")]
 
 
 def _metric_table(metrics: Mapping[str, float]) -> Table:
@@ -256,7 +267,7 @@ def _metric_table(metrics: Mapping[str, float]) -> Table:
         arms = list(dict.fromkeys(parts[0] for parts in split if parts[0] != "data"))
         # Each class has figures of its own; these are in the list of all metrics.
         names = list(dict.fromkeys(p[1] for p in split if len(p) == 2 and p[0] != "data"))
-        names = [name for name in names if not name.endswith("_std")]
+        names = [name for name in names if not name.endswith(("_std", "_se"))]
         rows = [[arm, *(_cell(metrics, f"{arm}/{name}") for name in names)] for arm in arms]
         return Table(["", *names], rows)
     return Table(["metric", "value"], [[key, number(key, value)] for key, value in metrics.items()])
@@ -276,7 +287,7 @@ def _cell(metrics: Mapping[str, float], key: str) -> str:
     value = metrics.get(key)
     if value is None:
         return ""
-    spread = metrics.get(f"{key}_std")
+    spread = metrics.get(f"{key}_std", metrics.get(f"{key}_se"))
     return number(key, value) if spread is None else f"{number(key, value)} ± {spread:.3f}"
 
 

@@ -106,6 +106,11 @@ class ArmsConfig(StrictConfig):
         return arms
 
     @property
+    def metric(self) -> str:
+        """The metric that arms are compared by; more is better."""
+        raise NotImplementedError
+
+    @property
     def kinds(self) -> tuple[ArmKind, ...]:
         """The kinds of arm that are compared."""
         return tuple(ArmKind[word.upper()] for word in self.arms)
@@ -244,6 +249,10 @@ class ClassifySection(ArmsConfig):
     """Share of the label that is spread over all classes."""
 
     @property
+    def metric(self) -> str:
+        return "top1" if self.labels == "one" else "auroc"
+
+    @property
     def mixes(self) -> bool:
         """Whether images are blended in pairs."""
         return self.mixup > 0 or self.cutmix > 0
@@ -315,6 +324,10 @@ class DetectSection(ArmsConfig):
     flip: bool = True
     """Mirror half of the images."""
 
+    @property
+    def metric(self) -> str:
+        return "ap"
+
 
 class DetectConfig(DownstreamConfig):
     stage: ClassVar[str] = "detect"
@@ -363,6 +376,10 @@ class SegmentSection(ArmsConfig):
     Raise it for classes with few pixels, which hardly count otherwise."""
     overlap: float = Field(default=0.5, ge=0, lt=1)
     """Share of a window that the next one also covers, for images larger than `img_size`."""
+
+    @property
+    def metric(self) -> str:
+        return "miou"
 
     @model_validator(mode="after")
     def _only_a_pyramid_has_a_stride(self) -> Self:

@@ -25,6 +25,7 @@ from pipelines.config.downstream import DownstreamConfig, TuningOptimConfig
 from pipelines.downstream.arms import Arm, kept_arm, mean_metrics, plan_arms
 from pipelines.downstream.task import Evaluation, Task, TaskInfo
 from pipelines.downstream.tuning import TuningJob, remaining_data
+from pipelines.downstream.verdict import Verdict, judge, verdict_picture
 from pipelines.outcome import ConfigError, StageResult
 from pipelines.reading.class_names import Numbers
 from pipelines.reading.fingerprints import fingerprint
@@ -41,6 +42,7 @@ logger = logging.getLogger(__name__)
 ConfigT = TypeVar("ConfigT", bound=DownstreamConfig)
 
 MEASURING_TIMEOUT_S = 6 * 3600
+VERDICT_FILE = "verdict.md"
 
 
 class LabelledData(NamedTuple):
@@ -209,11 +211,12 @@ class PlannedTuning(Generic[ConfigT]):
         """Bring the arms' results together; then the run is done."""
         config, folder, run_id = self.opened.config, taken.folder, taken.run_id
         found, missing = self._measured(folder)
-        metrics = mean_metrics(found) | dict(self.info.ceiling)
+        verdict = judge(found, config.section.metric)
+        metrics = mean_metrics(found) | verdict.metrics | dict(self.info.ceiling)
         metrics["data/left_out"] = len(log_bad_samples(config.tracking.uri, run_id, folder))
         last_step = max(arm.steps for arm in self.arms)
         tracking.log_final_metrics(config.tracking.uri, run_id, metrics, last_step)
-        self._show(found, taken)
+        self._show(found, taken, verdict)
         if missing:
             raise DataError(
                 f"{len(missing)} of {len(self.arms)} arms could not be measured; the others are "
@@ -236,13 +239,15 @@ class PlannedTuning(Generic[ConfigT]):
             raise storage.StorageError(f"{folder.uri}: no result of {', '.join(lost)} is there")
         return found, missing
 
-    def _show(self, found: dict[Arm, dict[str, float]], taken: Taken) -> None:
+    def _show(self, found: dict[Arm, dict[str, float]], taken: Taken, verdict: Verdict) -> None:
         """Write the arms' and the run's pictures and tables to MLflow and into the folder."""
         uri, (folder, run_id) = self.opened.config.tracking.uri, taken
         for arm in found:
             for name, content in folder.read_arm_files(arm.label).items():
                 tracking.log_artifact_bytes(uri, run_id, content, f"{arm.label}/{name}")
         summary = self.opened.kind.summarize(self.opened.config, self.info, found)
+        summary.texts["summary.md"] += verdict.page
+        summary.pictures["arms"] = verdict_picture(found, verdict, self.info.title)
         for name, text in summary.texts.items():
             folder.write_file(name, text.encode())
             tracking.log_artifact_text(uri, run_id, text, name)
@@ -250,6 +255,14 @@ class PlannedTuning(Generic[ConfigT]):
         for name, picture in summary.pictures.items():
             logger.info("%s: %s", name, folder.write_picture_file(name, picture))
             tracking.log_picture(uri, run_id, picture, name, 0)
+        folder.write_file(VERDICT_FILE, verdict.page.encode())
+        for text in verdict.texts:
+            logger.info("%s", text)
+        for text in verdict.warnings:
+            logger.warning("%s", text)
+        if verdict.page:
+            tags = {"verdict": "; ".join(verdict.texts), "mlflow.note.content": verdict.page}
+            tracking.set_tags(uri, run_id, tags)
 
 
 def _short(spec: str | tuple[str, ...]) -> str:

@@ -23,7 +23,7 @@ from pipelines.downstream.arms import (
 )
 from pipelines.downstream.measuring import NotMeasuredError
 from pipelines.downstream.run import OpenedTuning, PlannedTuning
-from pipelines.downstream.task import Evaluation
+from pipelines.downstream.task import Evaluation, TaskInfo
 from pipelines.downstream.tuning import TuningTask
 from pipelines.outcome import ConfigError
 from pipelines.training.process import Process
@@ -287,7 +287,7 @@ def test_an_arm_that_can_not_be_measured_costs_the_others_nothing(tmp_path: Path
     kind: Any = SimpleNamespace(summarize=lambda *_: Evaluation({}, {}, {"summary.md": "| knn |"}))
     nothing: Any = None
     opened = OpenedTuning(make_config(), kind, folder, nothing, nothing, nothing)
-    planned = PlannedTuning(opened, nothing, [(bad, ()), (good, ())])
+    planned = PlannedTuning(opened, TaskInfo(nothing, ("a", "b"), "t"), [(bad, ()), (good, ())])
     with pytest.raises(DataError, match=r"1 of 2 arms could not be measured.* knn-1-seed1: a\.tar"):
         planned.finish(Taken(folder, None), None, None)
     assert (tmp_path / "summary.md").read_text() == "| knn |"

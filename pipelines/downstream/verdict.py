@@ -1,0 +1,214 @@
+"""What pretraining gives: differences between arms that are paired by share of the labels and seed.
+
+Arms of one share and one seed train on the same labelled images, in the same order and with the
+same augmentation, so their difference is less noisy than either of them.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from mae_core.evaluation.arms_picture import ArmBar, PairedBar, arms_picture
+from pipelines.config.arms import ArmKind
+from pipelines.downstream.arms import Arm
+
+Found = Mapping[Arm, Mapping[str, float]]
+
+CLEAR = 2.0  # standard errors; a smaller difference may be chance
+
+# What pretraining is measured by, each against the same treatment of an encoder that had none. Of
+# each tuple, the first pair is taken that the run has.
+_PAIRS = (
+    ((ArmKind.FINETUNE, ArmKind.SCRATCH),),
+    (
+        (ArmKind.LOGISTIC, ArmKind.UNTRAINED),
+        (ArmKind.FROZEN, ArmKind.UNTRAINED),
+        (ArmKind.FINETUNE, ArmKind.UNTRAINED),
+    ),
+)
+_ADVICE = (
+    "what to try: pretrain longer or on more images like these, use fewer labels "
+    "(label_fraction), give optim.base_lr several rates to choose from"
+)
+# Arms that should not end below another one, and what it means where they do.
+_SUSPECT = (
+    (
+        ArmKind.FINETUNE,
+        ArmKind.LOGISTIC,
+        "fine-tuning loses what the encoder knows: try a smaller optim.base_lr, more steps, and "
+        "classify.head_start=logistic",
+    ),
+    (
+        ArmKind.FINETUNE,
+        ArmKind.FROZEN,
+        "training the encoder makes it worse: try a smaller optim.base_lr",
+    ),
+    (
+        ArmKind.FINETUNE,
+        ArmKind.UNTRAINED,
+        "a head on random features does better: the steps or the rates do not suit the encoder",
+    ),
+    (
+        ArmKind.LOGISTIC,
+        ArmKind.UNTRAINED,
+        "pretraining made the features worse than random ones: look at its reconstructions, and "
+        "pretrain longer",
+    ),
+    (
+        ArmKind.FROZEN,
+        ArmKind.UNTRAINED,
+        "pretraining made the features worse than random ones: look at its reconstructions, and "
+        "pretrain longer",
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One kind of arm against another, with one share of the labels."""
+
+    kind: ArmKind
+    other: ArmKind
+    fraction: float
+    differences: tuple[float, ...]  # one for each seed
+
+    @property
+    def mean(self) -> float:
+        return float(np.mean(self.differences))
+
+    @property
+    def standard_error(self) -> float | None:
+        """Standard error of the mean of the paired differences; None for one seed."""
+        count = len(self.differences)
+        if count < 2:
+            return None
+        return float(np.std(self.differences, ddof=1) / count**0.5)
+
+    @property
+    def is_gain(self) -> bool:
+        """Whether the mean is above 0 by `CLEAR` standard errors."""
+        error = self.standard_error
+        return error is not None and self.mean > CLEAR * error
+
+    @property
+    def is_loss(self) -> bool:
+        error = self.standard_error
+        return error is not None and self.mean < -CLEAR * error
+
+    @property
+    def text(self) -> str:
+        """The verdict, such as `pretraining +0.081 ± 0.022 over scratch (3 seeds, ...)`."""
+        count, error = len(self.differences), self.standard_error
+        spread = "" if error is None else f" ± {error:.3f}"
+        seeds = "1 seed" if count == 1 else f"{count} seeds"
+        place = f"({seeds}, {100 * self.fraction:g} % of labels)"
+        found = f"pretraining {self.mean:+.3f}{spread} over {self.other} {place}"
+        if self.other is ArmKind.UNTRAINED:
+            found += f", compared by {self.kind}"
+        if error is None:
+            return f"{found}; one seed shows nothing about the spread: give several seeds"
+        if self.is_gain:
+            return found
+        if self.is_loss:
+            return f"{found}: it does not help; {_ADVICE}"
+        return f"{found}: no gain that these seeds can tell from chance; {_ADVICE}"
+
+
+class Verdict(NamedTuple):
+    """What all arms of a run say together."""
+
+    metric: str  # that they are compared by
+    compared: tuple[Comparison, ...]
+    warnings: tuple[str, ...]  # which arms end below one that they should beat
+
+    @property
+    def texts(self) -> list[str]:
+        return [f"{self.metric}: {x.text}" for x in self.compared]
+
+    @property
+    def page(self) -> str:
+        """The verdict as Markdown; empty if nothing was compared."""
+        lines = [f"- {text}" for text in self.texts]
+        lines += [f"- **Warning**: {text}" for text in self.warnings]
+        if not lines:
+            return ""
+        head = "What pretraining gives, paired by seed; after ± stands the standard error:"
+        return "\n".join(["", head, "", *lines, ""])
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Each paired difference and its standard error, by the name of a metric."""
+        several = len({x.fraction for x in self.compared}) > 1
+        metrics = {}
+        for x in self.compared:
+            share = f"-{x.fraction:g}" if several else ""
+            metrics[f"over_{x.other}{share}/{self.metric}"] = x.mean
+            if x.standard_error is not None:
+                metrics[f"over_{x.other}{share}/{self.metric}_se"] = x.standard_error
+        return metrics
+
+
+def judge(found: Found, metric: str) -> Verdict:
+    """Compare the pretrained arms with those from random weights, for each share of the labels."""
+    compared: list[Comparison] = []
+    warned: list[str] = []
+    for fraction in sorted({arm.fraction for arm in found}):
+        for pairs in _PAIRS:
+            candidates = (_paired(found, metric, fraction, *pair) for pair in pairs)
+            compared += [x for x in candidates if x is not None][:1]
+        warned += _warnings(found, metric, fraction)
+    return Verdict(metric, tuple(compared), tuple(warned))
+
+
+def _paired(
+    found: Found, metric: str, fraction: float, kind: ArmKind, other: ArmKind
+) -> Comparison | None:
+    ours, theirs = _by_seed(found, metric, fraction, kind), _by_seed(found, metric, fraction, other)
+    if not ours or not theirs:
+        return None
+    # With all of the labels, frozen features that are read without steps are the same for every
+    # seed, and are measured once.
+    if len(ours) == 1 and kind is ArmKind.LOGISTIC:
+        ours = dict.fromkeys(theirs, *ours.values())
+    differences = tuple(ours[seed] - theirs[seed] for seed in ours if seed in theirs)
+    return Comparison(kind, other, fraction, differences) if differences else None
+
+
+def _by_seed(found: Found, metric: str, fraction: float, kind: ArmKind) -> dict[int, float]:
+    return {
+        arm.seed: values[metric]
+        for arm, values in found.items()
+        if arm.kind is kind and arm.fraction == fraction and metric in values
+    }
+
+
+def _warnings(found: Found, metric: str, fraction: float) -> list[str]:
+    """Say in words which arms end below another one that they should beat."""
+    texts = []
+    for kind, other, meaning in _SUSPECT:
+        ours = list(_by_seed(found, metric, fraction, kind).values())
+        theirs = list(_by_seed(found, metric, fraction, other).values())
+        if ours and theirs and np.mean(ours) < np.mean(theirs):
+            texts.append(
+                f"{kind} ends at {metric} {np.mean(ours):.3f}, below {other} at "
+                f"{np.mean(theirs):.3f} ({100 * fraction:g} % of labels): {meaning}"
+            )
+    return texts
+
+
+def verdict_picture(found: Found, verdict: Verdict, title: str) -> npt.NDArray[np.uint8]:
+    """Draw the arms with their seeds, and the paired differences."""
+    grouped: dict[str, list[float]] = {}
+    for arm, values in found.items():
+        if verdict.metric in values:
+            label = f"{arm.kind}, {100 * arm.fraction:g} %"
+            grouped.setdefault(label, []).append(values[verdict.metric])
+    pairs = [
+        PairedBar(f"over {x.other}, {100 * x.fraction:g} %", x.mean, x.standard_error)
+        for x in verdict.compared
+    ]
+    arms = [ArmBar(label, values) for label, values in grouped.items()]
+    return arms_picture(arms, pairs, title, metric=verdict.metric)
