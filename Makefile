@@ -18,7 +18,7 @@ endef
 
 .PHONY: help
 help:  ## Show this list
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-12s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-14s %s\n", $$1, $$2}'
 
 $(STAMP): requirements.lock pyproject.toml
 	@$(SYSTEM_PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -98,7 +98,7 @@ docs-site: $(STAMP)  ## Build the documentation as a site with search: site/inde
 	@echo "Open site/index.html"
 
 .PHONY: ci
-ci: check test  ## Run what .ci/run runs
+ci: check test  ## Run all checks and all tests, as CI does
 
 .PHONY: clean
 clean:  ## Remove caches and the demo's data and runs; keeps .venv

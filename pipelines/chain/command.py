@@ -40,7 +40,11 @@ def _parse(words: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog=f"mae {words[0]}", description=__doc__)
     parser.add_argument("chain", type=Path, metavar="CHAIN.yaml", help="see configs/chain")
     parser.add_argument(
-        "words", nargs="*", metavar="STAGE.key=value", help="override values in the stages' files"
+        "words",
+        nargs="*",
+        default=[],
+        metavar="STAGE.key=value",
+        help="override values in the stages' files",
     )
     parser.add_argument(
         "--set", action="append", default=[], metavar="STAGE.key=value", help="the same"

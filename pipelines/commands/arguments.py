@@ -126,6 +126,7 @@ def _add_stage_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "words",
         nargs="*",
+        default=[],
         metavar="FILE.yaml | section.key=value",
         help="files are merged from left to right, then the values are set",
     )
@@ -149,8 +150,11 @@ def read_config(arguments: argparse.Namespace) -> StrictConfig:
     overrides: list[str | Given] = [word for word in arguments.words if word in values]
     bare = [word for word in arguments.words if word not in values and not _is_file(word)]
     if arguments.stage == "prepare":
+        _check_prepare(arguments)
         overrides += _prepare_words(bare, arguments.synthetic)
-    elif arguments.stage == "embed" and len(bare) == 2 and bare[0] == "search":
+    elif arguments.stage == "embed" and bare[:1] == ["search"] and len(bare) <= 2:
+        if len(bare) == 1:
+            raise ConfigError("which image is searched for? mae embed search IMAGE ...")
         overrides.append(_bare("query", bare[1]))
     elif bare:
         raise ConfigError(f"{bare[0]!r} is neither a .yaml file nor section.key=value")
@@ -166,6 +170,17 @@ def _is_value(word: str, config_type: type[StrictConfig]) -> bool:
 
 def _is_file(word: str) -> bool:
     return word.endswith((".yaml", ".yml")) and not Path(word).is_dir()
+
+
+def _check_prepare(arguments: argparse.Namespace) -> None:
+    """Say what `mae prepare` needs where a person typed too little, and not which key is missing.
+
+    Raises: ConfigError.
+    """
+    if not arguments.words and not arguments.synthetic:
+        raise ConfigError("mae prepare PICTURES OUT; mae prepare --help shows the other ways")
+    if arguments.words in (["index"], ["stats"]):
+        raise ConfigError(f"which tars? mae prepare {arguments.words[0]} TARS")
 
 
 def _prepare_words(bare: list[str], synthetic: str | None) -> list[Given]:

@@ -295,6 +295,28 @@ def test_a_program_is_told_that_a_stopped_command_can_continue(
     }
 
 
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ("prepare", "mae prepare PICTURES OUT; mae prepare --help shows the other ways"),
+        ("prepare index", "which tars? mae prepare index TARS"),
+        ("prepare stats", "which tars? mae prepare stats TARS"),
+        ("embed search", "which image is searched for? mae embed search IMAGE ..."),
+    ],
+)
+def test_a_command_without_its_words_says_which_it_needs(
+    mae: Callable[..., Told], words: str, told: str
+) -> None:
+    ended = mae(*words.split())
+    assert (ended.code, ended.out, ended.err) == (2, "", f"config error: {told}\n")
+
+
+def test_only_the_missing_word_is_called_required(mae: Callable[..., Told]) -> None:
+    told = mae("run")
+    assert told.code == 2
+    assert told.err.endswith("the following arguments are required: CHAIN.yaml\n")
+
+
 def test_debug_shows_the_traceback(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
