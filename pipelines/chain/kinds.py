@@ -89,7 +89,7 @@ KINDS: dict[str, StageKind] = {
         ("pipelines.embed",),
         ("data", "init_from"),
         without_effect("embed"),
-        headline=("num_rows",),
+        headline=("num_images",),
     ),
     "segment": StageKind(
         SegmentConfig,

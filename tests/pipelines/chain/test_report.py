@@ -1,5 +1,6 @@
 """The report of a pipeline run: its content, and that it needs no network and runs no code."""
 
+import base64
 import json
 import re
 from dataclasses import replace
@@ -13,7 +14,7 @@ from PIL import Image
 from infra import tracking
 from infra.config import StorageConfig, TrackingConfig
 from mae_core.config import StrictConfig
-from pipelines.chain import report
+from pipelines.chain import charts, report
 from pipelines.chain.config import Chain, ChainConfig, Stage, StageSpec
 from pipelines.chain.execute import Failure, StageRun, State
 from pipelines.chain.folder import Done
@@ -90,7 +91,7 @@ def test_the_page_needs_nothing_from_elsewhere(run: PipelineRun) -> None:
     tags = Tags(report.render(run)).found
     assert not [tag for tag, _ in tags if tag in ("script", "link", "iframe")]
     sources = [attrs["src"] for tag, attrs in tags if tag == "img"]
-    assert len(sources) == 2
+    assert len(sources) == 3  # two pictures and a chart
     assert all(source and source.startswith("data:image/") for source in sources)
     assert "viewport" in [attrs.get("name") for tag, attrs in tags if tag == "meta"]
 
@@ -117,6 +118,22 @@ def test_the_page_says_what_became_of_each_stage(run: PipelineRun) -> None:
     assert "good truncated 2 a.tar: x" in words
     assert "Retried: good (2 tries)." in words
     assert "good: loss by optimizer step" in words
+
+
+def test_a_chart_is_drawn_once_and_then_taken_from_the_stages_folder(
+    run: PipelineRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    report.render(run)
+    (kept,) = Path(run.plans[0].folder.uri).glob("chart-*.svg")
+
+    monkeypatch.setattr(charts, "draw", lambda *_: pytest.fail("drawn again"))
+    assert base64.b64encode(kept.read_bytes()).decode() in report.render(run)
+
+    drawn: list[str] = []
+    monkeypatch.setattr(charts, "draw", lambda _, label: drawn.append(label) or b"<svg/>")
+    monkeypatch.setattr(report, "DRAWING", 2)  # another way to draw
+    report.render(run)
+    assert drawn == ["loss"]
 
 
 def test_large_pictures_are_made_smaller(run: PipelineRun) -> None:
