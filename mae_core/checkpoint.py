@@ -17,6 +17,7 @@ import json
 import os
 import platform
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -37,7 +38,9 @@ from mae_core.checkpoint_manifest import (
     read_manifest,
     verify_file,
 )
+from mae_core.model.decoder import PixelDecoder
 from mae_core.model.encoder import MaskedEncoder, build_encoder
+from mae_core.model.mae import MaskedAutoencoder
 
 _NO_STATE = "none"
 
@@ -64,7 +67,19 @@ def save_checkpoint(
     contents = {WEIGHTS_FILE: weights}
     if optimizer is not None:
         contents[TRAINING_STATE_FILE] = _flat_state(model, optimizer)
+    return _save(folder, record, contents)
 
+
+def save_weights(
+    folder: Path, record: CheckpointRecord, weights: Mapping[str, Tensor]
+) -> CheckpointManifest:
+    """Write a checkpoint of tensors that are named as a model's, without training state."""
+    return _save(folder, record, {WEIGHTS_FILE: {n: _stored_weight(x) for n, x in weights.items()}})
+
+
+def _save(
+    folder: Path, record: CheckpointRecord, contents: dict[str, dict[str, Tensor]]
+) -> CheckpointManifest:
     folder.mkdir(parents=True, exist_ok=True)
     # The manifest is deleted first: from here to the end, an interrupted save leaves none.
     for stale in (MANIFEST_FILE, WEIGHTS_FILE, TRAINING_STATE_FILE):
@@ -74,7 +89,7 @@ def save_checkpoint(
     manifest = CheckpointManifest(
         **dict(record),
         format_version=1,
-        decoder_present=any(name.startswith("decoder.") for name in weights),
+        decoder_present=any(name.startswith("decoder.") for name in contents[WEIGHTS_FILE]),
         versions=_versions(),
         files={file_name: digest_of(folder / file_name) for file_name in contents},
     )
@@ -157,8 +172,39 @@ def load_weights(
         CorruptCheckpointError: The weights or the manifest are damaged.
         ValueError: A tensor does not fit the model; names the first one.
     """
-    weights = _load_tensors(folder, WEIGHTS_FILE, read_manifest(folder), is_verified)
-    _load_named(model, weights, strict=strict)
+    manifest = read_manifest(folder)
+    weights = _load_tensors(folder, WEIGHTS_FILE, manifest, is_verified)
+    _load_named(model, weights, manifest.model.grid_size, strict=strict)
+
+
+def load_starting_weights(folder: Path, mae: MaskedAutoencoder, *, is_verified: bool) -> None:
+    """Load the encoder and, where the checkpoint has one, the decoder; leave out any head.
+
+    Raises:
+        CorruptCheckpointError: The weights or the manifest are damaged.
+        ValueError: A tensor does not fit the model; names the first one.
+    """
+    manifest = read_manifest(folder)
+    weights = _load_tensors(folder, WEIGHTS_FILE, manifest, is_verified)
+    for name, module in (("encoder", mae.encoder), ("decoder", mae.decoder)):
+        own = _below(weights, f"{name}.")
+        if own or name == "encoder":
+            _load_named(module, own, manifest.model.grid_size, strict=True)
+
+
+def read_weights(folder: Path) -> tuple[dict[str, Tensor], CheckpointManifest]:
+    """Check the weights file against the manifest; return its tensors and the manifest.
+
+    Raises:
+        CorruptCheckpointError: The weights or the manifest are damaged.
+    """
+    manifest = read_manifest(folder)
+    return _load_tensors(folder, WEIGHTS_FILE, manifest, False), manifest
+
+
+def _below(weights: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Return the tensors whose names begin with the prefix, without it."""
+    return {n.removeprefix(prefix): t for n, t in weights.items() if n.startswith(prefix)}
 
 
 def load_encoder(
@@ -176,9 +222,8 @@ def load_encoder(
     manifest = read_manifest(folder)
     weights = _load_tensors(folder, WEIGHTS_FILE, manifest, is_verified)
     encoder = build_encoder(manifest.model, drop_path_rate=drop_path_rate)
-    prefix = "encoder."
-    own = {n.removeprefix(prefix): t for n, t in weights.items() if n.startswith(prefix)}
-    _load_named(encoder, own, strict=True)
+    own = _below(weights, "encoder.")
+    _load_named(encoder, own, manifest.model.grid_size, strict=True)
     return encoder, manifest
 
 
@@ -193,7 +238,11 @@ def _load_tensors(
         raise CorruptCheckpointError(f"{folder / file_name}: {error}") from error
 
 
-def _load_named(model: nn.Module, weights: dict[str, Tensor], *, strict: bool) -> None:
+def _load_named(
+    model: nn.Module, weights: dict[str, Tensor], grid_size: tuple[int, int], *, strict: bool
+) -> None:
+    """Load tensors by name; `grid_size` is that of the checkpoint."""
+    weights = _use_trained_positions(model, weights, grid_size)
     expected = model.state_dict()
     for name, tensor in expected.items():
         if name in weights:
@@ -206,6 +255,19 @@ def _load_named(model: nn.Module, weights: dict[str, Tensor], *, strict: bool) -
     if weights.keys().isdisjoint(expected):
         raise ValueError("the checkpoint and the model have no tensor in common")
     model.load_state_dict(weights, strict=strict)
+
+
+def _use_trained_positions(
+    model: nn.Module, weights: dict[str, Tensor], grid_size: tuple[int, int]
+) -> dict[str, Tensor]:
+    """Give encoder and decoder their trained positions; return the weights at their grid."""
+    fitted = dict(weights)
+    for prefix, module in model.named_modules():
+        name = f"{prefix}.positions".lstrip(".")
+        if isinstance(module, MaskedEncoder | PixelDecoder) and name in weights:
+            module.use_positions(weights[name], grid_size)
+            fitted[name] = module.positions
+    return fitted
 
 
 def _check_shape(name: str, found: Tensor, expected: Tensor) -> None:

@@ -40,6 +40,21 @@ class UnreportedLoss(StrictConfig):
     num_steps: int = Field(default=0, ge=0)
 
 
+class WeightsOrigin(StrictConfig):
+    """Where the weights of a checkpoint were taken from, if no training of ours made them."""
+
+    file: str
+    """Name of the file or folder, without its path."""
+    format: str
+    """In words: "the MAE authors' file", "timm", "Hugging Face", "a checkpoint of ours"."""
+    sha256: str
+    """Of the contents."""
+    norm_pix: bool | None
+    """Whether the decoder's target was normalized per patch; None if the file does not say."""
+    notes: tuple[str, ...]
+    """What was left out, changed or assumed, in sentences."""
+
+
 class CheckpointRecord(StrictConfig):
     """The facts that the run provides; the rest of the manifest is computed from the files."""
 
@@ -70,6 +85,8 @@ class CheckpointRecord(StrictConfig):
     """Names of the classes that a fine-tuned model predicts."""
     category_ids: tuple[int, ...] = ()
     """The category_id of each class, where the labels have one."""
+    origin: WeightsOrigin | None = None
+    """Where the weights come from, if they were taken over from elsewhere and not trained here."""
 
     @model_validator(mode="after")
     def _statistics_fit_the_channels(self) -> Self:

@@ -56,6 +56,7 @@ from pipelines.terminal import progress
 from pipelines.training import local_mode
 from pipelines.training.checkpoints import fetch_checkpoint, fetch_manifest
 from pipelines.training.launch import trains_in_driver
+from pipelines.training.init_from import lineage_tags
 from pipelines.training.protocol import Identity, Work
 from pipelines.training.run import checked, drive
 from pipelines.training.run_folder import RunFolder, Taken
@@ -153,7 +154,7 @@ class OpenedEmbedding(NamedTuple):
             data={"data": (data.digest, str(config.data))},
             tags={
                 **driver.run_tags(STAGE, seed="", output=self.folder.uri),
-                "init_from": self.job.init_uri,
+                **lineage_tags(config.init_from, self.encoder),
             },
         )
 

@@ -24,6 +24,7 @@ import logging
 from typing import NamedTuple
 
 from infra import storage
+from mae_core.checkpoint_manifest import CheckpointManifest
 from mae_core.data.manifest import Manifest
 from pipelines import driver
 from pipelines.config.pretrain import PretrainConfig
@@ -31,6 +32,7 @@ from pipelines.outcome import ConfigError, StageResult
 from pipelines.reading.fingerprints import fingerprint
 from pipelines.reading.shards import open_shards
 from pipelines.training.checkpoints import fetch_manifest
+from pipelines.training.init_from import lineage_tags
 from pipelines.training.pretrain_evaluation import MEASURED_PREFIXES, evaluation_key
 from pipelines.training.protocol import Identity, PlannedRun
 from pipelines.training.run import checked, drive
@@ -62,14 +64,15 @@ class PretrainRun:
 
     def open(self, folder: RunFolder) -> "OpenedPretraining":
         config = self.config
-        _check_init_from(config)
+        pretrained = _check_init_from(config)
 
         def opened(spec: str | tuple[str, ...], name: str) -> Manifest:
             uri = storage.join(folder.index_uri, name)
             return open_shards(spec, uri, max_bad_ratio=config.data.max_bad_ratio)
 
         val = None if config.data.val is None else opened(config.data.val, "val")
-        return OpenedPretraining(config, folder, opened(config.data.train, "train"), val)
+        train = opened(config.data.train, "train")
+        return OpenedPretraining(config, folder, train, val, pretrained)
 
 
 class OpenedPretraining(NamedTuple):
@@ -79,18 +82,21 @@ class OpenedPretraining(NamedTuple):
     folder: RunFolder
     train: Manifest
     val: Manifest | None  # None: no kNN evaluation
+    pretrained: CheckpointManifest | None  # of the weights that the run starts from
 
     @property
     def identity(self) -> Identity:
         config, digest = self.config, self.train.digest
         inputs = {"data.train": fingerprint(config.data.train, with_names=False)}
-        if config.init_from is not None:
+        tags = driver.run_tags(STAGE, seed=config.seed, output=self.folder.uri)
+        if config.init_from is not None and self.pretrained is not None:
             inputs["init_from"] = fingerprint(config.init_from)
+            tags |= lineage_tags(config.init_from, self.pretrained)
         return Identity(
             digest,
             inputs,
             data={"train": (digest, str(config.data.train))},
-            tags=driver.run_tags(STAGE, seed=config.seed, output=self.folder.uri),
+            tags=tags,
         )
 
     def reuse(self, done: StageResult) -> StageResult | None:
@@ -110,15 +116,24 @@ class OpenedPretraining(NamedTuple):
         return plan_pretraining(self.config, self.train, self.val)
 
 
-def _check_init_from(config: PretrainConfig) -> None:
+def _check_init_from(config: PretrainConfig) -> CheckpointManifest | None:
     """Check that the weights to start from exist and fit, before each worker finds out."""
     uri = config.init_from
     if uri is None:
-        return
-    found = fetch_manifest(uri).model
-    for name in ("encoder", "patch_size", "in_chans", "decoder"):  # positions follow img_size
-        theirs, ours = getattr(found, name), getattr(config.model, name)
+        return None
+    manifest = fetch_manifest(uri)
+    names = ["encoder", "patch_size", "in_chans"]  # positions follow img_size
+    if manifest.decoder_present:
+        names.append("decoder")
+    for name in names:
+        theirs, ours = getattr(manifest.model, name), getattr(config.model, name)
         if theirs != ours:
             raise ConfigError(
                 f"init_from={uri}: was trained with model.{name}={theirs}, this run has {ours}"
             )
+    if not manifest.decoder_present:
+        logger.info("init_from=%s: has no decoder; a fresh one is drawn", uri)
+    if manifest.classes:
+        logger.info("init_from=%s: its head for %s is left out", uri, manifest.stage)
+    logger.info("init_from=%s: the optimizer is new, and the steps count from 0", uri)
+    return manifest

@@ -7,7 +7,7 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from mae_core.masking import restore_order
-from mae_core.model.positions import sincos_positions
+from mae_core.model.positions import sincos_positions, trained_table
 
 
 class PixelDecoder(nn.Module):
@@ -16,7 +16,7 @@ class PixelDecoder(nn.Module):
     Works for one grid of patches only: nothing in its input distinguishes rows from columns.
     """
 
-    positions: Tensor  # (L, D); not in the state dict, because it follows from the sizes
+    positions: Tensor  # (L, D); in the state dict only if it is trained: else the sizes give it
 
     def __init__(
         self,
@@ -37,6 +37,11 @@ class PixelDecoder(nn.Module):
         self.norm = LayerNorm(dim)
         self.pred = nn.Linear(dim, values_per_patch)
         self._initialize()
+
+    def use_positions(self, positions: Float[Tensor, "N D"], grid_size: tuple[int, int]) -> None:
+        """Replace the fixed positions as `MaskedEncoder.use_positions` does."""
+        table = trained_table(positions, grid_size, (self.grid_size, self.positions.shape[1]))
+        self.register_buffer("positions", table.to(self.positions.device), persistent=True)
 
     def _initialize(self) -> None:
         """Draw weights as the authors do, from the global generator like torch's own layers."""

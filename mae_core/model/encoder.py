@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from mae_core.config import ModelConfig
 from mae_core.masking import keep_patches
-from mae_core.model.positions import resample_positions, sincos_positions
+from mae_core.model.positions import resample_positions, sincos_positions, trained_table
 
 _GLOBAL_BLOCKS = 4
 
@@ -25,7 +25,7 @@ class MaskedEncoder(nn.Module):
     positions are interpolated (see `resample_positions`), not recomputed.
     """
 
-    positions: Tensor  # (L, D); not in the state dict, because it follows from the sizes
+    positions: Tensor  # (L, D); in the state dict only if it is trained: else the sizes give it
 
     def __init__(
         self,
@@ -55,6 +55,21 @@ class MaskedEncoder(nn.Module):
         )
         self.norm = LayerNorm(embed_dim)
         self._initialize()
+
+    @property
+    def has_trained_positions(self) -> bool:
+        return "positions" in self.state_dict()
+
+    def use_positions(self, positions: Float[Tensor, "N D"], grid_size: tuple[int, int]) -> None:
+        """Replace the fixed positions by trained ones, which are then part of the state dict.
+
+        Args:
+            positions: The trained embeddings; they are copied, and not trained further.
+            grid_size: Rows and columns that they were trained for. They are resampled if this
+                encoder has another grid.
+        """
+        table = trained_table(positions, grid_size, (self.grid_size, self.embed_dim))
+        self.register_buffer("positions", table.to(self.positions.device), persistent=True)
 
     def _initialize(self) -> None:
         """Draw weights as the authors do, from the global generator like torch's own layers."""

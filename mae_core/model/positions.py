@@ -62,3 +62,23 @@ def resample_positions(
         antialias=antialias,
     )
     return resampled[0]
+
+
+def trained_table(
+    positions: Float[Tensor, "N D"], grid_size: tuple[int, int], place: tuple[tuple[int, int], int]
+) -> Float[Tensor, "L D"]:
+    """Return a copy of trained embeddings, resampled to a model's grid.
+
+    Args:
+        positions: The trained embeddings.
+        grid_size: Rows and columns that they were trained for.
+        place: The model's own grid, and the width of its tokens.
+
+    Raises:
+        ValueError: The embeddings are not those of such a grid.
+    """
+    own_grid, dim = place
+    expected = (grid_size[0] * grid_size[1], dim)
+    if tuple(positions.shape) != expected:
+        raise ValueError(f"positions are {tuple(positions.shape)}, expected {expected}")
+    return resample_positions(positions.float(), grid_size, own_grid).detach().clone()

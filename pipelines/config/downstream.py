@@ -12,6 +12,7 @@ from pipelines.config.sections import (
     CheckpointConfig,
     DebugConfig,
     ScalingConfig,
+    StartConfig,
     fitted_batches,
     fitted_window,
 )
@@ -125,15 +126,12 @@ class TuningReportConfig(StrictConfig):
     """Optimizer steps between metrics."""
 
 
-class DownstreamConfig(StrictConfig):
+class DownstreamConfig(StartConfig):
     """The fields that classify, detect and segment have in common."""
 
     name: str = Field(default="", pattern=r"^([A-Za-z0-9][A-Za-z0-9_.-]*)?$")
     """Prefix of the run's name, by default the stage; a hash of all that determines the result
     follows."""
-    init_from: str
-    """Checkpoint of the pretrained encoder, or a run's folder, whose newest checkpoint is used; a
-    folder or URI. It determines the encoder's size, channels and channel statistics."""
     data: LabelledDataConfig
     img_size: tuple[int, int] | None = None
     """Height and width of the training images, in pixels; one number means a square. By default

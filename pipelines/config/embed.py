@@ -5,16 +5,14 @@ from typing import Literal
 from pydantic import Field, field_validator
 
 from infra.config import StorageConfig, TrackingConfig
-from mae_core.config import StrictConfig, as_square
+from mae_core.config import as_square
 from pipelines.config.roles import identity_digest
-from pipelines.config.sections import NAME_PATTERN, SavingConfig, ScalingConfig
+from pipelines.config.sections import NAME_PATTERN, SavingConfig, ScalingConfig, StartConfig
 
 
-class EmbedConfig(StrictConfig):
+class EmbedConfig(StartConfig):
     name: str = Field(default="embed", pattern=NAME_PATTERN)
     """Prefix of the run's name; a hash of all that determines the result follows."""
-    init_from: str
-    """Checkpoint of the encoder, or a run's folder, whose newest one is used; a folder or URI."""
     data: str | tuple[str, ...]
     """Shards whose images are encoded."""
     features: Literal["mean", "cls", "grid"] = "mean"

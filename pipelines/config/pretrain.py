@@ -95,8 +95,10 @@ class PretrainConfig(StrictConfig):
     storage: StorageConfig = StorageConfig()
     tracking: TrackingConfig = Field(default_factory=TrackingConfig)
     init_from: str | None = None
-    """Checkpoint whose weights (and nothing else) the run starts from, or a run's folder, whose
-    newest checkpoint is used; a folder or URI."""
+    """Weights (and nothing else) that the run starts from: a checkpoint of ours; a run's folder,
+    whose newest checkpoint is used; run:latest or run:NAME, a finished pretraining run under
+    storage.root; or weights from elsewhere (a file of the MAE authors or timm, a file or folder of
+    Hugging Face). A path or an s3:// URI."""
     debug: DebugConfig = DebugConfig()
 
     @model_validator(mode="after")

@@ -28,8 +28,9 @@ _SAVING = ("checkpoint.every_minutes", "checkpoint.grace_s")
 _TRAINING = (*_SAVING, "checkpoint.every_steps", "checkpoint.keep", "reporting.every_steps")
 _TRAINING_PLACES = ("name", *_SCALING, *_PLACES, *_TRAINING, "debug.sample_trace")
 
+_START = ("init_from", "in_chans", "channel_mean", "channel_std")
 _TUNING_IDENTITY = (
-    "init_from",
+    *_START,
     "data.train",
     "data.val",
     "data.shuffle_window",
@@ -164,7 +165,7 @@ _IDENTITY: dict[str, tuple[str, ...]] = {
         "segment.class_weights",
         "segment.overlap",
     ),
-    "embed": ("init_from", "data", "features", "img_size", "rows_per_file"),
+    "embed": (*_START, "data", "features", "img_size", "rows_per_file"),
 }
 _EVALUATION: dict[str, tuple[str, ...]] = {
     "pretrain": (
@@ -204,7 +205,13 @@ _NO_EFFECT: dict[str, tuple[str, ...]] = {
 }
 # Fields that were added after runs had been named, with the value that changes nothing. That value
 # is left out of the hash, so that those runs keep their name.
-_ADDED_LATER: dict[str, Any] = {"segment.values": None, "segment.ignore_value": 255}
+_ADDED_LATER: dict[str, Any] = {
+    "segment.values": None,
+    "segment.ignore_value": 255,
+    "in_chans": None,
+    "channel_mean": None,
+    "channel_std": None,
+}
 
 
 def roles(kind: str) -> Iterator[tuple[str, Role]]:

@@ -4,9 +4,9 @@ The configs import no torch, Ray or MLflow, so a mistake in one is reported with
 """
 
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from mae_core.config import StrictConfig
 
@@ -24,6 +24,40 @@ class ScalingConfig(StrictConfig):
     """Number of lost workers, or of errors that may pass, that a run survives before it fails; the
     same command then resumes. One worker without a cluster is the command's own process: if it is
     lost, the command ends."""
+
+
+class StartConfig(StrictConfig):
+    """What a stage starts from that uses an encoder."""
+
+    init_from: str
+    """The encoder: a checkpoint of ours; a run's folder, whose newest checkpoint is used;
+    run:latest or run:NAME, a finished pretraining run under storage.root; or weights from elsewhere
+    (a file of the MAE authors or timm, a file or folder of Hugging Face). A path or an s3:// URI.
+    It determines the encoder's size and channels."""
+    in_chans: int | None = Field(default=None, gt=0)
+    """Channels of the images, if the encoder takes another number: its first convolution is then
+    summed or repeated, as timm does. By default the encoder's."""
+    channel_mean: tuple[float, ...] | None = None
+    """Mean of each channel, for pixels of 0 to 1. By default the checkpoint's; weights from
+    elsewhere that do not say it get ImageNet's."""
+    channel_std: tuple[float, ...] | None = None
+    """Standard deviation of each channel; give it together with `channel_mean`."""
+
+    @model_validator(mode="after")
+    def _statistics_fit(self) -> Self:
+        mean, std = self.channel_mean, self.channel_std
+        if (mean is None) != (std is None):
+            raise ValueError("channel_mean and channel_std: give both or none")
+        if mean is None or std is None:
+            return self
+        if len(mean) != len(std) or not mean or min(std) <= 0:
+            raise ValueError(
+                f"channel_mean={list(mean)} and channel_std={list(std)}: give a value for each "
+                "channel, and deviations above 0"
+            )
+        if self.in_chans is not None and len(mean) != self.in_chans:
+            raise ValueError(f"channel_mean has {len(mean)} values for in_chans={self.in_chans}")
+        return self
 
 
 class SavingConfig(StrictConfig):

@@ -31,6 +31,7 @@ from pipelines.reading.class_names import Numbers
 from pipelines.reading.fingerprints import fingerprint
 from pipelines.reading.shards import Rows, open_shards, read_rows, target_of
 from pipelines.training.checkpoints import fetch_manifest
+from pipelines.training.init_from import lineage_tags
 from pipelines.training.protocol import Identity, Work
 from pipelines.training.recording import log_bad_samples, saved_steps
 from pipelines.training.run import checked, drive
@@ -136,9 +137,7 @@ class OpenedTuning(Generic[ConfigT]):
             },
             tags={
                 **driver.run_tags(config.stage, seed=seeds, output=self.folder.uri),
-                "init_from": storage.absolute(config.init_from),
-                "pretrained.data_digest": self.encoder.data_digest,
-                "pretrained.step": str(self.encoder.step),
+                **lineage_tags(config.init_from, self.pretrained),
             },
         )
 

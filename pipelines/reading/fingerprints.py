@@ -1,8 +1,8 @@
 """Fingerprint the data at a location: changes when the data does, not when it is moved.
 
 Shards with a manifest count by its checksums, unless they changed after it was written; a
-checkpoint counts by its own manifest. Everything else counts by name, size and time of change,
-because reading all of it would take as long as using it.
+checkpoint counts by its own manifest, weights from elsewhere by their contents. Everything else
+counts by name, size and time of change, because reading all of it would take as long as using it.
 """
 
 import hashlib
@@ -16,6 +16,7 @@ from infra.shard_spec import as_entries, expand_shards
 from mae_core.data.manifest import Manifest, parse_manifest
 from mae_core.data.samples import DataError
 from pipelines.outcome import ConfigError
+from pipelines.reading.weight_places import RUN_PREFIX, SUFFIXES, content_digest, weight_files
 
 MANIFEST_NAME = "manifest.json"
 NAME_FILES = ("classes.json", "categories.json")
@@ -43,21 +44,42 @@ def fingerprint(
     return hasher.hexdigest()[:16]
 
 
-def _facts(entry: str, by_time: bool, with_names: bool) -> Iterator[str]:
+def _shards(entry: str) -> Sequence[str]:
+    """List the shards that an entry names; none if it names something else."""
+    if entry.startswith(RUN_PREFIX):
+        raise ConfigError(
+            f"{entry}: is looked for under storage.root, which is another one for each stage of a "
+            "pipeline; name the stage, such as {pretrain}, or the run's folder"
+        )
     try:
-        shards = expand_shards(entry)
+        return expand_shards(entry)
     except storage.NoShardsError as error:
         if "{" in entry or "*" in entry or entry.endswith(".tar"):
             raise ConfigError(str(error)) from error
-        shards = []
+        return []
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    if shards:
-        yield from _shard_facts(shards, by_time, with_names)
-        return
+
+
+def _weights_fact(entry: str) -> str | None:
+    """Return a line for a checkpoint or for weights from elsewhere; None for anything else."""
     manifest = _read(storage.join(entry, MANIFEST_NAME))
     if manifest is not None and _is_checkpoint(manifest):
-        yield f"checkpoint {hashlib.sha256(manifest).hexdigest()}"
+        return f"checkpoint {_checkpoint_digest(manifest)}"
+    is_file = entry.endswith(SUFFIXES)
+    files = weight_files(entry) if is_file or manifest is None else None
+    # A file of any other kind may be large, and counts by its size and time of change.
+    if files is None or (len(files) == 1 and not is_file):
+        return None
+    return f"weights {content_digest(entry, files)}"
+
+
+def _facts(entry: str, by_time: bool, with_names: bool) -> Iterator[str]:
+    if shards := _shards(entry):
+        yield from _shard_facts(shards, by_time, with_names)
+        return
+    if (weights := _weights_fact(entry)) is not None:
+        yield weights
         return
     if entry.endswith(LISTS):
         yield from _listed_facts(entry)
@@ -74,6 +96,19 @@ def _is_checkpoint(manifest: bytes) -> bool:
     except ValueError:
         return False
     return isinstance(fields, dict) and {"model", "step", "files"} <= fields.keys()
+
+
+def _checkpoint_digest(manifest: bytes) -> str:
+    """Return a digest of a checkpoint's manifest.
+
+    Weights from elsewhere are taken over again where their copy was deleted, perhaps by other
+    versions of the libraries, which then do not count.
+    """
+    fields = json.loads(manifest)
+    if fields.get("origin") is None:
+        return hashlib.sha256(manifest).hexdigest()
+    kept = {k: x for k, x in fields.items() if k not in ("versions", "manifest_sha256", "origin")}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 
 
 def _listed_facts(entry: str) -> Iterator[str]:

@@ -10,7 +10,7 @@ import re
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 from infra import storage, transfers
 from infra.file_names import UnsafeNameError
@@ -21,12 +21,10 @@ from mae_core.checkpoint_manifest import (
     read_manifest,
     verify_checkpoint,
 )
-from mae_core.config import StrictConfig
 from pipelines.outcome import ConfigError
 
 logger = logging.getLogger(__name__)
 
-ConfigT = TypeVar("ConfigT", bound=StrictConfig)
 SET_ASIDE_FILE = "manifest.damaged.json"  # the manifest of a checkpoint found to be damaged
 MAX_NAMED = 8  # folders in a message
 
@@ -101,6 +99,15 @@ def find_checkpoint(run_uri: str) -> CheckpointManifest | None:
     return None
 
 
+def is_whole(uri: str) -> bool:
+    """Return whether a checkpoint has a manifest, and all of its files in their sizes."""
+    try:
+        _check_sizes(uri, _read_manifest(uri))
+    except (FileNotFoundError, CorruptCheckpointError):
+        return False
+    return True
+
+
 def _check_sizes(uri: str, manifest: CheckpointManifest) -> None:
     there = storage.list_tree(uri, deep=False)
     for name, file in manifest.files.items():
@@ -173,27 +180,27 @@ def fetch_checkpoint(uri: str, folder: Path) -> FoundCheckpoint:
     return FoundCheckpoint(uri, folder, verify_checkpoint(folder))
 
 
-def at_newest_checkpoint(config: ConfigT) -> ConfigT:
-    """Return the config with the newest checkpoint for an `init_from` that is a run's folder.
+def at_newest_checkpoint(given: str) -> str:
+    """Return a checkpoint's folder as it is, and for a run's folder its newest checkpoint.
 
     So the checkpoint, and not where it was looked for, is what names the run.
 
     Raises:
         ConfigError: there is none.
     """
-    given: str | None = config.model_dump(include={"init_from"})["init_from"]
-    if given is None or storage.exists(storage.join(storage.absolute(given), MANIFEST_FILE)):
-        return config
+    if storage.exists(storage.join(storage.absolute(given), MANIFEST_FILE)):
+        return given
     for folder in (storage.join(given.rstrip("/"), "checkpoints"), given.rstrip("/")):
         for step in _steps_in(storage.absolute(folder)):
             uri = storage.join(folder, f"step-{step:08d}")
             if storage.exists(storage.join(storage.absolute(uri), MANIFEST_FILE)):
                 logger.info("init_from=%s: takes its newest checkpoint, %s", given, uri)
-                return config.model_copy(update={"init_from": uri})
+                return uri
     there = storage.list_folders(storage.absolute(given))
     hint = f"; it holds {', '.join(sorted(there)[:MAX_NAMED])}" if there else ""
     raise ConfigError(
-        f"init_from={given}: is no whole checkpoint, nor the folder of a run that has one{hint}"
+        f"init_from={given}: is no whole checkpoint, nor the folder of a run that has one, nor "
+        f"weights from elsewhere{hint}"
     )
 
 

@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from infra import tracking
-from mae_core.checkpoint import load_weights
+from mae_core.checkpoint import load_starting_weights
 from mae_core.checkpoint_manifest import CheckpointRecord
 from mae_core.data.manifest import ShardInfo
 from mae_core.data.order import RunOrder
@@ -174,7 +174,8 @@ class PretrainTask:
     def build(self, part: WholeRun, *, is_resumed: bool) -> Trained:
         mae = self._build_untrained()
         if self.job.init_uri is not None and not is_resumed:
-            load_weights(self.process.fetch(self.job.init_uri), mae, is_verified=True)
+            folder = self.process.fetch(self.job.init_uri)
+            load_starting_weights(folder, mae, is_verified=True)
         return Trained(mae, build_optimizer(mae, self.config.optim, fused=True))
 
     def _build_untrained(self) -> MaskedAutoencoder:

@@ -19,7 +19,8 @@ from infra.shard_spec import as_entries
 from mae_core.config import StrictConfig
 from pipelines import driver
 from pipelines.outcome import StageResult
-from pipelines.training.checkpoints import at_newest_checkpoint
+from pipelines.reading.weight_places import RUN_PREFIX
+from pipelines.training.init_from import with_weights
 from pipelines.training.protocol import Run
 from pipelines.training.run_folder import RunFolder, earlier_record
 
@@ -39,10 +40,16 @@ def checked(config: ConfigT, given: Mapping[str, str | Sequence[str] | None]) ->
         ConfigError: names the key.
     """
     named = ((key, spec) for key, spec in given.items() if spec is not None)
+    named = ((key, spec) for key, spec in named if not _is_run(key, spec))
     driver.check_paths((key, uri) for key, spec in named for uri in as_entries(spec))
     tracked: Any = config
     driver.check_tracking(tracked.tracking.uri)
-    return at_newest_checkpoint(config)
+    return with_weights(config)
+
+
+def _is_run(key: str, spec: str | Sequence[str]) -> bool:
+    """Return whether a value names a run, and is no path."""
+    return key == "init_from" and isinstance(spec, str) and spec.startswith(RUN_PREFIX)
 
 
 def drive(run: Run, *, fresh: bool) -> StageResult:

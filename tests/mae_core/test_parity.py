@@ -12,7 +12,7 @@ from transformers import ViTMAEConfig, ViTMAEForPreTraining
 from transformers.models.vit_mae.modeling_vit_mae import build_2d_sinusoidal_position_embedding
 
 from mae_core.config import DecoderConfig, LossConfig, MaskingConfig, ModelConfig
-from mae_core.interchange import fair_encoder_state_dict, fair_state_dict
+from mae_core.interchange.fair import fair_encoder_state_dict, fair_state_dict
 from mae_core.model.encoder import MaskedEncoder, build_encoder
 from mae_core.model.mae import MaskedAutoencoder, build_mae
 from mae_core.model.positions import sincos_positions

@@ -10,7 +10,7 @@ Source: https://github.com/facebookresearch/mae, models_mae.py.
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mae_core.model.encoder import MaskedEncoder
 from mae_core.model.mae import MaskedAutoencoder
@@ -21,12 +21,12 @@ POSITIONS_TOLERANCE = 1e-6
 
 def fair_encoder_state_dict(encoder: MaskedEncoder) -> dict[str, Tensor]:
     """Name the encoder's weights as in `mae_pretrain_vit_base.pth`; tensors are shared."""
-    return {**encoder.state_dict(), "pos_embed": _with_class_row(encoder.positions)}
+    return {**_without_positions(encoder), "pos_embed": _with_class_row(encoder.positions)}
 
 
 def fair_state_dict(mae: MaskedAutoencoder) -> dict[str, Tensor]:
     """Name all weights as in `mae_visualize_vit_base.pth`; tensors are shared, not copied."""
-    decoder = {_fair_decoder_name(k): v for k, v in mae.decoder.state_dict().items()}
+    decoder = {_fair_decoder_name(k): v for k, v in _without_positions(mae.decoder).items()}
     positions = {"decoder_pos_embed": _with_class_row(mae.decoder.positions)}
     return {**fair_encoder_state_dict(mae.encoder), **decoder, **positions}
 
@@ -53,6 +53,11 @@ def load_fair(mae: MaskedAutoencoder, weights: Mapping[str, Tensor]) -> None:
     )
     load_fair_encoder(mae.encoder, weights)
     mae.decoder.load_state_dict({k.removeprefix("decoder_"): v for k, v in decoder.items()})
+
+
+def _without_positions(module: nn.Module) -> dict[str, Tensor]:
+    """Return the state dict without a trained position table."""
+    return {name: tensor for name, tensor in module.state_dict().items() if name != "positions"}
 
 
 def _is_decoder_name(name: str) -> bool:

@@ -3,7 +3,7 @@ import torch
 from torch import Tensor
 
 from mae_core.config import DecoderConfig, LossConfig, MaskingConfig, ModelConfig
-from mae_core.interchange import (
+from mae_core.interchange.fair import (
     fair_encoder_state_dict,
     fair_state_dict,
     load_fair,
