@@ -135,5 +135,10 @@ def _check_init_from(config: PretrainConfig) -> CheckpointManifest | None:
         logger.info("init_from=%s: has no decoder; a fresh one is drawn", uri)
     if manifest.classes:
         logger.info("init_from=%s: its head for %s is left out", uri, manifest.stage)
-    logger.info("init_from=%s: the optimizer is new, and the steps count from 0", uri)
+    logger.info(
+        "init_from=%s: the optimizer is new, the steps count from 0, and images are normalized as "
+        "data.stats=%s says",
+        uri,
+        config.data.stats,
+    )
     return manifest

@@ -235,7 +235,7 @@ def _finished(folder: str, name: str, config: StrictConfig | None) -> tuple[int,
     if run.read_result() is None:
         return None
     record = run.read_record()
-    if config is not None and record is not None and _made_by(record.config, config):
+    if config is not None and record is not None and _made_by(record.config, config, folder):
         return None
     step = newest_step(run.uri)
     if step is None or find_checkpoint(run.uri) is None:
@@ -245,9 +245,15 @@ def _finished(folder: str, name: str, config: StrictConfig | None) -> tuple[int,
     return listed[MANIFEST_FILE].changed_at_ns, uri
 
 
-def _made_by(recorded: dict[str, Any], config: StrictConfig) -> bool:
-    """Return whether this very command made a run, which so finds its own start again."""
-    if not isinstance(config, PretrainConfig) or recorded.get("init_from") is None:
+def _made_by(recorded: dict[str, Any], config: StrictConfig, folder: str) -> bool:
+    """Return whether this very command made a run, from another run.
+
+    The same command is the same run: it must not take its own result for its start.
+    """
+    start = recorded.get("init_from")
+    if not isinstance(config, PretrainConfig) or start is None:
+        return False
+    if not storage.absolute(start).startswith(f"{storage.absolute(folder)}/"):
         return False
     now = config.model_dump(mode="json")
     return identity_digest("pretrain", {**recorded, "init_from": None}) == identity_digest(
