@@ -55,8 +55,8 @@ from pipelines.reading.shards import open_shards, read_rows, read_samples
 from pipelines.terminal import progress
 from pipelines.training import local_mode
 from pipelines.training.checkpoints import fetch_checkpoint, fetch_manifest
-from pipelines.training.launch import trains_in_driver
 from pipelines.training.init_from import lineage_tags
+from pipelines.training.launch import trains_in_driver
 from pipelines.training.protocol import Identity, Work
 from pipelines.training.run import checked, drive
 from pipelines.training.run_folder import RunFolder, Taken

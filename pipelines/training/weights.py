@@ -138,7 +138,8 @@ def _described(uri: str, found: ForeignWeights, digest: str) -> Weights:
         channel_std=adapt_statistics(std, in_chans),
         model=found.model,
         masking=MaskingConfig(),
-        loss=LossConfig(norm_pix=found.norm_pix is not False),
+        # 1e-6 is what the authors add to the variance.
+        loss=LossConfig(norm_pix=found.norm_pix is not False, norm_pix_floor=1e-6),
         origin=origin,
     )
     return Weights(record, found.state, None)
