@@ -8,7 +8,7 @@ becomes a note.
 
 import math
 from collections.abc import Iterator, Mapping
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -152,7 +152,9 @@ def _depth(tensors: Mapping[str, Tensor]) -> int:
 
 
 def _encoder_name(width: int, depth: int, declared: Declared, name: str) -> EncoderName:
-    for encoder, shape in ENCODERS.items():
+    names: tuple[EncoderName, ...] = get_args(EncoderName)
+    for encoder in names:
+        shape = ENCODERS[encoder]
         if (shape.embed_dim, shape.depth) == (width, depth):
             heads = declared.num_heads
             if heads is not None and heads != shape.num_heads:
