@@ -5,7 +5,7 @@ one mean vector, and one direction holds most of the variance, so that a head wh
 small random weights hardly sees the rest.
 """
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Literal, NamedTuple, cast
 
@@ -20,30 +20,6 @@ ConditioningKind = Literal["whiten", "standardize", "none"]
 # Share of the mean variance that is added to the variance of every direction. Directions that hold
 # less are left small, because what they hold is mostly noise.
 _SHRINKAGE = 1e-3
-
-
-class MapMoments:
-    """Mean and covariance of the places of maps, summed map by map in float64."""
-
-    def __init__(self, dim: int, device: torch.device | str = "cpu") -> None:
-        self.count = torch.zeros((), dtype=torch.float64, device=device)
-        self.total = torch.zeros(dim, dtype=torch.float64, device=device)
-        self.products = torch.zeros(dim, dim, dtype=torch.float64, device=device)
-
-    def add(self, features: Float[Tensor, "B D h w"]) -> None:
-        """Count each place of each map as one vector."""
-        places = features.detach().double().movedim(1, -1).flatten(0, -2)  # (N, D)
-        self.count += len(places)
-        self.total += places.sum(dim=0)
-        self.products += places.T @ places
-
-    @property
-    def mean(self) -> Float[Tensor, " D"]:
-        return self.total / self.count
-
-    @property
-    def covariance(self) -> Float[Tensor, "D D"]:
-        return self.products / self.count - torch.outer(self.mean, self.mean)
 
 
 class Conditioning(nn.Module):
@@ -69,26 +45,31 @@ class Conditioning(nn.Module):
         self.register_buffer("mean", torch.zeros(dim))
         self.register_buffer("matrix", torch.eye(dim))
 
-    def fit(self, moments: MapMoments) -> None:
-        """Compute the affine map from the moments of an encoder's maps.
+    def fit(self, places: Float[Tensor, "N D"]) -> None:
+        """Compute the affine map from vectors at places of an encoder's maps.
 
         Raises:
             ValueError: There are no places, or their values are not finite.
         """
-        if not moments.count:
-            raise ValueError("there is no feature map to fit the conditioning to")
-        covariance = moments.covariance.cpu()
-        if not bool(torch.isfinite(covariance).all()):
-            raise ValueError("the encoder's feature map has values that are not finite")
-        variance = covariance.diagonal().clamp(min=0)
+        if self.kind == "none":
+            return
+        if not len(places) or not bool(torch.isfinite(places).all()):
+            raise ValueError(
+                f"the encoder's map can't be conditioned: {len(places)} places, of which some may "
+                "have values that are not finite"
+            )
+        vectors = places.cpu().double()
+        mean = vectors.mean(dim=0)
+        covariance = (vectors - mean).T @ (vectors - mean) / len(vectors)
+        variance = covariance.diagonal()
         # The smallest positive number keeps a map without any variance from a division by zero.
         floor = _SHRINKAGE * variance.mean().clamp(min=torch.finfo(torch.float32).tiny)
         if self.kind == "standardize":
             matrix = (variance + floor).rsqrt().diag()
         else:
-            values, vectors = torch.linalg.eigh(covariance)
-            matrix = (vectors * (values.clamp(min=0) + floor).rsqrt()) @ vectors.T
-        self.mean.copy_(moments.mean)
+            values, directions = torch.linalg.eigh(covariance)
+            matrix = (directions * (values.clamp(min=0) + floor).rsqrt()) @ directions.T
+        self.mean.copy_(mean)
         self.matrix.copy_(matrix)
 
     def forward(self, features: Float[Tensor, "B D h w"]) -> Float[Tensor, "B D h w"]:
@@ -139,20 +120,31 @@ class DenseModel(nn.Module):
         """Return the encoder's conditioned map."""
         return self.conditioning(self._encoded(images))
 
-    def fit_conditioning(self, batches: Iterable[Float[Tensor, "B C H W"]]) -> None:
-        """Fit the conditioning to the encoder's map of images, in eval mode; restores the mode."""
-        if self.conditioning.kind == "none":
-            return
-        was_training = self.training
-        self.eval()
-        moments = MapMoments(len(self.conditioning.mean), self.conditioning.mean.device)
-        try:
-            with torch.no_grad():
-                for images in batches:
-                    moments.add(self._encoded(images))
-        finally:
-            self.train(was_training)
-        self.conditioning.fit(moments)
+    def sampled_places(
+        self,
+        images: Float[Tensor, "B C H W"],
+        pictures: Sequence[tuple[int, int]] | None = None,
+        *,
+        limit: int,
+    ) -> list[Float[Tensor, "N D"]]:
+        """Return vectors of the unconditioned map of each image, for `Conditioning.fit`.
+
+        Args:
+            images: Normalised.
+            pictures: Height and width of the picture in the upper left corner of each image. What
+                lies beside it is left out. By default the picture fills the image.
+            limit: Largest number of places of an image, taken at equal distances.
+        """
+        features = self._encoded(images)
+        sampled = []
+        for own, (height, width) in zip(
+            features, pictures or [(images.shape[-2], images.shape[-1])] * len(images), strict=True
+        ):
+            rows, columns = (-(-side // self.encoder.patch_size) for side in (height, width))
+            places = own[:, :rows, :columns].flatten(1).T
+            chosen = torch.arange(min(limit, len(places))) * len(places) // min(limit, len(places))
+            sampled.append(places[chosen.to(places.device)].float())
+        return sampled
 
     def _encoded(self, images: Tensor) -> Tensor:
         with torch.no_grad() if self.frozen else nullcontext():
