@@ -91,6 +91,18 @@ def fine_tuning_groups(
     ]
 
 
+def with_head_scale(scales: Mapping[str, float], head_lr_scale: float) -> dict[str, float]:
+    """Multiply the learning rate factor of every parameter that is not of `model.encoder`.
+
+    A new head has everything to learn, and a pretrained encoder something to lose: one rate for
+    both leaves the head undertrained, or spoils the encoder.
+    """
+    return {
+        name: scale if name.startswith("encoder.") else scale * head_lr_scale
+        for name, scale in scales.items()
+    }
+
+
 def build_lars(model: nn.Module, *, learning_rate: float) -> Lars:
     """Build LARS for a linear probe: no weight decay, and biases are not adapted.
 

@@ -42,7 +42,7 @@ from mae_core.evaluation.detection import (
     evaluate_detections,
     precision_recall_picture,
 )
-from mae_core.model.dense import MapOptions
+from mae_core.model.dense import DenseModel, MapOptions
 from mae_core.model.detector import (
     Detections,
     Detector,
@@ -54,6 +54,7 @@ from mae_core.train_step import BatchLoss
 from pipelines.config.downstream import DetectConfig, DetectSection
 from pipelines.downstream import run as downstream
 from pipelines.downstream.arms import Arm, arms_table
+from pipelines.downstream.conditioned_map import conditioning_start
 from pipelines.downstream.run import LabelledData, Study, TaskKind, adamw
 from pipelines.downstream.targets import map_samples, picture_shape, warn_of_absent
 from pipelines.downstream.task import (
@@ -233,12 +234,11 @@ class DetectTask:
             strides=section.strides,
             channels=section.channels,
             num_convs=section.num_convs,
-            options=MapOptions(section.window, frozen=not arm.kind.trains_encoder),
+            options=MapOptions(section.window, not arm.kind.trains_encoder, section.conditioning),
         )
 
     def start(self, arm: Arm) -> ArmStart | None:
-        """Return None: the model starts as it was built."""
-        return None
+        return conditioning_start(self.section.conditioning, _places)
 
     def build_optimizer(self, model: nn.Module, arm: Arm) -> torch.optim.Optimizer:
         return adamw(model, self.config.optim, arm)
@@ -305,6 +305,12 @@ class DetectTask:
             "precision_recall": precision_recall_picture(scores, title),
         }
         return Evaluation(metrics | named, pictures, {"per_class.md": _per_class_table(scores)})
+
+
+def _places(
+    model: DenseModel, images: Tensor, examples: Sequence[Example], limit: int
+) -> list[Tensor]:
+    return model.sampled_places(images, [example.target.part for example in examples], limit=limit)
 
 
 def _no_boxes() -> Boxes:

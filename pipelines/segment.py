@@ -53,10 +53,11 @@ from mae_core.evaluation.segmentation import (
     segmentation_picture,
 )
 from mae_core.evaluation.segmentation_ceiling import oracle_classes
-from mae_core.model.dense import MapOptions
+from mae_core.model.dense import DenseModel, MapOptions
 from mae_core.model.feature_pyramid import MapEncoder
 from mae_core.model.segmenter import (
     build_segmenter,
+    central_window,
     output_stride,
     segmentation_loss,
     sliding_window_logits,
@@ -65,6 +66,7 @@ from mae_core.train_step import BatchLoss
 from pipelines.config.downstream import SegmentConfig, SegmentSection
 from pipelines.downstream import run as downstream
 from pipelines.downstream.arms import Arm, arms_table
+from pipelines.downstream.conditioned_map import conditioning_start
 from pipelines.downstream.run import LabelledData, Study, TaskKind, adamw
 from pipelines.downstream.targets import map_samples, picture_shape
 from pipelines.downstream.task import (
@@ -320,12 +322,19 @@ class SegmentTask:
             head=self.section.head,
             stride=self.section.stride,
             channels=self.section.channels,
-            options=MapOptions(self.section.window, frozen=not arm.kind.trains_encoder),
+            options=MapOptions(
+                self.section.window, not arm.kind.trains_encoder, self.section.conditioning
+            ),
         )
 
     def start(self, arm: Arm) -> ArmStart | None:
-        """Return None: the model starts as it was built."""
-        return None
+        return conditioning_start(self.section.conditioning, self._places)
+
+    def _places(
+        self, model: DenseModel, images: Tensor, examples: Sequence[Example], limit: int
+    ) -> list[Tensor]:
+        """Sample the map of a window, because a whole picture has other positions."""
+        return model.sampled_places(central_window(images, self.info.model.img_size), limit=limit)
 
     def build_optimizer(self, model: nn.Module, arm: Arm) -> torch.optim.Optimizer:
         return adamw(model, self.config.optim, arm)

@@ -41,16 +41,16 @@ class Segmenter(DenseModel):
         return F.interpolate(logits, size=images.shape[-2:], mode="bilinear", align_corners=False)
 
 
-class LinearHead(nn.Sequential):
-    """A linear layer on normalised features, at the encoder's stride.
+class LinearHead(nn.Conv2d):
+    """A linear layer at each place of the map, at the encoder's stride.
 
-    The batch norm without scale and offset is that of MAE's linear probe, He et al. 2021,
-    https://arxiv.org/abs/2111.06377, section A.1; the 1x1 convolution and bilinear upsampling are
-    those of DINOv2, Oquab et al. 2023, https://arxiv.org/abs/2304.07193, section 7.4.
+    The 1x1 convolution and bilinear upsampling are those of DINOv2, Oquab et al. 2023,
+    https://arxiv.org/abs/2304.07193, section 7.4. Differs: there is no batch norm before it,
+    because its statistics would depend on the micro batch; `Conditioning` takes its place.
     """
 
     def __init__(self, dim: int, num_classes: int) -> None:
-        super().__init__(nn.BatchNorm2d(dim, affine=False), nn.Conv2d(dim, num_classes, 1))
+        super().__init__(dim, num_classes, 1)
 
 
 class PyramidHead(nn.Module):
@@ -283,6 +283,14 @@ def sliding_window_logits(
     finally:
         model.train(was_training)
     return (total / count)[..., :height, :width]
+
+
+def central_window(images: Float[Tensor, "B C H W"], crop: tuple[int, int]) -> Tensor:
+    """Cut a window from the middle of images; smaller ones are padded by reflection."""
+    height, width = (max(own, side) for own, side in zip(images.shape[-2:], crop, strict=True))
+    rows = _mirrored(images.shape[-2], height, images.device)[(height - crop[0]) // 2 :][: crop[0]]
+    columns = _mirrored(images.shape[-1], width, images.device)[(width - crop[1]) // 2 :][: crop[1]]
+    return images[:, :, rows][..., columns]
 
 
 def _window_starts(side: int, crop: int, stride: int) -> list[int]:

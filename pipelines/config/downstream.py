@@ -60,6 +60,8 @@ class TuningOptimConfig(StrictConfig):
     layer_decay: float = Field(default=0.65, gt=0, le=1)
     """Learning rate factor from each encoder block to the block below it (BEiT, Bao et al. 2021);
     an encoder trained from scratch has the same rate everywhere."""
+    head_lr_scale: float = Field(default=1.0, gt=0)
+    """Factor on the learning rate of all that is not the encoder, in every arm."""
     drop_path_rate: float = Field(default=0.1, ge=0, lt=1)
     """Stochastic depth of the encoder's last block, rising from 0 at the first."""
     max_grad_norm: float | None = Field(default=None, gt=0)
@@ -297,6 +299,16 @@ class ClassifyConfig(DownstreamConfig):
         return self
 
 
+class DenseOptimConfig(TuningOptimConfig):
+    """Detect and segment: the head is large and new, so that it learns faster than the encoder."""
+
+    base_lr: float = Field(default=1e-4, gt=0)
+    """Learning rate of the encoder at a global batch of 256; scaled linearly."""
+    head_lr_scale: float = Field(default=20.0, gt=0)
+    """Factor on the learning rate of the pyramid and the head, in every arm."""
+
+
+Conditioning = Literal["whiten", "standardize", "none"]
 DenseArm = Literal["finetune", "frozen", "scratch", "untrained"]
 
 
@@ -315,6 +327,10 @@ class DetectSection(ArmsConfig):
     """Channels of each level."""
     num_convs: int = Field(default=2, gt=0)
     """Number of 3x3 convolutions in the head."""
+    conditioning: Conditioning = "whiten"
+    """What is done to the encoder's map before the head, fixed before the first step from training
+    images without labels, in every arm. whiten: every direction gets the variance 1; standardize:
+    every channel does; none."""
     window: int = Field(default=0, ge=0)
     """Side, in patches, of the windows that limit attention, for large images; 0: no windows."""
     scale: tuple[float, float] = (0.7, 1.5)
@@ -329,6 +345,7 @@ class DetectSection(ArmsConfig):
 
 class DetectConfig(DownstreamConfig):
     stage: ClassVar[str] = "detect"
+    optim: DenseOptimConfig = DenseOptimConfig()
     detect: DetectSection = DetectSection()
 
     @property
@@ -341,7 +358,7 @@ class SegmentSection(ArmsConfig):
     """finetune: train the pretrained encoder and the head; frozen: only the head; scratch: like
     finetune, from random weights; untrained: like frozen, on an encoder with random weights."""
     head: Literal["linear", "fpn", "upernet"] = "fpn"
-    """linear: batch norm and a 1x1 convolution; fpn: a fused pyramid (Kirillov et al. 2019);
+    """linear: a 1x1 convolution; fpn: a fused pyramid (Kirillov et al. 2019);
     upernet: a pyramid with pooling (Xiao et al. 2018)."""
     masks: Literal["classes", "instances"] = "classes"
     """Content of .seg.png: a class per pixel (see `values` and `ignore_value`), or numbered
@@ -363,6 +380,10 @@ class SegmentSection(ArmsConfig):
     times as long for the head and shows finer objects; see `ceiling/miou`."""
     channels: int = Field(default=128, gt=0)
     """Channels of the head."""
+    conditioning: Conditioning = "whiten"
+    """What is done to the encoder's map before the head, fixed before the first step from training
+    images without labels, in every arm. whiten: every direction gets the variance 1; standardize:
+    every channel does; none."""
     window: int = Field(default=0, ge=0)
     """Side, in patches, of the windows that limit attention, for large images; 0: no windows."""
     scale: tuple[float, float] = (0.7, 1.5)
@@ -419,6 +440,7 @@ class SegmentSection(ArmsConfig):
 
 class SegmentConfig(DownstreamConfig):
     stage: ClassVar[str] = "segment"
+    optim: DenseOptimConfig = DenseOptimConfig()
     segment: SegmentSection
 
     @property

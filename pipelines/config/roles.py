@@ -44,6 +44,7 @@ _TUNING_IDENTITY = (
     "optim.weight_decay",
     "optim.betas",
     "optim.layer_decay",
+    "optim.head_lr_scale",
     "optim.drop_path_rate",
     "optim.max_grad_norm",
     "optim.precision",
@@ -142,6 +143,7 @@ _IDENTITY: dict[str, tuple[str, ...]] = {
         "detect.strides",
         "detect.channels",
         "detect.num_convs",
+        "detect.conditioning",
         "detect.window",
         "detect.scale",
         "detect.flip",
@@ -159,6 +161,7 @@ _IDENTITY: dict[str, tuple[str, ...]] = {
         "segment.boundary",
         "segment.stride",
         "segment.channels",
+        "segment.conditioning",
         "segment.window",
         "segment.scale",
         "segment.flip",
@@ -206,6 +209,7 @@ _NO_EFFECT: dict[str, tuple[str, ...]] = {
 # Fields that were added after runs had been named, with the value that changes nothing. That value
 # is left out of the hash, so that those runs keep their name.
 _ADDED_LATER: dict[str, Any] = {
+    "optim.head_lr_scale": 1.0,
     "segment.values": None,
     "segment.ignore_value": 255,
     "in_chans": None,

@@ -18,7 +18,7 @@ from mae_core.data.manifest import Manifest
 from mae_core.data.pixels import CorruptSampleError
 from mae_core.data.samples import DataError
 from mae_core.model.classifier import layer_scales
-from mae_core.optim import fine_tuning_groups
+from mae_core.optim import fine_tuning_groups, with_head_scale
 from pipelines import driver
 from pipelines.config.arms import ArmKind
 from pipelines.config.downstream import DownstreamConfig, TuningOptimConfig
@@ -303,9 +303,10 @@ def _check_first_sample(
 
 
 def adamw(model: nn.Module, optim: TuningOptimConfig, arm: Arm) -> torch.optim.AdamW:
-    """AdamW over what is trainable; a pretrained encoder's lower layers learn more slowly."""
+    """AdamW over what is trainable; an encoder's lower layers and the head have their own rates."""
     scales = {name: 1.0 for name, _ in model.named_parameters()}
     if arm.kind is ArmKind.FINETUNE:
         scales = layer_scales(model, optim.layer_decay)
+    scales = with_head_scale(scales, optim.head_lr_scale)
     groups = fine_tuning_groups(model, optim.weight_decay, scales)
     return torch.optim.AdamW(groups, lr=optim.learning_rate, betas=optim.betas, fused=True)

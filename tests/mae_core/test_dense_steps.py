@@ -99,7 +99,7 @@ def relative_error(found: dict[str, Tensor], expected: dict[str, Tensor]) -> flo
     return float((ours - theirs).norm() / theirs.norm())
 
 
-@pytest.mark.parametrize("name", ["fcos", "faster_rcnn", "fpn", "upernet"])
+@pytest.mark.parametrize("name", ["fcos", "faster_rcnn", "linear", "fpn", "upernet"])
 def test_any_split_into_micro_batches_gives_the_same_update(name: str) -> None:
     expected_metrics, expected = take_step(name, [(0, 4)])
     for parts in ([(0, 2), (2, 4)], [(0, 1), (1, 2), (2, 3), (3, 4)]):

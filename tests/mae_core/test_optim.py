@@ -14,6 +14,7 @@ from mae_core.optim import (
     fine_tuning_groups,
     parameter_groups,
     warmup_cosine,
+    with_head_scale,
 )
 
 
@@ -236,3 +237,12 @@ def test_lars_moves_a_weight_of_zeros() -> None:
     layer(torch.ones(1, 3)).sum().backward()
     optimizer.step()
     assert torch.equal(layer.weight, torch.full((2, 3), -0.5))
+
+
+def test_the_head_has_a_rate_of_its_own() -> None:
+    scales = {"encoder.blocks.0.weight": 0.5, "pyramid.weight": 1.0, "heads.encoder.bias": 0.75}
+    assert with_head_scale(scales, 4.0) == {
+        "encoder.blocks.0.weight": 0.5,
+        "pyramid.weight": 4.0,
+        "heads.encoder.bias": 3.0,
+    }

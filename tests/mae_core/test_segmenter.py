@@ -16,6 +16,7 @@ from mae_core.model.segmenter import (
     Head,
     Segmenter,
     build_segmenter,
+    central_window,
     output_stride,
     pyramid_strides,
     segmentation_loss,
@@ -231,18 +232,25 @@ def test_window_reaches_the_encoder() -> None:
     assert encoder.windows_seen == [7]
 
 
-def test_linear_head_is_a_normalised_linear_layer_alone() -> None:
-    segmenter = make_segmenter("linear", num_classes=5)
+def test_linear_head_is_a_linear_layer_on_the_conditioned_map_alone() -> None:
+    segmenter = make_segmenter("linear", num_classes=5, conditioning="standardize")
     sizes = {name: tuple(p.shape) for name, p in segmenter.head.named_parameters()}
-    assert sizes == {"1.weight": (5, 16, 1, 1), "1.bias": (5,)}
+    assert sizes == {"weight": (5, 16, 1, 1), "bias": (5,)}
     images = make_images(2, 3, 16, 16)
     features = segmenter.encoder.feature_map(images)
-    scale = features.var(dim=(0, 2, 3), unbiased=False, keepdim=True) + 1e-5
-    normalised = (features - features.mean(dim=(0, 2, 3), keepdim=True)) / scale.sqrt()
-    weight, bias = segmenter.head[1].weight[:, :, 0, 0], segmenter.head[1].bias
+    places = features.movedim(1, -1).flatten(0, 2).detach()
+    segmenter.conditioning.fit(places)
+    normalised = (features - places.mean(dim=0)[:, None, None]) / places.std(dim=0)[:, None, None]
+    weight, bias = segmenter.head.weight[:, :, 0, 0], segmenter.head.bias
     coarse = torch.einsum("bdhw,kd->bkhw", normalised, weight) + bias[:, None, None]
     expected = F.interpolate(coarse, scale_factor=4, mode="bilinear")
-    torch.testing.assert_close(segmenter(images), expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(segmenter(images), expected, atol=0.05, rtol=0)
+
+
+def test_a_central_window_is_cut_from_larger_images_and_mirrors_smaller_ones() -> None:
+    images = torch.arange(30.0).reshape(1, 1, 5, 6)
+    assert central_window(images, (3, 2)).tolist() == [[[[8, 9], [14, 15], [20, 21]]]]
+    assert central_window(images, (1, 8))[0, 0, 0].tolist() == [12, 13, 14, 15, 16, 17, 17, 16]
 
 
 def test_only_pooling_lets_a_corner_see_the_other() -> None:

@@ -1,0 +1,40 @@
+"""Condition the map that a dense head gets, before an arm's first step.
+
+The fit needs no labels, so it reads any of the training images: it is the same for each share of
+the labels, and each arm, from random weights too, has one of its own.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from mae_core.model.dense import ConditioningKind, DenseModel
+from pipelines.downstream.task import ArmStart, Example
+
+NUM_IMAGES = 128
+PLACES_PER_IMAGE = 128  # together many times as many vectors as the widest encoder has channels
+
+# Given a model, normalised images, their examples and a limit: the vectors of each image.
+Sample = Callable[[DenseModel, Tensor, Sequence[Example], int], list[Tensor]]
+
+
+def conditioning_start(kind: ConditioningKind, sample: Sample) -> ArmStart | None:
+    """Return the fit of the conditioning; None where the map stays as it is."""
+    if kind == "none":
+        return None
+    return ArmStart(NUM_IMAGES, partial(_vectors, sample), _fit, of_arm=False)
+
+
+def _vectors(
+    sample: Sample, model: nn.Module, images: Tensor, examples: Sequence[Example]
+) -> list[Any]:
+    vectors = sample(cast(DenseModel, model), images, examples, PLACES_PER_IMAGE)
+    return [own.cpu().numpy() for own in vectors]
+
+
+def _fit(model: nn.Module, vectors: list[Any]) -> None:
+    cast(DenseModel, model).conditioning.fit(torch.from_numpy(np.concatenate(vectors)))
