@@ -40,7 +40,7 @@ from mae_core.checkpoint_manifest import (
 )
 from mae_core.model.decoder import PixelDecoder
 from mae_core.model.encoder import MaskedEncoder, build_encoder
-from mae_core.model.mae import MaskedAutoencoder
+from mae_core.model.mae import MaskedAutoencoder, build_mae
 
 _NO_STATE = "none"
 
@@ -186,10 +186,31 @@ def load_starting_weights(folder: Path, mae: MaskedAutoencoder, *, is_verified: 
     """
     manifest = read_manifest(folder)
     weights = _load_tensors(folder, WEIGHTS_FILE, manifest, is_verified)
+    _load_halves(mae, weights, manifest.model.grid_size)
+
+
+def _load_halves(
+    mae: MaskedAutoencoder, weights: dict[str, Tensor], grid_size: tuple[int, int]
+) -> None:
     for name, module in (("encoder", mae.encoder), ("decoder", mae.decoder)):
         own = _below(weights, f"{name}.")
         if own or name == "encoder":
-            _load_named(module, own, manifest.model.grid_size, strict=True)
+            _load_named(module, own, grid_size, strict=True)
+
+
+def build_from_weights(
+    weights: Mapping[str, Tensor], record: CheckpointRecord
+) -> MaskedAutoencoder:
+    """Build the model that a checkpoint's record describes and load its tensors.
+
+    Without a decoder among the tensors, the model's is a fresh one; a head is left out.
+
+    Raises:
+        ValueError: A tensor does not fit; names the first one.
+    """
+    mae = build_mae(record.model, record.masking, record.loss)
+    _load_halves(mae, dict(weights), record.model.grid_size)
+    return mae.eval()
 
 
 def read_weights(folder: Path) -> tuple[dict[str, Tensor], CheckpointManifest]:

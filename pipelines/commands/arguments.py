@@ -25,6 +25,10 @@ COMMANDS = {
     "plan": ("chain.command", "Show what `run` would do, and why."),
     "schedule": ("schedule.command", "Run pipelines at set times, or when there is new data."),
     "doctor": ("doctor.command", "Check this machine, the store, MLflow and Ray."),
+    "checkpoint": (
+        "commands.checkpoint",
+        "Show what weights are; convert them to and from other layouts.",
+    ),
     "config": ("commands.config", "Show where each value of a config comes from; its JSON Schema."),
     "completion": (
         "commands.completion",

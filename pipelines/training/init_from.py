@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from infra import storage, transfers
+from infra.own_files import DamagedFileError
 from mae_core.checkpoint_manifest import (
     MANIFEST_FILE,
     WEIGHTS_FILE,
@@ -38,7 +39,7 @@ from pipelines.training.checkpoints import (
     is_whole,
     newest_step,
 )
-from pipelines.training.run_folder import RunFolder
+from pipelines.training.run_folder import RunFolder, RunRecord
 
 logger = logging.getLogger(__name__)
 
@@ -186,21 +187,31 @@ def lineage_tags(uri: str, manifest: CheckpointManifest) -> dict[str, str]:
             "pretrained.format": origin.format,
             "pretrained.file_sha256": origin.sha256,
         }
-    run_id = run_id_of(uri)
-    return tags if run_id is None else {**tags, "pretrained.run_id": run_id}
+    run = run_of(uri)
+    if run is not None and run.record.run_id:
+        tags["pretrained.run_id"] = run.record.run_id
+    return tags
 
 
-def run_id_of(uri: str) -> str | None:
-    """Return MLflow's id of the run whose checkpoint lies at `uri`, if its folder says so."""
-    run_uri, _, below = storage.absolute(uri).rpartition("/")
-    run_uri, _, kind = run_uri.rpartition("/")
-    if kind not in ("checkpoints", "models") or not below:
+class MadeBy(NamedTuple):
+    """The run that a checkpoint belongs to."""
+
+    uri: str
+    record: RunRecord
+
+
+def run_of(uri: str) -> MadeBy | None:
+    """Return the run whose checkpoint or model lies at `uri`, if its folder says so."""
+    parent = storage.absolute(uri).rpartition("/")[0]
+    run_uri, _, kind = parent.rpartition("/")
+    if kind not in ("checkpoints", "models"):
         return None
     try:
         record = RunFolder(run_uri).read_record()
-    except (storage.StorageError, RuntimeError):
+    except DamagedFileError as error:
+        logger.warning("%s: which run made it is not known (%s)", uri, error)
         return None
-    return None if record is None else record.run_id
+    return None if record is None else MadeBy(run_uri, record)
 
 
 # A run by its name

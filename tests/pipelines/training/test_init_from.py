@@ -19,7 +19,7 @@ from pipelines.config.pretrain import PretrainConfig
 from pipelines.outcome import ConfigError, StageResult
 from pipelines.reading.fingerprints import fingerprint
 from pipelines.training.checkpoints import fetch_manifest
-from pipelines.training.init_from import lineage_tags, locate, run_id_of, with_weights
+from pipelines.training.init_from import lineage_tags, locate, run_of, with_weights
 from pipelines.training.run_folder import RunFolder, RunRecord
 
 MICRO = ModelConfig(encoder="vit_micro", img_size=(16, 16), patch_size=8)
@@ -221,7 +221,7 @@ def test_lineage_names_the_weights_their_file_and_the_run_that_made_them(tmp_pat
     tags = lineage_tags(uri, fetch_manifest(uri))
     assert tags["pretrained.file"] == "a.pth"
     assert len(tags["pretrained.file_sha256"]) == 64
-    assert run_id_of(uri) is None
+    assert run_of(uri) is None
 
 
 def test_what_is_no_weights_is_said_with_its_place(tmp_path: Path) -> None:

@@ -1,0 +1,73 @@
+"""`mae checkpoint`: say what weights are, and write them in the layouts of others.
+
+    mae checkpoint show WEIGHTS [--json]
+    mae checkpoint convert WEIGHTS OUT --to mae|fair|timm|hf|safetensors|onnx [--overwrite]
+
+WEIGHTS is what init_from takes: a checkpoint, a run's folder, run:latest or run:NAME, a file of the
+MAE authors or of timm, a file or folder of Hugging Face; local or s3://. No code in a file is run.
+
+    mae          a checkpoint of ours (a folder)
+    fair         the MAE authors' file: {'model': ...}, with the decoder if there is one
+    timm         the encoder for timm's VisionTransformer (.pth, or .safetensors)
+    hf           Hugging Face's ViTMAE (a folder)
+    safetensors  one file in the authors' names, with the decoder if there is one
+    onnx         the encoder from raw pixels on: any batch and size; needs mae-pipeline[onnx]
+"""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+
+from infra.config import StorageConfig
+from infra.redaction import redact
+
+FORMATS = ("mae", "fair", "timm", "hf", "safetensors", "onnx")
+ACTIONS = ("show", "convert")
+OPTIONS = ("--to", "--overwrite", "--json", "--debug")
+
+
+def command(words: Sequence[str]) -> int:
+    """Run `mae checkpoint WORDS`; return the exit code."""
+    arguments = _parser().parse_args(words)
+    # Imported here, because help and mistakes need neither torch nor a store.
+    from pipelines.training.conversion import convert
+    from pipelines.training.description import describe
+    from pipelines.training.init_from import locate
+
+    root = arguments.root or os.environ.get("MAE__STORAGE__ROOT") or StorageConfig().root
+    place = locate(arguments.weights, root)
+    if arguments.action == "convert":
+        made = convert(place, arguments.out, arguments.to, overwrite=arguments.overwrite)
+        sys.stdout.write(f"{made}\n")
+        return 0
+    fields = describe(place)
+    if arguments.json:
+        sys.stdout.write(redact(json.dumps(fields)) + "\n")
+        return 0
+    width = max(len(name) for name in fields)
+    for name, value in fields.items():
+        sys.stdout.write(redact(f"{name.ljust(width)}  {value}") + "\n")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="mae checkpoint",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    actions = parser.add_subparsers(dest="action", required=True, metavar="show | convert")
+    show = actions.add_parser("show", help="say what the weights are")
+    show.add_argument("weights", metavar="WEIGHTS", help="what init_from takes")
+    show.add_argument("--json", action="store_true", help="print one JSON object")
+    convert = actions.add_parser("convert", help="write them in another layout")
+    convert.add_argument("weights", metavar="WEIGHTS", help="what init_from takes")
+    convert.add_argument("out", metavar="OUT", help="a file; for hf and mae a folder")
+    convert.add_argument("--to", required=True, choices=FORMATS, help="the layout")
+    convert.add_argument("--overwrite", action="store_true", help="replace what lies at OUT")
+    for action in (show, convert):
+        action.add_argument("--root", help="storage.root, where run:NAME is looked for")
+        action.add_argument("--debug", action="store_true", help="show tracebacks")
+    return parser
