@@ -1,0 +1,59 @@
+"""What Ray's processes log: our own messages in full, and of Ray only what matters."""
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from infra import redaction
+from pipelines.terminal import worker_logging
+
+NAMES = ("mae_core", "infra", "pipelines", "ray", "ray.data", "ray.train", "ray.tune")
+
+
+@pytest.fixture
+def log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Name the file of the workers' lines; the loggers are as before afterwards."""
+    names = (*NAMES, "ray.data._internal.progress")
+    loggers = [logging.getLogger(name) for name in names]
+    before = [(one, [*one.handlers], one.propagate, one.level) for one in loggers]
+    monkeypatch.setenv("MAE_WORKER_LOG", str(tmp_path / "workers.log"))
+    yield tmp_path / "workers.log"
+    for one, handlers, propagate, level in before:
+        for handler in one.handlers:
+            if handler not in handlers:
+                handler.close()
+        one.handlers, one.propagate = handlers, propagate
+        one.setLevel(level)
+
+
+def test_our_messages_go_to_the_drivers_file(log: Path) -> None:
+    worker_logging.set_up()
+    logging.getLogger("pipelines.x").info("step 1")
+    logging.getLogger("mae_core.y").debug("a detail")
+    assert log.read_text() == "step 1\n"
+
+
+def test_of_ray_only_warnings_are_shown(log: Path) -> None:
+    worker_logging.set_up()
+    shown = {name: logging.getLogger(name).level for name in NAMES if name.startswith("ray")}
+    assert set(shown.values()) == {logging.WARNING}
+    assert logging.getLogger("ray.data._internal.progress").level == logging.ERROR
+
+
+def test_a_secret_is_not_logged(log: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "planted-secret-1")
+    redaction.redact_logs()
+    worker_logging.set_up()
+    logging.getLogger("infra.z").info("key planted-secret-1")
+    assert log.read_text() == "key ***\n"
+
+
+def test_lines_are_passed_on_as_they_come_and_the_last_is_not_lost(tmp_path: Path) -> None:
+    file, written = tmp_path / "workers.log", list[str]()
+    before = worker_logging.num_lines_shown()
+    with worker_logging.shown(file, written.append), file.open("a") as stream:
+        stream.write("late\n")
+    assert "".join(written) == "late\n"
+    assert worker_logging.num_lines_shown() == before + 1
