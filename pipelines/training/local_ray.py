@@ -25,6 +25,10 @@ from infra.storage import StorageError
 
 # The path of a Unix socket has at most 107 characters, of which Ray's own part takes 65.
 MAX_FOLDER_CHARACTERS = 40
+MAX_STARTS = 3
+TOO_SLOW = "timed out during startup"  # what Ray says when its own limit has passed
+
+logger = logging.getLogger(__name__)
 
 
 class LocalRay(NamedTuple):
@@ -78,6 +82,19 @@ def running(folder: Path, given: LocalRay) -> Iterator[None]:
         RayStartError: Ray did not start; names the folder with its logs.
     """
     with _guarded(folder):
+        _start(folder, given)
+        try:
+            yield
+        finally:
+            # A thread that asked Ray for something after this would end the process, with code 1.
+            # Where one is left, the process ends soon, and Ray with it.
+            if not processes.is_thread_left():
+                ray.shutdown()
+
+
+def _start(folder: Path, given: LocalRay) -> None:
+    """Start Ray, and again if that takes longer than the 30 s that Ray itself allows (2.60)."""
+    for attempt in range(1, MAX_STARTS + 1):
         try:
             ray.init(
                 "local",  # never join another Ray that happens to run here
@@ -90,20 +107,16 @@ def running(folder: Path, given: LocalRay) -> Iterator[None]:
                 runtime_env=given.runtime_env,
                 _temp_dir=str(folder / "ray"),
             )
+            return
         except Exception as error:
             ray.shutdown()
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise RayStartError(
-                f"Ray did not start on this machine: {reason} Its logs are in {folder / 'ray'}; "
-                "the machine may be busy: try again"
-            ) from error
-        try:
-            yield
-        finally:
-            # A thread that asked Ray for something after this would end the process, with code 1.
-            # Where one is left, the process ends soon, and Ray with it.
-            if not processes.is_thread_left():
-                ray.shutdown()
+            if TOO_SLOW not in reason or attempt == MAX_STARTS:
+                raise RayStartError(
+                    f"Ray did not start on this machine: {reason} Its logs are in "
+                    f"{folder / 'ray'}; the machine may be busy: try again"
+                ) from error
+        logger.warning("Ray did not start in time, for the machine is busy; starting it again")
 
 
 @contextmanager

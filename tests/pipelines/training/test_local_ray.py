@@ -21,6 +21,7 @@ from pipelines.outcome import can_pass
 from pipelines.training import local_ray
 from tests.infra.ray_ports import REFUSALS, ask, listening, of_local_ray
 
+GIVEN = local_ray.LocalRay(num_cpus=1, num_gpus=0, object_store_bytes=2**27, runtime_env={})
 # A process that knows nothing but the address asks Ray's head to run something.
 ATTACK = """
 import logging, sys
@@ -127,11 +128,10 @@ def test_a_ray_that_does_not_start_may_be_tried_again(
     monkeypatch.setenv("RAY_TMPDIR", str(tmp_path)[:20])
     monkeypatch.setattr(local_ray.ray, "init", time_out)
     monkeypatch.setattr(local_ray.ray, "shutdown", lambda: None)
-    given = local_ray.LocalRay(1, 0, 2**27, {})
     with (
         pytest.raises(storage.StorageError, match=r"timed out during startup\. Its logs") as caught,
         local_ray.private_folder() as folder,
-        local_ray.running(folder, given),
+        local_ray.running(folder, GIVEN),
     ):
         pass
     assert can_pass(caught.value)
@@ -139,6 +139,44 @@ def test_a_ray_that_does_not_start_may_be_tried_again(
     assert folder.is_dir()
     (folder / "ray-token").unlink()
     folder.rmdir()
+
+
+@pytest.mark.parametrize(
+    ("told", "starts"),
+    [
+        ("The current node timed out during startup.", 3),
+        ("No space left on device", 1),  # it will not go away
+    ],
+)
+def test_a_ray_that_starts_too_slowly_is_started_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, told: str, starts: int
+) -> None:
+    asked = []
+
+    def fail(*_: object, **__: object) -> None:
+        asked.append(told)
+        raise Exception(told)
+
+    monkeypatch.setattr(local_ray.ray, "init", fail)
+    monkeypatch.setattr(local_ray.ray, "shutdown", lambda: None)
+    with pytest.raises(local_ray.RayStartError), local_ray.running(tmp_path, GIVEN):
+        pass
+    assert len(asked) == starts
+
+
+def test_a_ray_that_starts_at_the_second_time_is_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    outcomes = [Exception("The current node timed out during startup."), None]
+
+    def start(*_: object, **__: object) -> None:
+        if error := outcomes.pop(0):
+            raise error
+
+    monkeypatch.setattr(local_ray.ray, "init", start)
+    monkeypatch.setattr(local_ray.ray, "shutdown", lambda: None)
+    with local_ray.running(tmp_path, GIVEN):
+        assert not outcomes
 
 
 def test_the_folder_of_a_long_path_is_elsewhere(
