@@ -88,6 +88,11 @@ bench-startup: $(STAMP)  ## Measure what each command takes before it works; TIM
 chaos: $(STAMP)  ## Stop and kill runs at random steps and show what each lost; TIMES=10 of each
 	$(PYTHON) benchmarks/stopping.py $(or $(TIMES),3)
 
+.PHONY: check-fair-weights
+check-fair-weights: $(STAMP)  ## Check the MAE authors' file FILE=...pth; IMAGENET=folder measures it
+	@test -n "$(FILE)" || { echo "FILE=mae_pretrain_vit_base.pth is missing"; exit 2; }
+	$(PYTHON) benchmarks/fair_weights.py "$(FILE)" $(if $(IMAGENET),"$(IMAGENET)") $(if $(IMAGENET),$(IMAGES))
+
 .PHONY: docs
 docs: $(STAMP)  ## Write docs/reference from the fields of the configs
 	$(PYTHON) docs/reference/generate.py

@@ -30,7 +30,10 @@ def read_place(place: Place, workspace: Path) -> Weights:
 def describe(place: Place) -> dict[str, str]:
     """Return what the weights at a place are, by what is described."""
     with tempfile.TemporaryDirectory() as workspace:
-        weights = read_place(place, Path(workspace))
+        return describe_weights(place, read_place(place, Path(workspace)))
+
+
+def describe_weights(place: Place, weights: Weights) -> dict[str, str]:
     record, origin, model = weights.record, weights.record.origin, weights.record.model
     shape = model.encoder_shape
     fields = {
