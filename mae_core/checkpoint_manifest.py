@@ -18,6 +18,7 @@ MANIFEST_FILE = "manifest.json"
 WEIGHTS_FILE = "model.safetensors"
 TRAINING_STATE_FILE = "training_state.safetensors"
 SELF_DIGEST = "manifest_sha256"
+AUTHORS_FORMAT = "MAE authors' file"  # a `WeightsOrigin.format`
 AUTHORS_FLOOR = 1e-6  # of a patch's variance, in the code of He et al. 2021
 
 
@@ -46,7 +47,7 @@ class WeightsOrigin(StrictConfig):
     file: str
     """Name of the file or folder, without its path."""
     format: str
-    """In words: "the MAE authors' file", "timm", "Hugging Face", "a checkpoint of ours"."""
+    """In words: "MAE authors' file", "timm", "Hugging Face", "checkpoint of ours"."""
     sha256: str
     """Of the contents."""
     norm_pix: bool | None

@@ -24,7 +24,7 @@ import logging
 from typing import NamedTuple
 
 from infra import storage
-from mae_core.checkpoint_manifest import CheckpointManifest
+from mae_core.checkpoint_manifest import AUTHORS_FORMAT, CheckpointManifest
 from mae_core.data.manifest import Manifest
 from pipelines import driver
 from pipelines.config.pretrain import PretrainConfig
@@ -122,11 +122,17 @@ def _check_init_from(config: PretrainConfig) -> CheckpointManifest | None:
     if uri is None:
         return None
     manifest = fetch_manifest(uri)
+    model = manifest.model
+    if manifest.origin is not None and manifest.origin.format == AUTHORS_FORMAT:
+        # Their files do not say how many heads the decoder has, and the weights' shapes neither.
+        heads = config.model.decoder.num_heads
+        decoder = model.decoder.model_copy(update={"num_heads": heads})
+        model = model.model_copy(update={"decoder": decoder})
     names = ["encoder", "patch_size", "in_chans"]  # positions follow img_size
     if manifest.decoder_present:
         names.append("decoder")
     for name in names:
-        theirs, ours = getattr(manifest.model, name), getattr(config.model, name)
+        theirs, ours = getattr(model, name), getattr(config.model, name)
         if theirs != ours:
             raise ConfigError(
                 f"init_from={uri}: was trained with model.{name}={theirs}, this run has {ours}"

@@ -5,6 +5,7 @@ from pathlib import Path
 from mae_core.config import StrictConfig
 from pipelines.chain.config import ChainConfig, PromoteSpec, StageSpec
 from pipelines.chain.kinds import KINDS
+from pipelines.commands import checkpoint
 from pipelines.config.fields import describe
 
 FOLDER = Path(__file__).parent
@@ -33,7 +34,17 @@ def pages() -> dict[Path, str]:
         FOLDER / f"{name}.md": page(name, kind.config_type, kind.summary)
         for name, kind in KINDS.items()
     }
-    return {**stages, FOLDER / "chain.md": chain_page()}
+    own = {FOLDER / "chain.md": chain_page(), FOLDER / "checkpoint.md": checkpoint_page()}
+    return {**stages, **own}
+
+
+def checkpoint_page() -> str:
+    """Return the page of `mae checkpoint`, which is its help."""
+    return (
+        "# `mae checkpoint`\n\n"
+        "Look up what the command takes here ([guide](../guides/weights.md)). `make docs` writes "
+        f"this page from its help.\n\n```text\n{(checkpoint.__doc__ or '').strip()}\n```\n"
+    )
 
 
 def chain_page() -> str:

@@ -13,7 +13,7 @@ from typing import NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from mae_core.checkpoint_manifest import CorruptCheckpointError
+from mae_core.checkpoint_manifest import AUTHORS_FORMAT, CorruptCheckpointError
 from mae_core.config import ENCODERS, DecoderConfig, EncoderName, ModelConfig
 from mae_core.interchange.declared import Declared
 from mae_core.interchange.layouts import Layout, Named, translate
@@ -23,7 +23,7 @@ from mae_core.model.encoder import build_encoder
 from mae_core.model.positions import sincos_positions
 
 FORMAT_WORDS: dict[Layout, str] = {
-    "fair": "MAE authors' file",
+    "fair": AUTHORS_FORMAT,
     "timm": "timm",
     "hf": "Hugging Face",
 }

@@ -22,6 +22,7 @@ from pipelines.config.prepare import PrepareConfig
 from pipelines.config.pretrain import PretrainConfig
 from pipelines.outcome import StageResult
 from pipelines.training import launch
+from tests.pipelines.training.test_init_from import write_own
 
 ROOT = Path(__file__).parents[2]
 
@@ -497,6 +498,34 @@ def test_a_stage_s_file_can_be_executed(stage: str) -> None:
 def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     with object_store(tmp_path_factory.mktemp("object-store")) as environment:
         yield environment
+
+
+@pytest.mark.services
+def test_weights_in_a_bucket_are_shown_and_converted(
+    mae: Callable[..., Told],
+    tmp_path: Path,
+    store: dict[str, str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name, value in store.items():
+        monkeypatch.setenv(name, value)
+    write_own(tmp_path / "own")
+    place = "s3://mae/weights"
+    steps = [
+        (str(tmp_path / "own"), f"{place}/a.pth", "fair"),
+        (f"{place}/a.pth", f"{place}/hf", "hf"),
+        (f"{place}/hf", f"{place}/own", "mae"),
+        (f"{place}/own", str(tmp_path / "b.safetensors"), "timm"),
+    ]
+    for source, target, layout in steps:
+        told = mae("checkpoint", "convert", source, target, "--to", layout)
+        assert (told.code, told.out) == (0, f"{target}\n"), told.err
+    for target in [target for _, target, _ in steps]:
+        assert "vit_micro: 192 wide, 6 deep" in mae("checkpoint", "show", target).out
+    told = mae("checkpoint", "convert", str(tmp_path / "own"), f"{place}/a.pth", "--to", "fair")
+    assert told.code == 2
+    assert f"{place}/a.pth: exists; give another place, or --overwrite" in told.err
+    assert mae("checkpoint", "show", f"{place}/gone.pth").code == 2
 
 
 @pytest.mark.services
