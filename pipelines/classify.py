@@ -220,13 +220,13 @@ class ClassifyTask:
 
     def build_optimizer(self, model: nn.Module, arm: Arm) -> torch.optim.Optimizer:
         if arm.kind is ArmKind.LINEAR:
-            return build_lars(model, learning_rate=self.peak_learning_rate(arm))
+            learning_rate = self.config.optim.scaled(self.section.linear_base_lr)
+            return build_lars(model, learning_rate=learning_rate)
         return adamw(model, self.config.optim, arm)
 
-    def peak_learning_rate(self, arm: Arm) -> float:
-        optim = self.config.optim
-        base = self.section.linear_base_lr if arm.kind is ArmKind.LINEAR else optim.base_lr
-        return base * optim.global_batch_size / 256
+    def peak_learning_rate(self, arm: Arm, base_lr: float) -> float:
+        is_linear = arm.kind is ArmKind.LINEAR
+        return self.config.optim.scaled(self.section.linear_base_lr if is_linear else base_lr)
 
     def loss(self, model: nn.Module, batch: Batch, arm: Arm) -> BatchLoss:
         images, targets = self.augmented(batch, arm)

@@ -339,8 +339,8 @@ class SegmentTask:
     def build_optimizer(self, model: nn.Module, arm: Arm) -> torch.optim.Optimizer:
         return adamw(model, self.config.optim, arm)
 
-    def peak_learning_rate(self, arm: Arm) -> float:
-        return self.config.optim.learning_rate
+    def peak_learning_rate(self, arm: Arm, base_lr: float) -> float:
+        return self.config.optim.scaled(base_lr)
 
     def loss(self, model: nn.Module, batch: Batch, arm: Arm) -> BatchLoss:
         hole = np.full(self.info.model.img_size, IGNORE, np.uint8)

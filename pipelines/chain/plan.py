@@ -29,7 +29,7 @@ from pipelines.chain.execute import KEY_CHARS, Action, Decision, KeyParts, diffe
 from pipelines.chain.folder import Done, StageFolder, earlier_folders
 from pipelines.config.downstream import DownstreamConfig
 from pipelines.config.pretrain import PretrainConfig
-from pipelines.config.steps import num_steps
+from pipelines.config.steps import HELD_SHARE, num_steps
 from pipelines.outcome import ConfigError
 from pipelines.reading.fingerprints import fingerprint, num_samples
 
@@ -281,8 +281,14 @@ def _num_steps(config: StrictConfig, samples: int | None) -> int | None:
         return None
     section = config.section
     num_trained = sum(map(section.takes_steps, section.kinds))
-    per_share = [num_steps(config.optim, round(samples * x)) for x in section.label_fraction]
-    return num_trained * len(section.seeds) * sum(per_share)
+    shares = [samples * x for x in section.label_fraction]
+    steps = num_trained * sum(num_steps(config.optim, round(x)) for x in shares)
+    rates = config.optim.rates
+    if len(rates) > 1:
+        num_tuned = len(rates) * sum(map(section.uses_base_lr, section.kinds))
+        tried = [round(x * (1 - HELD_SHARE)) for x in shares]
+        steps += num_tuned * sum(num_steps(config.optim, x) for x in tried)
+    return steps * len(section.seeds)
 
 
 def plan_table(plans: list[Planned]) -> str:

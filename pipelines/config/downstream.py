@@ -18,6 +18,7 @@ from pipelines.config.sections import (
 )
 
 Share = float  # in (0, 1]
+Rate = Annotated[float, Field(gt=0)]
 Value = Annotated[int, Field(ge=0, le=65_535)]  # value of a mask's pixel
 
 
@@ -37,8 +38,10 @@ class LabelledDataConfig(StrictConfig):
 class TuningOptimConfig(StrictConfig):
     """The defaults are those for fine-tuning ViT-B in He et al. 2021, table 9."""
 
-    base_lr: float = Field(default=5e-4, gt=0)
-    """Learning rate at a global batch of 256; scaled linearly."""
+    base_lr: Rate | tuple[Rate, ...] = 5e-4
+    """Learning rate at a global batch of 256; scaled linearly. Of several, each kind of arm gets
+    the one that is best on a held fifth of the training labels, by the mean over the seeds; this
+    costs one more training for each rate. linear has a rate of its own."""
     global_batch_size: int = Field(default=1024, gt=0)
     """Images per optimizer step, summed over all workers and accumulation steps."""
     micro_batch_size: int = Field(default=64, gt=0)
@@ -69,10 +72,21 @@ class TuningOptimConfig(StrictConfig):
     precision: Literal["fp32", "bf16"] = "bf16"
     """bf16: use autocast where the device supports it (CUDA)."""
 
+    @field_validator("base_lr")
+    @classmethod
+    def _different_rates(cls, base_lr: float | tuple[float, ...]) -> float | tuple[float, ...]:
+        if isinstance(base_lr, tuple) and (not base_lr or len(set(base_lr)) < len(base_lr)):
+            raise ValueError(f"base_lr={list(base_lr)}: give at least one rate, each only once")
+        return base_lr
+
     @property
-    def learning_rate(self) -> float:
-        """Learning rate after linear scaling, Goyal et al. 2017, https://arxiv.org/abs/1706.02677."""
-        return self.base_lr * self.global_batch_size / 256
+    def rates(self) -> tuple[float, ...]:
+        """The values of `base_lr` to choose from."""
+        return self.base_lr if isinstance(self.base_lr, tuple) else (self.base_lr,)
+
+    def scaled(self, base_lr: float) -> float:
+        """Scale a rate linearly, Goyal et al. 2017, https://arxiv.org/abs/1706.02677."""
+        return base_lr * self.global_batch_size / 256
 
 
 class ArmsConfig(StrictConfig):
@@ -121,6 +135,10 @@ class ArmsConfig(StrictConfig):
     def takes_steps(self, kind: ArmKind) -> bool:
         """Return whether an arm of this kind is trained by an optimizer in this stage."""
         return kind.trains is not Trains.NOTHING
+
+    def uses_base_lr(self, kind: ArmKind) -> bool:
+        """Return whether `optim.base_lr` is the learning rate of this kind of arm."""
+        return self.takes_steps(kind) and kind is not ArmKind.LINEAR
 
 
 class TuningReportConfig(StrictConfig):

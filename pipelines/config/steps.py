@@ -18,6 +18,9 @@ class OptimSteps(Protocol):
     def max_steps(self) -> int | None: ...
 
 
+HELD_SHARE = 0.2  # of the labels, on which learning rates are compared
+
+
 def num_steps(optim: OptimSteps, num_samples: int) -> int:
     """Return how many optimizer steps a run on so many samples has; 0 if they fill no batch."""
     # So that what is a whole number but for the rounding of `epochs` is not cut.

@@ -6,15 +6,19 @@ steps.
 
 import logging
 from collections.abc import Hashable, Sequence
+from itertools import product
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from mae_core.data.label_subset import stratified_subset
 from mae_core.data.manifest import Manifest
+from mae_core.data.randomness import named_generator
 from pipelines.config.arms import PREFERRED_OUTPUT, ArmKind
 from pipelines.config.downstream import DownstreamConfig
-from pipelines.config.steps import needed_steps
+from pipelines.config.steps import HELD_SHARE, needed_steps
+from pipelines.outcome import ConfigError
 from pipelines.reading.shards import Rows
 
 logger = logging.getLogger(__name__)
@@ -29,11 +33,17 @@ class Arm(NamedTuple):
     num_samples: int  # chosen
     steps: int  # optimizer steps; 0 where nothing is trained
     first_step: int  # steps of the arms before
+    tried_rate: float | None = None  # of a trial: see `pipelines.downstream.trials`
 
     @property
     def label(self) -> str:
         """The arm's name in files and metrics, such as `finetune-0.1-seed0`."""
-        return f"{self.kind}-{self.fraction:g}-seed{self.seed}"
+        name = f"{self.kind}-{self.fraction:g}-seed{self.seed}"
+        return name if self.tried_rate is None else f"{name}-lr{self.tried_rate:g}"
+
+    @property
+    def is_trial(self) -> bool:
+        return self.tried_rate is not None
 
     @property
     def last_step(self) -> int:
@@ -48,13 +58,30 @@ def arm_of_step(arms: Sequence[Arm], step: int) -> Arm:
 def plan_arms(
     config: DownstreamConfig, train: Manifest, strata: Sequence[Hashable]
 ) -> list[tuple[Arm, tuple[Rows, ...]]]:
+    """List the arms in the order in which they are trained, with their rows of each shard.
+
+    With several learning rates, the trials of a share of the labels come before its arms.
+    """
     section, optim = config.section, config.optim
     planned: list[tuple[Arm, tuple[Rows, ...]]] = []
     step = 0
+
+    def add(arm: Arm, rows: tuple[Rows, ...]) -> None:
+        nonlocal step
+        planned.append((arm._replace(num_samples=sum(map(len, rows)), first_step=step), rows))
+        step += arm.steps
+
     for fraction in sorted(section.label_fraction):
+        chosen = {seed: stratified_subset(strata, fraction, seed) for seed in section.seeds}
+        if len(optim.rates) > 1:
+            for seed, kind, rate in product(section.seeds, section.kinds, optim.rates):
+                if section.uses_base_lr(kind):
+                    kept = np.setdiff1d(chosen[seed], held_part(strata, chosen[seed], seed))
+                    steps = needed_steps(optim, len(kept), "labelled samples without the held ones")
+                    rows = _rows(train, kept)
+                    add(Arm(kind, fraction, seed, 0, steps, 0, rate), rows)
         for seed in section.seeds:
-            rows = _rows(train, strata, fraction, seed)
-            num_samples = sum(map(len, rows))
+            rows = _rows(train, chosen[seed])
             for kind in section.kinds:
                 is_trained = section.takes_steps(kind)
                 is_fixed = kind.is_pretrained and not is_trained and fraction == 1
@@ -62,28 +89,65 @@ def plan_arms(
                     continue  # nothing in it depends on the seed
                 steps = 0
                 if is_trained:
-                    steps = needed_steps(config.optim, num_samples, "labelled samples")
-                planned.append((Arm(kind, fraction, seed, num_samples, steps, step), rows))
-                step += steps
+                    steps = needed_steps(optim, len(chosen[seed]), "labelled samples")
+                add(Arm(kind, fraction, seed, 0, steps, 0), rows)
+    _tell_plan(config, [arm for arm, _ in planned])
+    return planned
+
+
+def _tell_plan(config: DownstreamConfig, arms: Sequence[Arm]) -> None:
+    optim, total = config.optim, sum(arm.steps for arm in arms)
     logger.info(
         "plan: %d arms, %d steps in all of global batch %d = micro batch %d x %d workers x %d",
-        len(planned),
-        step,
+        sum(not arm.is_trial for arm in arms),
+        total,
         optim.global_batch_size,
         optim.micro_batch_size,
         config.scaling.num_workers,
         optim.global_batch_size // (optim.micro_batch_size * config.scaling.num_workers),
     )
-    return planned
+    if trials := [arm for arm in arms if arm.is_trial]:
+        logger.info(
+            "plan: %d of the steps (%.0f %%) are %d trials, which choose the learning rate of each "
+            "arm from %s on a held fifth of its labels",
+            sum(arm.steps for arm in trials),
+            100 * sum(arm.steps for arm in trials) / total,
+            len(trials),
+            ", ".join(f"{rate:g}" for rate in optim.rates),
+        )
 
 
-def _rows(
-    train: Manifest, strata: Sequence[Hashable], fraction: float, seed: int
-) -> tuple[Rows, ...]:
+def held_part(
+    strata: Sequence[Hashable], chosen: npt.NDArray[np.int64], seed: int
+) -> npt.NDArray[np.int64]:
+    """Choose the samples on which learning rates are compared: a fifth of each class.
+
+    A class of two to four samples gives one, and a class of one sample none.
+
+    Raises:
+        ConfigError: no sample can be held.
+    """
+    members: dict[Hashable, list[int]] = {}
+    for place in chosen.tolist():
+        members.setdefault(strata[place], []).append(place)
+    held: list[int] = []
+    for stratum, places in members.items():
+        count = max(int(HELD_SHARE * len(places)), int(len(places) > 1))
+        shuffled = named_generator(seed, "held", str(stratum)).permutation(places)
+        held += shuffled[:count].tolist()
+    if not held:
+        raise ConfigError(
+            "optim.base_lr lists several rates, and choosing one needs two labelled samples of a "
+            "class or more: give one rate"
+        )
+    return np.sort(np.asarray(held, dtype=np.int64))
+
+
+def _rows(train: Manifest, chosen: npt.NDArray[np.int64]) -> tuple[Rows, ...]:
+    """Split the places of samples in all shards into rows of each shard."""
     counts = [shard.num_samples for shard in train.shards]
-    if fraction == 1:
+    if len(chosen) == sum(counts):
         return tuple(range(count) for count in counts)
-    chosen = stratified_subset(strata, fraction, seed)
     ends = np.cumsum(counts)
     return tuple(
         chosen[(chosen >= end - count) & (chosen < end)] - (end - count)

@@ -24,6 +24,7 @@ from pipelines.config.arms import ArmKind
 from pipelines.config.downstream import DownstreamConfig, TuningOptimConfig
 from pipelines.downstream.arms import Arm, kept_arm, mean_metrics, plan_arms
 from pipelines.downstream.task import Evaluation, Task, TaskInfo
+from pipelines.downstream.trials import rates_table
 from pipelines.downstream.tuning import TuningJob, remaining_data
 from pipelines.downstream.verdict import Verdict, judge, verdict_picture
 from pipelines.outcome import ConfigError, StageResult
@@ -209,20 +210,22 @@ class PlannedTuning(Generic[ConfigT]):
     ) -> StageResult:
         """Bring the arms' results together; then the run is done."""
         config, folder, run_id = self.opened.config, taken.folder, taken.run_id
-        found, missing = self._measured(folder)
+        measured, missing = self._measured(folder)
+        found = {arm: x for arm, x in measured.items() if not arm.is_trial}
         verdict = judge(found, config.section.metric)
         metrics = mean_metrics(found) | verdict.metrics | dict(self.info.ceiling)
         metrics["data/left_out"] = len(log_bad_samples(config.tracking.uri, run_id, folder))
         last_step = max(arm.steps for arm in self.arms)
         tracking.log_final_metrics(config.tracking.uri, run_id, metrics, last_step)
-        self._show(found, taken, verdict)
+        rates = rates_table(self.arms, measured, verdict.metric)
+        self._show(found, taken, verdict, rates)
         if missing:
             raise DataError(
                 f"{len(missing)} of {len(self.arms)} arms could not be measured; the others are "
                 f"recorded in {folder.uri}, and the same command measures only these again: "
                 + "; ".join(f"{label}: {why}" for label, why in missing.items())
             )
-        kept = kept_arm(self.arms)
+        kept = kept_arm([arm for arm in self.arms if not arm.is_trial])
         output = folder.uri if kept is None else folder.model_uri(kept.label)
         result = StageResult(config.stage, "done", run_id, output, metrics)
         folder.write_result(result)
@@ -238,14 +241,16 @@ class PlannedTuning(Generic[ConfigT]):
             raise storage.StorageError(f"{folder.uri}: no result of {', '.join(lost)} is there")
         return found, missing
 
-    def _show(self, found: dict[Arm, dict[str, float]], taken: Taken, verdict: Verdict) -> None:
+    def _show(
+        self, found: dict[Arm, dict[str, float]], taken: Taken, verdict: Verdict, rates: str
+    ) -> None:
         """Write the arms' and the run's pictures and tables to MLflow and into the folder."""
         uri, (folder, run_id) = self.opened.config.tracking.uri, taken
         for arm in found:
             for name, content in folder.read_arm_files(arm.label).items():
                 tracking.log_artifact_bytes(uri, run_id, content, f"{arm.label}/{name}")
         summary = self.opened.kind.summarize(self.opened.config, self.info, found)
-        summary.texts["summary.md"] += verdict.page
+        summary.texts["summary.md"] += rates + verdict.page
         summary.pictures["arms"] = verdict_picture(found, verdict, self.info.title)
         for name, text in summary.texts.items():
             folder.write_file(name, text.encode())
@@ -309,4 +314,4 @@ def adamw(model: nn.Module, optim: TuningOptimConfig, arm: Arm) -> torch.optim.A
         scales = layer_scales(model, optim.layer_decay)
     scales = with_head_scale(scales, optim.head_lr_scale)
     groups = fine_tuning_groups(model, optim.weight_decay, scales)
-    return torch.optim.AdamW(groups, lr=optim.learning_rate, betas=optim.betas, fused=True)
+    return torch.optim.AdamW(groups, lr=optim.scaled(optim.rates[0]), betas=optim.betas, fused=True)

@@ -120,7 +120,8 @@ class Task(Protocol):
     def build_optimizer(self, model: nn.Module, arm: Arm) -> torch.optim.Optimizer:
         """Its groups may have `lr_scale`."""
 
-    def peak_learning_rate(self, arm: Arm) -> float: ...
+    def peak_learning_rate(self, arm: Arm, base_lr: float) -> float:
+        """Return the arm's largest rate; `base_lr` is the one of the config, or chosen from it."""
 
     def loss(self, model: nn.Module, batch: Batch, arm: Arm) -> BatchLoss:
         """Compute the loss of a micro batch."""

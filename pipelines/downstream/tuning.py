@@ -31,6 +31,7 @@ from pipelines.downstream.arm_start import fit_start
 from pipelines.downstream.arms import Arm, arm_of_step
 from pipelines.downstream.measuring import Measurer, NotMeasuredError, to_images, write_evaluation
 from pipelines.downstream.task import Batch, EncodedSample, Evaluation, Example, Task
+from pipelines.downstream.trials import best_rate, held_rows, trials_of
 from pipelines.outcome import ConfigError
 from pipelines.reading.batches import BadSample, ahead
 from pipelines.reading.sequence import SequencePlan, passes_per_block, sequence_dataset
@@ -157,6 +158,7 @@ class TuningTask:
             tell=process.tell_measured,
         )
         self._pretrained: Path | None = None
+        self._chosen: dict[str, float] = {}  # base_lr by the arm's label
 
     def size(self, part: Arm) -> RunSize:
         return RunSize(part.steps, self.config.optim.global_batch_size, part.num_samples, 1)
@@ -197,7 +199,8 @@ class TuningTask:
         return self._pretrained
 
     def learning_rate(self, part: Arm, step: int) -> float:
-        optim, peak = self.config.optim, self.task.peak_learning_rate(part)
+        optim = self.config.optim
+        peak = self.task.peak_learning_rate(part, self._base_lr(part))
         return warmup_cosine(
             step - 1,
             peak=peak,
@@ -205,6 +208,21 @@ class TuningTask:
             total_steps=part.steps,
             floor=peak * optim.min_lr_ratio,
         )
+
+    def _base_lr(self, part: Arm) -> float:
+        """Return the rate of a trial, the only one there is, or the one that the trials chose."""
+        if part.tried_rate is not None:
+            return part.tried_rate
+        trials = trials_of(self.job.arms, part)
+        if not trials:
+            return self.config.optim.rates[0]
+        if part.label not in self._chosen:
+            folder = self.job.folder
+            scores = {x: folder.read_arm(x.label) for x in trials if folder.has_arm(x.label)}
+            chosen = best_rate(trials, scores, self.config.section.metric)
+            logger.info("%s: base_lr=%g, chosen on held labels", part.label, chosen)
+            self._chosen[part.label] = chosen
+        return self._chosen[part.label]
 
     def decoded(self, tables: Iterable[pa.Table]) -> Iterator[DecodedExamples]:
         return ahead(tables, self._decode, BATCHES_AHEAD)
@@ -309,7 +327,12 @@ class TuningTask:
     def _evaluation(self, arm: Arm, model: nn.Module) -> Evaluation | None:
         """Measure an arm; return None on the workers that only help."""
         training: list[Any] | None = []
-        if arm.steps:
+        shards = self.job.val_shards
+        if arm.is_trial:
+            shards = self.job.train_shards
+            held = held_rows(self.job.arms, self.job.rows, arm)
+            predictions = self.measurer.predictions(model, shards, held)
+        elif arm.steps:
             predictions = self.measurer.predictions(model, self.job.val_shards, None)
         else:  # such arms share the frozen encoder
             weights = None if arm.kind.is_pretrained else arm.seed
@@ -318,5 +341,6 @@ class TuningTask:
             predictions = features(self.job.val_shards, None)
         if predictions is None or training is None:
             return None
-        read = partial(self.measurer.example_at, self.job.val_shards)
-        return self.task.evaluate(predictions, arm, read, training)
+        read = partial(self.measurer.example_at, shards)
+        evaluation = self.task.evaluate(predictions, arm, read, training)
+        return Evaluation(evaluation.metrics, {}, {}) if arm.is_trial else evaluation

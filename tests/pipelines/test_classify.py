@@ -130,8 +130,8 @@ def test_findings_are_each_decided_apart() -> None:
 
 @pytest.mark.parametrize(("kind", "rate"), [(ArmKind.LINEAR, 0.025), (ArmKind.FINETUNE, 0.00125)])
 def test_the_learning_rate_is_scaled_from_the_kinds_own_base(kind: ArmKind, rate: float) -> None:
-    task = make_task("optim.base_lr=0.005", "classify.linear_base_lr=0.1")
-    assert task.peak_learning_rate(make_arm(kind)) == pytest.approx(rate)
+    task = make_task("classify.linear_base_lr=0.1")
+    assert task.peak_learning_rate(make_arm(kind), 0.005) == pytest.approx(rate)
 
 
 def test_only_an_arm_that_trains_the_encoder_is_changed_by_rand_augment(

@@ -17,6 +17,7 @@ from pipelines.downstream.arms import (
     Arm,
     arm_of_step,
     arms_table,
+    held_part,
     kept_arm,
     mean_metrics,
     plan_arms,
@@ -96,6 +97,41 @@ def test_every_stage_compares_with_scratch_and_untrained_by_default(config_type:
     words = ["segment.names=[a,b]"] if config_type is SegmentConfig else []
     arms = load_config(config_type, [], [*NEEDED, *words], {}).section.arms
     assert {"finetune", "scratch", "untrained"} <= set(arms)
+
+
+def test_trials_of_several_rates_come_before_the_arms_of_their_share() -> None:
+    words = ["classify.arms=[logistic,linear,finetune]", "classify.seeds=[0,3]"]
+    config = make_config(*words, "optim.base_lr=[1e-3,4e-3]", "optim.epochs=1")
+    planned = plan_arms(config, make_manifest(40), [0, 1] * 20)
+    assert [(arm.label, arm.num_samples, arm.steps) for arm, _ in planned] == [
+        ("finetune-1-seed0-lr0.001", 32, 4),
+        ("finetune-1-seed0-lr0.004", 32, 4),
+        ("finetune-1-seed3-lr0.001", 32, 4),
+        ("finetune-1-seed3-lr0.004", 32, 4),
+        ("logistic-1-seed0", 40, 0),
+        ("linear-1-seed0", 40, 5),
+        ("finetune-1-seed0", 40, 5),
+        ("linear-1-seed3", 40, 5),
+        ("finetune-1-seed3", 40, 5),
+    ]
+    same, also, other = (set(planned[i][1][0].tolist()) for i in (0, 1, 2))
+    assert same == also != other
+    assert sum(row % 2 for row in same) == 16  # a fifth of each class is held
+
+
+@pytest.mark.parametrize(("sizes", "held"), [((10, 4), (2, 1)), ((5, 1), (1, 0)), ((2, 2), (1, 1))])
+def test_a_fifth_of_each_class_is_held_and_the_only_sample_of_a_class_is_not(
+    sizes: tuple[int, int], held: tuple[int, int]
+) -> None:
+    strata = ["a"] * sizes[0] + ["b"] * sizes[1]
+    found = held_part(strata, np.arange(sum(sizes)), seed=0)
+    assert [strata[i] for i in found].count("a") == held[0]
+    assert [strata[i] for i in found].count("b") == held[1]
+
+
+def test_rates_need_labels_to_be_chosen_on() -> None:
+    with pytest.raises(ConfigError, match=r"base_lr lists several rates.*give one rate"):
+        held_part(["a", "b"], np.arange(2), seed=0)
 
 
 def test_a_share_of_the_labels_is_cut_into_rows_of_each_shard() -> None:
@@ -190,6 +226,9 @@ def test_the_output_is_of_the_largest_share_of_the_labels() -> None:
             "is not a multiple of",
         ),
         (ClassifyConfig, ["classify.arms=[finetun]"], "Input should be"),
+        (ClassifyConfig, ["optim.base_lr=[1e-3,1e-3]"], "each only once"),
+        (ClassifyConfig, ["optim.base_lr=[]"], "give at least one rate"),
+        (ClassifyConfig, ["optim.base_lr=[1e-3,-1]"], "should be greater than 0"),
         (DetectConfig, ["detect.hed=fcos"], "did you mean detect.head"),
         (SegmentConfig, ["segment.head=fpn"], "segment.names is needed"),
         (

@@ -1,5 +1,6 @@
 """What the downstream stages add to a training process, with tiny models and without Ray."""
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -16,10 +17,11 @@ from pipelines.config.arms import ArmKind
 from pipelines.config.downstream import ClassifyConfig
 from pipelines.config.loading import load_config
 from pipelines.downstream.arms import Arm, plan_arms
-from pipelines.downstream.task import ArmStart, EncodedSample, Example
+from pipelines.downstream.task import ArmStart, EncodedSample, Evaluation, Example
 from pipelines.downstream.tuning import DecodedExamples, TuningTask, remaining_data
 from pipelines.reading.sequence import SequencePlan
 from pipelines.training.process import Process
+from pipelines.training.run_folder import RunFolder
 
 FINETUNE = Arm(ArmKind.FINETUNE, 1.0, 0, 80, 20, 5)
 ENCODER = SimpleNamespace(
@@ -35,8 +37,8 @@ class FakeTask:
     def start(self, arm: Arm) -> None:
         return None
 
-    def peak_learning_rate(self, arm: Arm) -> float:
-        return 1.0
+    def peak_learning_rate(self, arm: Arm, base_lr: float) -> float:
+        return base_lr
 
     def training_example(self, sample: EncodedSample, arm: Arm) -> Example:
         if sample.key == "broken":
@@ -50,7 +52,7 @@ def _no_fetch(uri: str) -> Path:
 
 def make_task(folder: Path, *words: str) -> TuningTask:
     needed = ["init_from=c", "data.train=t", "data.val=v", "data.shuffle_window=8"]
-    batch = ["optim.global_batch_size=8", "optim.micro_batch_size=4"]
+    batch = ["optim.global_batch_size=8", "optim.micro_batch_size=4", "optim.base_lr=1"]
     job: Any = SimpleNamespace(
         config=load_config(ClassifyConfig, [], [*needed, *batch, *words], {}),
         arms=(Arm(ArmKind.LINEAR, 1.0, 0, 80, 5, 0), FINETUNE),
@@ -217,3 +219,32 @@ def test_the_start_is_fitted_before_the_first_step_and_not_when_resumed(
     assert weight(scratch, is_resumed=False) == 3
     assert weight(scratch, is_resumed=True) != 3
     assert weight(untrained, is_resumed=False) != 3  # it takes no step
+
+
+def test_an_arm_trains_at_the_rate_that_its_trials_chose(tmp_path: Path) -> None:
+    task = make_task(tmp_path, "optim.base_lr=[1,3]", "optim.warmup_epochs=0")
+    trials = [FINETUNE._replace(first_step=0, steps=1, tried_rate=rate) for rate in (1.0, 3.0)]
+    job = cast(Any, task.job)
+    job.arms, job.folder = (*trials, FINETUNE), RunFolder(str(tmp_path))
+    for trial, top1 in zip(trials, (0.2, 0.4), strict=True):
+        job.folder.write_arm(trial.label, json.dumps({"top1": top1}))
+    assert [task.learning_rate(arm, 1) for arm in job.arms] == pytest.approx([1, 3, 3])
+
+
+def test_a_trial_is_measured_on_the_held_labels_without_pictures(tmp_path: Path) -> None:
+    task = make_task(tmp_path)
+    job, asked = cast(Any, task.job), list[Any]()
+    trial = FINETUNE._replace(tried_rate=0.1)
+    job.arms, job.rows = (trial, FINETUNE), ((np.asarray([0, 2]),), (range(4),))
+    job.train_shards, job.val_shards = "train", "val"
+
+    def predict(model: nn.Module, shards: str, rows: Any) -> list[Any]:
+        asked.append((shards, rows))
+        return []
+
+    task.measurer = cast(Any, SimpleNamespace(predictions=predict, example_at=print))
+    picture = np.zeros((1, 1, 3), np.uint8)
+    cast(Any, task.task).evaluate = lambda *_: Evaluation({"top1": 0.5}, {"p": picture}, {"t": ""})
+    assert task._evaluation(trial, nn.Linear(1, 1)) == Evaluation({"top1": 0.5}, {}, {})
+    ((shards, (rows,)),) = asked
+    assert (shards, rows.tolist()) == ("train", [1, 3])
