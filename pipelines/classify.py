@@ -215,7 +215,9 @@ class ClassifyTask:
         std = features.std(dim=0, correction=0)
         # A feature that hardly varies is left out: standardised, it would be mostly noise.
         features = features * (std > SMALLEST_SPREAD * std.median())
-        probe = fit_linear_probe(features, labels, num_classes=len(self.info.names), seed=seed)
+        # An overconfident head would be unlearned first, so its probabilities have to be right.
+        num_classes = len(self.info.names)
+        probe = fit_linear_probe(features, labels, num_classes=num_classes, seed=seed, by_loss=True)
         cast(Classifier, model).start_from(**probe._asdict())
 
     def build_optimizer(self, model: nn.Module, arm: Arm) -> torch.optim.Optimizer:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
@@ -63,6 +64,7 @@ def fit_linear_probe(
     *,
     num_classes: int,
     seed: int,
+    by_loss: bool = False,
 ) -> LinearProbe:
     """Fit a logistic regression to standardised features.
 
@@ -70,8 +72,9 @@ def fit_linear_probe(
     The strength of the L2 penalty is chosen on a fifth of the images, drawn with `seed` from each
     class; then the fit is repeated on all of them. As in Radford et al. 2021,
     https://arxiv.org/abs/2103.00020, section A.3. Differs: a coarse grid, and the search stops when
-    accuracy falls by more than chance explains. Findings are chosen by their mean log loss, because
-    most findings are rare and accuracy would not see them. Where no class has the five images that
+    accuracy falls by more than chance explains. With `by_loss` the log loss decides, so that the
+    probabilities are right on unseen images and not only the classes. Findings are always chosen
+    so, because most are rare and accuracy would not see them. Where no class has the five images that
     the choice needs, the penalty is fixed.
 
     Reason for the choice: on CIFAR-10, raw pixels (10,000 x 3072) score 0.39 at C = 0.001 and 0.31
@@ -85,9 +88,13 @@ def fit_linear_probe(
     std, mean = torch.std_mean(features.float(), dim=0, correction=0)
     std = torch.where(std > 0, std, 1.0)  # a constant feature becomes 0
     scaled = ((features.float() - mean) / std).cpu().numpy()
-    choose, fit = (_choose_many, _fit_many) if is_many else (_choose_one, _fit_one)
     held = _held_part(labels_array, seed)
-    penalty = choose(scaled, labels_array, held) if held.any() else _FEW_SHOT_INVERSE_PENALTY
+    penalty = _FEW_SHOT_INVERSE_PENALTY
+    if held.any():
+        by_accuracy = not by_loss and not is_many
+        choose = _by_accuracy if by_accuracy else _by_loss
+        penalty = choose(scaled, labels_array, held)
+    fit = _fit_many if is_many else _fit_one
     weight, bias = fit(penalty, scaled, labels_array, num_classes)
     return LinearProbe(mean, std, torch.from_numpy(weight), torch.from_numpy(bias))
 
@@ -104,7 +111,7 @@ def _held_part(labels: Labels, seed: int) -> npt.NDArray[np.bool_]:
     return held
 
 
-def _choose_one(features: Features, labels: Labels, held: npt.NDArray[np.bool_]) -> float:
+def _by_accuracy(features: Features, labels: Labels, held: npt.NDArray[np.bool_]) -> float:
     best, best_accuracy = _INVERSE_PENALTIES[0], -1.0
     probe = LogisticRegression(warm_start=True)
     for inverse_penalty in _INVERSE_PENALTIES:
@@ -136,13 +143,23 @@ def _fit_one(
     return weight, bias
 
 
-def _choose_many(features: Features, labels: Labels, held: npt.NDArray[np.bool_]) -> float:
-    losses = []
+def _by_loss(features: Features, labels: Labels, held: npt.NDArray[np.bool_]) -> float:
+    """Return the penalty with the smallest log loss on the held images."""
+    is_many = labels.ndim == 2
+    fit, num_classes = (_fit_many, labels.shape[1]) if is_many else (_fit_one, labels.max() + 1)
+    best, best_loss = _INVERSE_PENALTIES[0], math.inf
     for inverse_penalty in _INVERSE_PENALTIES:
-        weight, bias = _fit_many(inverse_penalty, features[~held], labels[~held], labels.shape[1])
-        logits, truth = features[held] @ weight.T + bias, labels[held]
-        losses.append(float(np.mean(np.logaddexp(0, logits) - truth * logits)))
-    return _INVERSE_PENALTIES[int(np.argmin(losses))]
+        weight, bias = fit(inverse_penalty, features[~held], labels[~held], int(num_classes))
+        logits = torch.from_numpy(features[held] @ weight.T + bias)
+        truth = torch.from_numpy(labels[held])
+        if is_many:
+            loss = F.binary_cross_entropy_with_logits(logits, truth.float()).item()
+        else:
+            loss = F.cross_entropy(logits, truth.long()).item()
+        if loss > best_loss:
+            break  # The loss falls and then rises; weaker penalties take the longest.
+        best, best_loss = inverse_penalty, loss
+    return best
 
 
 def _fit_many(

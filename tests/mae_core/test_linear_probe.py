@@ -148,3 +148,19 @@ def test_features_that_cannot_be_scored_are_refused() -> None:
     features, labels = make_blobs(20)
     with pytest.raises(ValueError, match="train_features hold NaN or infinity"):
         linear_probe_accuracy(features * torch.nan, labels, features, labels, seed=0)
+
+
+def test_chosen_by_loss_it_is_not_sure_of_what_it_can_not_know() -> None:
+    """On 100 features and random labels, a weak penalty fits the training images by heart."""
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(120, 100, generator=generator)
+    labels = torch.arange(120) % 4
+    unseen = torch.randn(400, 100, generator=generator)
+    probe = fit_linear_probe(features, labels, num_classes=4, seed=0, by_loss=True)
+    assert probe.logits(unseen).softmax(dim=1).max() < 0.35
+
+
+def test_chosen_by_loss_it_is_sure_of_what_it_can_know() -> None:
+    train, labels = make_blobs(300, spread=0.3)
+    probe = fit_linear_probe(train, labels, num_classes=5, seed=0, by_loss=True)
+    assert probe.logits(train).softmax(dim=1).max(dim=1).values.mean() > 0.95
