@@ -74,8 +74,8 @@ def fit_linear_probe(
     https://arxiv.org/abs/2103.00020, section A.3. Differs: a coarse grid, and the search stops when
     accuracy falls by more than chance explains. With `by_loss` the log loss decides, so that the
     probabilities are right on unseen images and not only the classes. Findings are always chosen
-    so, because most are rare and accuracy would not see them. Where no class has the five images that
-    the choice needs, the penalty is fixed.
+    so, because most are rare and accuracy would not see them. Where no class has the five images
+    that the choice needs, the penalty is fixed.
 
     Reason for the choice: on CIFAR-10, raw pixels (10,000 x 3072) score 0.39 at C = 0.001 and 0.31
     at sklearn's default of 1, which is best for 192 random features (40,000 x 192). A fixed
