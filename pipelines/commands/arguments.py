@@ -12,7 +12,7 @@ from typing import Any
 
 from mae_core.config import StrictConfig
 from pipelines.chain.kinds import KINDS
-from pipelines.config.fields import describe, did_you_mean
+from pipelines.config.fields import describe, did_you_mean, flatten
 from pipelines.config.loading import Given, load_config
 from pipelines.outcome import ConfigError
 
@@ -162,7 +162,23 @@ def read_config(arguments: argparse.Namespace) -> StrictConfig:
         overrides.append(_bare("query", bare[1]))
     elif bare:
         raise ConfigError(f"{bare[0]!r} is neither a .yaml file nor section.key=value")
-    return load_config(config_type, files, overrides)
+    config = load_config(config_type, files, overrides)
+    if arguments.stage == "stage":
+        _check_own_folder(config)
+    return config
+
+
+def _check_own_folder(config: StrictConfig) -> None:
+    """Refuse `{self}`, which only a pipeline replaces: a stage would write to a folder so named.
+
+    Raises: ConfigError.
+    """
+    for key, value in flatten(config).items():
+        if "{self}" in value:
+            raise ConfigError(
+                f"{key}={value}: {{self}} is the stage's folder in a pipeline; run alone, the "
+                f"stage needs {key}=FOLDER"
+            )
 
 
 def _is_value(word: str, config_type: type[StrictConfig]) -> bool:

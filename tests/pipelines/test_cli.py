@@ -312,6 +312,31 @@ def test_a_command_without_its_words_says_which_it_needs(
     assert (ended.code, ended.out, ended.err) == (2, "", f"config error: {told}\n")
 
 
+OWN_STAGE = """
+from mae_core.config import StrictConfig
+from pipelines.outcome import StageResult
+
+class Config(StrictConfig):
+    folder: str = "{self}"
+
+def run(config, *, fresh):
+    return StageResult("own", "done", None, config.folder, {})
+"""
+
+
+def test_a_stage_of_ones_own_gets_no_folder_called_self(
+    mae: Callable[..., Told], tmp_path: Path
+) -> None:
+    (tmp_path / "own.py").write_text(OWN_STAGE)
+    told = mae("stage", f"{tmp_path}/own.py")
+    assert (told.code, told.out) == (2, "")
+    assert told.err == (
+        "config error: folder={self}: {self} is the stage's folder in a pipeline; run alone, the "
+        "stage needs folder=FOLDER\n"
+    )
+    assert mae("stage", f"{tmp_path}/own.py", "folder=/out").code == 0
+
+
 def test_only_the_missing_word_is_called_required(mae: Callable[..., Told]) -> None:
     told = mae("run")
     assert told.code == 2
