@@ -47,19 +47,41 @@ ENCODERS: dict[str, EncoderShape] = {
 }
 
 
+class DecoderShape(NamedTuple):
+    dim: int
+    depth: int
+    num_heads: int
+
+
+# base and larger: He et al. 2021, table 1. The decoder sees all patches and the encoder a quarter
+# of them, so beside a small encoder theirs would take most of the time.
+DECODERS: dict[str, DecoderShape] = {
+    "vit_micro": DecoderShape(dim=96, depth=2, num_heads=3),
+    "vit_tiny": DecoderShape(dim=192, depth=4, num_heads=6),
+    "vit_small": DecoderShape(dim=256, depth=4, num_heads=8),
+}
+
+
 class DecoderConfig(StrictConfig):
     dim: int = Field(default=512, gt=0, multiple_of=4)
-    """Width of the decoder's tokens."""
+    """Width of the decoder's tokens. A small encoder has a smaller default: micro 96, tiny 192,
+    small 256."""
     depth: int = Field(default=8, ge=1)
-    """Transformer blocks."""
+    """Transformer blocks. A small encoder has a smaller default: micro 2, tiny and small 4."""
     num_heads: int = Field(default=16, ge=1)
-    """Attention heads; the number must divide `dim`."""
+    """Attention heads; the number must divide `dim`. A small encoder has a smaller default: micro
+    3, tiny 6, small 8."""
 
     @model_validator(mode="after")
     def _heads_divide_the_width(self) -> Self:
         if self.dim % self.num_heads:
             raise ValueError(f"num_heads={self.num_heads} does not divide dim={self.dim}")
         return self
+
+
+def _num_heads(dim: int) -> int:
+    """Return a number of heads that divides a width, of about 32 values each."""
+    return next(heads for heads in range(max(1, dim // 32), 0, -1) if dim % heads == 0)
 
 
 class ModelConfig(StrictConfig):
@@ -80,6 +102,21 @@ class ModelConfig(StrictConfig):
         if isinstance(raw, dict) and "img_size" in raw:
             return {**raw, "img_size": as_square(raw["img_size"])}
         return raw
+
+    @model_validator(mode="before")
+    @classmethod
+    def _the_default_decoder_is_the_encoders(cls, raw: object) -> object:
+        """Complete the decoder of a small encoder by defaults of its size."""
+        if not isinstance(raw, dict) or not isinstance(given := raw.get("decoder", {}), dict):
+            return raw
+        encoder = raw.get("encoder")
+        shape = DECODERS.get(encoder) if isinstance(encoder, str) else None
+        if shape is None:
+            return raw
+        dim = given.get("dim", shape.dim)
+        if isinstance(dim, int) and dim > 0 and dim % shape.num_heads:
+            shape = shape._replace(num_heads=_num_heads(dim))
+        return {**raw, "decoder": {**shape._asdict(), **given}}
 
     @model_validator(mode="after")
     def _patches_tile_the_image(self) -> Self:

@@ -71,6 +71,43 @@ def test_the_heads_of_every_model_divide_its_width() -> None:
     assert ENCODERS["vit_base"] == (768, 12, 12)
 
 
+@pytest.mark.parametrize(
+    ("encoder", "decoder", "shape"),
+    [
+        ("vit_base", {}, (512, 8, 16)),
+        ("vit_large", {"dim": 256}, (256, 8, 16)),
+        ("vit_micro", {}, (96, 2, 3)),
+        ("vit_tiny", {}, (192, 4, 6)),
+        ("vit_small", {}, (256, 4, 8)),
+        ("vit_micro", {"depth": 4}, (96, 4, 3)),
+        ("vit_micro", {"dim": 192}, (192, 2, 3)),
+        ("vit_micro", {"dim": 128}, (128, 2, 4)),  # 3 heads do not divide it
+        ("vit_micro", {"dim": 100}, (100, 2, 2)),
+        ("vit_micro", {"dim": 8}, (8, 2, 1)),
+        ("vit_micro", {"dim": 512, "depth": 8, "num_heads": 16}, (512, 8, 16)),
+    ],
+)
+def test_a_small_encoder_has_a_small_decoder_unless_one_is_given(
+    encoder: str, decoder: dict[str, int], shape: tuple[int, int, int]
+) -> None:
+    fields = {"encoder": encoder, **({"decoder": decoder} if decoder else {})}
+    found = ModelConfig.model_validate(fields).decoder
+    assert (found.dim, found.depth, found.num_heads) == shape
+
+
+def test_a_decoder_that_is_given_as_a_whole_stays() -> None:
+    model = ModelConfig(encoder="vit_micro", decoder=DecoderConfig())
+    assert model.decoder == DecoderConfig(dim=512, depth=8, num_heads=16)
+    assert ModelConfig.model_validate(model.model_dump(mode="json")) == model
+
+
+def test_a_mistake_in_a_decoder_is_still_named() -> None:
+    with pytest.raises(ValidationError, match=r"num_heads=5 does not divide dim=96"):
+        ModelConfig.model_validate({"encoder": "vit_micro", "decoder": {"num_heads": 5}})
+    with pytest.raises(ValidationError, match=r"decoder\.widht"):
+        ModelConfig.model_validate({"encoder": "vit_micro", "decoder": {"widht": 5}})
+
+
 def test_a_grid_mask_has_one_ratio() -> None:
     assert MaskingConfig(kind="grid").mask_ratio == 0.75
     with pytest.raises(ValidationError, match=r"mask_ratio must be 0\.75, not 0\.5"):
