@@ -22,7 +22,8 @@ class DataConfig(StrictConfig):
     """Training shards: a folder, an s3://bucket/prefix, a pattern with {000000..000099}.tar, a tar,
     or a list of these."""
     val: str | tuple[str, ...] | None = None
-    """Shards with labels (.cls) for the kNN evaluation at the end, in the same form."""
+    """Held-out shards, in the same form: the model's health is measured on them and, if they and
+    the training shards have labels (.cls), the kNN accuracy."""
     decode: Literal["worker", "cluster"] = "worker"
     """Where images are decoded: in the training workers, or by Ray Data tasks on CPU nodes."""
     shuffle_window: int = Field(default=1024, gt=0)

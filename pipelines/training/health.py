@@ -44,7 +44,8 @@ class HealthData(NamedTuple):
     """What the health is measured on."""
 
     train: Sequence[ShardInfo]
-    val: Sequence[ShardInfo]  # empty: neither loss nor kNN accuracy is measured
+    val: Sequence[ShardInfo]  # held out; empty: neither loss nor kNN accuracy is measured
+    has_labels: bool  # False: no kNN accuracy is measured
     reader: ImageReader
 
 
@@ -129,22 +130,21 @@ def measure_health(
 
     Args:
         models: by what is appended to the names of their metrics.
-        data: labelled images, or training images alone, whose labels do not count.
+        data: see `HealthData`.
         config: the run's.
     """
     limit = config.health.max_images
-    has_val = bool(data.val)
-    reader = data.reader._replace(needs_labels=has_val)
+    reader = data.reader._replace(needs_labels=data.has_labels)
     encoders = {f"features{end}": features_of(mae.encoder) for end, mae in models.items()}
     measures = dict(encoders)
-    if has_val:
+    if data.val:
         noise = fixed_noise(config)
         measures |= {f"loss{end}": _losses_of(mae, noise) for end, mae in models.items()}
     seen = shared_features(
         measures, spread_slices(data.val or data.train, limit), reader, lambda _: None
     )
     bank = None
-    if has_val:
+    if data.has_labels:
         slices = spread_slices(data.train, limit)
         bank = shared_features(encoders, slices, reader, lambda _: None)
     if seen is None:
@@ -159,9 +159,11 @@ def _metrics(
 ) -> list[tuple[str, float]]:
     """Return the metrics of the model whose names end so."""
     metrics: list[tuple[str, float]] = []
+    losses = seen.features.get(f"loss{end}")
+    if losses is not None:
+        metrics.append(("loss", float(losses.double().mean())))
     if bank is not None:
         k = min(config.knn.k, len(bank.labels))
-        metrics.append(("loss", float(seen.features[f"loss{end}"].double().mean())))
         metrics.append(("knn", accuracy_of(f"features{end}", bank, seen, k=k)))
     health = feature_health(seen.features[f"features{end}"])
     return [

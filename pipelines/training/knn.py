@@ -247,6 +247,15 @@ def needed_label(shard: ShardInfo, sample: Sample, numbers: Numbers = MappingPro
     return known[label]
 
 
+def has_labels(shards: Sequence[ShardInfo]) -> bool:
+    """Return whether any of the samples that are looked at has a `.cls`, usable or not."""
+    return any(
+        "cls" in sample.parts
+        for piece in spread_slices(shards, CHECKED_SAMPLES)
+        for sample in read_rows(piece.shard, piece.start, piece.stop)
+    )
+
+
 def check_labels(key: str, shards: Sequence[ShardInfo], numbers: Numbers) -> None:
     """Look at the labels of some samples before training, and tell what the evaluation will miss.
 

@@ -36,7 +36,7 @@ from pipelines.training.checkpoints import (
 from pipelines.training.export import log_encoder
 from pipelines.training.flat_patches import measure_flat_patches
 from pipelines.training.health_points import best_step
-from pipelines.training.knn import check_labels
+from pipelines.training.knn import check_labels, has_labels
 from pipelines.training.pretrain_evaluation import evaluation_key
 from pipelines.training.pretrain_task import Pictures, PretrainJob, remaining_data
 from pipelines.training.protocol import Work
@@ -53,13 +53,14 @@ NUM_PICTURES = 8
 
 class OpenedData(NamedTuple):
     train: Manifest
-    val: Manifest | None  # None: no kNN evaluation
+    val: Manifest | None  # None: nothing is measured on held-out images
 
 
 class Plan(NamedTuple):
     """What the run will do, known before anything is started."""
 
     stats: ChannelStats
+    has_labels: bool  # of the images that are held out
     classes: Classes
     size: RunSize
     pictures: Pictures
@@ -98,6 +99,7 @@ class PlannedPretraining(NamedTuple):
             train_shards=data.train.shards,
             val_shards=() if data.val is None else data.val.shards,
             class_numbers=plan.classes.numbers,
+            has_labels=plan.has_labels,
             evaluation_key=evaluation_key(config),
         )
         saved = partial(saved_steps, job.run_uri, job.channel, plan.size.total_steps)
@@ -184,7 +186,32 @@ def _plan(config: PretrainConfig, data: OpenedData) -> Plan:
         total_steps, optim.global_batch_size, manifest.num_samples, config.data.crops_per_image
     )
     flat_patches = measure_flat_patches(config, manifest, stats)
-    return Plan(stats, _classes(data), size, _pictures(config, manifest), flat_patches)
+    labelled = _has_labels(config, data)
+    classes = _classes(data) if labelled else Classes((), {})
+    return Plan(stats, labelled, classes, size, _pictures(config, manifest), flat_patches)
+
+
+def _has_labels(config: PretrainConfig, data: OpenedData) -> bool:
+    """Return whether a kNN accuracy is measured; without any labels, the health is all there is.
+
+    Raises:
+        ConfigError: the best checkpoint is to be found by a kNN accuracy, and there are no labels.
+    """
+    if data.val is None:
+        return False
+    if config.health.every_epochs == 0 or has_labels(data.val.shards):
+        return True
+    if has_labels(data.train.shards):
+        return True  # `check_labels` says that those of data.val are missing
+    if config.checkpoint.keep_best == "health/knn":
+        raise ConfigError(
+            "checkpoint.keep_best=health/knn needs labels (.cls), and data.train and data.val have "
+            "none; use health/loss"
+        )
+    logger.info(
+        "data.val has no labels: the loss and the features are measured on it, no kNN accuracy"
+    )
+    return False
 
 
 def _classes(data: OpenedData) -> Classes:

@@ -79,8 +79,9 @@ class PretrainJob(NamedTuple):
     std: tuple[float, ...]
     pictures: Pictures
     train_shards: tuple[ShardInfo, ...]
-    val_shards: tuple[ShardInfo, ...]  # empty: no kNN evaluation
+    val_shards: tuple[ShardInfo, ...]  # held out; may be empty
     class_numbers: Numbers
+    has_labels: bool  # whether the held-out images and the training images have any
     evaluation_key: str  # see RunFolder.write_evaluation
 
     @property
@@ -148,7 +149,7 @@ class PretrainTask:
             config,
             job.folder,
             job.evaluation_key,
-            HealthData(job.train_shards, job.val_shards, reader),
+            HealthData(job.train_shards, job.val_shards, job.has_labels, reader),
             self._build_untrained,
         )
         self._logged_step: int | None = None  # of the health in MLflow; asked for once
@@ -159,9 +160,9 @@ class PretrainTask:
     def after(self, part: WholeRun) -> After:
         """Count the images of the closing evaluation as if they were trained on."""
         job, knn, health = self.job, self.config.knn, self.config.health
-        limits = [(job.val_shards, knn.max_val)]
-        if job.val_shards:
-            limits.append((job.train_shards, knn.max_train))
+        limits = []
+        if job.has_labels:
+            limits = [(job.train_shards, knn.max_train), (job.val_shards, knn.max_val)]
         if health.every_epochs:
             limits += [(job.train_shards, health.max_images), (job.val_shards, health.max_images)]
         images = sum(min(sum(s.num_samples for s in shards), limit) for shards, limit in limits)
@@ -306,7 +307,7 @@ class PretrainTask:
         if config.health.every_epochs:
             point = self.health.measure(model, part.last_step, part.steps)
             metrics |= {HEALTH_PREFIX + name: value for name, value in point.items()}
-        if job.val_shards:
+        if job.has_labels:
             found = knn_metrics(
                 {"top1": model.encoder, "top1_untrained": self._build_untrained().encoder},
                 job.train_shards,

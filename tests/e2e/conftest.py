@@ -38,6 +38,7 @@ WORDS = [
     "checkpoint.every_steps=5",
     "reporting.every_steps=1",
     "reporting.picture_every_steps=15",
+    "health.every_epochs=1",
 ]
 
 
@@ -169,6 +170,7 @@ class Undisturbed:
     place: Place
     result: StageResult
     losses: dict[int, float]
+    ranks: dict[int, float]  # of the features: the curve of the model's health
     weights_sha256: str
 
 
@@ -185,6 +187,7 @@ def undisturbed(
         place,
         result,
         place.losses(result.run_id),
+        place.losses(result.run_id, "health/rank"),
         sha256(Path(result.output) / "model.safetensors"),
     )
 

@@ -53,6 +53,8 @@ def test_a_killed_driver_leaves_a_run_that_the_same_command_finishes(
     result = place.run()
     assert result.status == "done"
     assert place.losses(result.run_id) == undisturbed.losses
+    assert sorted(undisturbed.ranks) == [6, 12, 18, 24, 30]
+    assert place.losses(result.run_id, "health/rank") == undisturbed.ranks
     assert weights_sha256(result.output) == undisturbed.weights_sha256
     trace = place.trace()
     assert all(line["step"] > 10 for line in trace if line["attempt"] == 2)
@@ -82,6 +84,8 @@ def test_a_killed_worker_is_replaced_and_the_run_ends_as_if_nothing_had_happened
 
     assert len(killed) == 1
     assert place.losses(result.run_id) == pytest.approx(undisturbed.losses, abs=1e-4)
+    ranks = place.losses(result.run_id, "health/rank")
+    assert ranks == pytest.approx(undisturbed.ranks, abs=1e-2)
     trace = place.trace()
     assert {line["attempt"] for line in trace} == {1, 2}
     counted = counted_samples(trace)
@@ -123,6 +127,7 @@ def test_a_stopped_run_says_so_and_goes_on(
     assert result.run_id == run.info.run_id
     assert run_status(place, result.run_id) == "FINISHED"
     assert place.losses(result.run_id) == undisturbed.losses
+    assert place.losses(result.run_id, "health/rank") == undisturbed.ranks
     assert weights_sha256(result.output) == undisturbed.weights_sha256
 
 

@@ -296,3 +296,20 @@ def test_what_was_set_is_never_changed() -> None:
 @pytest.mark.parametrize("size", ["32", "[32]", "[32, 32]"])
 def test_a_square_is_given_by_one_side(size: str) -> None:
     assert make_config(f"model.img_size={size}").model.img_size == (32, 32)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("checkpoint.keep_best=health/loss",), "measured on data.val, which is not given"),
+        (
+            ("checkpoint.keep_best=health/rank", "health.every_epochs=0"),
+            "is not measured: health.every_epochs is 0",
+        ),
+        (("checkpoint.keep_best=health/los",), "health/loss"),
+    ],
+)
+def test_a_best_checkpoint_needs_its_metric(words: tuple[str, ...], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        make_config(*words)
+    assert make_config("checkpoint.keep_best=health/rank").checkpoint.keep_best == "health/rank"

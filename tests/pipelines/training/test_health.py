@@ -54,6 +54,7 @@ def make_watch(
     shards: tuple[ShardInfo, ...],
     *,
     has_val: bool = True,
+    has_labels: bool = True,
     key: str = "k",
     builds: list[int] | None = None,
 ) -> HealthWatch:
@@ -63,7 +64,7 @@ def make_watch(
         return make_model(config, 0)
 
     reader = ImageReader(config.model, (0.5,) * 3, (0.3,) * 3, 1, {})
-    data = HealthData(shards, shards if has_val else (), reader)
+    data = HealthData(shards, shards if has_val else (), has_labels, reader)
     return HealthWatch(config, RunFolder(str(folder)), key, data, build_untrained)
 
 
@@ -136,18 +137,17 @@ def test_points_of_other_data_begin_a_new_curve(
     assert folder.read_health("k") == {}
 
 
-def test_without_held_out_images_the_features_of_training_images_are_measured(
-    tmp_path: Path, write_tar: WriteTar
+@pytest.mark.parametrize("has_val", [True, False])
+def test_images_without_labels_are_measured_as_far_as_that_goes(
+    tmp_path: Path, write_tar: WriteTar, has_val: bool
 ) -> None:
+    """The loss is of held-out images only; of training images, the features are measured."""
     config = make_config()
     write_tar(tmp_path / "set/a.tar", {f"{i}.png": png(i, (8, 8)) for i in range(6)})
     unlabelled = open_shards(str(tmp_path / "set"), str(tmp_path / "index")).shards
-    watch = make_watch(config, tmp_path / "run", unlabelled, has_val=False)
+    watch = make_watch(config, tmp_path / "run", unlabelled, has_val=has_val, has_labels=False)
     point = watch.measure(make_model(config, 1), 5, 100)
-    assert {name for name in point if not name.endswith("_untrained")} == {
-        "rank",
-        "dead",
-        "mean_share",
-    }
+    measured = {name for name in point if not name.endswith("_untrained")}
+    assert measured == {"rank", "dead", "mean_share", *(["loss"] if has_val else [])}
     assert 1 < point["rank"] <= 5
     assert watch.best_step(5) is None  # nothing is to be kept

@@ -13,7 +13,7 @@ from mae_core.data.manifest import ShardInfo
 from mae_core.data.samples import DataError
 from pipelines.config.pretrain import KnnConfig
 from pipelines.reading.shards import open_shards
-from pipelines.training.knn import ImageReader, check_labels, knn_metrics
+from pipelines.training.knn import ImageReader, check_labels, has_labels, knn_metrics
 from tests.pipelines.conftest import png
 
 WriteTar = Callable[[Path, dict[str, bytes]], Path]
@@ -101,3 +101,8 @@ def test_a_number_that_its_own_set_does_not_name_is_no_label(
     one = shards(write_tar, tmp_path / "one", {0: b"2"})
     with pytest.raises(DataError, match=r"0.cls holds 2, but its set names 2 classes"):
         check_labels("data.val", one, {f"{tmp_path}/one": {0: 0, 1: 1}})
+
+
+def test_a_label_that_cannot_be_used_is_still_one(tmp_path: Path, write_tar: WriteTar) -> None:
+    assert has_labels(shards(write_tar, tmp_path / "one", {0: None, 1: b"x"}))
+    assert not has_labels(shards(write_tar, tmp_path / "none", {0: None, 1: None}))

@@ -50,6 +50,7 @@ def make_task(folder: Path, **changes: Any) -> PretrainTask:
         train_shards=(),
         val_shards=(),
         class_numbers={},
+        has_labels=False,
         evaluation_key="",
     )
     return PretrainTask(job._replace(**changes), PROCESS)
@@ -168,7 +169,9 @@ def test_the_evaluation_compares_with_an_untrained_encoder(
     monkeypatch.setattr("pipelines.training.run_folder.RunFolder.check_start", lambda _: None)
     shard: Any = object()
     config = load_config(PretrainConfig, [], [*WORDS, "health.every_epochs=0"], {})
-    task = make_task(tmp_path, config=config, val_shards=(shard,), evaluation_key="k")
+    task = make_task(
+        tmp_path, config=config, val_shards=(shard,), has_labels=True, evaluation_key="k"
+    )
     model = task.build(PART, is_resumed=False).model
     assert isinstance(model, MaskedAutoencoder)
     untrained = [p.clone() for p in model.encoder.parameters()]
