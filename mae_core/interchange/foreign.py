@@ -74,6 +74,12 @@ def take_over(file: WeightsFile, declared: Declared, name: str) -> ForeignWeight
     """
     named = translate(file.tensors, name, is_wrapped=file.wrapper == "model")
     notes: list[str] = []
+    for key, tensor in named.tensors.items():
+        if key.startswith(("patch_embed.", "blocks.")) and not tensor.is_floating_point():
+            raise RefusedWeightsError(
+                f"{name}: {named.name_of(key)}: holds {str(tensor.dtype)[6:]}; quantized weights "
+                "cannot be used"
+            )
     tensors = {key: x for key, x in named.tensors.items() if x.is_floating_point()}
     halves = sorted({str(x.dtype)[6:] for x in tensors.values()} - {"float32"})
     if halves:
@@ -85,11 +91,12 @@ def take_over(file: WeightsFile, declared: Declared, name: str) -> ForeignWeight
         **{f"encoder.{key}": x for key, x in encoder.items()},
         **{f"decoder.{key}": x for key, x in decoder.items()},
     }
+    state = {key: x.detach().float().contiguous() for key, x in state.items()}
     _check_finite(state, name)
     return ForeignWeights(
         FORMAT_WORDS[named.layout],
         model,
-        {key: x.detach().float().contiguous() for key, x in state.items()},
+        state,
         declared.norm_pix if decoder else None,
         declared.mean,
         declared.std,
@@ -111,13 +118,13 @@ def _encoder(
 ) -> tuple[dict[str, Tensor], ModelConfig]:
     own = {key: x for key, x in named.tensors.items() if not _is_decoder(key)}
     patches = own.get("patch_embed.proj.weight")
-    if patches is None or patches.ndim != 4 or patches.shape[2] != patches.shape[3]:
-        shape = None if patches is None else tuple(patches.shape)
+    shape = () if patches is None else tuple(patches.shape)
+    if len(shape) != 4 or shape[2] != shape[3] or min(shape) < 1:
         raise RefusedWeightsError(
             f"{name}: {named.name_of('patch_embed.proj.weight')}: is {shape}, not the convolution "
             "of square patches"
         )
-    width, in_chans, patch_size, _ = patches.shape
+    width, in_chans, patch_size, _ = shape
     encoder = _encoder_name(width, _depth(own), declared, name)
     _choose_norm(own, notes)
     _fold_layer_scale(own, notes)

@@ -89,8 +89,17 @@ def _check_zip(path: Path, name: str, num_bytes: int) -> None:
     try:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
-    except (zipfile.BadZipFile, OSError, ValueError) as error:
+            _check_entries(entries, name, num_bytes)
+            damaged = archive.testzip()  # torch itself compares no checksums
+    except (zipfile.BadZipFile, OSError, EOFError, ValueError, NotImplementedError) as error:
+        if isinstance(error, RefusedWeightsError):
+            raise
         raise CorruptCheckpointError(f"{name}: damaged or cut off: {error}") from error
+    if damaged is not None:
+        raise CorruptCheckpointError(f"{name}: {damaged}: does not match its checksum")
+
+
+def _check_entries(entries: list[zipfile.ZipInfo], name: str, num_bytes: int) -> None:
     if any("/code/" in entry.filename for entry in entries):
         raise RefusedWeightsError(f"{name}: is a TorchScript program, not a file of weights")
     for entry in entries:

@@ -175,9 +175,11 @@ def fetch_checkpoint(uri: str, folder: Path) -> FoundCheckpoint:
         (folder / MANIFEST_FILE).write_bytes(data)
         sizes = {name: file.bytes for name, file in read_manifest(folder).files.items()}
         transfers.download_files(uri, sizes, folder)
+        return FoundCheckpoint(uri, folder, verify_checkpoint(folder))
     except (FileNotFoundError, UnsafeNameError, transfers.WrongSizeError) as error:
         raise CorruptCheckpointError(f"{uri}: {error}") from error
-    return FoundCheckpoint(uri, folder, verify_checkpoint(folder))
+    except CorruptCheckpointError as error:  # names the copy, which the user does not know
+        raise CorruptCheckpointError(str(error).replace(str(folder), uri)) from error
 
 
 def at_newest_checkpoint(given: str) -> str:

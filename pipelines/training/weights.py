@@ -26,7 +26,7 @@ from mae_core.interchange.declared import Declared, read_declared
 from mae_core.interchange.foreign import ForeignWeights, take_over
 from mae_core.interchange.weight_files import RefusedWeightsError, WeightsFile, read_weights_file
 from pipelines.outcome import ConfigError
-from pipelines.reading.weight_places import CONFIG_FILE, INDEX_FILE, JSON_FILES, content_digest
+from pipelines.reading.weight_places import INDEX_FILE, JSON_FILES, content_digest
 from pipelines.training.checkpoints import fetch_checkpoint
 
 logger = logging.getLogger(__name__)
@@ -76,11 +76,12 @@ def read_foreign(
         CorruptCheckpointError: They are damaged, or hold code.
     """
     place = storage.absolute(uri)
-    is_folder = CONFIG_FILE in files
+    is_folder = list(files) != [place.rpartition("/")[2]]
     folder = _local(place, files, workspace, is_folder=is_folder)
     try:
         declared = read_declared(folder, uri) if is_folder else Declared()
-        names = [name for name in files if name not in (*JSON_FILES, INDEX_FILE)]
+        about = (*JSON_FILES, INDEX_FILE) if is_folder else ()
+        names = [name for name in files if name not in about]
         read = [
             read_weights_file(folder / name, f"{uri}/{name}" if is_folder else uri)
             for name in names

@@ -117,6 +117,11 @@ def test_fixed_positions_are_recognised_and_stay_out_of_the_weights(tmp_path: Pa
     assert torch.equal(encoder(images), mae.encoder(images))
 
 
+def test_an_eighth_of_the_precision_is_read_too() -> None:
+    weights = {k: x.to(torch.float8_e4m3fn) for k, x in make_vit().state_dict().items()}
+    assert any("The file holds float8_e4m3fn" in note for note in taken(weights).notes)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_is_said_and_its_fixed_positions_are_recognised(dtype: torch.dtype) -> None:
     weights = {k: x.to(dtype) for k, x in fair_state_dict(make_mae()).items()}
@@ -215,6 +220,14 @@ def replaced(key: str, tensor: Tensor) -> dict[str, Tensor]:
         (
             lambda: replaced("patch_embed.proj.weight", torch.zeros(192, 3, 2, 8, 8)),
             "not the convolution of square patches",
+        ),
+        (
+            lambda: replaced("patch_embed.proj.weight", torch.zeros(192, 3, 0, 0)),
+            r"is \(192, 3, 0, 0\), not the convolution of square patches",
+        ),
+        (
+            lambda: replaced("blocks.1.attn.proj.weight", torch.zeros(192, 192, dtype=torch.int8)),
+            "blocks.1.attn.proj.weight: holds int8; quantized weights cannot be used",
         ),
         (lambda: make_vit(depth=5).state_dict(), "is 192 wide and 5 blocks deep; we have 192x6"),
         (lambda: {"conv1.weight": torch.zeros(2)}, r"not the weights of a vision .* has conv1.we"),

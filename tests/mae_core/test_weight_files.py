@@ -63,6 +63,13 @@ def compressed(path: Path) -> None:
             small.writestr(name, whole.read(name))
 
 
+def flipped(path: Path) -> None:
+    torch.save({"a": torch.zeros(10_000)}, path)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
 def half(write: Callable[[Path], None]) -> Callable[[Path], None]:
     def cut(path: Path) -> None:
         write(path)
@@ -88,6 +95,7 @@ def huge_header(path: Path) -> None:
         (half(lambda path: save_file({"a": TENSOR}, path)), "incomplete|Header|invalid|neither"),
         (huge_header, "Offset|offset|incomplete|Metadata|metadata"),
         (compressed, "is compressed, which torch never does"),
+        (flipped, "data/0: does not match its checksum"),
         (lambda path: path.write_text("hello, this is a text"), "is neither a safetensors file"),
         (lambda path: path.write_bytes(b""), "is empty"),
         (torch_file({"a": torch.zeros(1).expand(1000, 1000)}), r"a: claims \(1000, 1000\)"),

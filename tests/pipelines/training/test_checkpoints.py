@@ -220,3 +220,13 @@ def test_a_folder_without_a_checkpoint_is_told_with_what_it_holds(tmp_path: Path
     (tmp_path / "pretrain-1").mkdir()
     with pytest.raises(ConfigError, match=r"is no whole checkpoint, nor .*; it holds pretrain-1"):
         at_newest_checkpoint(str(tmp_path))
+
+
+def test_a_damaged_checkpoint_is_named_by_its_place_and_not_by_its_copy(
+    tmp_path: Path, saved: dict[int, Path]
+) -> None:
+    content = bytearray((saved[5] / "model.safetensors").read_bytes())
+    content[-1] ^= 1
+    (saved[5] / "model.safetensors").write_bytes(content)
+    with pytest.raises(CorruptCheckpointError, match=f"^{saved[5]}/model.safetensors: sha256 is"):
+        fetch_checkpoint(str(saved[5]), tmp_path / "copy")
