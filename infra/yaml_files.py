@@ -47,7 +47,7 @@ class _Entry(NamedTuple):
     value: Any
 
 
-class _Mistake(Exception):  # noqa: N818
+class _MistakeError(Exception):
     def __init__(self, node: yaml.Node, text: str) -> None:
         super().__init__(text)
         self.line = node.start_mark.line + 1
@@ -89,7 +89,7 @@ def _read(data: bytes, name: str) -> YamlFile:
             entry = _Tree(loader, name).build(node, 0) if node is not None else Plain()
         finally:
             loader.dispose()
-    except _Mistake as mistake:
+    except _MistakeError as mistake:
         raise YamlFileError(f"{_place(name, mistake.line)}{mistake}") from mistake
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
@@ -138,13 +138,15 @@ class _Tree:
     def build(self, node: yaml.Node, depth: int) -> Any:
         self._count += 1
         if self._count > MAX_VALUES:
-            raise _Mistake(node, f"stands for more than {MAX_VALUES} values, aliases written out")
+            raise _MistakeError(
+                node, f"stands for more than {MAX_VALUES} values, aliases written out"
+            )
         if depth > MAX_DEPTH:
-            raise _Mistake(node, f"is nested more than {MAX_DEPTH} levels deep by its aliases")
+            raise _MistakeError(node, f"is nested more than {MAX_DEPTH} levels deep by its aliases")
         if isinstance(node, yaml.ScalarNode):
             return self._scalar(node)
         if id(node) in self._open:
-            raise _Mistake(node, "has an alias of itself within")
+            raise _MistakeError(node, "has an alias of itself within")
         self._open.add(id(node))
         try:
             if isinstance(node, yaml.SequenceNode):
@@ -163,10 +165,10 @@ class _Tree:
                 merged = {**self._merged(value_node, depth), **merged}
                 continue
             if not isinstance(key_node, yaml.ScalarNode):
-                raise _Mistake(key_node, "has a list or a section where a key should be")
+                raise _MistakeError(key_node, "has a list or a section where a key should be")
             key, line = _text(key_node), _line(key_node)
             if key in own:
-                raise _Mistake(key_node, f"{key}: is in line {own[key].line} already")
+                raise _MistakeError(key_node, f"{key}: is in line {own[key].line} already")
             own[key] = _Entry(line, self.build(value_node, depth + 1))
         return {**merged, **own}
 
@@ -177,7 +179,7 @@ class _Tree:
         for source in sources:
             section = self.build(source, depth + 1)
             if not isinstance(section, dict):
-                raise _Mistake(node, "<<: needs a section, or a list of sections")
+                raise _MistakeError(node, "<<: needs a section, or a list of sections")
             found = {**section, **found}
         return found
 
@@ -202,7 +204,7 @@ class _Tree:
     def _check_tag(self, node: yaml.Node, known: set[str]) -> None:
         if node.tag not in known:
             tag = node.tag.replace(_TAG, "!!")
-            raise _Mistake(node, f"has the tag {tag}, which a config can't have")
+            raise _MistakeError(node, f"has the tag {tag}, which a config can't have")
 
 
 def _line(node: yaml.Node) -> int:

@@ -44,14 +44,3 @@ def masked_pixel_loss_per_image(
     """Return the mean squared error per value over each image's own removed patches."""
     loss_per_patch = (pred - target).square().mean(dim=-1)  # (B, L)
     return (loss_per_patch * mask).sum(dim=1) / mask.sum(dim=1)
-
-
-def masked_pixel_loss(
-    pred: Float[Tensor, "B L P"], target: Float[Tensor, "B L P"], mask: Bool[Tensor, "B L"]
-) -> Float[Tensor, ""]:
-    """Return the mean squared error per value over the removed patches of the whole batch.
-
-    Equals the mean of `masked_pixel_loss_per_image` if every image has as many removed patches.
-    """
-    loss_per_patch = (pred - target).square().mean(dim=-1)  # (B, L)
-    return (loss_per_patch * mask).sum() / mask.sum()

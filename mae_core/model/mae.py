@@ -55,7 +55,7 @@ class MaskedAutoencoder(nn.Module):
         if self.norm_pix_floor is not None:
             target = normalize_patches(target, floor=self.norm_pix_floor)
         loss_per_image = masked_pixel_loss_per_image(pred.float(), target, mask)
-        # Every image has as many removed patches, so this equals `masked_pixel_loss`.
+        # Every image has as many removed patches, so this is the mean over those of the batch.
         return MAEOutput(loss_per_image.mean(), loss_per_image, pred, mask)
 
     def _check_sizes(self, images: Tensor, noise: Tensor) -> None:

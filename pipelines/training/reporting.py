@@ -145,7 +145,7 @@ class StepReporter:
             num_samples if self._num_samples is None else self._num_samples + num_samples
         )
         if self.writer is not None and self.ends is not None:
-            what = self.prefix.rstrip("/") or "training"
+            what = f"training {self.prefix.rstrip('/')}".rstrip()
             detail = f"{self._detail} eta={self._eta(step)}".strip()
             total = self.size.total_steps
             self.ends.tell_progress(Told(Phase.TRAINING, step, total, what, detail))

@@ -1,6 +1,7 @@
 """What Ray's processes log: our own messages in full, and of Ray only what matters."""
 
 import logging
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -33,6 +34,7 @@ def test_our_messages_go_to_the_drivers_file(log: Path) -> None:
     logging.getLogger("pipelines.x").info("step 1")
     logging.getLogger("mae_core.y").debug("a detail")
     assert log.read_text() == "step 1\n"
+    assert not logging.getLogger("pipelines").propagate  # Ray's handlers would repeat it
 
 
 def test_of_ray_only_warnings_are_shown(log: Path) -> None:
@@ -53,7 +55,13 @@ def test_a_secret_is_not_logged(log: Path, monkeypatch: pytest.MonkeyPatch) -> N
 def test_lines_are_passed_on_as_they_come_and_the_last_is_not_lost(tmp_path: Path) -> None:
     file, written = tmp_path / "workers.log", list[str]()
     before = worker_logging.num_lines_shown()
-    with worker_logging.shown(file, written.append), file.open("a") as stream:
-        stream.write("late\n")
-    assert "".join(written) == "late\n"
-    assert worker_logging.num_lines_shown() == before + 1
+    with worker_logging.shown(file, written.append):
+        for word in ("early", "late"):
+            with file.open("a") as stream:
+                stream.write(f"{word}\n")
+            deadline_s = time.monotonic() + 20
+            while word == "early" and not written:
+                assert time.monotonic() < deadline_s
+                time.sleep(0.01)
+    assert "".join(written) == "early\nlate\n"
+    assert worker_logging.num_lines_shown() == before + 2

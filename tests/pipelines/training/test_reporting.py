@@ -202,6 +202,14 @@ def test_between_two_reports_only_the_driver_is_told(
     ]
 
 
+def test_a_driver_is_told_which_arm_is_trained(clock: Clock) -> None:
+    ends = Ends()
+    reporter = reporter_of(Writer(), 10, ends=ends)
+    reporter.prefix = "finetune-1-seed0/"
+    run_steps(reporter, clock, [60.0])
+    assert ends.told[-1].what == "training finetune-1-seed0"
+
+
 def test_a_bar_takes_the_place_of_the_lines(
     clock: Clock, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
