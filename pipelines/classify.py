@@ -19,7 +19,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 from functools import partial
-from typing import Any, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -43,6 +43,7 @@ from mae_core.data.randomness import named_generator
 from mae_core.data.samples import DataError
 from mae_core.data.transforms import center_crop
 from mae_core.data.views import ViewSpec, training_view
+from mae_core.evaluation.attention_picture import attention_picture
 from mae_core.evaluation.classification import encode_features, knn_accuracy
 from mae_core.evaluation.classifier_report import (
     ClassificationScores,
@@ -85,6 +86,11 @@ from pipelines.reading.class_names import (
 )
 
 MOST_WRONG = 16
+NUM_ATTENDED = 8  # images whose weights of the patches are drawn
+_HEADS: dict[ArmKind, Literal["linear", "attentive"]] = {
+    ArmKind.LINEAR: "linear",
+    ArmKind.ATTENTIVE: "attentive",
+}
 MAX_START_IMAGES = 5000
 SMALLEST_SPREAD = 1e-3  # of a feature that the head's start uses, in the features' median deviation
 
@@ -156,6 +162,7 @@ class Prediction(NamedTuple):
     values: npt.NDArray[np.float32]  # logits (K,), or features (D,) where nothing is trained
     label: npt.NDArray[np.int64]  # () a class, or (K,) 0 and 1
     place: tuple[int, int]
+    attention: npt.NDArray[np.float32] | None = None  # (h, w), of some images of an attentive probe
 
 
 class ClassifyTask:
@@ -194,18 +201,18 @@ class ClassifyTask:
     def build_model(self, encoder: nn.Module, arm: Arm) -> nn.Module:
         if not self.section.takes_steps(arm.kind):
             return encoder
-        is_linear, blocks = arm.kind is ArmKind.LINEAR, self.section.trainable_blocks
+        blocks = self.section.trainable_blocks
         return build_classifier(
             encoder,
             num_classes=len(self.info.names),
-            kind="linear" if is_linear else "finetune",
+            kind=_HEADS.get(arm.kind, "finetune"),
             pool=self.section.pool,
             trainable_blocks=blocks if arm.kind is ArmKind.FINETUNE else None,
         )
 
     def start(self, arm: Arm) -> ArmStart | None:
-        """Fit the head as a logistic regression, for an arm that is fine-tuned as a whole."""
-        if self.section.head_start == "zero" or not arm.kind.trains_encoder:
+        """Fit the head as a logistic regression; the linear probe keeps the paper's recipe."""
+        if self.section.head_start == "zero" or arm.kind is ArmKind.LINEAR:
             return None
         return ArmStart(MAX_START_IMAGES, _head_inputs, partial(self._fit_head, seed=arm.seed))
 
@@ -288,11 +295,17 @@ class ClassifyTask:
     def predict(
         self, model: nn.Module, images: Tensor, examples: Sequence[Example]
     ) -> list[Prediction]:
-        if hasattr(model, "head"):
-            values = model(images)
-        else:
+        if not isinstance(model, Classifier):
             values = encode_features(model, images, pool=self.section.pool)
-        return _with_labels(values, examples)
+            return _with_labels(values, examples)
+        predictions = _with_labels(model(images), examples)
+        if model.query is not None and any(_is_attended(p.place) for p in predictions):
+            maps = model.attention(images).float().cpu().numpy()
+            return [
+                p._replace(attention=weights if _is_attended(p.place) else None)
+                for p, weights in zip(predictions, maps, strict=True)
+            ]
+        return predictions
 
     def evaluate(
         self,
@@ -314,8 +327,16 @@ class ClassifyTask:
             probe = fit_linear_probe(bank, bank_labels, num_classes=num_classes, seed=arm.seed)
             values = probe.logits(values)
         if self.section.labels == "many":
-            return self._evaluate_many(values, labels, arm)
-        return self._evaluate_one(predictions, values, labels, arm, read)
+            evaluation = self._evaluate_many(values, labels, arm)
+        else:
+            evaluation = self._evaluate_one(predictions, values, labels, arm, read)
+        if shown := [p for p in predictions if p.attention is not None]:
+            evaluation.pictures["attention"] = attention_picture(
+                [read(p.place).pixels for p in shown],
+                [p.attention for p in shown if p.attention is not None],
+                f"{self._title(arm)}: what it looks at",
+            )
+        return evaluation
 
     def _evaluate_one(
         self,
@@ -369,6 +390,10 @@ class ClassifyTask:
     def _title(self, arm: Arm) -> str:
         share = "" if arm.fraction == 1 else f", {100 * arm.fraction:g} % of the labels"
         return f"{self.info.title}, {arm.kind}{share}"
+
+
+def _is_attended(place: tuple[int, int]) -> bool:
+    return place[0] == 0 and place[1] < NUM_ATTENDED
 
 
 def _head_inputs(model: nn.Module, images: Tensor, examples: Sequence[Example]) -> list[Prediction]:

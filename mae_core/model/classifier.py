@@ -34,6 +34,7 @@ class Classifier(nn.Module):
         *,
         pool: Literal["mean", "cls"],
         pool_before_norm: bool,
+        query: nn.Parameter | None = None,
     ) -> None:
         """Store the parts that `build_classifier` made.
 
@@ -43,6 +44,7 @@ class Classifier(nn.Module):
             head: Maps (B, D) to (B, num_classes).
             pool: The mean of the patch tokens, or the class token.
             pool_before_norm: Pool the tokens before the encoder's last norm.
+            query: Of shape (D,); weighs the patches of an attentive probe.
         """
         super().__init__()
         self.encoder = encoder
@@ -50,6 +52,7 @@ class Classifier(nn.Module):
         self.head = head
         self.pool = pool
         self.pool_before_norm = pool_before_norm
+        self.query = query
 
     def forward(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B K"]:
         """Return logits of shape (B, K), one for each of K classes."""
@@ -86,6 +89,10 @@ class Classifier(nn.Module):
         self.head.weight.copy_(weight)
         self.head.bias.copy_(bias)
 
+    def attention(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B h w"]:
+        """Return how an attentive probe weighs each patch; an image's weights sum to 1."""
+        return self._weighed(images)[1]
+
     def train(self, mode: bool = True) -> "Classifier":
         super().train(mode)
         for module in self.encoder.modules():
@@ -94,7 +101,20 @@ class Classifier(nn.Module):
                 module.eval()
         return self
 
+    def _weighed(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the weighed mean of the patches and their weights.
+
+        What all patches have in common has no effect on the weights, so no scale is needed.
+        """
+        assert self.query is not None
+        patches = cast(MapEncoder, self.encoder).feature_map(images)  # (B, D, h, w)
+        scores = torch.einsum("bdhw,d->bhw", patches, self.query)
+        weights = scores.flatten(1).softmax(dim=1).view_as(scores)
+        return torch.einsum("bdhw,bhw->bd", patches, weights), weights
+
     def _pooled(self, images: Tensor) -> Tensor:
+        if self.query is not None:
+            return self._weighed(images)[0]
         if not isinstance(self.encoder, MaskedEncoder):
             return cast(MapEncoder, self.encoder).feature_map(images).mean(dim=(2, 3))  # (B, D)
         encode = self.encoder.tokens if self.pool_before_norm else self.encoder
@@ -106,7 +126,7 @@ def build_classifier(
     encoder: nn.Module,
     *,
     num_classes: int,
-    kind: Literal["finetune", "linear"],
+    kind: Literal["finetune", "linear", "attentive"],
     pool: Literal["mean", "cls"],
     trainable_blocks: int | None = None,
 ) -> Classifier:
@@ -120,7 +140,10 @@ def build_classifier(
         num_classes: Number of outputs of the head.
         kind: "finetune" trains the encoder and a layer norm over the mean, which replaces the
             encoder's own. "linear" trains the head alone, behind a batch norm without parameters,
-            which needs at least 2 images in a batch.
+            which needs at least 2 images in a batch. "attentive" trains one query over the patches,
+            the norm and the head (Psomas et al. 2025, https://arxiv.org/abs/2506.10178. Differs:
+            one query, no value projection). MAE's features are spread over the patches, so this
+            probe is fairer to it than those on a mean.
         pool: The mean of the patch tokens, or the class token; a `MapEncoder` has only "mean".
         trainable_blocks: Fine-tune only this many of the last blocks, the norms after them and
             the head; 0 keeps the whole encoder frozen. None trains all of it.
@@ -134,8 +157,11 @@ def build_classifier(
     if kind == "linear":
         fc_norm = nn.BatchNorm1d(dim, affine=False, eps=1e-6)
     else:
-        fc_norm = LayerNorm(dim) if pool == "mean" else nn.Identity()
+        is_normed = pool == "mean" or kind == "attentive"
+        fc_norm = LayerNorm(dim) if is_normed else nn.Identity()
     head = nn.Linear(dim, num_classes)
+    # At first all patches have the same weight: the probe starts from their mean.
+    query = nn.Parameter(torch.zeros(dim)) if kind == "attentive" else None
     std = _PROBE_HEAD_STD if kind == "linear" else _FINE_TUNED_HEAD_STD
     # Truncated at +-2, many standard deviations away, as in timm and so in the reference.
     nn.init.trunc_normal_(head.weight, std=std)
@@ -146,6 +172,7 @@ def build_classifier(
         head,
         pool=pool,
         pool_before_norm=kind == "finetune" and pool == "mean",
+        query=query,
     )
     return classifier.train()
 
@@ -159,8 +186,8 @@ def _choose_trained(
             f"trainable_blocks={trainable_blocks} is not in 0..{depth}, the encoder's transformer "
             "blocks"
         )
-    if kind == "linear" and trainable_blocks:
-        raise ValueError(f"trainable_blocks={trainable_blocks}: kind=linear trains no block")
+    if kind != "finetune" and trainable_blocks:
+        raise ValueError(f"trainable_blocks={trainable_blocks}: kind={kind} trains no block")
     encoder.requires_grad_(kind == "finetune" and trainable_blocks is None)
     if isinstance(encoder, MaskedEncoder):
         if trainable_blocks:

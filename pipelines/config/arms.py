@@ -26,6 +26,7 @@ class ArmKind(StrEnum):
     KNN = "knn", Trains.NOTHING  # nearest neighbours of frozen features
     LOGISTIC = "logistic", Trains.NOTHING  # logistic regression on frozen features
     LINEAR = "linear", Trains.HEAD  # the paper's linear probe, on augmented images
+    ATTENTIVE = "attentive", Trains.HEAD  # a learned query over the patches of a frozen encoder
     FROZEN = "frozen", Trains.HEAD  # the head of a detector or segmenter
     FINETUNE = "finetune", Trains.ENCODER
     SCRATCH = "scratch", Trains.ENCODER, False  # as finetune, from random weights
@@ -41,6 +42,7 @@ class ArmKind(StrEnum):
 PREFERRED_OUTPUT = (
     ArmKind.FINETUNE,
     ArmKind.FROZEN,
+    ArmKind.ATTENTIVE,
     ArmKind.LINEAR,
     ArmKind.SCRATCH,
     ArmKind.UNTRAINED,

@@ -220,17 +220,16 @@ class DownstreamConfig(StartConfig):
         return f"{self.name or self.stage}-{digest}"
 
 
+ClassifyArm = Literal["knn", "logistic", "linear", "attentive", "finetune", "scratch", "untrained"]
+
+
 class ClassifySection(ArmsConfig):
-    arms: tuple[Literal["knn", "logistic", "linear", "finetune", "scratch", "untrained"], ...] = (
-        "logistic",
-        "finetune",
-        "scratch",
-        "untrained",
-    )
+    arms: tuple[ClassifyArm, ...] = ("logistic", "finetune", "scratch", "untrained")
     """knn: nearest neighbours of frozen features; logistic: logistic regression on them; linear:
-    the paper's linear probe (batch norm, LARS, augmented images); finetune: all weights, or the
-    last `trainable_blocks`; scratch: like finetune, from random weights; untrained: like logistic,
-    on an encoder with random weights."""
+    the paper's linear probe (batch norm, LARS, augmented images); attentive: a learned query that
+    weighs the patches of a frozen encoder, and a linear head; finetune: all weights, or the last
+    `trainable_blocks`; scratch: like finetune, from random weights; untrained: like logistic, on
+    an encoder with random weights."""
     labels: Literal["one", "many"] = "one"
     """one: each sample has one class; many: each has any number of findings."""
     label_key: str | None = None
@@ -242,9 +241,9 @@ class ClassifySection(ArmsConfig):
     pool: Literal["mean", "cls"] = "mean"
     """Input of the classifier: the mean of the patch tokens, or the class token."""
     head_start: Literal["logistic", "zero"] = "logistic"
-    """How the head of finetune and scratch starts. logistic: as a logistic regression on at most
-    5,000 of the arm's images (LP-FT, Kumar et al. 2022); zero: near zero, as in He et al. 2021,
-    which needs many steps."""
+    """How the head of finetune, scratch and attentive starts. logistic: as a logistic regression on
+    at most 5,000 of the arm's images (LP-FT, Kumar et al. 2022); zero: near zero, as in He et al.
+    2021, which needs many steps."""
     trainable_blocks: int | None = Field(default=None, ge=0)
     """Number of the encoder's last blocks that finetune trains; by default all."""
     linear_base_lr: float = Field(default=0.1, gt=0)

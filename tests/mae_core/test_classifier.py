@@ -9,7 +9,7 @@ from mae_core.config import ModelConfig
 from mae_core.model.classifier import Classifier, build_classifier, layer_scales
 from mae_core.model.encoder import MaskedEncoder, build_encoder
 
-Kind = Literal["finetune", "linear"]
+Kind = Literal["finetune", "linear", "attentive"]
 Pool = Literal["mean", "cls"]
 
 ALL_KINDS = [
@@ -23,6 +23,8 @@ ALL_KINDS = [
     ("linear", "mean", None),
     ("linear", "cls", None),
     ("linear", "cls", 0),
+    ("attentive", "mean", None),
+    ("attentive", "cls", 0),
 ]
 
 
@@ -320,3 +322,36 @@ def test_a_batch_norm_without_parameters_takes_over_nothing() -> None:
     ones, bias = torch.ones(16), torch.zeros(3)
     with pytest.raises(ValueError, match="a BatchNorm1d before the head can't take over a scale"):
         model.start_from(mean=ones, std=ones, weight=torch.zeros(3, 16), bias=bias)
+
+
+def make_probe(encoder: nn.Module) -> Classifier:
+    return build_classifier(encoder, num_classes=3, kind="attentive", pool="mean").eval()
+
+
+def test_an_attentive_probe_starts_from_the_mean_of_the_patches() -> None:
+    model = make_probe(make_encoder())
+    images = make_images()
+    mean = model.encoder(images)[:, 1:].mean(dim=1)
+    assert torch.allclose(model.features(images), F.layer_norm(mean, (16,)), atol=1e-4)
+    assert torch.allclose(model.attention(images), torch.full((4, 4, 4), 1 / 16))
+
+
+@pytest.mark.parametrize("encoder", [make_encoder(), Convolutions()])
+def test_an_attentive_probe_weighs_the_patches_by_its_query(encoder: nn.Module) -> None:
+    model, images = make_probe(encoder), make_images()
+    patches = model.encoder.feature_map(images).detach()
+    assert model.query is not None
+    with torch.no_grad():  # the direction of one patch of the first image, apart from the mean
+        model.query.copy_(20 * (patches[0, :, 1, 2] - patches[0].mean(dim=(1, 2))))
+    weights = model.attention(images)
+    assert torch.allclose(weights.sum(dim=(1, 2)), torch.ones(4))
+    assert weights[0, 1, 2] == weights[0].max() > 0.9
+    pooled = F.layer_norm(patches[0, :, 1, 2], (patches.shape[1],))
+    assert torch.allclose(model.features(images)[0], pooled, atol=0.3)
+
+
+def test_an_attentive_probe_trains_its_query_and_keeps_the_encoder() -> None:
+    model = build_classifier(make_encoder(), num_classes=3, kind="attentive", pool="mean")
+    names = {"query", "fc_norm.weight", "fc_norm.bias", "head.weight", "head.bias"}
+    assert trained_names(model) == names
+    assert gradients_reach(model) == names

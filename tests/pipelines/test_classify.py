@@ -164,7 +164,7 @@ def shades(labels: list[Any]) -> Tensor:
     return images
 
 
-@pytest.mark.parametrize("kind", [ArmKind.FINETUNE, ArmKind.SCRATCH])
+@pytest.mark.parametrize("kind", [ArmKind.FINETUNE, ArmKind.SCRATCH, ArmKind.ATTENTIVE])
 def test_a_fine_tuned_head_starts_as_a_logistic_regression(kind: ArmKind) -> None:
     task, labels = make_task(num_classes=2), [0, 1] * 40
     model = make_classifier(task, make_arm(kind)).eval()
@@ -279,3 +279,24 @@ def test_arms_of_a_seed_are_augmented_alike() -> None:
     pairs = [task.augmented(batch, make_arm(k)) for k in (ArmKind.FINETUNE, ArmKind.SCRATCH)]
     assert torch.equal(pairs[0][0], pairs[1][0])
     assert torch.equal(pairs[0][1], pairs[1][1])
+
+
+def test_an_attentive_probe_shows_where_it_looks() -> None:
+    task, arm = make_task(num_classes=2), make_arm(ArmKind.ATTENTIVE)
+    model = make_classifier(task, arm).eval()
+    labels = [0, 1, 0, 1]
+    places = [(0, 0), (0, 7), (0, 8), (1, 0)]  # of each shard, the first eight of the first
+    pixels = np.zeros((8, 8, 3), np.uint8)
+    examples = [Example(pixels, np.asarray(x), y) for x, y in zip(labels, places, strict=True)]
+    with torch.no_grad():
+        predictions = task.predict(model, shades(labels), examples)
+    assert [p.attention is not None for p in predictions] == [True, True, False, False]
+    asked: list[tuple[int, int]] = []
+
+    def read(place: tuple[int, int]) -> Example:
+        asked.append(place)
+        return Example(pixels, np.asarray(0), place)
+
+    found = task.evaluate(predictions, arm._replace(seed=5), read, [])
+    assert set(found.pictures) == {"attention"}
+    assert asked == [(0, 0), (0, 7)]
