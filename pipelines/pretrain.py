@@ -64,7 +64,7 @@ class PretrainRun:
 
     def open(self, folder: RunFolder) -> "OpenedPretraining":
         config = self.config
-        pretrained = _check_init_from(config)
+        pretrained = check_init_from(config)
 
         def opened(spec: str | tuple[str, ...], name: str) -> Manifest:
             uri = storage.join(folder.index_uri, name)
@@ -116,7 +116,7 @@ class OpenedPretraining(NamedTuple):
         return plan_pretraining(self.config, self.train, self.val)
 
 
-def _check_init_from(config: PretrainConfig) -> CheckpointManifest | None:
+def check_init_from(config: PretrainConfig) -> CheckpointManifest | None:
     """Check that the weights to start from exist and fit, before each worker finds out."""
     uri = config.init_from
     if uri is None:

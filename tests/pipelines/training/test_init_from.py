@@ -10,13 +10,16 @@ import torch
 from infra import storage
 from mae_core.checkpoint import load_encoder, save_weights
 from mae_core.checkpoint_manifest import CheckpointRecord, CorruptCheckpointError, read_manifest
-from mae_core.config import LossConfig, MaskingConfig, ModelConfig
+from mae_core.config import DecoderConfig, LossConfig, MaskingConfig, ModelConfig
+from mae_core.interchange.fair import fair_state_dict
 from mae_core.model.encoder import build_encoder
+from mae_core.model.mae import build_mae
 from pipelines.config.downstream import ClassifyConfig
 from pipelines.config.embed import EmbedConfig
 from pipelines.config.loading import load_config
 from pipelines.config.pretrain import PretrainConfig
 from pipelines.outcome import ConfigError, StageResult
+from pipelines.pretrain import check_init_from
 from pipelines.reading.fingerprints import fingerprint
 from pipelines.training.checkpoints import fetch_manifest
 from pipelines.training.init_from import lineage_tags, locate, run_of, with_weights
@@ -171,6 +174,37 @@ def test_pretraining_asks_for_the_channels_of_its_model(tmp_path: Path) -> None:
     config = with_weights(load_config(PretrainConfig, [], words, {}))
     assert config.init_from is not None
     assert fetch_manifest(config.init_from).model.in_chans == 2
+
+
+def test_pretraining_says_what_it_draws_anew_and_refuses_another_encoder(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    own = write_own(tmp_path / "own")
+    words = ["data.train=t", f"init_from={own}", f"storage.root={tmp_path}"]
+    fits = ["model.encoder=vit_micro", "model.patch_size=8", "model.decoder.dim=64"]
+    config = with_weights(load_config(PretrainConfig, [], [*words, *fits], {}))
+    assert check_init_from(config) == read_manifest(own)
+    assert "has no decoder; a fresh one is drawn" in caplog.text
+    assert "the optimizer is new, the steps count from 0" in caplog.text
+    with pytest.raises(ConfigError, match=r"model.encoder=vit_micro, this run has vit_base"):
+        check_init_from(with_weights(load_config(PretrainConfig, [], words, {})))
+
+
+def test_the_heads_of_a_decoder_whose_file_does_not_say_them_are_the_users(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    decoder = DecoderConfig(dim=64, depth=1, num_heads=4)
+    model = MICRO.model_copy(update={"decoder": decoder})
+    torch.save(
+        {"model": fair_state_dict(build_mae(model, MaskingConfig(), LossConfig()))},
+        tmp_path / "a.pth",
+    )
+    words = ["data.train=t", f"init_from={tmp_path / 'a.pth'}", f"storage.root={tmp_path}"]
+    words += ["model.encoder=vit_micro", "model.patch_size=8", "model.decoder.dim=64"]
+    words += ["model.decoder.depth=1", "model.decoder.num_heads=4"]
+    manifest = check_init_from(with_weights(load_config(PretrainConfig, [], words, {})))
+    assert manifest is not None
+    assert manifest.decoder_present
 
 
 def test_the_newest_finished_run_is_found_by_run_latest_or_its_name(tmp_path: Path) -> None:
