@@ -25,7 +25,7 @@ def opened(foreign: Path, tmp_path: Path) -> OpenedPretraining:
     words = [f"data.train={foreign}", f"data.val={foreign}"]
     config = load_config(PretrainConfig, [], words, {})
     data = open_shards(str(foreign), str(tmp_path / "index"))
-    return OpenedPretraining(config, RunFolder(str(tmp_path / "run")), data, data)
+    return OpenedPretraining(config, RunFolder(str(tmp_path / "run")), data, data, None)
 
 
 def test_a_finished_run_has_the_metrics_of_the_evaluation_asked_for(
@@ -62,7 +62,8 @@ def test_weights_of_another_model_are_refused_before_training(
 ) -> None:
     words = ["data.train=unused", "init_from=/c", "model.encoder=vit_micro"]
     config = load_config(PretrainConfig, [], words, {})
-    manifest = SimpleNamespace(model=config.model.model_copy(update=theirs))
+    model = config.model.model_copy(update=theirs)
+    manifest = SimpleNamespace(model=model, origin=None, decoder_present=True)
     monkeypatch.setattr(pretrain, "fetch_manifest", lambda _: manifest)
     with pytest.raises(ConfigError, match=message):
         PretrainRun(config).open(RunFolder(str(tmp_path)))
