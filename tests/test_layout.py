@@ -18,7 +18,9 @@ COVERED_BY = {
     "packing/process_pool": "tests/pipelines/packing/test_prepare_resume.py",
     "packing/shard": "tests/pipelines/test_prepare.py",
     "schedule/passes": "tests/pipelines/schedule/test_command.py",
+    "training/description": "tests/pipelines/commands/test_checkpoint.py",
     "training/protocol": "tests/pipelines/training/test_run.py",
+    "training/weights": "tests/pipelines/training/test_conversion.py",
 }
 
 
