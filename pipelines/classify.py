@@ -186,7 +186,8 @@ class ClassifyTask:
     def validation_example(self, sample: EncodedSample) -> Example:
         label = self._label(sample)
         pixels = decode_image(sample.image, self.info.model.in_chans)
-        return Example(center_crop(pixels, self.info.model.img_size), label)
+        size, share = self.info.model.img_size, self.section.eval_crop
+        return Example(center_crop(pixels, size, share), label)
 
     def _label(self, sample: EncodedSample) -> npt.NDArray[np.int64]:
         names = self.info.names

@@ -140,10 +140,14 @@ def largest_shrink(crops: Sequence[Crop], size: tuple[int, int]) -> int:
     return next((shrink for shrink in SHRINKS if shrink <= room), 1)
 
 
-def center_crop(pixels: Pixels, size: tuple[int, int]) -> Pixels:
-    """Cut the largest central crop with `size`'s aspect and resize it to `size`, for evaluation."""
+def center_crop(pixels: Pixels, size: tuple[int, int], share: float = 1.0) -> Pixels:
+    """Cut a central crop with `size`'s aspect and resize it to `size`, for evaluation.
+
+    Its sides are `share` of those of the largest one. So 0.875 is what resizing the short side to
+    256 and cutting 224 x 224 gives.
+    """
     height, width = pixels.shape[:2]
-    scale = min(height / size[0], width / size[1])
+    scale = share * min(height / size[0], width / size[1])
     h, w = max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
     return resize_crop(pixels, Crop((height - h) // 2, (width - w) // 2, h, w), size)
 

@@ -252,6 +252,9 @@ class ClassifySection(ArmsConfig):
     """Number of neighbours that vote."""
     crop_scale: tuple[float, float] = (0.08, 1.0)
     """Smallest and largest share of the image's area that a random crop covers."""
+    eval_crop: float = Field(default=1.0, gt=0, le=1)
+    """Share of an image's sides that the central crop covers when it is measured. The paper's is
+    0.875: it resizes the short side to 256 and cuts 224."""
     flip: bool = True
     """Mirror half of the images."""
     rand_augment: float = Field(default=9.0, ge=0, le=10)

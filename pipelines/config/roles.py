@@ -126,6 +126,7 @@ _IDENTITY: dict[str, tuple[str, ...]] = {
         "classify.linear_base_lr",
         "classify.k",
         "classify.crop_scale",
+        "classify.eval_crop",
         "classify.flip",
         "classify.rand_augment",
         "classify.random_erase",

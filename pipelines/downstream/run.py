@@ -212,7 +212,7 @@ class PlannedTuning(Generic[ConfigT]):
         config, folder, run_id = self.opened.config, taken.folder, taken.run_id
         measured, missing = self._measured(folder)
         found = {arm: x for arm, x in measured.items() if not arm.is_trial}
-        verdict = judge(found, config.section.metric)
+        verdict = judge(found, config.section.metric, len(self.info.names))
         metrics = mean_metrics(found) | verdict.metrics | dict(self.info.ceiling)
         metrics["data/left_out"] = len(log_bad_samples(config.tracking.uri, run_id, folder))
         last_step = max(arm.steps for arm in self.arms)

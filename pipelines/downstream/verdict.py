@@ -18,6 +18,8 @@ from pipelines.downstream.arms import Arm
 Found = Mapping[Arm, Mapping[str, float]]
 
 CLEAR = 2.0  # standard errors; a smaller difference may be chance
+NEAR_CHANCE = 0.005  # a result that close to a guess has learned nothing
+UNMOVED = 0.001  # a smaller difference to where an arm began is none
 
 # What pretraining is measured by, each against the same treatment of an encoder that had none. Of
 # each tuple, the first pair is taken that the run has.
@@ -33,6 +35,7 @@ _ADVICE = (
     "what to try: pretrain longer or on more images like these, use fewer labels "
     "(label_fraction), give optim.base_lr several rates to choose from"
 )
+_BEGINS_AS = {ArmKind.FINETUNE: ArmKind.LOGISTIC, ArmKind.SCRATCH: ArmKind.UNTRAINED}  # classify
 # Arms that should not end below another one, and what it means where they do.
 _SUSPECT = (
     (
@@ -50,6 +53,12 @@ _SUSPECT = (
         ArmKind.FINETUNE,
         ArmKind.UNTRAINED,
         "a head on random features does better: the steps or the rates do not suit the encoder",
+    ),
+    (
+        ArmKind.SCRATCH,
+        ArmKind.UNTRAINED,
+        "training the encoder makes random features worse: its rate or number of steps does not "
+        "suit it, so a gain over scratch says little",
     ),
     (
         ArmKind.LOGISTIC,
@@ -151,7 +160,7 @@ class Verdict(NamedTuple):
         return metrics
 
 
-def judge(found: Found, metric: str) -> Verdict:
+def judge(found: Found, metric: str, num_classes: int) -> Verdict:
     """Compare the pretrained arms with those from random weights, for each share of the labels."""
     compared: list[Comparison] = []
     warned: list[str] = []
@@ -160,6 +169,7 @@ def judge(found: Found, metric: str) -> Verdict:
             candidates = (_paired(found, metric, fraction, *pair) for pair in pairs)
             compared += [x for x in candidates if x is not None][:1]
         warned += _warnings(found, metric, fraction)
+        warned += _unmoved(found, metric, fraction, num_classes)
     return Verdict(metric, tuple(compared), tuple(warned))
 
 
@@ -195,6 +205,32 @@ def _warnings(found: Found, metric: str, fraction: float) -> list[str]:
             texts.append(
                 f"{kind} ends at {metric} {np.mean(ours):.3f}, below {other} at "
                 f"{np.mean(theirs):.3f} ({100 * fraction:g} % of labels): {meaning}"
+            )
+    return texts
+
+
+def _unmoved(found: Found, metric: str, fraction: float, num_classes: int) -> list[str]:
+    """Say in words which trained arms end where they began.
+
+    A classifier begins as the logistic regression on its frozen features, and the head of a
+    detector or segmenter begins at chance.
+    """
+    place = f"({100 * fraction:g} % of labels)"
+    chance = {"ap": 0.0, "auroc": 0.5}.get(metric, 1 / num_classes)
+    texts = []
+    for kind in ArmKind:
+        values = list(_by_seed(found, metric, fraction, kind).values())
+        if values and np.mean(values) < chance + NEAR_CHANCE:
+            texts.append(
+                f"{kind} ends at {metric} {np.mean(values):.3f}, where a guess is {chance:.3f} "
+                f"{place}: it learned nothing; try more steps and other optim.base_lr"
+            )
+    for kind, start in _BEGINS_AS.items():
+        pair = _paired(found, metric, fraction, kind, start)
+        if pair is not None and abs(pair.mean) < UNMOVED:
+            texts.append(
+                f"{kind} ends where it began, at the {metric} of {start} {place}: fine-tuning adds "
+                "nothing; try more steps or a larger optim.base_lr"
             )
     return texts
 

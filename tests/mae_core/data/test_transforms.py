@@ -276,3 +276,12 @@ def test_a_stack_of_eight_and_sixteen_bits_has_sixteen() -> None:
     stacked = stack_pixels([eight, sixteen])
     assert stacked.dtype == np.uint16
     assert [int(p.flat[0]) for p in stacked] == [65_535, 1000]
+
+
+def test_a_share_of_the_central_crop_is_what_resizing_to_256_and_cutting_224_gives() -> None:
+    pixels = np.zeros((256, 320, 3), np.uint8)
+    pixels[16:240, 48:272] = 200  # the central 224 x 224
+    cropped = center_crop(pixels, (224, 224), 0.875)
+    assert cropped.shape == (224, 224, 3)
+    assert (cropped == 200).all()
+    assert not (center_crop(pixels, (224, 224)) == 200).all()
