@@ -94,6 +94,8 @@ def _read(data: bytes, name: str) -> YamlFile:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         told = " ".join(filter(None, [error.context, error.problem]))
+        if error.problem is not None and "'\\t'" in error.problem:
+            told = "is indented with a tab, which YAML does not allow: use spaces"
         place = _place(name, mark.line + 1 if mark is not None else None)
         raise YamlFileError(f"{place}{told}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:

@@ -78,7 +78,9 @@ def _read_text(file: Path) -> str:
     except OSError as error:
         raise DataError(f"source={file}: cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
-        raise DataError(f"source={file}: not a list file in UTF-8 ({error})") from error
+        raise DataError(
+            f"source={file}: not a list file in UTF-8 ({error}); save it as UTF-8"
+        ) from error
     if "\0" in text:
         raise DataError(f"source={file}: not a list file in UTF-8 (it holds bytes of zero)")
     return text

@@ -58,6 +58,14 @@ def test_lines_are_known_for_keys_and_items(tmp_path: Path) -> None:
     assert read_yaml(file).lines == {"a": 1, "a.b": 2, "c": 4, "c.0": 5, "c.0.d": 5, "c.1": 6}
 
 
+@pytest.mark.parametrize("text", ["a:\n\tb: 1\n", "a:\n  b: 1\n\tc: 2\n"])
+def test_a_tab_is_named_with_its_line(tmp_path: Path, text: str) -> None:
+    number = text[: text.index("\t")].count("\n") + 1
+    assert mistake(tmp_path, text).endswith(
+        f":{number} is indented with a tab, which YAML does not allow: use spaces"
+    )
+
+
 def test_anchors_and_merges_are_what_yaml_says(tmp_path: Path) -> None:
     text = (
         "first: &first {x: 1, y: 1}\n"

@@ -52,7 +52,7 @@ def test_a_list_is_read_as_it_was_meant(
         (b"a.jpg\n" + b"x" * 300 + b".jpg\n", r"list\.csv:2: no such file: .*x\.jpg"),
         (b"a.jpg\nb\0c.jpg\n", "bytes of zero"),
         (b"a.jpg\nsub.jpg\n", r"list\.csv:2: is a folder: .*/sub\.jpg"),
-        (b"a.jpg\n\xb2\xe2.jpg\n", r"not a list file in UTF-8"),
+        (b"a.jpg\n\xb2\xe2.jpg\n", r"not a list file in UTF-8.*; save it as UTF-8$"),
     ],
 )
 def test_what_is_wrong_in_a_list_is_named(folder: Path, data: bytes, message: str) -> None:
