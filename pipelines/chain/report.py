@@ -242,10 +242,10 @@ def _result(run: PipelineRun, name: str, result: StageResult) -> dict[str, Any]:
 def _verdict_lines(run: PipelineRun, name: str) -> list[str]:
     """Return what the stage says that pretraining gives; nothing for other stages."""
     folder = next(plan.folder for plan in run.plans if plan.stage.name == name)
-    place = storage.join(folder.uri, "verdict.md")
-    if not storage.exists(place):
-        return []
-    lines = storage.read_bytes(place).decode().splitlines()
+    lines: list[str] = []
+    for path in sorted(storage.list_tree(folder.uri)):
+        if path.endswith("/verdict.md"):
+            lines += storage.read_bytes(storage.join(folder.uri, path)).decode().splitlines()
     return [line.removeprefix("- ").replace("**", "") for line in lines if line.startswith("- ")]
 
 

@@ -478,6 +478,19 @@ def test_steps_of_tuning_are_those_of_all_arms() -> None:
     assert chain_plan._num_steps(config, 1000) == 2 * 3 * (31 + 3)
 
 
+def test_steps_of_trials_of_learning_rates_are_counted() -> None:
+    config = ClassifyConfig.model_validate(
+        {
+            "init_from": "x",
+            "data": {"train": "a", "val": "b"},
+            "classify": {"arms": ["logistic", "linear", "finetune"], "seeds": [0, 1]},
+            "optim": {"epochs": 2, "global_batch_size": 64, "base_lr": [1e-3, 2e-3, 4e-3]},
+        }
+    )
+    # 31 steps of linear and of finetune; three rates of finetune, 25 steps on 800 labels each.
+    assert chain_plan._num_steps(config, 1000) == 2 * (2 * 31 + 3 * 25)
+
+
 def test_the_graph_in_text_and_as_mermaid(finished: Chain) -> None:
     assert text_graph(finished) == "first\n└─ second"
     assert mermaid_graph(finished, {"first": "run"}) == (

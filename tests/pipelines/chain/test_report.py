@@ -120,6 +120,21 @@ def test_the_page_says_what_became_of_each_stage(run: PipelineRun) -> None:
     assert "good: loss by optimizer step" in words
 
 
+def test_the_page_says_what_pretraining_gives(run: PipelineRun) -> None:
+    folder = Path(run.plans[0].folder.uri) / "good/run-1"
+    lines = [
+        "",
+        "What pretraining gives:",
+        "",
+        "- top1: +0.081 ± 0.022",
+        "- **Warning**: <b>low</b>",
+    ]
+    (folder / "verdict.md").write_text("\n".join(lines))
+    page = report.render(run)
+    assert "<p>top1: +0.081 ± 0.022</p>" in page
+    assert "<p>Warning: &lt;b&gt;low&lt;/b&gt;</p>" in page
+
+
 def test_a_chart_is_drawn_once_and_then_taken_from_the_stages_folder(
     run: PipelineRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
