@@ -83,6 +83,7 @@ HITS: dict[str, set[str]] = {
         "reporting.picture_every_steps",
         "optim.micro_batch_size",
         "optim.compile",
+        "checkpoint.keep_best",
         "data.decode",
         "data.max_bad_ratio",
     },
