@@ -34,6 +34,7 @@ from pipelines.outcome import ConfigError
 from pipelines.reading.fingerprints import fingerprint, num_samples
 
 MAX_REASONS = 3
+SPLIT_KEYS = ("optim.micro_batch_size", "scaling.num_workers")  # how a global batch is split
 _KEY_IN = re.compile(rf"\{{[0-9a-f]{{{KEY_CHARS}}}\}}")
 
 
@@ -150,6 +151,8 @@ def key_parts(stage: Stage, keys: Mapping[str, str], pipeline: str = "") -> KeyP
     if values.get("existing") is not None:  # `mae prepare index` reads its own output folder
         inputs["output"] = _fingerprint(stage, "output", values["output"], by_time=True)
     kept = {key: value for key, value in values.items() if not _is_under(key, stage.kind.unkeyed)}
+    if isinstance(stage.config, DownstreamConfig) and stage.config.depends_on_split:
+        kept |= {key: values[key] for key in SPLIT_KEYS}
     texts = {name: f"{{{key}}}" for name, key in keys.items()} | {PIPELINE: pipeline}
     files = [stage.file] if stage.file is not None else []
     return KeyParts(

@@ -207,8 +207,8 @@ class DownstreamConfig(StartConfig):
     @property
     def depends_on_split(self) -> bool:
         """Whether the split of a global batch changes the result by more than rounding."""
-        draws_paths = any(kind.trains_encoder for kind in self.section.kinds)
-        return draws_paths and self.optim.drop_path_rate > 0
+        draws_paths = not {ArmKind.FINETUNE, ArmKind.SCRATCH}.isdisjoint(self.section.arms)
+        return draws_paths and self.optim.drop_path_rate != 0
 
     @property
     def run_name(self) -> str:
@@ -305,7 +305,7 @@ class ClassifyConfig(DownstreamConfig):
     @property
     def depends_on_split(self) -> bool:
         """Whether the split changes the result; the batch norm of `linear` sees a micro batch."""
-        return super().depends_on_split or ArmKind.LINEAR in self.section.kinds
+        return super().depends_on_split or ArmKind.LINEAR in self.section.arms
 
     @model_validator(mode="after")
     def _pairs_stay_together(self) -> Self:

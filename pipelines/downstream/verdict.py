@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mae_core.evaluation.arms_picture import ArmBar, PairedBar, arms_picture
-from pipelines.config.arms import ArmKind
+from pipelines.config.arms import ArmKind, Trains
 from pipelines.downstream.arms import Arm
 
 Found = Mapping[Arm, Mapping[str, float]]
@@ -35,6 +35,10 @@ _ADVICE = (
     "what to try: pretrain longer or on more images like these, use fewer labels "
     "(label_fraction), give optim.base_lr several rates to choose from"
 )
+# The kinds that an optimizer trains, except the one that is not expected to learn much.
+_LEARNS = [
+    kind for kind in ArmKind if kind.trains is not Trains.NOTHING and kind is not ArmKind.UNTRAINED
+]
 _BEGINS_AS = {ArmKind.FINETUNE: ArmKind.LOGISTIC, ArmKind.SCRATCH: ArmKind.UNTRAINED}  # classify
 # Arms that should not end below another one, and what it means where they do.
 _SUSPECT = (
@@ -218,7 +222,7 @@ def _unmoved(found: Found, metric: str, fraction: float, num_classes: int) -> li
     place = f"({100 * fraction:g} % of labels)"
     chance = {"ap": 0.0, "auroc": 0.5}.get(metric, 1 / num_classes)
     texts = []
-    for kind in ArmKind:
+    for kind in _LEARNS:
         values = list(_by_seed(found, metric, fraction, kind).values())
         if values and np.mean(values) < chance + NEAR_CHANCE:
             texts.append(

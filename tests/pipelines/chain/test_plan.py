@@ -36,20 +36,22 @@ from pipelines.config.validate import ValidateConfig
 from pipelines.outcome import ConfigError, StageResult
 from tests.pipelines.shard_sets import shard_set
 
+UNSPLIT = {"drop_path_rate": 0}  # so that the split of a batch changes nothing
 CONFIGS: dict[str, StrictConfig] = {
     "prepare": PrepareConfig.model_validate({"source": "/a", "output": "/b"}),
     "validate": ValidateConfig.model_validate({"data": "/a"}),
     "pretrain": PretrainConfig.model_validate({"data": {"train": "/a"}}),
     "classify": ClassifyConfig.model_validate(
-        {"init_from": "/c", "data": {"train": "/a", "val": "/b"}}
+        {"init_from": "/c", "data": {"train": "/a", "val": "/b"}, "optim": UNSPLIT}
     ),
     "detect": DetectConfig.model_validate(
-        {"init_from": "/c", "data": {"train": "/a", "val": "/b"}}
+        {"init_from": "/c", "data": {"train": "/a", "val": "/b"}, "optim": UNSPLIT}
     ),
     "segment": SegmentConfig.model_validate(
         {
             "init_from": "/c",
             "data": {"train": "/a", "val": "/b"},
+            "optim": UNSPLIT,
             "segment": {"masks": "instances"},
         }
     ),
@@ -124,6 +126,13 @@ def test_a_field_is_a_miss_unless_it_says_how_or_where(name: str, key: str) -> N
     before, after = CONFIGS[name], with_value(CONFIGS[name], key, "something else")
     is_hit = key_of(name, before) == key_of(name, after)
     assert is_hit == (key in HITS[name])
+
+
+@pytest.mark.usefixtures("found_data")
+@pytest.mark.parametrize("key", ["optim.micro_batch_size", "scaling.num_workers"])
+def test_the_split_of_a_batch_is_a_miss_where_the_result_depends_on_it(key: str) -> None:
+    before = with_value(CONFIGS["classify"], "optim.drop_path_rate", 0.1)
+    assert key_of("classify", before) != key_of("classify", with_value(before, key, 3))
 
 
 def test_each_field_that_is_a_hit_is_there() -> None:
