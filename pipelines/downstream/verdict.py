@@ -229,11 +229,11 @@ def _unmoved(found: Found, metric: str, fraction: float, num_classes: int) -> li
                 f"{kind} ends at {metric} {np.mean(values):.3f}, where a guess is {chance:.3f} "
                 f"{place}: it learned nothing; try more steps and other optim.base_lr"
             )
-    for kind, start in _BEGINS_AS.items():
-        pair = _paired(found, metric, fraction, kind, start)
+    for tuned, start in _BEGINS_AS.items():
+        pair = _paired(found, metric, fraction, tuned, start)
         if pair is not None and abs(pair.mean) < UNMOVED:
             texts.append(
-                f"{kind} ends where it began, at the {metric} of {start} {place}: fine-tuning adds "
+                f"{tuned} ends where it began, at the {metric} of {start} {place}: fine-tuning adds "
                 "nothing; try more steps or a larger optim.base_lr"
             )
     return texts
