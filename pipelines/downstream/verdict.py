@@ -233,8 +233,8 @@ def _unmoved(found: Found, metric: str, fraction: float, num_classes: int) -> li
         pair = _paired(found, metric, fraction, tuned, start)
         if pair is not None and abs(pair.mean) < UNMOVED:
             texts.append(
-                f"{tuned} ends where it began, at the {metric} of {start} {place}: fine-tuning adds "
-                "nothing; try more steps or a larger optim.base_lr"
+                f"{tuned} ends where it began, at the {metric} of {start} {place}: fine-tuning "
+                "adds nothing; try more steps or a larger optim.base_lr"
             )
     return texts
 
