@@ -40,8 +40,8 @@ def concerns(points: Points, step: int, total_steps: int) -> list[str]:
     if rank < RANK_SHARE * untrained:
         found.append(
             f"health: the features' effective rank is {rank:.1f}, less than half of the untrained "
-            f"encoder's {untrained:.1f}: images differ in few directions. Lower optim.base_lr, or "
-            "try loss.norm_pix=true"
+            f"encoder's {untrained:.1f}: images differ in few directions. Train longer, or lower "
+            "optim.base_lr"
         )
     dead = point["dead"]
     if dead > max(DEAD_SHARE, point["dead" + UNTRAINED]):
