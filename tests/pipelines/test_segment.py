@@ -76,9 +76,7 @@ def test_ignored_pixels_and_holes_add_nothing_to_the_loss() -> None:
     mask[:, 4:] = 255
     example = task.validation_example(make_sample(mask))
     weights = torch.tensor([1.0, 0.0])
-    batch = Batch(
-        torch.zeros(2, 3, 8, 8), [example.target, None], weights, np.random.default_rng(0)
-    )
+    batch = Batch(torch.zeros(2, 3, 8, 8), [example.target, None], weights, 1, 0)
     found = task.loss(Brightness(), batch, ARM)
     assert found.loss.item() == pytest.approx(0.34657359)  # ln 2, over two images
     assert found.num_samples.item() == 1
@@ -87,9 +85,7 @@ def test_ignored_pixels_and_holes_add_nothing_to_the_loss() -> None:
 def test_a_class_weight_multiplies_the_loss_of_its_pixels() -> None:
     task = make_task("segment.class_weights=[1,3]")
     example = task.validation_example(make_sample(left_half(8, 8)))
-    batch = Batch(
-        torch.zeros(1, 3, 8, 8), [example.target], torch.ones(1), np.random.default_rng(0)
-    )
+    batch = Batch(torch.zeros(1, 3, 8, 8), [example.target], torch.ones(1), 1, 0)
     found = task.loss(Brightness(), batch, ARM)
     assert found.loss.item() == pytest.approx(2 * 0.69314718)  # half of the pixels count thrice
 
