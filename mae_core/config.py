@@ -33,11 +33,14 @@ class EncoderShape(NamedTuple):
     num_heads: int
 
 
-EncoderName = Literal["vit_micro", "vit_tiny", "vit_small", "vit_base", "vit_large", "vit_huge"]
+EncoderName = Literal[
+    "vit_nano", "vit_micro", "vit_tiny", "vit_small", "vit_base", "vit_large", "vit_huge"
+]
 
 # tiny and small: Touvron et al. 2021, https://arxiv.org/abs/2012.12877, table 1; base, large and
-# huge: Dosovitskiy et al. 2021, https://arxiv.org/abs/2010.11929, table 1; micro: ours.
+# huge: Dosovitskiy et al. 2021, https://arxiv.org/abs/2010.11929, table 1; nano and micro: ours.
 ENCODERS: dict[str, EncoderShape] = {
+    "vit_nano": EncoderShape(embed_dim=96, depth=4, num_heads=3),
     "vit_micro": EncoderShape(embed_dim=192, depth=6, num_heads=3),
     "vit_tiny": EncoderShape(embed_dim=192, depth=12, num_heads=3),
     "vit_small": EncoderShape(embed_dim=384, depth=12, num_heads=6),
@@ -56,6 +59,7 @@ class DecoderShape(NamedTuple):
 # base and larger: He et al. 2021, table 1. The decoder sees all patches and the encoder a quarter
 # of them, so beside a small encoder theirs would take most of the time.
 DECODERS: dict[str, DecoderShape] = {
+    "vit_nano": DecoderShape(dim=64, depth=1, num_heads=2),
     "vit_micro": DecoderShape(dim=96, depth=2, num_heads=3),
     "vit_tiny": DecoderShape(dim=192, depth=4, num_heads=6),
     "vit_small": DecoderShape(dim=256, depth=4, num_heads=8),
@@ -64,13 +68,14 @@ DECODERS: dict[str, DecoderShape] = {
 
 class DecoderConfig(StrictConfig):
     dim: int = Field(default=512, gt=0, multiple_of=4)
-    """Width of the decoder's tokens. A small encoder has a smaller default: micro 96, tiny 192,
-    small 256."""
+    """Width of the decoder's tokens. A small encoder has a smaller default: nano 64, micro 96,
+    tiny 192, small 256."""
     depth: int = Field(default=8, ge=1)
-    """Transformer blocks. A small encoder has a smaller default: micro 2, tiny and small 4."""
+    """Transformer blocks. A small encoder has a smaller default: nano 1, micro 2, tiny and
+    small 4."""
     num_heads: int = Field(default=16, ge=1)
-    """Attention heads; the number must divide `dim`. A small encoder has a smaller default: micro
-    3, tiny 6, small 8."""
+    """Attention heads; the number must divide `dim`. A small encoder has a smaller default: nano
+    2, micro 3, tiny 6, small 8."""
 
     @model_validator(mode="after")
     def _heads_divide_the_width(self) -> Self:
@@ -86,8 +91,8 @@ def _num_heads(dim: int) -> int:
 
 class ModelConfig(StrictConfig):
     encoder: EncoderName = "vit_base"
-    """Which ViT to train, as width x depth: micro 192x6, tiny 192x12, small 384x12, base 768x12,
-    large 1024x24, huge 1280x32."""
+    """Which ViT to train, as width x depth: nano 96x4, micro 192x6, tiny 192x12, small 384x12, base
+    768x12, large 1024x24, huge 1280x32."""
     img_size: tuple[int, int] = (224, 224)
     """Height and width of the training crop, in pixels; one number means a square."""
     patch_size: int = Field(default=16, gt=0)

@@ -65,7 +65,7 @@ KINDS: dict[str, StageKind] = {
         ),
         ("data.train", "data.val", "init_from"),
         without_effect("pretrain"),
-        headline=("knn/top1", "knn/top1_untrained"),
+        headline=("linear/top1", "linear/top1_untrained", "linear/top1_pixels"),
     ),
     "classify": StageKind(
         ClassifyConfig,

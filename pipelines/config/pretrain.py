@@ -57,6 +57,9 @@ class KnnConfig(StrictConfig):
     """Approximate number of labelled training images to search for neighbours, evenly spread."""
     max_val: int = Field(default=5_000, gt=0)
     """Approximate number of validation images to classify, evenly spread."""
+    max_linear: int = Field(default=1000, ge=0)
+    """Largest number of those training images that a linear probe is fitted to: on the features of
+    the trained and the untrained encoder, and on the raw pixels. 0: no linear probe."""
 
 
 HEALTH_PREFIX = "health/"  # of the names of its metrics

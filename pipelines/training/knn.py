@@ -1,4 +1,4 @@
-"""kNN accuracy of the frozen encoder, computed by the training workers when they are done.
+"""Accuracy of the frozen encoder's features, computed by the training workers when they are done.
 
 They are warm, have the GPUs, and share the images out among them; rank 0 gathers and scores.
 """
@@ -6,11 +6,13 @@ They are warm, have the GPUs, and share the images out among them; rank 0 gather
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from importlib import import_module
 from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
 import torch.distributed
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mae_core.config import ModelConfig
@@ -26,13 +28,17 @@ from mae_core.model.encoder import MaskedEncoder
 from pipelines.config.pretrain import KnnConfig
 from pipelines.reading.class_names import Numbers, folder_of
 from pipelines.reading.shards import read_rows
-from pipelines.training.pretrain_evaluation import METRICS_PREFIX
+from pipelines.training.pretrain_evaluation import LINEAR_PREFIX, METRICS_PREFIX
 
 logger = logging.getLogger(__name__)
 
 ROWS_PER_READ = 64
 CHECKED_SAMPLES = 512  # of each set, before training
 MAX_EXAMPLES = 3
+PIXELS = "top1_pixels"  # raw pixels, as if an encoder did nothing
+NAMES = {"top1": "trained", "top1_untrained": "untrained", PIXELS: "raw pixels"}
+PICTURE_SIDE = 16
+LEAST_OF_A_CLASS = 5  # images, of which the probe chooses its penalty
 
 
 class Slice(NamedTuple):
@@ -75,9 +81,10 @@ def knn_metrics(
     config: KnnConfig,
     tell: Callable[[int, int], None],
 ) -> dict[str, float] | None:
-    """`knn/NAME` for each encoder; None on the ranks that only help.
+    """Return `knn/NAME` and `linear/NAME` for each encoder; None on the ranks that only help.
 
-    Samples without a label that can be used are left out, and counted in `knn/left_out`.
+    `linear/` also has the raw pixels. Samples without a label that can be used are left out, and
+    counted in `knn/left_out`.
     `tell` is given how many pieces are encoded, and of how many.
 
     Raises:
@@ -94,6 +101,8 @@ def knn_metrics(
         tell(len(bank_slices) + done, total)
 
     measures = {name: features_of(encoder) for name, encoder in encoders.items()}
+    if config.max_linear:
+        measures[PIXELS] = small_pictures
     bank = shared_features(measures, bank_slices, reader, tell_bank)
     queries = shared_features(measures, slices, reader, tell_queries)
     if bank is None or queries is None:
@@ -109,6 +118,8 @@ def knn_metrics(
         len(queries.labels),
         ", ".join(f"{name.removeprefix('knn/')}={value:.3f}" for name, value in metrics.items()),
     )
+    if config.max_linear:
+        metrics |= linear_metrics(bank, queries, config.max_linear)
     if unlabelled := (*bank.unlabelled, *queries.unlabelled):
         logger.warning(
             "%d samples are left out of the kNN evaluation, for they have no label that can be "
@@ -117,6 +128,45 @@ def knn_metrics(
             "; ".join(unlabelled[:MAX_EXAMPLES]),
         )
         metrics[f"{METRICS_PREFIX}left_out"] = float(len(unlabelled))
+    return metrics
+
+
+def small_pictures(images: Tensor) -> Tensor:
+    """Average images of (B, C, H, W) over areas, to (B, C * 16 * 16) values at most."""
+    height, width = (min(side, PICTURE_SIDE) for side in images.shape[2:])
+    return F.adaptive_avg_pool2d(images, (height, width)).flatten(1)
+
+
+def linear_metrics(
+    bank: LabelledFeatures, queries: LabelledFeatures, limit: int
+) -> dict[str, float]:
+    """Return `linear/NAME`, the accuracy of logistic regression on the features of each measure.
+
+    It is fitted to at most `limit` images of the bank, evenly spread. Empty if the bank has too few
+    images of every class.
+    """
+    chosen = torch.linspace(0, len(bank.labels) - 1, min(limit, len(bank.labels))).long()
+    known, places = torch.unique(bank.labels[chosen], return_inverse=True)
+    wanted = _places_among(known, queries.labels)
+    if len(known) < 2 or int(places.bincount().max()) < LEAST_OF_A_CLASS:
+        logger.info("no linear probe: %d labelled images are too few", len(chosen))
+        return {}
+    # Importing scikit-learn takes most of a second, which a run's start need not wait for.
+    probe = import_module("mae_core.evaluation.linear_probe")
+    metrics = {
+        f"{LINEAR_PREFIX}{name}": probe.linear_probe_accuracy(
+            features[chosen], places, queries.features[name], wanted, seed=0
+        )
+        for name, features in bank.features.items()
+    }
+    logger.info(
+        "linear probe, on %d labelled images, of %d test images: %s",
+        len(chosen),
+        len(queries.labels),
+        ", ".join(
+            f"{NAMES.get(name, name)}={metrics[LINEAR_PREFIX + name]:.3f}" for name in bank.features
+        ),
+    )
     return metrics
 
 

@@ -7,7 +7,8 @@ from pipelines.config.pretrain import HEALTH_PREFIX, PretrainConfig
 from pipelines.reading.fingerprints import fingerprint
 
 METRICS_PREFIX = "knn/"
-MEASURED_PREFIXES = (METRICS_PREFIX, HEALTH_PREFIX)
+LINEAR_PREFIX = "linear/"
+MEASURED_PREFIXES = (METRICS_PREFIX, LINEAR_PREFIX, HEALTH_PREFIX)
 
 
 def evaluation_key(config: PretrainConfig) -> str:

@@ -45,7 +45,7 @@ def test_kinds_with_a_config_of_their_own_are_all_there() -> None:
 
 def test_a_table_of_stages_shows_the_metrics_that_stages_have() -> None:
     assert {name: kind.headline for name, kind in KINDS.items() if kind.headline} == {
-        "pretrain": ("knn/top1", "knn/top1_untrained"),
+        "pretrain": ("linear/top1", "linear/top1_untrained", "linear/top1_pixels"),
         "classify": ("/top1", "/auroc"),
         "detect": ("/ap", "/ap50"),
         "embed": ("num_images",),

@@ -13,11 +13,18 @@ from mae_core.data.manifest import ShardInfo
 from mae_core.data.samples import DataError
 from pipelines.config.pretrain import KnnConfig
 from pipelines.reading.shards import open_shards
-from pipelines.training.knn import ImageReader, check_labels, has_labels, knn_metrics
+from pipelines.training.knn import (
+    ImageReader,
+    check_labels,
+    has_labels,
+    knn_metrics,
+    small_pictures,
+)
 from tests.pipelines.conftest import png
 
 WriteTar = Callable[[Path, dict[str, bytes]], Path]
 Shards = tuple[ShardInfo, ...]
+NEAREST = KnnConfig(k=1)
 MODEL = ModelConfig(encoder="vit_micro", img_size=(16, 16), patch_size=8)
 
 
@@ -46,10 +53,12 @@ def shards(
     return open_shards(str(folder), str(folder / "index")).shards
 
 
-def measure(train: Shards, val: Shards, numbers: dict[str, dict[int, int]]) -> dict[str, float]:
+def measure(
+    train: Shards, val: Shards, numbers: dict[str, dict[int, int]], config: KnnConfig = NEAREST
+) -> dict[str, float]:
     reader = ImageReader(MODEL, (0.5,) * 3, (0.3,) * 3, 1, numbers)
     metrics = knn_metrics(
-        {"top1": Pixels()}, train, val, reader, KnnConfig(k=1), lambda _done, _total: None
+        {"top1": Pixels()}, train, val, reader, config, lambda _done, _total: None
     )
     assert metrics is not None
     return metrics
@@ -73,6 +82,36 @@ def test_a_sample_without_a_label_is_left_out_and_counted(
         assert measure(train, val, {}) == {"knn/top1": 1.0, "knn/left_out": 1.0}
     assert "1 samples are left out of the kNN evaluation" in caplog.text
     assert f"{tmp_path}/val/a.tar: 1" in caplog.text
+
+
+def test_a_linear_probe_compares_the_encoder_with_raw_pixels(
+    tmp_path: Path, write_tar: WriteTar, caplog: pytest.LogCaptureFixture
+) -> None:
+    train = shards(write_tar, tmp_path / "train", {n: b"%d" % (n % 2) for n in range(20)})
+    val = shards(write_tar, tmp_path / "val", {0: b"0", 3: b"1"})
+    with caplog.at_level(logging.INFO):
+        metrics = measure(train, val, {})
+    # These two images are among the training images, which a plane separates.
+    assert metrics["linear/top1"] == metrics["linear/top1_pixels"] == 1.0
+    assert "20 labelled images, of 2 test images: trained=1.000, raw pixels=1.000" in caplog.text
+
+
+def test_a_linear_probe_takes_no_more_images_than_asked_for(
+    tmp_path: Path, write_tar: WriteTar, caplog: pytest.LogCaptureFixture
+) -> None:
+    train = shards(write_tar, tmp_path / "train", {n: b"%d" % (n % 2) for n in range(20)})
+    val = shards(write_tar, tmp_path / "val", {0: b"0", 3: b"1"})
+    with caplog.at_level(logging.INFO):
+        assert "linear/top1" in measure(train, val, {}, KnnConfig(k=1, max_linear=14))
+    assert "on 14 labelled images" in caplog.text
+    assert "linear/top1" not in measure(train, val, {}, KnnConfig(k=1, max_linear=0))
+
+
+def test_raw_pixels_are_averaged_over_areas() -> None:
+    image = torch.arange(32.0).repeat(32, 1)[None, None]
+    assert small_pictures(image).shape == (1, 256)
+    assert small_pictures(image)[0, :3].tolist() == [0.5, 2.5, 4.5]
+    assert small_pictures(image[..., :8, :8]).shape == (1, 64)
 
 
 def test_a_class_that_training_lacks_is_wrong_and_large_numbers_cost_nothing(
