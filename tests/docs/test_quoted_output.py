@@ -41,10 +41,20 @@ def test_every_exit_code_is_in_the_guide(code: int) -> None:
 
 def test_every_metric_of_the_guide_is_recorded() -> None:
     code = "".join(path.read_text() for path in (ROOT / "pipelines").rglob("*.py"))
+    task, probes = (
+        source("pipelines/training/pretrain_task.py"),
+        source("pipelines/training/knn.py"),
+    )
+    encoders = re.findall(r'"(top1\w*)": ', task)
+    assert 'f"{METRICS_PREFIX}{name}": ' in probes
+    assert 'f"{LINEAR_PREFIX}{name}": ' in probes
     recorded = code.replace("{METRICS_PREFIX}", "knn/")
+    recorded += "".join(f'"knn/{name}" "linear/{name}"' for name in encoders)
     health = re.findall(r'\("(\w+)", ', source("pipelines/training/health.py"))
     recorded += "".join(f'"health/{name}"' for name in health)
-    named = set(re.findall(r"`((?:train|worker|knn|data|health)/\w+)`", RUN_GUIDE + DATA_GUIDE))
+    named = set(
+        re.findall(r"`((?:train|worker|knn|linear|data|health)/\w+)`", RUN_GUIDE + DATA_GUIDE)
+    )
     assert {"train/loss", "worker/bad_samples", "knn/top1"} <= named
     assert sorted(name for name in named if f'"{name}"' not in recorded) == []
 
