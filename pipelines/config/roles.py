@@ -176,6 +176,7 @@ _EVALUATION: dict[str, tuple[str, ...]] = {
         "data.val",
         "knn.k",
         "knn.max_train",
+        "knn.max_linear",
         "knn.max_val",
         "health.every_epochs",
         "health.max_images",

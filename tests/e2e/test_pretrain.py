@@ -40,6 +40,9 @@ def test_a_finished_run_is_in_mlflow_with_all_that_belongs_to_it(
     assert {n for n in result["metrics"] if not n.startswith("health/")} == {
         "knn/top1",
         "knn/top1_untrained",
+        "linear/top1",
+        "linear/top1_untrained",
+        "linear/top1_pixels",
         "data/left_out",
     }
     assert "Traceback" not in place.stderr()

@@ -229,7 +229,7 @@ def replaced(key: str, tensor: Tensor) -> dict[str, Tensor]:
             lambda: replaced("blocks.1.attn.proj.weight", torch.zeros(192, 192, dtype=torch.int8)),
             "blocks.1.attn.proj.weight: holds int8; quantized weights cannot be used",
         ),
-        (lambda: make_vit(depth=5).state_dict(), "is 192 wide and 5 blocks deep; we have 192x6"),
+        (lambda: make_vit(depth=5).state_dict(), "is 192 wide and 5 blocks deep; we have 96x4"),
         (lambda: {"conv1.weight": torch.zeros(2)}, r"not the weights of a vision .* has conv1.we"),
         (lambda: {"encoder.patch_embed.proj.weight": torch.zeros(2)}, "without its manifest.json"),
     ],

@@ -365,7 +365,7 @@ def test_mistake_in_the_config_is_told(overrides: list[str], message: str) -> No
 def test_demo_config_loads() -> None:
     config = load_config(PrepareConfig, [ROOT / "configs/prepare/demo.yaml"], environment={})
     assert (config.synthetic, config.output) == ("shapes", "data/shapes")
-    assert (config.num_train, config.num_val, config.img_size) == (3000, 600, 64)
+    assert (config.num_train, config.num_val, config.img_size) == (3000, 600, 48)
 
 
 def test_script_and_its_exit_codes(photos: Path, tmp_path: Path) -> None:

@@ -30,6 +30,7 @@ def test_the_output_of_a_run_is_a_pretrained_model_if_it_has_one() -> None:
     assert [kind.value for kind in PREFERRED_OUTPUT] == [
         "finetune",
         "frozen",
+        "attentive",
         "linear",
         "scratch",
         "untrained",

@@ -80,7 +80,9 @@ def test_a_key_in_the_wrong_section_is_found_in_the_right_one() -> None:
 
 def test_a_key_like_no_other_gets_a_list() -> None:
     told = mistake(*NEEDED, "knn.qqqqqq=1")
-    assert told == "command line knn.qqqqqq: no such key; there are: k, max_train, max_val"
+    assert (
+        told == "command line knn.qqqqqq: no such key; there are: k, max_train, max_val, max_linear"
+    )
 
 
 def test_a_value_of_the_wrong_type_is_shown(tmp_path: Path) -> None:

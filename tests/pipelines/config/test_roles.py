@@ -69,4 +69,5 @@ def test_only_pretraining_measures_what_it_trained_apart() -> None:
         ("pretrain", "knn.k"),
         ("pretrain", "knn.max_train"),
         ("pretrain", "knn.max_val"),
+        ("pretrain", "knn.max_linear"),
     }
