@@ -7,7 +7,6 @@ no function here raises. With `run_id=None` (no run could be started) every func
 import json
 import logging
 import re
-import shlex
 import threading
 import time
 from collections import deque
@@ -24,7 +23,7 @@ from mlflow.exceptions import MlflowException
 from numpy.typing import NDArray
 
 from infra.config import TrackingConfig
-from infra.mlflow_client import SQLITE_SCHEME, client_of, experiment_of
+from infra.mlflow_client import client_of, experiment_of
 from infra.redaction import redact, redact_texts
 from infra.run_names import name_with_differences
 from infra.tracking_remedies import remedy
@@ -40,7 +39,6 @@ MAX_DIGEST_CHARS = 36
 
 # Without it, a browser that has no preference yet shows MLflow's GenAI pages.
 WORKSPACE = "workflowType=machine_learning"
-LOCAL_UI = "http://127.0.0.1:5000"  # where `mlflow ui` serves by default
 
 # Errors that the same request would get again.
 _REFUSALS = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST", "RESOURCE_DOES_NOT_EXIST", "INVALID_STATE")
@@ -176,14 +174,6 @@ def run_link(uri: str, run_id: str) -> str:
         experiment = client_of(uri).get_run(run_id).info.experiment_id
         return f"#/experiments/{experiment}/runs/{run_id}?{WORKSPACE}"
     return ""
-
-
-def how_to_open(uri: str, run_id: str) -> str:
-    """Return the address of a run's page, or the command that serves it, then the address."""
-    link = run_link(uri, run_id)
-    if not uri.startswith(SQLITE_SCHEME):
-        return f"{uri.rstrip('/')}/{link}"
-    return f"mlflow ui --backend-store-uri {shlex.quote(uri)}, then {LOCAL_UI}/{link}"
 
 
 def set_tags(uri: str, run_id: str | None, tags: Mapping[str, str]) -> None:

@@ -1,14 +1,18 @@
 """Fixtures: small tars as another program writes them, and pictures to pack."""
 
 import io
+import logging
+import os
 import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from tests.pipelines.cli_in_process import Told, run_mae
 from tests.pipelines.packed_sets import write_image
 
 WriteTar = Callable[[Path, dict[str, bytes]], Path]
@@ -64,3 +68,25 @@ def photos(tmp_path: Path) -> Path:
         name = ["cat", "dog", "owl"][i % 3] + f"/{i:03d}." + ["png", "JPG", "jpeg"][i % 3]
         write_image(tmp_path / "photos" / name, pixels)
     return tmp_path / "photos"
+
+
+@pytest.fixture
+def as_it_was(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """Restore logging and the environment, which the command changes permanently."""
+    for name in list(os.environ):
+        if name.startswith(("MAE__", "RAY_ADDRESS")):
+            monkeypatch.delenv(name)
+    before = dict(os.environ)
+    root = logging.getLogger()
+    handlers, level = list(root.handlers), root.level
+    monkeypatch.chdir(tmp_path)
+    yield
+    for name in set(os.environ) - set(before):
+        del os.environ[name]
+    root.handlers, root.level = handlers, level
+
+
+@pytest.fixture
+def mae(capsys: pytest.CaptureFixture[str], as_it_was: None) -> Callable[..., Told]:
+    """Run the command in this process."""
+    return partial(run_mae, capsys)

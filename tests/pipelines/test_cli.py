@@ -2,18 +2,16 @@
 
 import importlib.metadata
 import json
-import logging
 import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from infra.services import object_store
 from pipelines import cli, driver, prepare, pretrain
 from pipelines.chain.kinds import KINDS
 from pipelines.commands.arguments import STAGE_WORDS
@@ -22,57 +20,12 @@ from pipelines.config.prepare import PrepareConfig
 from pipelines.config.pretrain import PretrainConfig
 from pipelines.outcome import StageResult
 from pipelines.training import launch
-from tests.pipelines.training.test_init_from import write_own
+from tests.pipelines.cli_in_process import Told, pretrain_words
 
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.fixture(autouse=True)
-def _as_it_was(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
-    """Restore logging and the environment, which the command changes permanently."""
-    for name in list(os.environ):
-        if name.startswith(("MAE__", "RAY_ADDRESS")):
-            monkeypatch.delenv(name)
-    before = dict(os.environ)
-    root = logging.getLogger()
-    handlers, level = list(root.handlers), root.level
-    monkeypatch.chdir(tmp_path)
-    yield
-    for name in set(os.environ) - set(before):
-        del os.environ[name]
-    root.handlers, root.level = handlers, level
-
-
-class Told:
-    def __init__(self, code: int, out: str, err: str) -> None:
-        self.code, self.out, self.err = code, out, err
-
-
-@pytest.fixture
-def mae(capsys: pytest.CaptureFixture[str]) -> Callable[..., Told]:
-    """Runs the command in this process."""
-
-    def run(*words: str) -> Told:
-        try:
-            code = cli.main(list(words))
-        except SystemExit as error:  # argparse
-            code = int(error.code or 0)
-        out, err = capsys.readouterr()
-        assert "Traceback" not in err
-        return Told(code, without_failure(code, out), err)
-
-    return run
-
-
-def without_failure(code: int, out: str) -> str:
-    """Return what a failed command wrote besides its JSON object for programs."""
-    *lines, last = out.splitlines() or [""]
-    if code == 0 or not last.startswith("{"):
-        return out
-    failed = json.loads(last)
-    assert failed["status"] == ("stopped" if code in (130, 143) else "failed")
-    assert failed["can_pass"] in (True, False)
-    return "\n".join(lines)
+pytestmark = pytest.mark.usefixtures("as_it_was")
 
 
 def test_a_failure_is_one_line_of_json_for_a_program_and_none_for_a_person(
@@ -91,22 +44,10 @@ def test_a_failure_is_one_line_of_json_for_a_program_and_none_for_a_person(
     assert capsys.readouterr().out == ""
 
 
-def words(folder: Path, train: Path | str, *more: str) -> list[str]:
-    return [
-        "pretrain",
-        f"data.train={train}",
-        f"storage.root={folder}/runs",
-        f"tracking.uri=sqlite:///{folder}/mlflow.db",
-        "optim.global_batch_size=8",
-        "optim.micro_batch_size=8",
-        *more,
-    ]
-
-
 def test_a_misspelt_key_is_exit_code_2_with_the_nearest_name(
     mae: Callable[..., Told], tmp_path: Path
 ) -> None:
-    told = mae(*words(tmp_path, "/d", "optim.epohcs=3"))
+    told = mae(*pretrain_words(tmp_path, "/d", "optim.epohcs=3"))
     assert (told.code, told.out) == (2, "")
     assert told.err == (
         "config error: command line optim.epohcs: no such key; did you mean optim.epochs?\n"
@@ -135,7 +76,7 @@ def test_a_misspelt_key_of_a_file_is_told_by_line(mae: Callable[..., Told], tmp_
 def test_a_mistake_in_the_config_is_exit_code_2(
     mae: Callable[..., Told], tmp_path: Path, word: str, told: str
 ) -> None:
-    result = mae(*words(tmp_path, "/d", word))
+    result = mae(*pretrain_words(tmp_path, "/d", word))
     assert (result.code, result.out) == (2, "")
     assert result.err.startswith("config error: ")
     assert told in result.err
@@ -155,7 +96,7 @@ def test_more_workers_than_cpus_are_refused(
     monkeypatch.setattr(launch.ray, "is_initialized", lambda: False)
     monkeypatch.setattr(launch.machine, "count_cpus", lambda: 2)
     told = mae(
-        *words(tmp_path, foreign, "scaling.num_workers=4", "optim.micro_batch_size=2"),
+        *pretrain_words(tmp_path, foreign, "scaling.num_workers=4", "optim.micro_batch_size=2"),
         "optim.epochs=4",
     )
     assert told.code == 2
@@ -168,7 +109,7 @@ def test_more_workers_than_cpus_are_refused(
 def test_a_mistake_beside_fresh_does_not_cost_the_run_that_is_there(
     mae: Callable[..., Told], tmp_path: Path, foreign: Path
 ) -> None:
-    given = words(tmp_path, foreign, "optim.global_batch_size=64", "optim.epochs=1")
+    given = pretrain_words(tmp_path, foreign, "optim.global_batch_size=64", "optim.epochs=1")
     assert mae(*given).code == 2  # too little data, found after the index was made
     (run,) = (tmp_path / "runs/pretrain").iterdir()
     (run / "checkpoints/step-00000005").mkdir(parents=True)
@@ -181,7 +122,7 @@ def test_a_mistake_beside_fresh_does_not_cost_the_run_that_is_there(
 def test_too_little_data_for_one_step_is_refused(
     mae: Callable[..., Told], tmp_path: Path, foreign: Path
 ) -> None:
-    told = mae(*words(tmp_path, foreign, "optim.global_batch_size=64", "optim.epochs=1"))
+    told = mae(*pretrain_words(tmp_path, foreign, "optim.global_batch_size=64", "optim.epochs=1"))
     assert told.code == 2
     assert "optim.epochs=1 of 16 samples is less than one optim.global_batch_size=64" in told.err
 
@@ -189,7 +130,7 @@ def test_too_little_data_for_one_step_is_refused(
 def test_a_missing_folder_is_exit_code_4_and_says_what_is_near(
     mae: Callable[..., Told], tmp_path: Path, foreign: Path
 ) -> None:
-    told = mae(*words(tmp_path, f"{foreign}s"))
+    told = mae(*pretrain_words(tmp_path, f"{foreign}s"))
     assert (told.code, told.out) == (4, "")
     assert told.err == (
         f"data error: no *.tar file matches {foreign}s: there is no {foreign}s; "
@@ -199,7 +140,7 @@ def test_a_missing_folder_is_exit_code_4_and_says_what_is_near(
 
 def test_an_empty_folder_is_exit_code_4(mae: Callable[..., Told], tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    told = mae(*words(tmp_path, tmp_path / "empty"))
+    told = mae(*pretrain_words(tmp_path, tmp_path / "empty"))
     assert told.code == 4
     assert told.err.startswith(f"data error: no *.tar file matches {tmp_path}/empty")
 
@@ -208,7 +149,7 @@ def test_a_tar_without_images_is_exit_code_4(
     mae: Callable[..., Told], tmp_path: Path, write_tar: Callable[..., Path]
 ) -> None:
     write_tar(tmp_path / "t/a.tar", {"x.txt": b"words"})
-    told = mae(*words(tmp_path, tmp_path / "t"))
+    told = mae(*pretrain_words(tmp_path, tmp_path / "t"))
     assert told.code == 4
     assert "1 tars, but no sample with an image" in told.err
 
@@ -218,7 +159,7 @@ def test_a_cut_tar_is_exit_code_4_and_named(
 ) -> None:
     file = foreign / "part-1.tar"
     file.write_bytes(file.read_bytes()[:3000])
-    told = mae(*words(tmp_path, foreign))
+    told = mae(*pretrain_words(tmp_path, foreign))
     assert told.code == 4
     assert str(file) in told.err
 
@@ -517,82 +458,3 @@ def test_a_stage_s_file_can_be_executed(stage: str) -> None:
     file = ROOT / f"pipelines/{stage}.py"
     assert os.access(file, os.X_OK)
     assert file.read_text().startswith("#!/usr/bin/env python\n")
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    with object_store(tmp_path_factory.mktemp("object-store")) as environment:
-        yield environment
-
-
-@pytest.mark.services
-def test_weights_in_a_bucket_are_shown_and_converted(
-    mae: Callable[..., Told],
-    tmp_path: Path,
-    store: dict[str, str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    for name, value in store.items():
-        monkeypatch.setenv(name, value)
-    write_own(tmp_path / "own")
-    place = "s3://mae/weights"
-    steps = [
-        (str(tmp_path / "own"), f"{place}/a.pth", "fair"),
-        (f"{place}/a.pth", f"{place}/hf", "hf"),
-        (f"{place}/hf", f"{place}/own", "mae"),
-        (f"{place}/own", str(tmp_path / "b.safetensors"), "timm"),
-    ]
-    for source, target, layout in steps:
-        told = mae("checkpoint", "convert", source, target, "--to", layout)
-        assert (told.code, told.out) == (0, f"{target}\n"), told.err
-    for target in [target for _, target, _ in steps]:
-        assert "vit_micro: 192 wide, 6 deep" in mae("checkpoint", "show", target).out
-    told = mae("checkpoint", "convert", str(tmp_path / "own"), f"{place}/a.pth", "--to", "fair")
-    assert told.code == 2
-    assert f"{place}/a.pth: exists; give another place, or --overwrite" in told.err
-    assert mae("checkpoint", "show", f"{place}/gone.pth").code == 2
-
-
-@pytest.mark.services
-def test_a_missing_bucket_is_exit_code_5(
-    mae: Callable[..., Told],
-    tmp_path: Path,
-    store: dict[str, str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    for name, value in store.items():
-        monkeypatch.setenv(name, value)
-    told = mae(*words(tmp_path, "s3://no-such-bucket/train"))
-    assert (told.code, told.out) == (5, "")
-    assert told.err.startswith("infrastructure error: ")
-    assert "there is no bucket 'no-such-bucket'" in told.err
-
-
-@pytest.mark.services
-def test_an_empty_prefix_is_exit_code_4(
-    mae: Callable[..., Told],
-    tmp_path: Path,
-    store: dict[str, str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    for name, value in store.items():
-        monkeypatch.setenv(name, value)
-    told = mae(*words(tmp_path, "s3://data/nothing/here"))
-    assert told.code == 4
-    assert told.err.startswith("data error: no *.tar file matches s3://data/nothing/here")
-
-
-@pytest.mark.services
-def test_a_wrong_secret_is_exit_code_5(
-    mae: Callable[..., Told],
-    tmp_path: Path,
-    store: dict[str, str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    for name, value in store.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong" * 8)
-    told = mae(*words(tmp_path, "s3://data/train"))
-    assert (told.code, told.out) == (5, "")
-    assert "check AWS_SECRET_ACCESS_KEY" in told.err
-    assert "wrongwrong" not in told.err

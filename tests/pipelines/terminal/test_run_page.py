@@ -12,7 +12,7 @@ class Config:
 
 @pytest.mark.parametrize(
     ("is_terminal", "run_id", "said"),
-    [(True, "r1", "the run's page: http://h:5000 r1\n"), (False, "r1", ""), (True, None, "")],
+    [(True, "r1", "the run's page: http://h:5000/#/r1\n"), (False, "r1", ""), (True, None, "")],
 )
 def test_the_page_is_named_for_a_person(
     monkeypatch: pytest.MonkeyPatch,
@@ -21,7 +21,16 @@ def test_the_page_is_named_for_a_person(
     run_id: str | None,
     said: str,
 ) -> None:
-    monkeypatch.setattr(run_page.tracking, "how_to_open", lambda uri, run: f"{uri} {run}")
+    monkeypatch.setattr(run_page.tracking, "run_link", lambda _uri, run: f"#/{run}")
     monkeypatch.setattr(run_page.sys.stdout, "isatty", lambda: is_terminal)
     run_page.say_run_page(Config(), run_id)
     assert capsys.readouterr().err == said
+
+
+def test_a_store_in_a_file_needs_the_command_that_serves_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(run_page.tracking, "run_link", lambda _uri, run: f"#/{run}")
+    assert run_page.how_to_open("sqlite:////my runs/m.db", "r1") == (
+        "mlflow ui --backend-store-uri 'sqlite:////my runs/m.db', then http://127.0.0.1:5000/#/r1"
+    )
