@@ -225,7 +225,7 @@ class ClassifyTask:
         features = features * (std > SMALLEST_SPREAD * std.median())
         # An overconfident head would be unlearned first, so its probabilities have to be right.
         num_classes = len(self.info.names)
-        probe = fit_linear_probe(features, labels, num_classes=num_classes, seed=seed, by_loss=True)
+        probe = fit_linear_probe(features, labels, num_classes=num_classes, seed=seed)
         cast(Classifier, model).start_from(**probe._asdict())
 
     def build_optimizer(self, model: nn.Module, arm: Arm) -> torch.optim.Optimizer:

@@ -14,6 +14,7 @@ from infra import storage
 from pipelines.job import ROOT, ray_job_id
 from pipelines.outcome import ConfigError
 
+SAME_PRESS_S = 1.0  # signals that come closer to the first one are one Ctrl-C
 POLL_S = 0.1
 LETTING_GO_S = 1.0
 MARKING_S = 0.5  # for MLflow, where all of the time is up
@@ -89,14 +90,19 @@ class Stopper:
 
     def __init__(self, first: Callable[[], None]) -> None:
         self.received: signal.Signals | None = None
+        self._received_at_s = 0.0
         self._first = first
         self._is_listening = False  # `run` looks at `received` all the time
 
     def handle(self, signal_number: int, _frame: object) -> None:
         is_first = self.received is None
         self.received = self.received or signal.Signals(signal_number)
-        if not is_first and signal_number == signal.SIGTERM:
+        if is_first:
+            self._received_at_s = time.monotonic()
+        elif signal_number == signal.SIGTERM:
             return  # only Ctrl-C is impatient: `ray job stop` and a chain both send a stage one
+        elif time.monotonic() - self._received_at_s < SAME_PRESS_S:
+            return  # a wrapper such as `uv run` or `timeout` passes on what the terminal also sent
         if is_first and self._is_listening:
             return
         if is_first:

@@ -135,8 +135,13 @@ def stop(work: Work, *numbers: int, grace_s: float = 20, is_worth_waiting: bool 
 
 @pytest.mark.parametrize(
     ("numbers", "exit_code"),
-    [((signal.SIGTERM,), 143), ((signal.SIGINT,), 130), ((signal.SIGTERM, signal.SIGTERM), 143)],
-    ids=["term", "ctrl-c", "job-and-chain"],
+    [
+        ((signal.SIGTERM,), 143),
+        ((signal.SIGINT,), 130),
+        ((signal.SIGTERM, signal.SIGTERM), 143),
+        ((signal.SIGINT, signal.SIGINT), 130),
+    ],
+    ids=["term", "ctrl-c", "job-and-chain", "terminal-and-wrapper"],
 )
 def test_work_that_is_asked_to_stop_may_save_first(
     numbers: tuple[int, ...], exit_code: int
@@ -146,7 +151,8 @@ def test_work_that_is_asked_to_stop_may_save_first(
     assert work.is_saved
 
 
-def test_a_second_ctrl_c_does_not_wait() -> None:
+def test_a_second_ctrl_c_does_not_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(driver, "SAME_PRESS_S", 0.0)  # so that the test need not wait for it
     work = Work(30)
     assert stop(work, signal.SIGINT, signal.SIGINT) == 130
     assert not work.is_saved
