@@ -13,7 +13,6 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -26,6 +25,7 @@ from infra.config import TrackingConfig
 from infra.mlflow_client import client_of, experiment_of
 from infra.redaction import redact, redact_texts
 from infra.run_names import name_with_differences
+from infra.scratch import scratch_folder
 from infra.tracking_remedies import remedy
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
@@ -234,8 +234,8 @@ def log_artifact_bytes(uri: str, run_id: str | None, data: bytes, artifact_file:
     if run_id is None:
         return
     folder, _, name = artifact_file.rpartition("/")
-    with TemporaryDirectory() as local:
-        file = Path(local) / name
+    with scratch_folder() as local:
+        file = local / name
         file.write_bytes(data)
         log_artifact_file(uri, run_id, file, folder or None)
 

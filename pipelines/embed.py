@@ -18,7 +18,6 @@ if __name__ == "__main__":  # run as a file: import the package, not the files b
 
 import io
 import logging
-import tempfile
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -34,6 +33,7 @@ import ray.data
 import torch
 
 from infra import processes, storage, tracking
+from infra.scratch import scratch_folder
 from mae_core.checkpoint import load_encoder
 from mae_core.checkpoint_manifest import WEIGHTS_FILE, CheckpointManifest
 from mae_core.data.decode import decode_image
@@ -409,8 +409,8 @@ class FeatureReader:
 
 
 def _load(job: EmbedJob) -> tuple[MaskedEncoder, CheckpointManifest]:
-    with tempfile.TemporaryDirectory() as workspace:
-        found = fetch_checkpoint(job.init_uri, Path(workspace) / "encoder")
+    with scratch_folder() as workspace:
+        found = fetch_checkpoint(job.init_uri, workspace / "encoder")
         return load_encoder(found.folder, is_verified=True)
 
 

@@ -4,7 +4,6 @@ import json
 import logging
 import math
 import re
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -20,6 +19,7 @@ from infra.lease import lease
 from infra.own_files import read_or_none
 from infra.redaction import write_redacted
 from infra.run_names import name_with_differences
+from infra.scratch import scratch_folder
 from pipelines import driver, job
 from pipelines.chain import report
 from pipelines.chain.attempt import StageTry, resolved, reuse
@@ -66,13 +66,13 @@ def _run(chain: Chain, forced: Forced, words: Sequence[str]) -> int:
     capacity = _capacity()  # before we set signal handlers, because joining Ray sets its own
     run = _open(chain, plans, tuple(words))
     uri = chain.config.tracking.uri
-    with tempfile.TemporaryDirectory(prefix="mae-chain-") as workspace:
+    with scratch_folder() as workspace:
         killed = partial(tracking.end_run, uri, run.run_id, "KILLED")
         with driver.cancel_on_signals(killed):
             try:
                 run.stages = execute(
                     _wanted_nodes(plans, forced),
-                    partial(_start, run, Path(workspace)),
+                    partial(_start, run, workspace),
                     capacity=capacity,
                     notify=partial(_notify, run),
                 )

@@ -1,7 +1,6 @@
 """Classify, detect and segment as a task of a training process: arms, batches, measurements."""
 
 import logging
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from infra import tracking, transfers
+from infra.scratch import scratch_folder
 from mae_core.checkpoint import load_encoder, save_checkpoint
 from mae_core.checkpoint_manifest import CheckpointManifest, CheckpointRecord
 from mae_core.config import ModelConfig
@@ -306,12 +306,12 @@ class TuningTask:
         """
         folder = self.job.folder
         if self.process.rank == 0 and part.steps:
-            with tempfile.TemporaryDirectory() as local:
+            with scratch_folder() as local:
                 record = self.record(part, part.last_step)
-                save_checkpoint(Path(local), record, model=model, optimizer=None)
+                save_checkpoint(local, record, model=model, optimizer=None)
                 uri = folder.model_uri(part.label)
                 transfers.upload_folder(
-                    Path(local), uri, last="manifest.json", before_last=folder.check_start
+                    local, uri, last="manifest.json", before_last=folder.check_start
                 )
         try:
             evaluation = self._evaluation(part, model)

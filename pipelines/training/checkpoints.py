@@ -7,13 +7,13 @@ This, not Ray's own bookkeeping, says where a run goes on (docs/adr/0005).
 
 import logging
 import re
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 from infra import storage, transfers
 from infra.file_names import UnsafeNameError
+from infra.scratch import scratch_folder
 from mae_core.checkpoint_manifest import (
     MANIFEST_FILE,
     CheckpointManifest,
@@ -126,9 +126,9 @@ def _read_manifest(uri: str) -> CheckpointManifest:
         FileNotFoundError, CorruptCheckpointError: it is missing or damaged.
     """
     data = storage.read_bytes(storage.join(uri, MANIFEST_FILE))
-    with tempfile.TemporaryDirectory() as workspace:
-        (Path(workspace) / MANIFEST_FILE).write_bytes(data)
-        return read_manifest(Path(workspace))
+    with scratch_folder() as workspace:
+        (workspace / MANIFEST_FILE).write_bytes(data)
+        return read_manifest(workspace)
 
 
 class StartAgainError(RuntimeError):

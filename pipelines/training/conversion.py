@@ -3,7 +3,6 @@
 import importlib.util
 import json
 import logging
-import tempfile
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -14,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from infra import storage, transfers
+from infra.scratch import scratch_folder
 from mae_core.checkpoint import build_from_weights, save_weights
 from mae_core.checkpoint_manifest import MANIFEST_FILE, CheckpointRecord
 from mae_core.interchange.fair import fair_encoder_state_dict, fair_state_dict
@@ -53,8 +53,8 @@ def convert(place: Place, out: str, to: str, *, overwrite: bool) -> str:
         raise ConfigError(f"{out}: exists; give another place, or --overwrite")
     if to == "onnx":
         _check_onnx_packages()
-    with tempfile.TemporaryDirectory() as workspace:
-        source, made = Path(workspace) / "in", Path(workspace) / "out"
+    with scratch_folder() as workspace:
+        source, made = workspace / "in", workspace / "out"
         source.mkdir()
         made.mkdir()
         weights = read_place(place, source)

@@ -1,11 +1,11 @@
 """Describe weights in words, for `mae checkpoint show`."""
 
-import tempfile
 from pathlib import Path
 
 import torch
 
 from infra import storage
+from infra.scratch import scratch_folder
 from mae_core.checkpoint_manifest import WEIGHTS_FILE, CorruptCheckpointError
 from pipelines.training.init_from import Place, run_of
 from pipelines.training.weights import Weights, read_foreign, read_own
@@ -29,8 +29,8 @@ def read_place(place: Place, workspace: Path) -> Weights:
 
 def describe(place: Place) -> dict[str, str]:
     """Return what the weights at a place are, by what is described."""
-    with tempfile.TemporaryDirectory() as workspace:
-        return describe_weights(place, read_place(place, Path(workspace)))
+    with scratch_folder() as workspace:
+        return describe_weights(place, read_place(place, workspace))
 
 
 def describe_weights(place: Place, weights: Weights) -> dict[str, str]:

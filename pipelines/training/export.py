@@ -4,7 +4,6 @@ A module of its own: what it imports takes seconds, and only the driver needs it
 """
 
 import logging
-import tempfile
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from infra.mlflow_client import client_of
+from infra.scratch import scratch_folder
 from mae_core.checkpoint import load_encoder
 from pipelines.terminal import progress
 
@@ -67,7 +67,7 @@ def _log_model(
     experiment = client.get_run(run_id).info.experiment_id
     logged = client.create_logged_model(experiment, name="encoder", source_run_id=run_id)
     try:
-        with tempfile.TemporaryDirectory() as folder:
+        with scratch_folder() as folder:
             mlflow.pytorch.save_model(
                 encoder,
                 f"{folder}/model",

@@ -13,12 +13,11 @@ import hashlib
 import json
 import logging
 import re
-import tempfile
-from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from infra import storage, transfers
 from infra.own_files import DamagedFileError
+from infra.scratch import scratch_folder
 from mae_core.checkpoint_manifest import (
     MANIFEST_FILE,
     WEIGHTS_FILE,
@@ -140,8 +139,7 @@ def _take_over(place: Place, digest: str, wanted: tuple[Any, ...], uri: str) -> 
     from mae_core.checkpoint import save_weights
     from pipelines.training import weights
 
-    with tempfile.TemporaryDirectory() as workspace:
-        folder = Path(workspace)
+    with scratch_folder() as folder:
         if place.files is None:
             found = weights.read_own(place.uri, folder)
         else:

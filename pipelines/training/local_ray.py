@@ -12,7 +12,7 @@ import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +20,7 @@ import ray
 from ray._private import ray_constants
 from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
 
-from infra import processes
+from infra import processes, scratch
 from infra.storage import StorageError
 
 # The path of a Unix socket has at most 107 characters, of which Ray's own part takes 65.
@@ -52,22 +52,25 @@ def private_folder() -> Iterator[Path]:
     parent = os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()
     if len(parent) + len("/mae-12345678") > MAX_FOLDER_CHARACTERS:
         parent = "/tmp"
-    try:
-        folder = Path(tempfile.mkdtemp(prefix="mae-", dir=parent))
-    except OSError as error:
-        raise StorageError(
-            f"no folder for Ray's files can be made in {parent}: {error.strerror}; "
-            "set RAY_TMPDIR to a folder that you may write to",
-            is_lasting=True,
-        ) from error
-    try:
-        yield folder
-    except RayStartError:
-        raise
-    except BaseException:
+    scratch.remove_left_behind_once(parent)
+    with ExitStack() as stack:
+        try:
+            folder = stack.enter_context(scratch.held_folder(parent))
+        except OSError as error:
+            raise StorageError(
+                f"no folder for Ray's files can be made in {parent}: {error.strerror}; "
+                "set RAY_TMPDIR to a folder that you may write to",
+                is_lasting=True,
+            ) from error
+        try:
+            yield folder
+        except RayStartError:
+            scratch.keep(folder)
+            raise
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
         shutil.rmtree(folder, ignore_errors=True)
-        raise
-    shutil.rmtree(folder, ignore_errors=True)
 
 
 class RayStartError(StorageError):

@@ -1,14 +1,13 @@
 """A pretraining run that has work to do: its plan, its job for the workers, and its result."""
 
 import logging
-import tempfile
 from functools import partial
-from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
 
 from infra import storage, tracking
+from infra.scratch import scratch_folder
 from mae_core.data.decode import decode_image
 from mae_core.data.manifest import IMAGENET_STATS, ChannelStats, Manifest
 from mae_core.data.pixels import CorruptSampleError, Pixels
@@ -116,13 +115,11 @@ class PlannedPretraining(NamedTuple):
         """Record the last checkpoint and its evaluation; then the run is done."""
         uri, run_id, folder = self.config.tracking.uri, taken.run_id, taken.folder
         total_steps = self.plan.size.total_steps
-        with tempfile.TemporaryDirectory() as workspace:
+        with scratch_folder() as workspace:
             last = find_checkpoint(folder.uri)
             if last is None or last.step != total_steps:
                 raise storage.StorageError(f"{folder.uri}: the last checkpoint is not there")
-            found = fetch_checkpoint(
-                checkpoint_uri(folder.uri, total_steps), Path(workspace) / "last"
-            )
+            found = fetch_checkpoint(checkpoint_uri(folder.uri, total_steps), workspace / "last")
             metrics = dict(folder.read_evaluation(evaluation_key(self.config)) or {})
             metrics |= _best(self.config, folder, run_id, total_steps)
             metrics["data/left_out"] = len(log_bad_samples(uri, run_id, folder))

@@ -25,6 +25,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from infra import tracking
+from infra.scratch import scratch_folder
 from mae_core.checkpoint import load_training_state, load_weights, save_checkpoint
 from mae_core.checkpoint_manifest import CheckpointRecord, UnreportedLoss
 from mae_core.data.randomness import named_generator
@@ -203,8 +204,8 @@ def training_worker(arguments: dict[str, Any]) -> None:
     """Train in this process. Ray Train calls it in each worker, and again after one was lost."""
     job: TrainingJob = arguments["task"]
     try:
-        with tempfile.TemporaryDirectory() as workspace:
-            TrainingProcess(job, Path(workspace)).run()
+        with scratch_folder() as workspace:
+            TrainingProcess(job, workspace).run()
     except Exception as error:
         job.folder.record_failure(error)
         raise
@@ -470,15 +471,15 @@ class TrainingProcess(Generic[PartT, DecodedT, BatchT]):
     ) -> None:
         """Commit a checkpoint on rank 0, then report on every rank, which waits for all of them."""
         if self.rank == 0:
-            with tempfile.TemporaryDirectory() as local:
+            with scratch_folder() as local:
                 save_checkpoint(
-                    Path(local),
+                    local,
                     self.task.record(part, step).model_copy(update={"unreported": unreported}),
                     model=trained.model,
                     optimizer=trained.optimizer,
                 )
                 uri = commit_checkpoint(
-                    Path(local),
+                    local,
                     self.job.run_uri,
                     step=step,
                     keep=self.config.checkpoint.keep,
