@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -18,6 +19,7 @@ from pipelines.config.sections import SavingConfig
 from pipelines.driver import Stopper
 from pipelines.outcome import known_error
 from pipelines.terminal import progress
+from pipelines.terminal.run_page import how_to_see
 from pipelines.training.checkpoints import newest_step
 from pipelines.training.reporting import count_kinds
 from pipelines.training.run_folder import RunFolder, RunRecord, Taken
@@ -215,14 +217,14 @@ def log_bad_samples(uri: str, run_id: str | None, folder: RunFolder) -> list[dic
     return bad
 
 
-def say_where_to_compare(uri: str) -> None:
-    """Log how to look at the runs, unless this is a stage of a pipeline, which says it once."""
-    if os.environ.get(job.STAGE_VARIABLE):
-        return
-    if uri.startswith("sqlite:"):
-        logger.info("to compare runs: mlflow ui --backend-store-uri %s", uri)
-    else:
-        logger.info("to compare runs: open %s", uri)
+def say_where_to_compare(uri: str, run_id: str | None) -> None:
+    """Log how to see the run and others.
+
+    A stage of a pipeline does not, since the pipeline does so once. Neither does a command at a
+    terminal, whose last line says it.
+    """
+    if run_id is not None and not os.environ.get(job.STAGE_VARIABLE) and not sys.stdout.isatty():
+        logger.info("%s", how_to_see(uri, run_id))
 
 
 def tell_evaluation(uri: str, run_id: str | None, failure: Exception | None) -> None:

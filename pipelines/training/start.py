@@ -78,7 +78,7 @@ def _work(
                 raise
             failure = error
         result = planned.finish(taken, earlier, failure)
-        recording.say_where_to_compare(uri)
+        recording.say_where_to_compare(uri, taken.run_id)
     if failure is not None:
         logger.error(
             "the training is done and kept in %s; its evaluation failed: the same command "

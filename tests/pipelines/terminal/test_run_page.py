@@ -5,6 +5,8 @@ import pytest
 from infra.config import TrackingConfig
 from pipelines.terminal import run_page
 
+SEE = "to see this run and compare it with others"
+
 
 class Config:
     tracking = TrackingConfig(uri="http://h:5000")
@@ -12,7 +14,7 @@ class Config:
 
 @pytest.mark.parametrize(
     ("is_terminal", "run_id", "said"),
-    [(True, "r1", "the run's page: http://h:5000/#/r1\n"), (False, "r1", ""), (True, None, "")],
+    [(True, "r1", f"{SEE}: open http://h:5000/#/r1\n"), (False, "r1", ""), (True, None, "")],
 )
 def test_the_page_is_named_for_a_person(
     monkeypatch: pytest.MonkeyPatch,
@@ -32,5 +34,5 @@ def test_a_store_in_a_file_needs_the_command_that_serves_it(
 ) -> None:
     monkeypatch.setattr(run_page.tracking, "run_link", lambda _uri, run: f"#/{run}")
     assert run_page.how_to_open("sqlite:////my runs/m.db", "r1") == (
-        "mlflow ui --backend-store-uri 'sqlite:////my runs/m.db', then http://127.0.0.1:5000/#/r1"
+        "mlflow ui --backend-store-uri 'sqlite:////my runs/m.db', then open http://127.0.0.1:5000/#/r1"
     )

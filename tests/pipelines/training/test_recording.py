@@ -6,9 +6,10 @@ import pytest
 
 from infra import tracking
 from mae_core.data.samples import DataError
+from pipelines import job
 from pipelines.config.loading import load_config
 from pipelines.config.pretrain import PretrainConfig
-from pipelines.training.recording import take_over
+from pipelines.training.recording import say_where_to_compare, take_over
 from pipelines.training.run_folder import RunFolder, RunRecord, earlier_record
 
 
@@ -74,3 +75,28 @@ def test_a_run_that_mlflow_can_not_reopen_keeps_its_name_for_later(
     kept = RunFolder(str(tmp_path)).read_record()
     assert kept is not None
     assert (kept.run_id, kept.start) == ("run-7", taken.start)
+
+
+@pytest.mark.parametrize(
+    ("is_terminal", "stage", "told"),
+    [
+        (False, None, ["to see this run and compare it with others: open http://h:5000/#/r1"]),
+        (True, None, []),  # its last line says it
+        (False, "demo/pretrain", []),  # the pipeline's last line says it
+    ],
+)
+def test_where_to_see_a_run_is_said_once(
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    is_terminal: bool,
+    stage: str | None,
+    told: list[str],
+) -> None:
+    monkeypatch.setattr(tracking, "run_link", lambda _uri, run: f"#/{run}")
+    monkeypatch.setattr("sys.stdout.isatty", lambda: is_terminal)
+    monkeypatch.delenv(job.STAGE_VARIABLE, raising=False)
+    if stage is not None:
+        monkeypatch.setenv(job.STAGE_VARIABLE, stage)
+    caplog.set_level("INFO", "pipelines.training.recording")
+    say_where_to_compare("http://h:5000", "r1")
+    assert caplog.messages == told
