@@ -5,10 +5,12 @@
 Trains tiny models on a drawn data set and stops each run once. Lost are the steps that were
 trained, according to the trace of samples, but are in no checkpoint. `embed` keeps finished files
 and, if it is stopped within a file, the images done so far; how many of these a kill loses cannot
-be seen from outside. `ray job stop` needs the services of `make up` and their `env` in the
-environment, and is skipped otherwise. Prints a Markdown table.
+be seen from outside. Processes that live 15 s after the stop are counted as left. `ray job stop`
+needs the services of `make up` and their `env` in the environment, and is skipped otherwise.
+Prints a Markdown table, and each stop on stderr.
 """
 
+import contextlib
 import json
 import os
 import random
@@ -22,8 +24,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import psutil
 import pyarrow as pa
 
+from infra.processes import is_alive
 from pipelines.embed import NEXT_ROW
 from pipelines.training.checkpoints import newest_step
 
@@ -33,6 +37,7 @@ WAYS = ("Ctrl-C", "SIGTERM", "ray job stop", "kill -9")
 FIRST_STEP, LAST_STEP = 2, 60
 TIMEOUT_S = 600
 ROWS_PER_FILE = 500
+LEAVE_S = 15.0
 TRAINING = [
     "data.shuffle_window=32",
     "optim.global_batch_size=16",
@@ -61,6 +66,7 @@ class Stopped(NamedTuple):
     saved: int
     seconds: float
     said: str
+    left: int  # processes of the run that live on
 
 
 class Bench:
@@ -120,6 +126,7 @@ class Bench:
                 raise RuntimeError(f"{stage} did not come to {aim}: {log.read_text()[-2000:]}")
             time.sleep(0.02)
         time.sleep(random.random() / 4)
+        family = family_of(f"{self.folder}/runs-{self.number}")
         since_s = time.monotonic()
         end(process)
         seconds = time.monotonic() - since_s
@@ -129,7 +136,26 @@ class Bench:
         saved = self.saved(stage)
         if stage == "embed":  # it finishes its batch
             reached = saved
-        return Stopped(reached, saved, seconds, said[-1] if said else "")
+        stopped = Stopped(reached, saved, seconds, said[-1] if said else "", num_left(family))
+        print(stage, way, stopped, file=sys.stderr, flush=True)
+        return stopped
+
+
+def family_of(root: str) -> list[psutil.Process]:
+    """Return the processes that have a run's folder among their words, and what they started."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if any(root in word for word in process.cmdline()):
+                found += [process, *process.children(recursive=True)]
+    return list(set(found) - {psutil.Process()})
+
+
+def num_left(family: list[psutil.Process]) -> int:
+    deadline_s = time.monotonic() + LEAVE_S
+    while any(map(is_alive, family)) and time.monotonic() < deadline_s:
+        time.sleep(0.2)
+    return sum(map(is_alive, family))
 
 
 def rows_in_part(file: Path) -> int:
@@ -187,8 +213,11 @@ def in_a_job(log: Path) -> tuple[Start, End]:
 
 
 def rows(bench: Bench, times: int, stages: list[str]) -> Iterator[str]:
-    yield "| stage | stopped by | times | lost, each time | said a wrong step | longest stop |"
-    yield "|---|---|---|---|---|---|"
+    yield (
+        "| stage | stopped by | times | lost, each time | said a wrong step | processes left "
+        "| longest stop |"
+    )
+    yield "|---|---|---|---|---|---|---|"
     ways = [
         way for way in WAYS if way != "ray job stop" or os.environ.get("RAY_API_SERVER_ADDRESS")
     ]
@@ -202,7 +231,8 @@ def rows(bench: Bench, times: int, stages: list[str]) -> Iterator[str]:
                 str(x.saved) not in x.said and "starts over" not in x.said for x in found if x.said
             )
             longest = max(x.seconds for x in found)
-            yield f"| {stage} | {way} | {times} | {lost} | {wrong} | {longest:.1f} s |"
+            left = sum(x.left for x in found)
+            yield f"| {stage} | {way} | {times} | {lost} | {wrong} | {left} | {longest:.1f} s |"
 
 
 def main(words: list[str]) -> None:
