@@ -18,12 +18,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from email.utils import parsedate_to_datetime
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import psutil
 
 from infra import storage
 from infra.conditional import get, put_if
+from infra.own_files import DamagedFileError, parse_own
 
 logger = logging.getLogger(__name__)
 
@@ -92,8 +93,8 @@ def _lock(file: IO[str], uri: str) -> None:
 
 def _held_by(uri: str, text: str) -> str:
     try:
-        holder = json.loads(text)
-    except ValueError:
+        holder = parse_own(text.encode(), uri, dict[str, Any], "")
+    except DamagedFileError:  # its holder has written half of it
         holder = {}
     who = f"process {holder.get('pid', '?')} on {holder.get('host', '?')}"
     return f"{uri}: {holder.get('purpose', 'another run')} is at work here ({who})"

@@ -22,10 +22,12 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 from pyarrow import fs as pafs
 
 from infra import machine
+from infra.own_files import DamagedFileError, parse_own
 from infra.processes import (
     ServiceError,
     find_free_ports,
@@ -71,6 +73,13 @@ class Ports:
         return (
             [self.mlflow] if name == "mlflow" else list(range(self.ray, self.ray + NUM_RAY_PORTS))
         )
+
+
+class Keys(NamedTuple):
+    """What opens the object store."""
+
+    access_key: str
+    secret_key: str
 
 
 def up(state_dir: Path, ports: Ports) -> dict[str, str]:
@@ -126,13 +135,19 @@ def _client_env(state_dir: Path, ports: Ports) -> dict[str, str]:
     keys_file, token_file = state_dir / "keys.json", state_dir / "ray-token"
     password_file = state_dir / "mlflow-password"
     if not keys_file.exists():
-        keys = {"access_key": secrets.token_hex(8), "secret_key": secrets.token_hex(16)}
-        _write_private(keys_file, json.dumps(keys))
+        drawn = Keys(secrets.token_hex(8), secrets.token_hex(16))
+        _write_private(keys_file, json.dumps(drawn._asdict()))
     for file in (token_file, password_file):
         if not file.exists():
             _write_private(file, secrets.token_hex(32))
+    keys = parse_own(
+        keys_file.read_bytes(),
+        str(keys_file),
+        Keys,
+        "delete it, run `python -m infra.services down`, and start again: there will be new keys",
+    )
     return {
-        **_object_store_env(ports, **json.loads(keys_file.read_text())),
+        **_object_store_env(ports, **keys._asdict()),
         "MAE__STORAGE__ROOT": "s3://mae/runs",
         "MAE__TRACKING__URI": f"http://{HOST}:{ports.mlflow}",
         "MLFLOW_TRACKING_USERNAME": MLFLOW_USER,
@@ -304,7 +319,11 @@ def _check_ports_free(ports: Ports, name: str) -> None:
 
 def _read_ports(state_dir: Path) -> Ports:
     file = _ports_file(state_dir)
-    return Ports(**json.loads(file.read_text())) if file.exists() else Ports()
+    if not file.exists():
+        return Ports()
+    way_out = "delete it, and give the ports again if they were not the default ones"
+    found: Ports = parse_own(file.read_bytes(), str(file), Ports, way_out)
+    return found
 
 
 def _ports_file(state_dir: Path) -> Path:
@@ -361,12 +380,25 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def _chosen_ports(arguments: argparse.Namespace, state_dir: Path) -> Ports:
     before = _read_ports(state_dir)
-    chosen = {
-        name: getattr(arguments, f"{name}_port")
-        or int(os.environ.get(f"MAE_{name.upper()}_PORT") or getattr(before, name))
-        for name in NAMES
-    }
+    chosen = {}
+    for name in NAMES:
+        variable = f"MAE_{name.upper()}_PORT"
+        flag, given = getattr(arguments, f"{name}_port"), os.environ.get(variable)
+        chosen[name] = _port(flag or given or getattr(before, name), f"--{name}-port or {variable}")
     return Ports(**chosen)
+
+
+def _port(given: int | str, place: str) -> int:
+    """Return the number of a port.
+
+    Raises:
+        ServiceError: It is none, or so high that no room is left for those of gRPC.
+    """
+    highest = 65_535 - GRPC_OFFSET - NUM_S3_PORTS
+    text = str(given).strip()
+    if not (text.isdecimal() and 1 <= int(text) <= highest):
+        raise ServiceError(f"{place}: {given!r} is not a port; give a number from 1 to {highest}")
+    return int(text)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -385,6 +417,9 @@ def main(arguments: list[str] | None = None) -> int:
     except ServiceError as error:
         print(f"error: {error}", file=sys.stderr)
         return 5
+    except DamagedFileError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 4
     return 0
 
 

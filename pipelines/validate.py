@@ -17,14 +17,14 @@ import hashlib
 import json
 import logging
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
 
 from infra import storage
+from infra.own_files import read_own
 from infra.shard_spec import as_entries
 from mae_core.data.boxes import parse_boxes
 from mae_core.data.class_labels import read_labels
@@ -82,9 +82,7 @@ class Profile(NamedTuple):
     mean: list[float]
     std: list[float]
     classes: dict[str, float]  # share of each class by its number
-    names: Mapping[str, float] = MappingProxyType(
-        {}
-    )  # share of each class by its name; empty if the set has no names
+    names: dict[str, float] | None = None  # share of each class by its name, if the set has names
 
 
 def run(config: ValidateConfig, *, fresh: bool) -> StageResult:
@@ -308,12 +306,13 @@ def _duplicates(looks: list[Look]) -> Iterator[str]:
 def _drift(config: ValidateConfig, now: Profile) -> Iterator[Check]:
     if config.reference is None:
         return
-    try:
-        before = Profile(**json.loads(storage.read_bytes(config.reference)))
-    except FileNotFoundError:
+    before = read_own(
+        config.reference,
+        Profile,
+        "reference=... names the file of an earlier check; delete it to begin with this set",
+    )
+    if before is None:
         return
-    except (ValueError, TypeError) as error:
-        raise DataError(f"reference={config.reference}: not a profile ({error})") from error
     if len(before.mean) != len(now.mean):
         counts = f"{len(before.mean)} -> {len(now.mean)}"
         yield Check("drift channels", float("inf"), "as many", False, (counts,))
@@ -322,7 +321,7 @@ def _drift(config: ValidateConfig, now: Profile) -> Iterator[Check]:
     spreads = [abs(a / b - 1) for a, b in zip(now.std, before.std, strict=True)]
     # By name if both sets have names, because a number may mean another class by now.
     by_name = bool(before.names and now.names)
-    old, new = (p.names if by_name else p.classes for p in (before, now))
+    old, new = ((p.names or {}) if by_name else p.classes for p in (before, now))
     classes = sum(abs(new.get(n, 0) - old.get(n, 0)) for n in {*old, *new}) / 2
     shown = f"{np.round(before.mean, 3).tolist()} -> {np.round(now.mean, 3).tolist()}"
     yield _share("drift mean", max(means, default=0.0), config.max_drift, [shown])

@@ -48,10 +48,6 @@ class KeyParts:
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=1, sort_keys=True)
 
-    @classmethod
-    def from_json(cls, text: str | bytes) -> "KeyParts":
-        return cls(**json.loads(text))
-
 
 def differences(old: KeyParts, new: KeyParts) -> list[str]:
     """Describe what changed, one line each: `config optim.base_lr 0.001 -> 0.002`."""

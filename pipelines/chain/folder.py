@@ -57,18 +57,9 @@ class StageFolder:
     def lease_uri(self) -> str:
         return storage.join(self.uri, "lease")
 
-    def _read(self, name: str) -> bytes | None:
-        try:
-            return storage.read_bytes(storage.join(self.uri, name))
-        except FileNotFoundError:
-            return None
-
     def read_parts(self) -> KeyParts | None:
-        text = self._read("key.json")
-        try:
-            return None if text is None else KeyParts.from_json(text)
-        except (ValueError, TypeError):
-            return None
+        place = storage.join(self.uri, "key.json")
+        return read_or_none(place, KeyParts, "the plan can't say what has changed")
 
     def write_parts(self, parts: KeyParts) -> None:
         storage.write_bytes(storage.join(self.uri, "key.json"), parts.to_json().encode())

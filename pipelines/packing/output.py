@@ -1,9 +1,9 @@
 """The output folder of packed images: which plan it belongs to, and what is finished."""
 
-import json
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from infra import storage
+from infra.own_files import read_own
 from mae_core.data.image_files import ImageFile
 from mae_core.data.manifest import MANIFEST_NAME, Manifest, parse_manifest
 from pipelines.outcome import ConfigError
@@ -49,10 +49,7 @@ def claim_output(plan: SetPlan, *, fresh: bool) -> None:
     if fresh:
         _clear_output(plan.output)
     if storage.exists(place):
-        try:
-            old = json.loads(storage.read_bytes(place))
-        except ValueError:
-            raise ConfigError(f"{place} is damaged; start over with --fresh") from None
+        old = read_own(place, dict[str, Any], "start over with --fresh") or {}
         if old == plan.facts:
             return
         changed = [name for name in plan.facts if old.get(name) != plan.facts[name]]

@@ -60,6 +60,16 @@ def test_a_second_holder_is_refused_and_told_who_is_first(place: str) -> None:
     assert place in text
 
 
+@pytest.mark.parametrize("text", ["", "[]", '{"pur'])
+def test_a_holder_that_cannot_be_read_is_told_without_its_name(text: str, tmp_path: Path) -> None:
+    place = tmp_path / "lease"
+    second = lease(str(place), "run 2")
+    with lease(str(place), "run 1"):
+        place.write_text(text)
+        with pytest.raises(HeldError, match=r"another run .* \(process \? on \?\)"), second:
+            pytest.fail("held twice")
+
+
 def test_after_the_first_has_ended_the_second_may(place: str) -> None:
     for number in range(3):
         with lease(place, f"run {number}"):

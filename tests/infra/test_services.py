@@ -75,6 +75,30 @@ def test_a_port_may_come_from_a_flag_the_environment_or_the_last_start(
     assert services._chosen_ports(parsed, tmp_path) == Ports(s3=9001, mlflow=5555, ray=7003)
 
 
+@pytest.mark.parametrize("given", ["abc", "99999", "0", "-1", "60000"])
+def test_what_is_no_port_is_refused(
+    given: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MAE_S3_PORT", given)
+    assert services.main(["up", "--state-dir", str(tmp_path / "none")]) == 5
+    told = f"--s3-port or MAE_S3_PORT: {given!r} is not a port; give a number from 1 to 55530"
+    assert capsys.readouterr().err == f"error: {told}\n"
+    assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize("name", ["ports.json", "keys.json"])
+@pytest.mark.parametrize("text", ["", "[]", '{"s3": 1', '{"s3": "x", "access_key": 5}'])
+def test_a_damaged_file_of_the_services_is_named(
+    name: str, text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / name).write_text(text)
+    first = str(find_free_ports(5, also_free_at=10_000))
+    ports = ["--s3-port", first] if name == "keys.json" else []
+    assert services.main(["up", "--state-dir", str(tmp_path), *ports]) == 4
+    assert capsys.readouterr().err.startswith(f"error: {tmp_path}/{name} is damaged (")
+    assert services.main(["down", "--state-dir", str(tmp_path)]) == 0
+
+
 def test_down_without_up_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert services.main(["down", "--state-dir", str(tmp_path / "none")]) == 0
     assert capsys.readouterr().out == "nothing was running\n"

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from infra.own_files import DamagedFileError
 from mae_core.data.decode import encode_jpeg
 from pipelines.config.validate import ValidateConfig
 from pipelines.outcome import RefusedError, StageResult
@@ -162,6 +163,20 @@ def test_drift_is_measured_from_the_last_that_passed(
     with pytest.raises(RefusedError, match=r"drift classes +0\.625"):
         check(shards("skewed", **{f"_{i:03d}__cls": b"0" for i in range(7)}), **fields)
     assert Path(reference).read_text() == before, "what was refused is no reference"
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "[]", '{"mean": null, "std": [1], "classes": {}}', '{"mean": ["x"], "std": [1]}'],
+)
+def test_a_damaged_reference_is_named(
+    text: str, tmp_path: Path, check: Callable[..., StageResult], shards: Callable[..., str]
+) -> None:
+    reference = tmp_path / "last_good.json"
+    reference.write_text(text)
+    with pytest.raises(DamagedFileError, match=r"last_good\.json is damaged .*; reference=\.\.\."):
+        check(shards("first"), reference=str(reference))
+    assert reference.read_text() == text
 
 
 def test_dark_images_drift_from_noise(

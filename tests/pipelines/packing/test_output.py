@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from infra.own_files import DamagedFileError
 from pipelines.outcome import ConfigError
 from pipelines.packing.output import SetPlan, claim_output, finished_manifest
 from tests.pipelines.packed_sets import pack
@@ -30,10 +31,11 @@ def test_a_plan_with_other_files_alone_says_so(tmp_path: Path) -> None:
         claim_output(other, fresh=False)
 
 
-def test_a_damaged_plan_is_told(tmp_path: Path) -> None:
+@pytest.mark.parametrize("text", ["{", "[]", "", "3"])
+def test_a_damaged_plan_is_told(text: str, tmp_path: Path) -> None:
     claim_output(plan(tmp_path / "out"), fresh=False)
-    (tmp_path / "out/.prepare/plan.json").write_text("{")
-    with pytest.raises(ConfigError, match=r"plan\.json is damaged; start over with --fresh"):
+    (tmp_path / "out/.prepare/plan.json").write_text(text)
+    with pytest.raises(DamagedFileError, match=r"plan\.json is damaged .*--fresh"):
         claim_output(plan(tmp_path / "out"), fresh=False)
 
 
