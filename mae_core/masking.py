@@ -26,8 +26,8 @@ MIN_BLOCK_ASPECT = 0.3
 class PatchMask(NamedTuple):
     """The masking of a batch, in the three forms that its readers need."""
 
-    ids_keep: Int[Tensor, "B K"]  # patches the encoder sees, in shuffled order
-    ids_restore: Int[Tensor, "B L"]  # undoes the shuffle: shuffled.gather(1, ids_restore)
+    ids_keep: Int[Tensor, "B K"]  # patches the encoder sees, by rising noise
+    ids_removed: Int[Tensor, "B R"]  # the other R = L - K patches, by rising noise
     mask: Bool[Tensor, "B L"]  # True = removed
 
 
@@ -48,28 +48,9 @@ def mask_from_noise(noise: Float[Tensor, "B L"], mask_ratio: float) -> PatchMask
     num_kept = num_patches_kept(noise.shape[1], mask_ratio)
     # Stable sort: two patches with equal noise rank the same on every device.
     ids_shuffle = noise.argsort(dim=1, stable=True)
-    ids_restore = ids_shuffle.argsort(dim=1)
-    return PatchMask(
-        ids_keep=ids_shuffle[:, :num_kept],
-        ids_restore=ids_restore,
-        mask=ids_restore >= num_kept,
-    )
-
-
-def keep_patches(
-    patches: Float[Tensor, "B L D"], ids_keep: Int[Tensor, "B K"]
-) -> Float[Tensor, "B K D"]:
-    return patches.take_along_dim(ids_keep[..., None], dim=1)
-
-
-def restore_order(
-    kept: Float[Tensor, "B K D"], fill: Float[Tensor, " D"], ids_restore: Int[Tensor, "B L"]
-) -> Float[Tensor, "B L D"]:
-    """Put kept patches back in image order, with `fill` at every removed place."""
-    batch_size, num_kept, _ = kept.shape
-    num_removed = ids_restore.shape[1] - num_kept
-    shuffled = torch.cat([kept, fill.expand(batch_size, num_removed, -1)], dim=1)  # (B, L, D)
-    return shuffled.take_along_dim(ids_restore[..., None], dim=1)
+    ids_keep, ids_removed = ids_shuffle.split([num_kept, noise.shape[1] - num_kept], dim=1)
+    mask = torch.ones_like(noise, dtype=torch.bool).scatter(1, ids_keep, value=False)
+    return PatchMask(ids_keep, ids_removed, mask)
 
 
 def draw_noise(

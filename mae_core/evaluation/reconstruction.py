@@ -36,16 +36,19 @@ _WHITE_STDS = 3.0
 
 class Reconstruction(NamedTuple):
     loss: float  # mean over the removed patches of these images
-    pred: Float[Tensor, "B L P"]  # normalised per patch if the model's loss is
+    pred: Float[Tensor, "B L P"]  # normalised per patch if the model's loss is; 0 where kept
     mask: Bool[Tensor, "B L"]  # True = removed
 
 
 def reconstruct(
     mae: MaskedAutoencoder, images: Float[Tensor, "B C H W"], noise: Float[Tensor, "B L"]
 ) -> Reconstruction:
-    """Predict every patch without gradients, in eval mode, and restore the model's mode."""
+    """Predict the removed patches without gradients, in eval mode; restore the model's mode."""
     output = _output(mae, images, noise)
-    return Reconstruction(float(output.loss), output.pred.float(), output.mask)
+    removed = output.pred.float()
+    pred = removed.new_zeros(*output.mask.shape, removed.shape[2])
+    pred[torch.arange(len(pred), device=pred.device)[:, None], output.ids_removed] = removed
+    return Reconstruction(float(output.loss), pred, output.mask)
 
 
 def reconstruction_losses(
@@ -80,7 +83,7 @@ def reconstruction_picture(
     """Draw a row for each of the first 8 images: original, masked, and reconstruction.
 
     The reconstruction shows the prediction in the removed patches and the image itself in the
-    visible ones. The loss ignores predictions for visible patches, so these are noise.
+    visible ones.
 
     Three channels are shown as RGB, of more the first three, of fewer the first one in grey. A set
     whose mean + 3 standard deviations is below half of full scale is brightened as a whole.
@@ -88,7 +91,7 @@ def reconstruction_picture(
 
     Args:
         images: Normalised, as the model saw them.
-        pred: Prediction for every patch.
+        pred: Prediction for every removed patch; what it holds for the others is not shown.
         mask: True for removed patches, which are grey in the second column.
         patch_size: Side of a patch in pixels.
         norm_pix_floor: Floor with which `pred` is normalised per patch; None if it is pixels.

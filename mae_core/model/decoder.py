@@ -1,17 +1,17 @@
 """The light transformer that turns kept tokens back into pixels."""
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from timm.layers.norm import LayerNorm
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from mae_core.masking import restore_order
 from mae_core.model.positions import sincos_positions, trained_table
 
 
 class PixelDecoder(nn.Module):
-    """Predict every patch's pixels from the tokens of the kept patches.
+    """Predict the removed patches' pixels from the tokens of the kept patches.
 
     Works for one grid of patches only: nothing in its input distinguishes rows from columns.
     """
@@ -49,14 +49,35 @@ class PixelDecoder(nn.Module):
         nn.init.normal_(self.mask_token, std=0.02)
 
     def forward(
-        self, latent: Float[Tensor, "B T D"], ids_restore: Int[Tensor, "B L"]
-    ) -> Float[Tensor, "B L P"]:
-        """Decode T = 1 + K encoder tokens, the class token first."""
-        tokens = self.embed(latent)
-        class_token, kept = tokens[:, :1], tokens[:, 1:]
-        patches = restore_order(kept, self.mask_token[0, 0], ids_restore) + self.positions
-        tokens = torch.cat([class_token, patches], dim=1)  # (B, 1 + L, D)
-        return self.pred(self.norm(self.blocks(tokens))[:, 1:])
+        self,
+        latent: Float[Tensor, "B T D"],
+        ids_keep: Int[Tensor, "B K"],
+        ids_removed: Int[Tensor, "B R"],
+    ) -> Float[Tensor, "B R P"]:
+        """Decode T = 1 + K encoder tokens, the class token first.
+
+        The blocks do not know an order, so the tokens stay in that of the ids.
+        """
+        class_token, kept = self.embed(latent).split([1, ids_keep.shape[1]], dim=1)
+        removed = self.mask_token + self.positions[ids_removed]
+        tokens = torch.cat([class_token, kept + self.positions[ids_keep], removed], dim=1)
+        for block in self.blocks[:-1]:
+            tokens = block(tokens)  # (B, 1 + L, D)
+        tokens = _last_tokens(self.blocks[-1], tokens, ids_removed.shape[1])
+        return self.pred(self.norm(tokens))
+
+
+def _last_tokens(block: Block, tokens: Tensor, count: int) -> Tensor:
+    """Return the last `count` tokens of a block's output, without computing the others."""
+    attention, dim = block.attn, tokens.shape[2]
+    inputs = block.norm1(tokens)
+    weights, biases = (p.split([dim, 2 * dim]) for p in (attention.qkv.weight, attention.qkv.bias))
+    query = F.linear(inputs[:, -count:], weights[0], biases[0])
+    key, value = F.linear(inputs, weights[1], biases[1]).chunk(2, dim=2)
+    heads = (t.unflatten(2, (attention.num_heads, -1)).transpose(1, 2) for t in (query, key, value))
+    attended = F.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2)
+    tokens = tokens[:, -count:] + attention.proj(attended)
+    return tokens + block.mlp(block.norm2(tokens))
 
 
 def _initialize_linear(module: nn.Module) -> None:

@@ -12,8 +12,8 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from mae_core.config import ModelConfig
-from mae_core.masking import keep_patches
 from mae_core.model.positions import resample_positions, sincos_positions, trained_table
+from mae_core.patching import take_patches
 
 _GLOBAL_BLOCKS = 4
 
@@ -88,9 +88,10 @@ class MaskedEncoder(nn.Module):
         self, images: Float[Tensor, "B C H W"], ids_keep: Int[Tensor, "B K"] | None = None
     ) -> Float[Tensor, "B T D"]:
         """Return the tokens of `forward` before the last norm."""
-        patches = self._embed(images)  # (B, L, D)
-        if ids_keep is not None:
-            patches = keep_patches(patches, ids_keep)  # (B, K, D)
+        if ids_keep is None:
+            patches = self._embed(images)  # (B, L, D)
+        else:
+            patches = self._embed_kept(images, ids_keep)  # (B, K, D)
         # The class token's position is zero, as in the reference.
         class_token = self.cls_token.expand(patches.shape[0], -1, -1)
         return self.blocks(torch.cat([class_token, patches], dim=1))  # (B, 1 + K, D)
@@ -132,8 +133,18 @@ class MaskedEncoder(nn.Module):
         return height // self.patch_size, width // self.patch_size
 
     def _embed(self, images: Tensor) -> Tensor:
-        positions = resample_positions(self.positions, self.grid_size, self._grid(images))
-        return self.patch_embed(images) + positions  # (B, L, D)
+        return self.patch_embed(images) + self._positions(images)  # (B, L, D)
+
+    def _embed_kept(self, images: Tensor, ids_keep: Tensor) -> Tensor:
+        """Embed the kept patches alone, as a linear layer: timm's convolution embeds all."""
+        projection = self.patch_embed.proj
+        weight = projection.weight.permute(0, 2, 3, 1).flatten(1)  # (D, P), as in `patchify`
+        patches = take_patches(images, self.patch_size, ids_keep)  # (B, K, P)
+        positions = self._positions(images)[ids_keep]  # (B, K, D)
+        return F.linear(patches, weight, projection.bias) + positions
+
+    def _positions(self, images: Tensor) -> Tensor:
+        return resample_positions(self.positions, self.grid_size, self._grid(images))  # (L, D)
 
 
 def _to_windows(tokens: Tensor, window: int, grid_size: tuple[int, int]) -> Tensor:

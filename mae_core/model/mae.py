@@ -1,22 +1,23 @@
-"""The masked autoencoder: mask patches, encode the kept ones, decode all, compare pixels."""
+"""The masked autoencoder: mask patches, encode the kept ones, predict the removed, compare pixels."""
 
 from typing import NamedTuple
 
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from mae_core.config import LossConfig, MaskingConfig, ModelConfig
-from mae_core.losses import masked_pixel_loss_per_image, normalize_patches
+from mae_core.losses import normalize_patches, pixel_loss_per_image
 from mae_core.masking import mask_from_noise, num_patches_kept
 from mae_core.model.decoder import PixelDecoder
 from mae_core.model.encoder import MaskedEncoder, build_encoder
-from mae_core.patching import patchify
+from mae_core.patching import take_patches
 
 
 class MAEOutput(NamedTuple):
     loss: Float[Tensor, ""]
     loss_per_image: Float[Tensor, " B"]
-    pred: Float[Tensor, "B L P"]
+    pred: Float[Tensor, "B R P"]  # of the patches of `ids_removed`
+    ids_removed: Int[Tensor, "B R"]
     mask: Bool[Tensor, "B L"]  # True = removed
 
 
@@ -46,17 +47,17 @@ class MaskedAutoencoder(nn.Module):
     def forward(self, images: Float[Tensor, "B C H W"], noise: Float[Tensor, "B L"]) -> MAEOutput:
         """Reconstruct images of the size that the decoder was built for; `noise` sets the mask."""
         self._check_sizes(images, noise)
-        ids_keep, ids_restore, mask = mask_from_noise(noise, self.mask_ratio)
+        ids_keep, ids_removed, mask = mask_from_noise(noise, self.mask_ratio)
         latent = self.encoder(images, ids_keep)  # (B, 1 + K, D)
-        pred = self.decoder(latent, ids_restore)  # (B, L, P)
+        pred = self.decoder(latent, ids_keep, ids_removed)  # (B, R, P)
 
-        # fp32: a bf16 sum over B * L patches loses the small values.
-        target = patchify(images.float(), self.patch_size)
+        # fp32: a bf16 sum over B * R patches loses the small values.
+        target = take_patches(images.float(), self.patch_size, ids_removed)
         if self.norm_pix_floor is not None:
             target = normalize_patches(target, floor=self.norm_pix_floor)
-        loss_per_image = masked_pixel_loss_per_image(pred.float(), target, mask)
+        loss_per_image = pixel_loss_per_image(pred.float(), target)
         # Every image has as many removed patches, so this is the mean over those of the batch.
-        return MAEOutput(loss_per_image.mean(), loss_per_image, pred, mask)
+        return MAEOutput(loss_per_image.mean(), loss_per_image, pred, ids_removed, mask)
 
     def _check_sizes(self, images: Tensor, noise: Tensor) -> None:
         """Raise a ValueError for images of the right area but the wrong shape, which would run."""

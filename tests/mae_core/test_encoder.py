@@ -47,7 +47,8 @@ def test_all_patches_in_order_are_the_default() -> None:
     encoder = make_encoder()
     images = torch.randn(2, 3, 32, 32)
     everything = torch.arange(16).expand(2, 16)
-    assert torch.equal(encoder(images), encoder(images, everything))
+    # Kept patches are embedded by another kernel, so rounding may differ.
+    assert torch.allclose(encoder(images), encoder(images, everything), atol=1e-5)
 
 
 def test_tokens_follow_the_order_of_ids_keep() -> None:

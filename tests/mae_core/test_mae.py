@@ -4,13 +4,14 @@ from torch import Tensor
 
 from mae_core.config import DecoderConfig, LossConfig, MaskingConfig, ModelConfig
 from mae_core.losses import normalize_patches
-from mae_core.model.mae import MaskedAutoencoder, build_mae
+from mae_core.model.mae import MAEOutput, MaskedAutoencoder, build_mae
 from mae_core.patching import patchify
 
 
-def mean_over_removed_patches(pred: Tensor, target: Tensor, mask: Tensor) -> Tensor:
-    """Return the squared error per value, averaged over the whole batch at once."""
-    return (pred - target).square()[mask].mean()
+def mean_over_removed_patches(output: MAEOutput, target: Tensor) -> Tensor:
+    """Return the squared error per value of (B, L, P) targets, averaged over the whole batch."""
+    removed = target[torch.arange(len(target))[:, None], output.ids_removed]
+    return (output.pred.float() - removed).square().mean()
 
 
 def make_mae(
@@ -34,9 +35,11 @@ def test_output_has_the_shapes_of_its_letters(in_chans: int, size: tuple[int, in
     output = make_mae(size, in_chans)(torch.randn(2, in_chans, *size), torch.rand(2, num_patches))
     assert output.loss.shape == ()
     assert output.loss_per_image.shape == (2,)
-    assert output.pred.shape == (2, num_patches, 64 * in_chans)
+    num_removed = num_patches * 3 // 4
+    assert output.pred.shape == (2, num_removed, 64 * in_chans)
+    assert output.ids_removed.shape == (2, num_removed)
     assert output.mask.shape == (2, num_patches)
-    assert output.mask.sum(dim=1).tolist() == [num_patches * 3 // 4] * 2
+    assert output.mask.sum(dim=1).tolist() == [num_removed] * 2
 
 
 @pytest.mark.parametrize("norm_pix", [True, False])
@@ -46,7 +49,7 @@ def test_loss_is_the_error_on_removed_patches_of_the_batch(norm_pix: bool) -> No
     target = patchify(images, 8)
     if norm_pix:
         target = normalize_patches(target, floor=1e-6)
-    expected = mean_over_removed_patches(output.pred, target, output.mask)
+    expected = mean_over_removed_patches(output, target)
     assert output.loss.item() == pytest.approx(expected.item(), rel=1e-6)
     assert output.loss.item() == pytest.approx(output.loss_per_image.mean().item(), rel=1e-6)
 
@@ -61,7 +64,8 @@ def test_noise_picks_the_mask() -> None:
 def test_prediction_does_not_depend_on_removed_pixels() -> None:
     mae = make_mae()
     images, noise = torch.randn(2, 3, 32, 32), torch.rand(2, 16)
-    pred, mask = mae(images, noise)[2:]
+    output = mae(images, noise)
+    pred, mask = output.pred, output.mask
     removed = mask.reshape(2, 4, 4).repeat_interleave(8, 1).repeat_interleave(8, 2)
     scrambled = torch.where(removed[:, None], torch.randn_like(images), images)
     assert torch.equal(mae(scrambled, noise).pred, pred)
@@ -92,7 +96,7 @@ def test_loss_is_fp32_under_autocast() -> None:
     assert output.pred.dtype == torch.bfloat16
     assert output.loss.dtype == output.loss_per_image.dtype == torch.float32
     target = normalize_patches(patchify(images, 8), floor=1e-6)
-    expected = mean_over_removed_patches(output.pred.float(), target, output.mask)
+    expected = mean_over_removed_patches(output, target)
     assert output.loss.item() == pytest.approx(expected.item(), rel=1e-6)
 
 
@@ -101,7 +105,7 @@ def test_target_is_fp32_where_images_are_not() -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         output = make_mae()(images, noise)
     target = normalize_patches(patchify(images.float(), 8), floor=1e-6)
-    expected = mean_over_removed_patches(output.pred.float(), target, output.mask)
+    expected = mean_over_removed_patches(output, target)
     assert output.loss.item() == pytest.approx(expected.item(), rel=1e-6)
 
 

@@ -11,10 +11,8 @@ from hypothesis import strategies as st
 
 from mae_core.masking import (
     draw_noise,
-    keep_patches,
     mask_from_noise,
     num_patches_kept,
-    restore_order,
 )
 
 Kind = Literal["random", "block", "grid"]
@@ -78,28 +76,17 @@ def test_kept_and_removed_are_a_partition_by_noise(
     batch_size: int, num_patches: int, mask_ratio: float, seed: int
 ) -> None:
     noise = torch.rand(batch_size, num_patches, generator=torch.Generator().manual_seed(seed))
-    ids_keep, ids_restore, mask = mask_from_noise(noise, mask_ratio)
+    ids_keep, ids_removed, mask = mask_from_noise(noise, mask_ratio)
     for image in range(batch_size):
         kept = sorted(ids_keep[image].tolist())
         removed = mask[image].nonzero().flatten().tolist()
         assert sorted(kept + removed) == list(range(num_patches))
-        assert sorted(ids_restore[image].tolist()) == list(range(num_patches))
+        assert sorted(ids_removed[image].tolist()) == removed
         assert not removed or noise[image, kept].max() <= noise[image, removed].min()
 
 
 def test_equal_noise_keeps_the_first_patches() -> None:
     assert mask_from_noise(torch.zeros(1, 64), 0.75).ids_keep.tolist() == [list(range(16))]
-
-
-def test_restore_order_undoes_keep_patches(noise: torch.Tensor) -> None:
-    patches = torch.randn(4, 49, 8)
-    patch_mask = mask_from_noise(noise, mask_ratio=0.75)
-    restored = restore_order(
-        keep_patches(patches, patch_mask.ids_keep), torch.full((8,), 7.0), patch_mask.ids_restore
-    )
-    kept = ~patch_mask.mask
-    assert torch.equal(restored[kept], patches[kept])
-    assert (restored[patch_mask.mask] == 7).all()
 
 
 @settings(max_examples=100)

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from mae_core.patching import patchify, unpatchify
+from mae_core.patching import patchify, take_patches, unpatchify
 
 
 # Parity P2.
@@ -24,6 +24,13 @@ def test_values_of_a_patch_run_row_column_channel() -> None:
 def test_first_patch_is_the_top_left_corner() -> None:
     images = torch.arange(2 * 4 * 4, dtype=torch.float32).reshape(1, 2, 4, 4)
     assert patchify(images, patch_size=2)[0, 0].tolist() == [0, 16, 1, 17, 4, 20, 5, 21]
+
+
+def test_taken_patches_are_those_of_the_ids_in_their_order() -> None:
+    images = torch.randn(2, 3, 16, 24)
+    taken = take_patches(images, 8, torch.tensor([[4, 0], [1, 5]]))
+    patches = patchify(images, 8)
+    assert torch.equal(taken, torch.stack([patches[0, [4, 0]], patches[1, [1, 5]]]))
 
 
 def test_rejects_an_image_that_patches_do_not_tile() -> None:
