@@ -48,7 +48,7 @@ def mask_from_noise(noise: Float[Tensor, "B L"], mask_ratio: float) -> PatchMask
     num_kept = num_patches_kept(noise.shape[1], mask_ratio)
     # Stable sort: two patches with equal noise rank the same on every device.
     ids_shuffle = noise.argsort(dim=1, stable=True)
-    ids_keep, ids_removed = ids_shuffle.split([num_kept, noise.shape[1] - num_kept], dim=1)
+    ids_keep, ids_removed = ids_shuffle[:, :num_kept], ids_shuffle[:, num_kept:]
     mask = torch.ones_like(noise, dtype=torch.bool).scatter(1, ids_keep, value=False)
     return PatchMask(ids_keep, ids_removed, mask)
 

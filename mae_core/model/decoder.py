@@ -1,8 +1,11 @@
 """The light transformer that turns kept tokens back into pixels."""
 
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
+from timm.layers.attention import Attention
 from timm.layers.norm import LayerNorm
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
@@ -63,21 +66,29 @@ class PixelDecoder(nn.Module):
         tokens = torch.cat([class_token, kept + self.positions[ids_keep], removed], dim=1)
         for block in self.blocks[:-1]:
             tokens = block(tokens)  # (B, 1 + L, D)
-        tokens = _last_tokens(self.blocks[-1], tokens, ids_removed.shape[1])
+        tokens = _last_tokens(cast(Block, self.blocks[-1]), tokens, ids_removed.shape[1])
         return self.pred(self.norm(tokens))
 
 
 def _last_tokens(block: Block, tokens: Tensor, count: int) -> Tensor:
     """Return the last `count` tokens of a block's output, without computing the others."""
-    attention, dim = block.attn, tokens.shape[2]
+    attention, dim = cast(Attention, block.attn), tokens.shape[2]
     inputs = block.norm1(tokens)
-    weights, biases = (p.split([dim, 2 * dim]) for p in (attention.qkv.weight, attention.qkv.bias))
-    query = F.linear(inputs[:, -count:], weights[0], biases[0])
-    key, value = F.linear(inputs, weights[1], biases[1]).chunk(2, dim=2)
-    heads = (t.unflatten(2, (attention.num_heads, -1)).transpose(1, 2) for t in (query, key, value))
-    attended = F.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2)
-    tokens = tokens[:, -count:] + attention.proj(attended)
-    return tokens + block.mlp(block.norm2(tokens))
+    qkv = attention.qkv
+    query = F.linear(inputs[:, -count:], qkv.weight[:dim], qkv.bias[:dim])
+    key, value = F.linear(inputs, qkv.weight[dim:], qkv.bias[dim:]).chunk(2, dim=2)
+    heads = attention.num_heads
+    attended = F.scaled_dot_product_attention(
+        _to_heads(query, heads), _to_heads(key, heads), _to_heads(value, heads)
+    )
+    tokens = tokens[:, -count:] + attention.proj(attended.transpose(1, 2).flatten(2))
+    return cast(Tensor, tokens + block.mlp(block.norm2(tokens)))
+
+
+def _to_heads(tokens: Tensor, num_heads: int) -> Tensor:
+    """Return (B, heads, T, D / heads) of (B, T, D)."""
+    batch, length, dim = tokens.shape
+    return tokens.view(batch, length, num_heads, dim // num_heads).transpose(1, 2)
 
 
 def _initialize_linear(module: nn.Module) -> None:

@@ -88,10 +88,7 @@ class MaskedEncoder(nn.Module):
         self, images: Float[Tensor, "B C H W"], ids_keep: Int[Tensor, "B K"] | None = None
     ) -> Float[Tensor, "B T D"]:
         """Return the tokens of `forward` before the last norm."""
-        if ids_keep is None:
-            patches = self._embed(images)  # (B, L, D)
-        else:
-            patches = self._embed_kept(images, ids_keep)  # (B, K, D)
+        patches = self._embed(images, ids_keep)  # (B, L, D) or (B, K, D)
         # The class token's position is zero, as in the reference.
         class_token = self.cls_token.expand(patches.shape[0], -1, -1)
         return self.blocks(torch.cat([class_token, patches], dim=1))  # (B, 1 + K, D)
@@ -132,19 +129,15 @@ class MaskedEncoder(nn.Module):
             )
         return height // self.patch_size, width // self.patch_size
 
-    def _embed(self, images: Tensor) -> Tensor:
-        return self.patch_embed(images) + self._positions(images)  # (B, L, D)
-
-    def _embed_kept(self, images: Tensor, ids_keep: Tensor) -> Tensor:
-        """Embed the kept patches alone, as a linear layer: timm's convolution embeds all."""
-        projection = self.patch_embed.proj
-        weight = projection.weight.permute(0, 2, 3, 1).flatten(1)  # (D, P), as in `patchify`
+    def _embed(self, images: Tensor, ids_keep: Tensor | None = None) -> Tensor:
+        """Embed the kept patches alone, by a matrix product, or all, by timm's convolution."""
+        positions = resample_positions(self.positions, self.grid_size, self._grid(images))
+        if ids_keep is None:
+            return self.patch_embed(images) + positions
         patches = take_patches(images, self.patch_size, ids_keep)  # (B, K, P)
-        positions = self._positions(images)[ids_keep]  # (B, K, D)
-        return F.linear(patches, weight, projection.bias) + positions
-
-    def _positions(self, images: Tensor) -> Tensor:
-        return resample_positions(self.positions, self.grid_size, self._grid(images))  # (L, D)
+        projection = self.patch_embed.proj
+        weight = projection.weight.permute(0, 2, 3, 1).flatten(1)  # (D, P), in `patchify`'s order
+        return F.linear(patches, weight, projection.bias) + positions[ids_keep]
 
 
 def _to_windows(tokens: Tensor, window: int, grid_size: tuple[int, int]) -> Tensor:

@@ -1,4 +1,4 @@
-"""The masked autoencoder: mask patches, encode the kept ones, predict the removed, compare pixels."""
+"""The masked autoencoder: mask patches, encode the kept ones, predict the removed ones."""
 
 from typing import NamedTuple
 
