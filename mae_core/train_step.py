@@ -43,6 +43,11 @@ class StepMetrics(NamedTuple):
     num_samples: Float[Tensor, ""]  # sum of the weights
     grad_norm: Float[Tensor, ""]  # before clipping; over all workers under DDP
 
+    def check(self) -> None:
+        """Raise a NonFiniteLossError if this step's update was left out."""
+        if not torch.isfinite(self.loss + self.grad_norm):
+            raise NonFiniteLossError(f"loss={self.loss.item()} grad_norm={self.grad_norm.item()}")
+
 
 def pretrain_loss(model: nn.Module, batch: MicroBatch) -> BatchLoss:
     """Return the loss of a micro batch; `model` is a `MaskedAutoencoder`, bare or wrapped."""
@@ -81,8 +86,12 @@ def optimizer_step(
         autocast_dtype: None runs in the weights' own type.
         max_grad_norm: None leaves gradients as they are, as pretraining's reference does.
 
+    A loss or gradient that is not finite changes nothing. A fused optimizer leaves the update out
+    on the device, without waiting for it, so the caller calls `StepMetrics.check` before it relies
+    on the step.
+
     Raises:
-        NonFiniteLossError: before the update, and on every worker if on one.
+        NonFiniteLossError: with another optimizer, before the update; on every worker if on one.
         ValueError: `batches` ended early; nothing was updated.
     """
     for group in optimizer.param_groups:
@@ -100,14 +109,31 @@ def optimizer_step(
             assert parameter.grad is not None
             parameter.grad /= mean_divisor
     grad_norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    metrics = StepMetrics(loss, num_samples, grad_norm)
     # One worker's NaN reaches the gradients of all, so all of them stop here.
-    if not torch.isfinite(loss + grad_norm):
-        raise NonFiniteLossError(f"loss={loss.item()} grad_norm={grad_norm.item()}")
+    is_fused = all(group.get("fused") for group in optimizer.param_groups)
+    if not is_fused:
+        metrics.check()
     if max_grad_norm is not None:
         nn.utils.clip_grads_with_norm_(parameters, max_grad_norm, grad_norm)
-    optimizer.step()
+    if is_fused:
+        _step_if(torch.isfinite(loss + grad_norm), optimizer)
+    else:
+        optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return StepMetrics(loss, num_samples, grad_norm)
+    return metrics
+
+
+def _step_if(is_wanted: Tensor, optimizer: torch.optim.Optimizer) -> None:
+    """Step a fused optimizer, which changes nothing where the flag on the device is False.
+
+    torch's GradScaler uses the same attribute.
+    """
+    optimizer.found_inf = (~is_wanted).float()  # type: ignore[attr-defined]
+    try:
+        optimizer.step()
+    finally:
+        del optimizer.found_inf  # type: ignore[attr-defined]
 
 
 def _accumulate_gradients(

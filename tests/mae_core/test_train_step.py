@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -138,7 +139,7 @@ def run(
     optimizer: torch.optim.Optimizer,
     micro_batches: list[MicroBatch],
     grad_accum_steps: int = 1,
-    learning_rate: float = 1.0,
+    **arguments: Any,
 ) -> StepMetrics:
     return optimizer_step(
         model,
@@ -146,8 +147,7 @@ def run(
         micro_batches,
         pretrain_loss,
         grad_accum_steps=grad_accum_steps,
-        learning_rate=learning_rate,
-        autocast_dtype=None,
+        **{"learning_rate": 1.0, "autocast_dtype": None, **arguments},
     )
 
 
@@ -199,6 +199,28 @@ def test_a_gradient_that_is_not_finite_stops_too() -> None:
     mae.decoder.pred.bias.register_hook(lambda gradient: gradient * float("inf"))
     with pytest.raises(NonFiniteLossError, match=r"loss=\d.* grad_norm=(inf|nan)"):
         run(mae, torch.optim.SGD(mae.parameters(), lr=0.0), [make_batch()])
+
+
+def tensors_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """Return copies of weights, moments and step counts."""
+    moments = [t for state in optimizer.state_dict()["state"].values() for t in state.values()]
+    return [t.detach().clone() for t in (*model.parameters(), *moments)]
+
+
+def test_a_fused_optimizer_leaves_weights_and_moments_as_they_were() -> None:
+    mae, poisoned = make_mae(), make_batch()
+    poisoned.images[0, 0, 0, 0] = float("nan")
+    optimizer = torch.optim.AdamW(mae.parameters(), fused=True)
+    run(mae, optimizer, [make_batch()], learning_rate=0.1).check()
+    before = tensors_of(mae, optimizer)
+    metrics = run(mae, optimizer, [poisoned], learning_rate=0.1)
+    with pytest.raises(NonFiniteLossError, match="loss=nan"):
+        metrics.check()
+    after = tensors_of(mae, optimizer)
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+    run(mae, optimizer, [make_batch()], learning_rate=0.1)  # the flag does not stay
+    assert optimizer.state_dict()["state"][0]["step"] == 2
 
 
 def test_a_floating_point_error_can_be_caught_as_such() -> None:
