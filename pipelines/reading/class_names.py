@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from infra import storage
 from mae_core.data.manifest import MANIFEST_NAME, ShardInfo, parse_manifest
 from mae_core.data.samples import DataError
+from pipelines.reading.class_file import parse_class_names
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +52,7 @@ def read_json_beside(folder: str, name: str) -> tuple[str, Any]:
         return uri, None
     try:
         return uri, json.loads(storage.read_bytes(uri))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{uri}: not JSON ({error})") from error
 
 
@@ -73,9 +74,7 @@ def _class_names(folder: str) -> tuple[str, ...] | None:
         uri, listed = read_json_beside(folder, CLASSES_FILE)
         if listed is None:
             return None
-        if not isinstance(listed, list) or not all(isinstance(name, str) for name in listed):
-            raise DataError(f'{uri}: not a list of names such as ["cat", "dog"]')
-        names = tuple(listed)
+        return parse_class_names(listed, uri) or None
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise DataError(f"{uri}: two classes have the name {twice[0]!r}")
     return names or None

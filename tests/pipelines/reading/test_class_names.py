@@ -35,7 +35,11 @@ def test_names_come_from_the_manifest_or_classes_json_of_each_folder(tmp_path: P
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [('{"0": "cat"}', "not a list of names"), ('["a", "a"]', "two classes have the name 'a'")],
+    [
+        ("3", "none of the forms"),
+        ("[" * 100_000, "not JSON"),
+        ('["a", "a"]', "two classes have the name 'a'"),
+    ],
 )
 def test_a_wrong_classes_json_is_named(tmp_path: Path, content: str, message: str) -> None:
     (shard_set(tmp_path / "a") / "classes.json").write_text(content)
