@@ -53,8 +53,8 @@ check: $(STAMP)  ## Check format, lint, types and layers; writes nothing
 
 .PHONY: test
 test: $(STAMP)  ## Run all tests: core, Ray, services (no GPU needed)
-	$(PYTHON) -m pytest -m "not compile" --numprocesses 2 --dist loadfile
-	SHAPE_CHECKS=0 $(PYTHON) -m pytest -m compile
+	$(PYTHON) -m pytest -m "not compile and not gpu" --numprocesses 2 --dist loadfile
+	SHAPE_CHECKS=0 $(PYTHON) -m pytest -m "compile and not gpu"
 
 .PHONY: test-fast
 test-fast: $(STAMP)  ## Run the tests that start neither Ray nor a service
@@ -79,6 +79,14 @@ render: $(STAMP)  ## Print the Kubernetes manifests of configs/cluster/kuberay.y
 .PHONY: bench-data
 bench-data: $(STAMP)  ## Measure reading and decoding; DATA="a.tar b.tar" for your images
 	$(call told,measuring,$(PYTHON) benchmarks/data.py $(DATA))
+
+.PHONY: gpu-check
+gpu-check: $(STAMP)  ## On a machine with a GPU: test and measure the step and the decoders (8 minutes)
+	$(PYTHON) benchmarks/gpu_check.py
+
+.PHONY: bench-step
+bench-step: $(STAMP)  ## Measure a training step beside transformers' (and lightly's, if it is installed)
+	$(call told,measuring,$(PYTHON) benchmarks/train_step.py)
 
 .PHONY: bench-startup
 bench-startup: $(STAMP)  ## Measure what each command takes before it works; TIMES=3 turns

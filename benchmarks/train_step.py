@@ -84,6 +84,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=3.0, help="of each contender in a round")
     parser.add_argument("--compile", action="store_true", help="also time torch.compile of ours")
     parser.add_argument("--ours-only", action="store_true")
+    parser.add_argument("--no-memory", action="store_true", help="do not measure its peak")
     return parser.parse_args()
 
 
@@ -94,7 +95,7 @@ def model_config(encoder: str, img_size: int, patch_size: int) -> ModelConfig:
 
 
 def compare(model: ModelConfig, args: argparse.Namespace) -> list[Row]:
-    """Time every contender in every round; memory is measured with one contender at a time."""
+    """Time every contender in every round, after its memory was measured alone."""
     builders: dict[str, Callable[[], Step]] = {"ours": partial(our_step, model, args)}
     if args.compile:
         builders["ours, compiled"] = partial(our_step, model, args, compiled=True)
@@ -102,7 +103,10 @@ def compare(model: ModelConfig, args: argparse.Namespace) -> list[Row]:
         builders["transformers"] = partial(transformers_step, model, args)
         if importlib.util.find_spec("lightly") is not None:
             builders["lightly"] = partial(lightly_step, model, args)
-    peaks = {name: peak_bytes(build, args.device) for name, build in builders.items()}
+    peaks = {
+        name: 0 if args.no_memory else peak_bytes(build, args.device)
+        for name, build in builders.items()
+    }
     steps = {name: build() for name, build in builders.items()}
     for step in steps.values():
         for _ in range(WARMUP_STEPS):
