@@ -123,6 +123,7 @@ class Bench:
         deadline_s = time.monotonic() + TIMEOUT_S
         while self.reached(stage) < aim:
             if time.monotonic() > deadline_s or process.poll() not in (None, 0):
+                process.kill()
                 raise RuntimeError(f"{stage} did not come to {aim}: {log.read_text()[-2000:]}")
             time.sleep(0.02)
         time.sleep(random.random() / 4)

@@ -86,6 +86,8 @@ def _what_is_near(folder: str) -> str:
         nearest
     ):
         nearest = _parent(nearest)
+    if nearest == folder and storage.is_file(nearest):
+        return f"{nearest} is a file, and not a tar"
     names = [f"{name}/" for name in storage.list_folders(nearest)] + storage.list_files(nearest)
     shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
     missing = "" if nearest == folder else f"there is no {folder}; "

@@ -236,6 +236,10 @@ def exists(uri: str) -> bool:
     return _file_info(uri).type != pafs.FileType.NotFound
 
 
+def is_file(uri: str) -> bool:
+    return bool(_file_info(uri).type == pafs.FileType.File)
+
+
 def file_size(uri: str) -> int:
     """Return the size in bytes.
 

@@ -8,6 +8,7 @@ import importlib
 import json
 import logging
 import os
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -18,7 +19,7 @@ from infra.processes import end_past_threads, end_with_parent
 from infra.redaction import redact, redact_logs
 from pipelines.commands.arguments import COMMANDS, load_own_stage, make_parser, parse, read_config
 from pipelines.outcome import STOPPED_CODES, StageResult, explain
-from pipelines.terminal import progress
+from pipelines.terminal import progress, worker_logging
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -37,6 +38,7 @@ def _run(argv: Sequence[str] | None) -> int:
     os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    worker_logging.hide_libraries()
     redact_logs()
     end_with_parent()
     words = list(sys.argv[1:] if argv is None else argv)
@@ -102,7 +104,8 @@ def _run_command(words: list[str]) -> int:
 def _failure(error: BaseException, exit_code: int) -> dict[str, Any]:
     """Return what a program that reads stdout is told about a command that did not end well."""
     if exit_code in STOPPED_CODES:  # the same command continues, so this is no failure of the run
-        return {"status": "stopped", "error": str(error) or "stopped by SIGINT", "can_pass": True}
+        name = signal.Signals(exit_code - 128).name
+        return {"status": "stopped", "error": f"stopped by {name}", "can_pass": True}
     explained = explain(error)
     # For an error that is not ours, only its text: its class is on stderr.
     message = str(error) if explained.exit_code == 1 else explained.message
@@ -119,6 +122,8 @@ def _report(error: BaseException, *, debug: bool) -> int:
     if isinstance(error, KeyboardInterrupt):
         return 130
     if isinstance(error, SystemExit):
+        if error.code == signal.SIGTERM:  # Ray's handler ends with the number of the signal
+            return 128 + signal.SIGTERM
         return error.code if isinstance(error.code, int) else 1
     explained = explain(error)
     hint = "" if debug or explained.exit_code != 1 else "; --debug shows where"

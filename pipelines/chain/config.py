@@ -5,6 +5,7 @@ result, and `{pipeline}` for the pipeline's folder, which all its runs share.
 Imports no torch, Ray or MLflow.
 """
 
+import importlib.machinery
 import importlib.util
 import itertools
 import json
@@ -282,14 +283,8 @@ def _own_kind(chain_file: Path, name: str, file: Path) -> StageKind:
     It may also define `DATA_KEYS`, `UNKEYED` and `VERSION`, see StageKind.
     """
     where = f"{chain_file}: stages.{name}.stage={file}"
-    if not file.is_file():
-        raise ConfigError(f"{where}: no such file")
-    module = load_stage_file(file)
-    config_type = getattr(module, "Config", None)
-    if not (isinstance(config_type, type) and issubclass(config_type, StrictConfig)):
-        raise ConfigError(f"{where}: needs a class Config(StrictConfig) from mae_core.config")
-    if not callable(getattr(module, "run", None)):
-        raise ConfigError(f"{where}: needs a function run(config, *, fresh) -> StageResult")
+    module = load_stage_file(file, where)
+    config_type = module.Config
     for name_, keys in (("DATA_KEYS", _keys(module)), ("UNKEYED", _keys(module, "UNKEYED"))):
         unknown = [key for key in keys if key.partition(".")[0] not in config_type.model_fields]
         if unknown:
@@ -310,14 +305,35 @@ def _keys(module: Any, name: str = "DATA_KEYS") -> tuple[str, ...]:
     return (keys,) if isinstance(keys, str) else tuple(keys)
 
 
-def load_stage_file(file: Path) -> Any:
-    """Import the module in a file."""
-    spec = importlib.util.spec_from_file_location(f"mae_stage_{file.stem}", file)
+def load_stage_file(file: Path, where: str | None = None) -> Any:
+    """Import the module of a stage from a file.
+
+    Args:
+        file: It has `Config` and `run(config, *, fresh)`.
+        where: What names the file, for the error.
+
+    Raises:
+        ConfigError: There is no such file, it can't be imported, or it is no stage.
+    """
+    where = where or str(file)
+    if not file.is_file():
+        raise ConfigError(f"{where}: no such file")
+    # Given the loader, because Python guesses none for a file that does not end in .py.
+    name = f"mae_stage_{file.stem}"
+    loader = importlib.machinery.SourceFileLoader(name, str(file))
+    spec = importlib.util.spec_from_file_location(name, file, loader=loader)
     assert spec is not None
-    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # pydantic looks up names there
-    spec.loader.exec_module(module)
+    sys.modules[name] = module  # pydantic looks up names there
+    try:
+        loader.exec_module(module)
+    except Exception as error:
+        raise ConfigError(f"{where}: can't be imported: {type(error).__name__}: {error}") from error
+    config_type = getattr(module, "Config", None)
+    if not (isinstance(config_type, type) and issubclass(config_type, StrictConfig)):
+        raise ConfigError(f"{where}: needs a class Config(StrictConfig) from mae_core.config")
+    if not callable(getattr(module, "run", None)):
+        raise ConfigError(f"{where}: needs a function run(config, *, fresh) -> StageResult")
     return module
 
 

@@ -53,7 +53,7 @@ def _parse(words: Sequence[str]) -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
+    actions = parser.add_subparsers(dest="action", required=True, metavar="show | schema")
     show = actions.add_parser("show", help="show every value and where it was set")
     show.add_argument("stage", metavar="STAGE")
     show.add_argument("words", nargs="*", metavar="FILE.yaml | section.key=value")

@@ -86,11 +86,9 @@ def _parse(words: Sequence[str]) -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
-    added = {
-        name: actions.add_parser(name, parents=[common])
-        for name in ("serve", "once", "next", "pause", "resume", "list", "backfill", "render")
-    }
+    names = ("serve", "once", "next", "pause", "resume", "list", "backfill", "render")
+    actions = parser.add_subparsers(dest="action", required=True, metavar=" | ".join(names))
+    added = {name: actions.add_parser(name, parents=[common]) for name in names}
     for name in ("once", "next"):
         added[name].add_argument("--name", help="only this schedule")
     added["once"].add_argument(
@@ -201,6 +199,8 @@ def _backfill(schedule: Schedule, root: str, start: date, end: date) -> int:
     """Run the ticks from one day to another, inclusive, in the schedule's zone, up to now."""
     if schedule.cron is None:
         raise ConfigError(f"{schedule.name}: new_data has no ticks in the past; use `mae run`")
+    if start > end:
+        raise ConfigError(f"--from {start} is after --to {end}; exchange them")
     zone = ZoneInfo(schedule.time_zone)
     first = datetime(start.year, start.month, start.day, tzinfo=zone).astimezone(UTC)
     after_end = datetime(end.year, end.month, end.day, tzinfo=zone) + timedelta(days=1)

@@ -21,6 +21,7 @@ OURS = ("mae_core", "infra", "pipelines")
 _QUIET = ("ray", "ray.data", "ray.train", "ray.tune")
 _SILENT = ("ray.data._internal.progress",)  # warns that its bars are off, as intended
 POLL_S = 0.2
+LIBRARIES = f"{os.sep}site-packages{os.sep}"
 
 
 def set_up() -> None:
@@ -39,6 +40,18 @@ def set_up() -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
     for name in _SILENT:
         logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def hide_libraries() -> None:
+    """Show on this process's stderr no news of libraries, only warnings."""
+    for handler in logging.getLogger().handlers:
+        handler.addFilter(_is_for_the_user)
+
+
+def _is_for_the_user(record: logging.LogRecord) -> bool:
+    """Return whether a user should see a record; a stage of the user's own may say anything."""
+    is_ours = record.name.partition(".")[0] in OURS
+    return is_ours or record.levelno >= logging.WARNING or LIBRARIES not in record.pathname
 
 
 _num_shown = 0

@@ -69,10 +69,11 @@ def test_an_empty_list_is_refused() -> None:
         expand_shards([])
 
 
-def test_a_file_that_is_no_shard_is_refused(tmp_path: Path) -> None:
-    storage.write_bytes(str(tmp_path / "train.txt"), b"")
-    with pytest.raises(NoShardsError, match=r"train\.txt"):
-        expand_shards(str(tmp_path / "train.txt"))
+@pytest.mark.parametrize("name", ["train.txt", "train.tar.gz"])
+def test_a_file_that_is_no_shard_is_refused(root: str, name: str) -> None:
+    make_shards(root, name)
+    with pytest.raises(NoShardsError, match=rf": {root}/{name} is a file, and not a tar"):
+        expand_shards(f"{root}/{name}")
 
 
 def test_relative_paths_become_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -216,7 +216,12 @@ def test_how_a_stage_ends_is_the_exit_code(
 
 @pytest.mark.parametrize(
     ("error", "told"),
-    [(driver.CancelledError(15), "stopped by SIGTERM"), (KeyboardInterrupt(), "stopped by SIGINT")],
+    [
+        (driver.CancelledError(15), "stopped by SIGTERM"),
+        (driver.CancelledError(2), "stopped by SIGINT"),
+        (KeyboardInterrupt(), "stopped by SIGINT"),
+        (SystemExit(15), "stopped by SIGTERM"),  # while Ray starts, which takes the signal
+    ],
 )
 def test_a_program_is_told_that_a_stopped_command_can_continue(
     capsys: pytest.CaptureFixture[str],
@@ -276,6 +281,28 @@ def test_a_stage_of_ones_own_gets_no_folder_called_self(
         "stage needs folder=FOLDER\n"
     )
     assert mae("stage", f"{tmp_path}/own.py", "folder=/out").code == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        (None, "no such file"),
+        ("x = 1\n", "needs a class Config(StrictConfig) from mae_core.config"),
+        ("def f(:\n", "can't be imported: SyntaxError: "),
+        ("import nowhere\n", "can't be imported: ModuleNotFoundError: No module named 'nowhere'"),
+        ("# A page\n\nNot code.\n", "can't be imported: SyntaxError: "),
+    ],
+)
+@pytest.mark.parametrize("words", [("stage",), ("config", "show")])
+def test_a_file_that_is_no_stage_is_a_config_error(
+    mae: Callable[..., Told], tmp_path: Path, words: tuple[str, ...], text: str | None, told: str
+) -> None:
+    file = tmp_path / "own.py"
+    if text is not None:
+        file.write_text(text)
+    ended = mae(*words, str(file))
+    assert (ended.code, ended.out) == (2, "")
+    assert ended.err.startswith(f"config error: {file}: {told}")
 
 
 def test_only_the_missing_word_is_called_required(mae: Callable[..., Told]) -> None:

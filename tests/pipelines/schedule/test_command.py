@@ -373,6 +373,8 @@ def test_a_backfill_ends_at_now_and_tells_what_failed(
     assert command("backfill", "nightly", "--from", "2028-01-01", "--to", "2028-01-02") == 0
     told = "nightly has no ticks from 2028-01-01 to 2028-01-02 that have passed\n"
     assert capsys.readouterr().out == told
+    with pytest.raises(ConfigError, match="--from 2028-01-02 is after --to 2028-01-01"):
+        command("backfill", "nightly", "--from", "2028-01-02", "--to", "2028-01-01")
 
 
 def test_render_writes_what_kubernetes_runs(capsys: pytest.CaptureFixture[str]) -> None:

@@ -65,3 +65,25 @@ def test_lines_are_passed_on_as_they_come_and_the_last_is_not_lost(tmp_path: Pat
                 time.sleep(0.01)
     assert "".join(written) == "early\nlate\n"
     assert worker_logging.num_lines_shown() == before + 2
+
+
+@pytest.mark.parametrize(
+    ("name", "level", "place", "is_shown"),
+    [
+        ("matplotlib.font_manager", logging.INFO, "/venv/site-packages/matplotlib/x.py", False),
+        ("matplotlib.font_manager", logging.WARNING, "/venv/site-packages/matplotlib/x.py", True),
+        ("pipelines.embed", logging.INFO, "/venv/site-packages/pipelines/embed.py", True),
+        ("mae_stage_count", logging.INFO, "/home/me/my_stages/count.py", True),
+        ("root", logging.INFO, "/home/me/my_stages/count.py", True),
+    ],
+)
+def test_the_news_of_libraries_is_not_for_the_user(
+    monkeypatch: pytest.MonkeyPatch, name: str, level: int, place: str, is_shown: bool
+) -> None:
+    shown: list[str] = []
+    handler = logging.StreamHandler()
+    monkeypatch.setattr(handler, "emit", lambda record: shown.append(record.name))
+    monkeypatch.setattr(logging.getLogger(), "handlers", [handler])
+    worker_logging.hide_libraries()
+    handler.handle(logging.LogRecord(name, level, place, 1, "generated new x", None, None))
+    assert shown == ([name] if is_shown else [])
