@@ -266,7 +266,8 @@ def _pack_set(plan: SetPlan, config: PrepareConfig) -> PackedSet:
     finished = finished_manifest(plan)
     doing = "packing" if finished is None else "comparing with what was packed:"
     num_shards, num_items = plan.counts
-    log.info("output=%s %s %d images in %d shards", plan.output, doing, num_items, num_shards)
+    shards = "1 shard" if num_shards == 1 else f"{num_shards} shards"
+    log.info("output=%s %s %d images in %s", plan.output, doing, num_items, shards)
     records: dict[str, ShardRecord] = {}
     skipped: list[SkippedImage] = []
     num_images = num_new = 0

@@ -82,9 +82,7 @@ def doing(what: str, read: Callable[[], Progress] | None = None) -> Iterator[Non
                 logger.debug("could not show the progress: %s", error)
 
     thread = threading.Thread(target=show, name="progress", daemon=True)
-    # Loggers whose handlers write to stderr: their lines go above the bar.
-    loggers = [logging.getLogger(name) for name in (None, *worker_logging.OURS)]
-    redirected = logging_redirect_tqdm(loggers if is_bar else [])
+    redirected = logging_redirect_tqdm(_console_loggers() if is_bar else [])
     with redirected:
         thread.start()
         try:
@@ -93,6 +91,16 @@ def doing(what: str, read: Callable[[], Progress] | None = None) -> Iterator[Non
             ended.set()
             thread.join()
             display.close()
+
+
+def _console_loggers() -> list[logging.Logger]:
+    """Return the loggers whose own handlers write to the terminal: their lines go above the bar.
+
+    Others would get a handler without filters, which repeats a line and redacts nothing.
+    """
+    loggers = [logging.getLogger(name) for name in (None, *worker_logging.OURS)]
+    consoles = (sys.stdout, sys.stderr)
+    return [x for x in loggers if any(getattr(y, "stream", None) in consoles for y in x.handlers)]
 
 
 class _Bar:

@@ -11,6 +11,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 
+from infra.redaction import RedactionFilter
 from pipelines import prepare, validate
 from pipelines.config.prepare import PrepareConfig
 from pipelines.config.validate import ValidateConfig
@@ -53,6 +54,19 @@ def test_a_terminal_gets_a_bar_and_what_is_said_comes_above_it() -> None:
         wait_for("a line\n", terminal)
     assert "40/80, loss=0.5 eta=0m25s" in terminal.getvalue()
     assert "still" not in terminal.getvalue()
+
+
+def test_a_line_above_the_bar_comes_once_and_redacted() -> None:
+    root = logging.getLogger()
+    with seen_on_a_terminal() as terminal, pytest.MonkeyPatch.context() as patch:
+        handler = logging.StreamHandler(terminal)
+        handler.addFilter(RedactionFilter())
+        patch.setattr(root, "handlers", [handler])  # as in a command that has started no Ray
+        patch.setattr(logging.getLogger("pipelines"), "handlers", [])
+        with progress.doing("packing"):
+            logging.getLogger("pipelines.x").info("store s3://me:geheim@host/x")
+    told = [line for line in terminal.getvalue().splitlines() if "host/x" in line]
+    assert [line.strip() for line in told] == ["store s3://***@host/x"]
 
 
 def test_what_can_not_be_counted_is_told_with_its_time() -> None:
