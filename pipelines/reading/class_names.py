@@ -114,6 +114,12 @@ def classes_by_name(
     own = united_names(train) or united_names(val)
     names = own if given is None else tuple(given)
     renamed = len(names) == len(own) and not set(names) & set(own)
+    if not renamed and (left_out := [name for name in own if name not in names]):
+        logger.warning(
+            "the run's classes are %s; the sets also name %s: a sample of such a class is an error",
+            ", ".join(names[:20]),
+            ", ".join(repr(name) for name in left_out[:20]),
+        )
     places = {name: place for place, name in enumerate(own if renamed else names)}
     numbers = {
         folder: {number: places[name] for number, name in enumerate(listed) if name in places}

@@ -73,6 +73,14 @@ def test_given_names_that_no_set_has_rename_the_classes() -> None:
     assert classes.numbers["val"] == {0: 0, 1: 2}
 
 
+def test_a_class_that_the_given_names_spell_otherwise_is_named(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        classes_by_name({"train": ("no_finding", "mass")}, given=("no finding", "mass"))
+    assert "the run's classes are no finding, mass; the sets also name 'no_finding'" in caplog.text
+
+
 def test_a_class_that_the_given_names_lack_has_no_number() -> None:
     classes = classes_by_name({"train": ("cat", "dog")}, given=("cat", "fox"))
     assert classes.numbers == {"train": {0: 0}}
