@@ -128,7 +128,11 @@ def view(pixels: Pixels, generator: np.random.Generator, config: PretrainConfig)
 def masking_noise(generator: np.random.Generator, config: PretrainConfig) -> np.ndarray:
     masking = config.masking
     return draw_noise(
-        generator, config.model.grid_size, kind=masking.kind, mask_ratio=masking.mask_ratio
+        generator,
+        config.model.grid_size,
+        kind=masking.kind,
+        mask_ratio=masking.mask_ratio,
+        cell=masking.cell,
     )
 
 

@@ -147,11 +147,14 @@ class ModelConfig(StrictConfig):
 
 
 class MaskingConfig(StrictConfig):
-    kind: Literal["random", "block", "grid"] = "random"
-    """random: each patch on its own; block: rectangles (BEiT); grid: one patch of every 2x2 is
-    kept."""
+    kind: Literal["random", "block", "inverse_block", "grid", "uniform", "cell"] = "random"
+    """random: each patch on its own; block: remove rectangles (BEiT); inverse_block: keep one
+    rectangle (CAPI); grid: keep the top left patch of every 2x2; uniform: keep as many random
+    patches of every 2x2 (UM-MAE); cell: keep or remove whole cells (Pixio)."""
     mask_ratio: float = Field(default=0.75, gt=0, lt=1)
     """Share of patches removed from the encoder's input."""
+    cell: int = Field(default=2, gt=0)
+    """Side of a cell in patches, for `kind=cell`."""
 
     @model_validator(mode="after")
     def _grid_has_one_ratio(self) -> Self:

@@ -155,6 +155,7 @@ class BatchDecoder:
             self._grid_size,
             kind=self._masking.kind,
             mask_ratio=self._masking.mask_ratio,
+            cell=self._masking.cell,
         )
 
 

@@ -183,6 +183,7 @@ def fixed_noise(config: PretrainConfig) -> Tensor:
             config.model.grid_size,
             kind=masking.kind,
             mask_ratio=masking.mask_ratio,
+            cell=masking.cell,
         )
         for i in range(ROWS_PER_READ)
     ]

@@ -273,6 +273,7 @@ def _pictures(config: PretrainConfig, manifest: Manifest) -> Pictures:
             model.grid_size,
             kind=config.masking.kind,
             mask_ratio=config.masking.mask_ratio,
+            cell=config.masking.cell,
         )
         for i in range(len(pixels))
     ]

@@ -1,7 +1,5 @@
 """Masking: what the encoder sees, and that nothing is lost on the way back."""
 
-from typing import Literal
-
 import numpy as np
 import numpy.typing as npt
 import pytest
@@ -10,12 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mae_core.masking import (
+    MaskKind,
     draw_noise,
     mask_from_noise,
     num_patches_kept,
 )
-
-Kind = Literal["random", "block", "grid"]
 
 # As drawn when this was written: a resumed run must draw the same.
 RANDOM_SEED_0 = ["###.#.", "...###", "######", "#####."]
@@ -27,9 +24,12 @@ def noise() -> torch.Tensor:
     return torch.rand(4, 49, generator=torch.Generator().manual_seed(0))
 
 
-def make_mask(grid_size: tuple[int, int], kind: Kind, mask_ratio: float, seed: int) -> npt.NDArray:
-    """The mask on its grid, as the model makes it from the drawn noise."""
-    noise = draw_noise(np.random.default_rng(seed), grid_size, kind=kind, mask_ratio=mask_ratio)
+def make_mask(
+    grid_size: tuple[int, int], kind: MaskKind, mask_ratio: float, seed: int, cell: int = 2
+) -> npt.NDArray:
+    """Return the mask on its grid, as the model makes it from the drawn noise."""
+    generator = np.random.default_rng(seed)
+    noise = draw_noise(generator, grid_size, kind=kind, mask_ratio=mask_ratio, cell=cell)
     mask = mask_from_noise(torch.from_numpy(noise)[None], mask_ratio).mask[0]
     return mask.reshape(grid_size).numpy()
 
@@ -93,20 +93,24 @@ def test_equal_noise_keeps_the_first_patches() -> None:
 @given(
     grid_size=st.tuples(st.integers(1, 20), st.integers(1, 20)),
     mask_ratio=st.floats(0.01, 0.99),
-    kind=st.sampled_from(["random", "block"]),
+    kind=st.sampled_from(["random", "block", "inverse_block", "uniform", "cell"]),
     seed=st.integers(0, 2**31),
 )
 def test_noise_ranks_an_exact_number_to_removal_on_any_grid(
-    grid_size: tuple[int, int], mask_ratio: float, kind: Kind, seed: int
+    grid_size: tuple[int, int], mask_ratio: float, kind: MaskKind, seed: int
 ) -> None:
-    noise = draw_noise(np.random.default_rng(seed), grid_size, kind=kind, mask_ratio=mask_ratio)
+    generator = np.random.default_rng(seed)
+    noise = draw_noise(generator, grid_size, kind=kind, mask_ratio=mask_ratio, cell=3)
     num_patches = grid_size[0] * grid_size[1]
     assert noise.shape == (num_patches,)
     assert noise.dtype == np.float32
     assert noise.min() >= 0
     num_kept = max(1, int(num_patches * (1 - mask_ratio)))
     assert (~make_mask(grid_size, kind, mask_ratio, seed)).sum() == num_kept
-    if kind == "block":  # the blocks themselves have the number, not only the ranking
+    if kind in (
+        "block",
+        "inverse_block",
+    ):  # the blocks themselves have the number, not only the ranking
         assert (noise >= 1).sum() == num_patches - num_kept
 
 
@@ -119,7 +123,7 @@ def test_block_mask_of_a_seed_stays_the_same() -> None:
 
 
 def test_block_masks_are_patchier_than_random_ones() -> None:
-    def boundary_share(kind: Kind) -> float:
+    def boundary_share(kind: MaskKind) -> float:
         masks = np.stack([make_mask((14, 14), kind, 0.75, seed) for seed in range(20)])
         return float((masks[:, :, 1:] != masks[:, :, :-1]).mean())
 
@@ -148,8 +152,54 @@ def test_grid_refuses_another_ratio_and_an_odd_grid() -> None:
         draw_noise(generator, (4, 7), kind="grid", mask_ratio=0.75)
 
 
-@pytest.mark.parametrize("kind", ["random", "block"])
-def test_noise_follows_from_its_generator_alone(kind: Kind) -> None:
+@pytest.mark.parametrize(("mask_ratio", "kept"), [(0.75, 1), (0.5, 2), (0.25, 3)])
+def test_uniform_keeps_as_many_patches_of_every_two_by_two(mask_ratio: float, kept: int) -> None:
+    visible = np.stack([~make_mask((6, 8), "uniform", mask_ratio, seed) for seed in range(200)])
+    squares = visible.reshape(200, 3, 2, 4, 2)
+    assert (squares.sum(axis=(2, 4)) == kept).all()
+    # Each of the four places equally often: 200 draws have a standard error of 0.031.
+    assert np.abs(squares.mean(axis=0) - kept / 4).max() < 0.13
+
+
+def test_uniform_on_an_odd_grid_and_with_another_ratio_spreads_what_is_left() -> None:
+    visible = ~make_mask((5, 7), "uniform", 0.6, seed=0)
+    assert visible.sum() == 14
+    whole = visible[:4, :6].reshape(2, 2, 3, 2).sum(axis=(1, 3))
+    assert whole.min() >= 1
+    assert whole.max() <= 2
+
+
+@pytest.mark.parametrize(("grid_size", "cell"), [((8, 8), 4), ((7, 9), 3), ((5, 5), 2)])
+def test_cells_are_kept_or_removed_as_a_whole_but_for_one(
+    grid_size: tuple[int, int], cell: int
+) -> None:
+    split, kept = [], []
+    for seed in range(100):
+        mask = make_mask(grid_size, "cell", 0.75, seed, cell)
+        shares = [
+            mask[row : row + cell, column : column + cell].mean()
+            for row in range(0, grid_size[0], cell)
+            for column in range(0, grid_size[1], cell)
+        ]
+        split.append(sum(0 < share < 1 for share in shares))
+        kept.append(np.asarray(shares) < 1)
+    assert max(split) <= 1
+    assert np.mean(kept, axis=0).min() > 0.05  # every cell can be kept
+
+
+def test_inverse_block_keeps_one_rectangle_that_may_go_on_at_the_other_edge() -> None:
+    visible = np.stack([~make_mask((8, 10), "inverse_block", 0.75, seed) for seed in range(400)])
+    for mask in visible:
+        rows, columns = mask.any(axis=1).sum(), mask.any(axis=0).sum()
+        assert rows * columns - mask.sum() < columns  # only the last row is cut off
+        for line in (mask.any(axis=1), mask.any(axis=0)):
+            assert (line != np.roll(line, 1)).sum() in (0, 2)  # one run around the edge
+    # Every patch is kept equally often: the standard error of a share is 0.022.
+    assert np.abs(visible.mean(axis=0) - 0.25).max() < 0.09
+
+
+@pytest.mark.parametrize("kind", ["random", "block", "inverse_block", "uniform", "cell"])
+def test_noise_follows_from_its_generator_alone(kind: MaskKind) -> None:
     assert (make_mask((14, 14), kind, 0.75, 3) == make_mask((14, 14), kind, 0.75, 3)).all()
     assert (make_mask((14, 14), kind, 0.75, 3) != make_mask((14, 14), kind, 0.75, 4)).any()
 
