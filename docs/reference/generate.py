@@ -5,7 +5,7 @@ from pathlib import Path
 from mae_core.config import StrictConfig
 from pipelines.chain.config import ChainConfig, PromoteSpec, StageSpec
 from pipelines.chain.kinds import KINDS
-from pipelines.commands import checkpoint
+from pipelines.commands import checkpoint, masks
 from pipelines.config.fields import describe
 
 FOLDER = Path(__file__).parent
@@ -34,16 +34,20 @@ def pages() -> dict[Path, str]:
         FOLDER / f"{name}.md": page(name, kind.config_type, kind.summary)
         for name, kind in KINDS.items()
     }
-    own = {FOLDER / "chain.md": chain_page(), FOLDER / "checkpoint.md": checkpoint_page()}
+    own = {
+        FOLDER / "chain.md": chain_page(),
+        FOLDER / "checkpoint.md": help_page("checkpoint", checkpoint.__doc__, "weights.md"),
+        FOLDER / "masks.md": help_page("masks", masks.__doc__, "run.md#masks"),
+    }
     return {**stages, **own}
 
 
-def checkpoint_page() -> str:
-    """Return the page of `mae checkpoint`, which is its help."""
+def help_page(command: str, text: str | None, guide: str) -> str:
+    """Return the page of a command that is no stage, which is its help."""
     return (
-        "# `mae checkpoint`\n\n"
-        "Look up what the command takes here ([guide](../guides/weights.md)). `make docs` writes "
-        f"this page from its help.\n\n```text\n{(checkpoint.__doc__ or '').strip()}\n```\n"
+        f"# `mae {command}`\n\n"
+        f"Look up what the command takes here ([guide](../guides/{guide})). `make docs` writes "
+        f"this page from its help.\n\n```text\n{(text or '').strip()}\n```\n"
     )
 
 

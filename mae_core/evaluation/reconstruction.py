@@ -15,9 +15,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from jaxtyping import Bool, Float
-from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from mae_core.evaluation.tile_sheet import tile_sheet
 from mae_core.losses import denormalize_patches
 from mae_core.model.mae import MAEOutput, MaskedAutoencoder
 from mae_core.patching import patchify, unpatchify
@@ -25,11 +25,8 @@ from mae_core.patching import patchify, unpatchify
 Pixels = npt.NDArray[np.uint8]
 
 _COLUMNS = ("original", "masked", "reconstruction")
-_TILE_PX = 128  # smaller images are enlarged to about this size
-_GUTTER_PX = 4
 _MAX_IMAGES = 8
 _GREY = 128
-_WHITE = 255
 _DARK_SET = 0.5  # a set below this share of full scale is brightened as a whole
 _WHITE_STDS = 3.0
 
@@ -119,7 +116,7 @@ def reconstruction_picture(
             torch.where(removed, pred, target),
         )
     ]
-    return _sheet(np.stack(columns, axis=1), title)
+    return tile_sheet(np.stack(columns, axis=1), _COLUMNS, title)
 
 
 def _check_shapes(images: Tensor, pred: Tensor, mask: Tensor, patch_size: int) -> None:
@@ -155,33 +152,3 @@ def _pixels(images: Tensor, channel_mean: Sequence[float], channel_std: Sequence
         shown = shown / max(white, 1e-9)
     grey_levels = (shown * 255).nan_to_num(nan=_GREY).round().clamp(0, 255)
     return grey_levels.to(torch.uint8).permute(0, 2, 3, 1).numpy()
-
-
-def _sheet(tiles: Pixels, title: str) -> Pixels:
-    """Lay out (rows, columns, H, W, 3) tiles below the title and the column names."""
-    factor = max(1, _TILE_PX // max(tiles.shape[2:4]))
-    tiles = tiles.repeat(factor, axis=2).repeat(factor, axis=3)
-    rows, columns, height, width = tiles.shape[:4]
-    font_px = max(13, width // 18)
-    font = ImageFont.load_default(size=font_px)
-    # Columns of narrow images are as wide as their names.
-    column_px = max(width, *(int(font.getlength(name)) + 1 for name in _COLUMNS)) + _GUTTER_PX
-    line_px = font_px + 12
-    names_top = line_px if title else 0
-    header_px, row_px = names_top + line_px, height + _GUTTER_PX
-    title_px = int(font.getlength(title)) + 2 * _GUTTER_PX
-    sheet = Image.new(
-        "RGB",
-        (max(columns * column_px + _GUTTER_PX, title_px), header_px + rows * row_px),
-        (_WHITE,) * 3,
-    )
-    draw = ImageDraw.Draw(sheet)
-    draw.text((_GUTTER_PX, line_px / 2), title, fill="black", font=font, anchor="lm")
-    for column, name in enumerate(_COLUMNS):
-        left = _GUTTER_PX + column * column_px + (column_px - _GUTTER_PX - width) // 2
-        place = (left + width / 2, names_top + line_px / 2)
-        draw.text(place, name, fill="black", font=font, anchor="mm")
-        for row in range(rows):
-            tile = Image.fromarray(tiles[row, column])
-            sheet.paste(tile, (left, header_px + row * row_px))
-    return np.array(sheet)  # a copy: PIL's own memory is read-only, and torch warns about that

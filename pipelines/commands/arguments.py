@@ -29,6 +29,7 @@ COMMANDS = {
         "commands.checkpoint",
         "Show what weights are; convert them to and from other layouts.",
     ),
+    "masks": ("commands.masks", "Draw what each kind of mask leaves of a picture."),
     "config": ("commands.config", "Show where each value of a config comes from; its JSON Schema."),
     "completion": (
         "commands.completion",

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterator, Sequence
 
 from pipelines.chain.kinds import KINDS
-from pipelines.commands import checkpoint
+from pipelines.commands import checkpoint, masks
 from pipelines.commands.arguments import OPTIONS, STAGE_WORDS
 from pipelines.config.fields import annotation_of, choices_of, describe
 
@@ -24,6 +24,7 @@ COMMAND_WORDS: dict[str, tuple[str, ...]] = {
     "schedule": ("serve", "once", "next", "pause", "resume", "list", "backfill", "render"),
     "doctor": ("storage.root=", "tracking.uri="),
     "checkpoint": (*checkpoint.ACTIONS, *checkpoint.OPTIONS, *checkpoint.FORMATS),
+    "masks": ("preview", *masks.OPTIONS),
     "config": ("show", "schema", *KINDS),
     "completion": ("bash", "zsh"),
 }

@@ -167,6 +167,8 @@ def test_uniform_on_an_odd_grid_and_with_another_ratio_spreads_what_is_left() ->
     whole = visible[:4, :6].reshape(2, 2, 3, 2).sum(axis=(1, 3))
     assert whole.min() >= 1
     assert whole.max() <= 2
+    kept = np.mean([~make_mask((5, 7), "uniform", 0.75, seed) for seed in range(200)], axis=0)
+    assert kept.min() > 0.1
 
 
 @pytest.mark.parametrize(("grid_size", "cell"), [((8, 8), 4), ((7, 9), 3), ((5, 5), 2)])

@@ -27,7 +27,10 @@ def complete(*words: str) -> list[str]:
     [
         (("mae", "pre"), ["prepare", "pretrain"]),
         (("mae", "pretrain", "optim.ep"), ["optim.epochs="]),
-        (("mae", "pretrain", "masking.kind", "="), ["random", "block", "grid"]),
+        (
+            ("mae", "pretrain", "masking.kind", "="),
+            ["random", "block", "inverse_block", "grid", "uniform", "cell"],
+        ),
         (("mae", "pretrain", "masking.kind", "=", "b"), ["block"]),
         (("mae", "pretrain", "scaling.use_gpu", "=", "t"), ["true"]),
         (("mae", "pretrain", "data.train", "="), []),
