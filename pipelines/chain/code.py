@@ -4,17 +4,66 @@ A module counts as its unparsed syntax tree without docstrings. It includes the 
 imports from `mae_core` and from the packages that read, pack and tune, because they compute the
 numbers. Code that starts, logs and stores (the rest of `pipelines`, and `infra`) does not count
 unless a stage names it.
+
+Parsing all modules of a pipeline takes half a second. So `mae run` keeps what it has parsed in a
+file, by the hash of each source's bytes: what the file says can be missing, but never out of date.
 """
 
 import ast
 import hashlib
+import json
+import sys
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
+from infra import storage
+from infra.own_files import read_or_none
 from pipelines.job import ROOT
 
 COMPUTING_PACKAGES = ("mae_core", "pipelines.reading", "pipelines.packing", "pipelines.downstream")
+
+
+class Parsed(NamedTuple):
+    """What counts of a source file."""
+
+    digest: str
+    imports: list[tuple[str, str]]
+    """What it imports, by a longer and a shorter name: of `a.b` and `a`, either can be a module."""
+
+
+class ParsedFile(NamedTuple):
+    """The file in which parsed sources are kept."""
+
+    rules: str  # how they were parsed
+    sources: dict[str, Parsed]  # by the SHA-256 of the source's bytes
+
+
+_parsed: dict[str, Parsed] = {}
+_num_kept: dict[str, int] = {}  # number of sources in each file that was read or written
+
+
+def recall(uri: str) -> None:
+    """Take over what an earlier process parsed by the same rules, if the file is there."""
+    kept = read_or_none(uri, ParsedFile, "the sources are parsed again")
+    if kept is not None and kept.rules == _rules():
+        _parsed.update(kept.sources)
+        _num_kept[uri] = len(_parsed)
+
+
+def remember(uri: str) -> None:
+    """Write what was parsed for later processes, unless the file has all of it."""
+    if len(_parsed) != _num_kept.get(uri, 0):
+        kept = ParsedFile(_rules(), dict(sorted(_parsed.items())))
+        storage.write_bytes(uri, json.dumps(kept).encode())
+        _num_kept[uri] = len(_parsed)
+
+
+@lru_cache(maxsize=1)
+def _rules() -> str:
+    """Return a digest of what decides how a source is parsed: this file, and Python's version."""
+    return _sha256(Path(__file__).read_bytes() + sys.version.encode())
 
 
 def code_digests(modules: Iterable[str | Path]) -> dict[str, str]:
@@ -31,9 +80,9 @@ def code_digests(modules: Iterable[str | Path]) -> dict[str, str]:
         if name in found:
             continue
         file = module if isinstance(module, Path) else _file_of(module)
-        digest, imported = _read(file, file.stat().st_mtime_ns)
-        found[name] = digest
-        waiting += [name for name in imported if name not in found]
+        parsed = _parse(file)
+        found[name] = parsed.digest
+        waiting += [name for name in _computing(parsed.imports) if name not in found]
     return dict(sorted(found.items()))
 
 
@@ -42,10 +91,18 @@ def _file_of(module: str) -> Path:
     return place / "__init__.py" if place.is_dir() else place.with_suffix(".py")
 
 
-@lru_cache(maxsize=512)
-def _read(file: Path, _changed_at_ns: int) -> tuple[str, tuple[str, ...]]:
-    tree = ast.parse(file.read_text(), filename=str(file))
-    return source_digest(tree), tuple(sorted(set(_computing_imports(tree))))
+def _parse(file: Path) -> Parsed:
+    source = file.read_bytes()
+    key = _sha256(source)
+    if key not in _parsed:
+        tree = ast.parse(source, filename=str(file))
+        imports = sorted(set(_imports(tree)))
+        _parsed[key] = Parsed(source_digest(tree), imports)
+    return _parsed[key]
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
 
 
 def source_digest(tree: ast.Module) -> str:
@@ -75,19 +132,24 @@ def _is_text(node: ast.AST) -> bool:
     )
 
 
-def _computing_imports(tree: ast.Module) -> Iterator[str]:
+def _imports(tree: ast.Module) -> Iterator[tuple[str, str]]:
+    """Yield what is imported from our packages, as `Parsed.imports` describes it."""
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and node.module:
             for alias in node.names:
-                inner = f"{node.module}.{alias.name}"
-                is_module = _file_of(inner).is_file() if _is_computing(inner) else False
-                yield from _computing([inner if is_module else node.module])
+                if _is_computing(inner := f"{node.module}.{alias.name}"):
+                    yield inner, node.module
         elif isinstance(node, ast.Import):
-            yield from _computing(alias.name for alias in node.names)
+            yield from ((x.name, x.name) for x in node.names if _is_computing(x.name))
 
 
-def _computing(modules: Iterable[str]) -> Iterator[str]:
-    return (module for module in modules if _is_computing(module) and _file_of(module).is_file())
+def _computing(imports: Iterable[tuple[str, str]]) -> Iterator[str]:
+    """Yield the modules that are meant, as far as they compute."""
+    for inner, outer in imports:
+        if _file_of(inner).is_file():
+            yield inner
+        elif _is_computing(outer) and _file_of(outer).is_file():
+            yield outer
 
 
 def _is_computing(module: str) -> bool:

@@ -4,6 +4,8 @@ key.json    the parts that the key hashes, from which `mae plan` explains change
 lease       held while a run of the pipeline makes the result
 done.json   written last: the result, and the size of each of its files
 others      the stage's own files
+
+Beside the kinds lies code.json: what `pipelines.chain.code` has parsed.
 """
 
 import json
@@ -115,6 +117,11 @@ class StageFolder:
         for name in storage.list_files(self.uri):
             if name != "lease":
                 storage.delete_file(storage.join(self.uri, name))
+
+
+def code_uri(root: str) -> str:
+    """Return the file that keeps what has been parsed of the stages' code."""
+    return storage.join(storage.absolute(root), "stages", "code.json")
 
 
 def earlier_folders(root: str, kind: str) -> Iterator[StageFolder]:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from infra.run_records import run_status
 from infra.shard_spec import as_entries
 from mae_core.config import StrictConfig
-from pipelines.chain.code import code_digests
+from pipelines.chain.code import code_digests, recall
 from pipelines.chain.config import (
     OWN_PLACES,
     PIPELINE,
@@ -26,7 +26,7 @@ from pipelines.chain.config import (
     substitute,
 )
 from pipelines.chain.execute import KEY_CHARS, Action, Decision, KeyParts, differences
-from pipelines.chain.folder import Done, StageFolder, earlier_folders
+from pipelines.chain.folder import Done, StageFolder, code_uri, earlier_folders
 from pipelines.config.downstream import DownstreamConfig
 from pipelines.config.pretrain import PretrainConfig
 from pipelines.config.steps import HELD_SHARE, num_steps
@@ -105,6 +105,7 @@ def plan_chain(chain: Chain, forced: Forced) -> list[Planned]:
         StorageError: The store cannot be used.
     """
     plans: dict[str, Planned] = {}
+    recall(code_uri(chain.config.storage.root))
     for stage in chain.stages:
         keys = {name: plan.folder.key for name, plan in plans.items()}
         parts = key_parts(stage, keys, chain.config.name)

@@ -23,6 +23,7 @@ from infra.scratch import scratch_folder
 from pipelines import driver, job
 from pipelines.chain import report
 from pipelines.chain.attempt import StageTry, resolved, reuse
+from pipelines.chain.code import remember
 from pipelines.chain.config import Chain, PromoteSpec, base_and_point
 from pipelines.chain.execute import (
     Action,
@@ -33,6 +34,7 @@ from pipelines.chain.execute import (
     State,
     execute,
 )
+from pipelines.chain.folder import code_uri
 from pipelines.chain.plan import (
     Forced,
     Planned,
@@ -165,6 +167,7 @@ def _open(chain: Chain, plans: list[Planned], words: tuple[str, ...]) -> Pipelin
         run_id=earlier["run_id"] if earlier else None,
     )
     _write_state(run, keys, ended=None)
+    remember(code_uri(chain.config.storage.root))
     states = {plan.stage.name: plan.decision.action.value for plan in plans}
     tracking.log_artifact_text(track.uri, run.run_id, mermaid_graph(chain, states), "graph.mmd")
     tracking.log_artifact_text(track.uri, run.run_id, plan_table(plans), "plan.txt")
