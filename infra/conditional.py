@@ -6,13 +6,14 @@ pyarrow does not offer conditional writes. AWS and SeaweedFS support them.
 import logging
 import os
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import boto3
-from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 
 from infra import storage
+
+if TYPE_CHECKING:
+    from botocore.config import Config
 
 logging.getLogger("botocore.credentials").setLevel(logging.WARNING)  # it logs what it found
 
@@ -55,8 +56,10 @@ def _place(uri: str) -> dict[str, str]:
     return {"Bucket": bucket, "Key": key}
 
 
-def open_client(patience: Config) -> Any:
+def open_client(patience: "Config") -> Any:
     """Open a client of the S3 store that the environment names, with keys read anew."""
+    import boto3
+
     region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or "us-east-1"
     # A separate session, because the default one keeps the first keys that it saw.
     return boto3.Session().client(
@@ -81,6 +84,8 @@ def s3_client() -> Any:
 
 @lru_cache(maxsize=4)
 def _client_of(*_settings: str | None) -> Any:
+    from botocore.config import Config
+
     # No request may last so long that others consider a lease stale.
     return open_client(
         Config(connect_timeout=3, read_timeout=10, retries={"total_max_attempts": 2})

@@ -14,6 +14,7 @@ from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
 from infra.config import TrackingConfig
+from infra.quick_imports import hidden, without_collecting
 
 # Without this tag, MLflow 3 treats an experiment as GenAI and opens it on its traces.
 EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
@@ -28,7 +29,9 @@ def client_of(uri: str) -> MlflowClient:
         Path(uri.removeprefix(SQLITE_SCHEME)).parent.mkdir(parents=True, exist_ok=True)
     # It would warn about each retry of a request; we warn once that the server is down.
     logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)
-    return MlflowClient(tracking_uri=uri, registry_uri=uri)
+    # The client imports what its store needs. Mako would show its errors in colour with Pygments.
+    with without_collecting(), hidden(["pygments"]):
+        return MlflowClient(tracking_uri=uri, registry_uri=uri)
 
 
 def artifact_location(uri: str) -> str | None:

@@ -16,6 +16,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from infra.processes import end_past_threads, end_with_parent
+from infra.quick_imports import end_quickly, without_collecting
 from infra.redaction import redact, redact_logs
 from pipelines.commands.arguments import COMMANDS, load_own_stage, make_parser, parse, read_config
 from pipelines.outcome import STOPPED_CODES, StageResult, explain
@@ -26,6 +27,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a stage or another command; return the exit code."""
     exit_code = _run(argv)
     end_past_threads(exit_code)
+    if argv is None:  # this process has nothing else to do
+        end_quickly()
     return exit_code
 
 
@@ -58,7 +61,7 @@ def _run(argv: Sequence[str] | None) -> int:
             stage = load_own_stage(arguments.file)
         else:
             # Imported by name, so that a wrong config is reported before torch and Ray load.
-            with _telling_that_it_loads():
+            with _telling_that_it_loads(), without_collecting():
                 stage = importlib.import_module(f"pipelines.{arguments.stage}")
         result: StageResult = stage.run(config, fresh=arguments.fresh)
     except BaseException as error:

@@ -4,6 +4,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from infra.quick_imports import hidden, without_collecting
 from infra.redaction import write_redacted
 from pipelines import driver
 from pipelines.chain.config import load_chain
@@ -30,8 +31,10 @@ def command(words: Sequence[str]) -> int:
         shown = mermaid_graph(chain, states) if arguments.mermaid else None
         write_redacted(shown or f"{text_graph(chain)}\n\n{plan_table(plans)}")
         return 0
-    # Imported here, because a plan needs neither MLflow nor what draws the report.
-    from pipelines.chain.run import run
+    # Imported here, because a plan needs neither MLflow nor what draws the report. MLflow reads
+    # tables of these packages' types, which a pipeline does not give it.
+    with without_collecting(), hidden(["pandas", "scipy"]):
+        from pipelines.chain.run import run
 
     return run(chain, forced, overrides)
 
