@@ -198,6 +198,9 @@ class OptimConfig(StrictConfig):
     """Applied to tensors of two or more dimensions; biases and norms are exempt."""
     betas: tuple[float, float] = (0.9, 0.95)
     """AdamW's decay rates for its two moments."""
+    max_grad_norm: float | None = Field(default=None, gt=0)
+    """Clip gradients to this norm. The reference does not; try it if the loss jumps or is not
+    finite."""
     precision: Literal["fp32", "bf16"] = "bf16"
     """bf16: use autocast where the device supports it (CUDA); master weights stay fp32."""
     compile: bool = False

@@ -70,6 +70,13 @@ def test_the_learning_rate_of_a_step(tmp_path: Path, step: int, rate: float) -> 
     assert found == pytest.approx(rate, rel=1e-5)
 
 
+def test_gradients_are_clipped_to_the_configs_norm(tmp_path: Path) -> None:
+    assert make_task(tmp_path).options.max_grad_norm is None
+    words = [*WORDS, "optim.max_grad_norm=0.5"]
+    task = make_task(tmp_path, config=load_config(PretrainConfig, [], words, {}))
+    assert task.options.max_grad_norm == 0.5
+
+
 def test_a_shortened_run_reaches_its_full_learning_rate(tmp_path: Path) -> None:
     """Half an epoch has 3 steps, but the warm-up takes a fifth of the 5 steps at most."""
     task = make_task(tmp_path, size=SIZE._replace(total_steps=5))
