@@ -230,7 +230,7 @@ def test_what_does_not_determine_the_result_is_the_same_run(word: str) -> None:
 
 
 def test_a_run_name_is_the_same_in_every_process() -> None:
-    assert make_config().run_name == "pretrain-1aba2ef5"
+    assert make_config().run_name == "pretrain-0889b45b"
 
 
 def test_flattened_values_are_text_under_dotted_keys() -> None:
