@@ -27,3 +27,10 @@ def test_accuracies_of_cifar10() -> None:
         row = re.compile(rf"^\| {name} \|.*", re.MULTILINE)
         (said,) = row.findall(README)
         assert said == row.findall(RESULTS)[0]
+
+
+def test_what_pretraining_gives() -> None:
+    first = "| set, labels (test images) |"
+    said, measured = (text[text.index(first) :].partition("\n\n")[0] for text in (README, RESULTS))
+    assert len(said.splitlines()) >= 6
+    assert said == measured
