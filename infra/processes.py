@@ -27,6 +27,7 @@ POLL_S = 0.2
 LOG_TAIL_LINES = 15
 MARKER_VARIABLE = "MAE_SERVICE"
 PARENT_VARIABLE = "MAE_PARENT_PID"
+RAY_TOO_SLOW = "timed out during startup"  # what Ray says when its own limit of 30 s has passed
 PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 
 

@@ -17,7 +17,7 @@ import shlex
 import shutil
 import sys
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -29,6 +29,7 @@ from pyarrow import fs as pafs
 from infra import machine
 from infra.own_files import DamagedFileError, parse_own
 from infra.processes import (
+    RAY_TOO_SLOW,
     ServiceError,
     find_free_ports,
     find_process,
@@ -49,6 +50,7 @@ NAMES = ("s3", "mlflow", "ray")
 STOP_GRACE_S = {"s3": 3.0, "mlflow": 10.0, "ray": 15.0}
 # On 2 idle cores they take 2, 8 and 6 s; 180 s was not enough at a load of 120.
 START_TIMEOUT_S = 300.0
+MAX_STARTS = 3
 
 # SeaweedFS serves gRPC on ports this much higher than its other ports.
 GRPC_OFFSET = 10_000
@@ -101,10 +103,26 @@ def up(state_dir: Path, ports: Ports) -> dict[str, str]:
         for name in missing:
             starters[name](state_dir, ports, env)
         for name in NAMES:
-            wait_until_ready(state_dir, name, partial(_is_ready, name, env), START_TIMEOUT_S)
+            _wait_for(state_dir, name, env, partial(starters[name], state_dir, ports, env))
         lines = [f"export {key}={shlex.quote(value)}\n" for key, value in env.items()]
         _write_private(state_dir / "env", "".join(lines))
     return env
+
+
+def _wait_for(
+    state_dir: Path, name: str, env: Mapping[str, str], start: Callable[[], None]
+) -> None:
+    """Wait until a service answers; start Ray again if that takes longer than it allows itself."""
+    for attempt in range(1, MAX_STARTS + 1):
+        try:
+            wait_until_ready(state_dir, name, partial(_is_ready, name, env), START_TIMEOUT_S)
+            return
+        except ServiceError as error:
+            if RAY_TOO_SLOW not in str(error) or attempt == MAX_STARTS:
+                raise
+        print(f"{name} did not start in time, the machine is busy; again ...", file=sys.stderr)
+        stop_process(state_dir, name, STOP_GRACE_S[name])
+        start()
 
 
 def down(state_dir: Path) -> list[str]:

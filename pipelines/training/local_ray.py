@@ -26,7 +26,6 @@ from infra.storage import StorageError
 # The path of a Unix socket has at most 107 characters, of which Ray's own part takes 65.
 MAX_FOLDER_CHARACTERS = 40
 MAX_STARTS = 3
-TOO_SLOW = "timed out during startup"  # what Ray says when its own limit has passed
 
 logger = logging.getLogger(__name__)
 
@@ -114,7 +113,7 @@ def _start(folder: Path, given: LocalRay) -> None:
         except Exception as error:
             ray.shutdown()
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            if TOO_SLOW not in reason or attempt == MAX_STARTS:
+            if processes.RAY_TOO_SLOW not in reason or attempt == MAX_STARTS:
                 raise RayStartError(
                     f"Ray did not start on this machine: {reason} Its logs are in "
                     f"{folder / 'ray'}; the machine may be busy: try again"

@@ -7,6 +7,7 @@ import sys
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import psutil
@@ -97,6 +98,27 @@ def test_a_damaged_file_of_the_services_is_named(
     assert services.main(["up", "--state-dir", str(tmp_path), *ports]) == 4
     assert capsys.readouterr().err.startswith(f"error: {tmp_path}/{name} is damaged (")
     assert services.main(["down", "--state-dir", str(tmp_path)]) == 0
+
+
+@pytest.mark.parametrize(
+    ("reason", "failures", "starts_again"),
+    [("timed out during startup", 2, 2), ("timed out during startup", 3, 2), ("no disk", 1, 0)],
+)
+def test_a_ray_that_takes_longer_than_it_allows_itself_is_started_again(
+    reason: str, failures: int, starts_again: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left = [ServiceError(f"ray stopped while it started. {reason}")] * failures
+    started = []
+
+    def wait(*_: object) -> None:
+        if left:
+            raise left.pop()
+
+    monkeypatch.setattr(services, "wait_until_ready", wait)
+    is_up = failures <= starts_again
+    with nullcontext() if is_up else pytest.raises(ServiceError, match=reason):
+        services._wait_for(tmp_path, "ray", {}, lambda: started.append("ray"))
+    assert len(started) == starts_again
 
 
 def test_down_without_up_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
