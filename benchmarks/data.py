@@ -43,6 +43,7 @@ from pipelines.config.sections import ScalingConfig
 from pipelines.reading.batches import BatchDecoder
 from pipelines.reading.sequence import (
     SequencePlan,
+    configure_ray_data,
     micro_batches,
     passes_per_block,
     read_window,
@@ -376,6 +377,7 @@ def main(specs: list[str]) -> None:
         bench_scale()
         num_images = 12288  # far more than what is read ahead before timing starts
         with launch.running_ray(ScalingConfig()):
+            configure_ray_data()
             bench_stream(manifest, num_images)
             bench_order(manifest, num_images)
             bench_memory(manifest, num_images)

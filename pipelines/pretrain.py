@@ -24,6 +24,7 @@ import logging
 from typing import NamedTuple
 
 from infra import storage
+from infra.quick_imports import without_collecting
 from mae_core.checkpoint_manifest import AUTHORS_FORMAT, CheckpointManifest
 from mae_core.data.manifest import Manifest
 from pipelines import driver
@@ -111,7 +112,8 @@ class OpenedPretraining(NamedTuple):
 
     def plan(self) -> PlannedRun:
         # Imported here, because a run that is done is found without torch, Ray and MLflow.
-        from pipelines.training.pretrain_run import plan_pretraining
+        with without_collecting():
+            from pipelines.training.pretrain_run import plan_pretraining
 
         return plan_pretraining(self.config, self.train, self.val)
 

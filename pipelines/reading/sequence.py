@@ -46,7 +46,6 @@ SCHEMA = pa.schema(
         ),  # the file that `SequencePlan.targets` selects, or null
     ]
 )
-READ_CPUS = 1  # per read task; Ray's default, which lets it run reading and slicing as one task
 BLOCK_BYTES = 16 * 2**20
 _WINDOWS_PER_GROUP = 200
 _LONGEST_REST_S = 0.02
@@ -128,15 +127,7 @@ def sequence_dataset(
     first = plan.order.window_of(plan.start)
     # Ray needs at least one; a window beyond the end is empty.
     num_windows = max(1, plan.order.num_windows - first)
-    # Numbers come in groups and are then split: one task per window would cost the driver 2 s or
-    # more per thousand windows before the first batch, and a long run has millions.
-    num_groups = -(-num_windows // _WINDOWS_PER_GROUP)
-    groups = ray.data.range(num_groups, override_num_blocks=num_groups)
-    windows = groups.map_batches(
-        partial(_windows_of_groups, num_windows=num_windows),
-        batch_size=1,
-        num_cpus=0,  # unlike the reading tasks' 1, or Ray Data would merge the two into one task
-    ).repartition(target_num_rows_per_block=1, strict=False)
+    windows = _numbers(num_windows)
     # Not strict: nothing is stitched across tasks, so Ray Data runs read and slicing as one task.
     return windows.map_batches(
         partial(_read_batch, plan=plan, first=first, decode=decode),
@@ -144,12 +135,30 @@ def sequence_dataset(
     ).repartition(target_num_rows_per_block=1, strict=False)
 
 
+def _numbers(num_windows: int, per_group: int = _WINDOWS_PER_GROUP) -> ray.data.Dataset:
+    """Return the numbers from 0 on, one in each block.
+
+    Many numbers come in groups, which a stage of their own splits: one task per window would cost
+    the driver 2 s or more per thousand windows before the first batch, and a long run has millions.
+    For few numbers, that stage would cost the start of another process.
+    """
+    if num_windows <= per_group:
+        return ray.data.range(num_windows, override_num_blocks=num_windows)
+    num_groups = -(-num_windows // per_group)
+    groups = ray.data.range(num_groups, override_num_blocks=num_groups)
+    return groups.map_batches(
+        partial(_windows_of_groups, num_windows=num_windows, per_group=per_group),
+        batch_size=1,
+        num_cpus=0,  # unlike the reading tasks' 1, or Ray Data would merge the two into one task
+    ).repartition(target_num_rows_per_block=1, strict=False)
+
+
 def _windows_of_groups(
-    batch: dict[str, npt.NDArray[np.int64]], num_windows: int
+    batch: dict[str, npt.NDArray[np.int64]], num_windows: int, per_group: int
 ) -> Iterator[pa.Table]:
     for group in batch["id"]:
-        start = int(group) * _WINDOWS_PER_GROUP
-        yield pa.table({"id": np.arange(start, min(start + _WINDOWS_PER_GROUP, num_windows))})
+        start = int(group) * per_group
+        yield pa.table({"id": np.arange(start, min(start + per_group, num_windows))})
 
 
 def _read_batch(

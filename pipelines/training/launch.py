@@ -1,23 +1,24 @@
-"""From our config to a running Ray: what can't work is refused in words before it hangs."""
+"""From our config to a running Ray: what can't work is refused in words before it hangs.
+
+Imports little of Ray and no torch, so that Ray can start while torch is imported.
+"""
 
 import logging
 import os
+import signal
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
 
 import psutil
 import ray
 from ray._private.state import state
-from ray.train import FailureConfig, RunConfig
-from ray.train import ScalingConfig as RayScalingConfig
 
 from infra import machine, storage
 from pipelines.config.sections import ScalingConfig
+from pipelines.driver import CancelledError
 from pipelines.job import ROOT, cluster_address
 from pipelines.outcome import ConfigError
-from pipelines.reading.sequence import READ_CPUS, configure_ray_data
 from pipelines.terminal import progress, worker_logging
 from pipelines.training import local_ray
 
@@ -26,10 +27,9 @@ logger = logging.getLogger(__name__)
 # Logical CPUs that a local Ray gets beyond the workers', for reading: without any left, Ray Data
 # waits for ever (facts: reproduced).
 SPARE_CPUS = 2
+READ_CPUS = 1  # per read task; Ray's default, which lets it run reading and slicing as one task
 # By name: given as a function, every process of Ray would import this module to get at it.
-WORKER_SETUP: dict[str, Any] = {
-    "worker_process_setup_hook": "pipelines.terminal.worker_logging.set_up"
-}
+SETUP_HOOK = "pipelines.terminal.worker_logging.set_up"
 
 
 def check_resources(scaling: ScalingConfig, cpus: float, gpus: float, place: str) -> None:
@@ -74,6 +74,7 @@ def running_ray(scaling: ScalingConfig, *, in_driver: bool = False) -> Iterator[
         elif address:
             _join(address)
             stack.callback(ray.shutdown)
+            stack.enter_context(_cancelled_by_sigterm())
         else:
             cpus, gpus = machine.count_cpus(), machine.count_gpus()
             check_resources(scaling, cpus, gpus, "this machine")
@@ -83,17 +84,31 @@ def running_ray(scaling: ScalingConfig, *, in_driver: bool = False) -> Iterator[
             given = local_resources(scaling, log, cpus, gpus, in_driver=in_driver)
             with progress.doing("starting Ray"):
                 stack.enter_context(local_ray.running(folder, given))
+            stack.enter_context(_cancelled_by_sigterm())
         worker_logging.set_up()  # the driver's own loggers, now that Ray has made them
         if address:
             check_resources(scaling, *_cluster_capacity(), f"the cluster {address}")
-        configure_ray_data()
         yield
+
+
+@contextmanager
+def _cancelled_by_sigterm() -> Iterator[None]:
+    """Inside, SIGTERM raises CancelledError. Ray's handler would end the command with code 15."""
+
+    def cancel(signal_number: int, _frame: object) -> None:
+        raise CancelledError(signal_number)
+
+    rays_own = signal.signal(signal.SIGTERM, cancel)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, rays_own)
 
 
 def _join(address: str) -> None:
     local_ray.read_environment()
     try:
-        ray.init(address, runtime_env=WORKER_SETUP)
+        ray.init(address, runtime_env={"worker_process_setup_hook": SETUP_HOOK})
     except ConnectionError as error:
         raise storage.StorageError(
             f"RAY_ADDRESS={address}: no Ray cluster answers there ({error}); "
@@ -114,15 +129,13 @@ def local_resources(
         num_cpus=max(cpus, needed) - (needed if in_driver else 0) + SPARE_CPUS,
         num_gpus=gpus,
         object_store_bytes=machine.object_store_bytes(machine.memory_bytes()),
-        runtime_env={
-            "env_vars": {
-                "PYTHONPATH": str(ROOT),
-                worker_logging.LOG_FILE_VARIABLE: str(log),
-                worker_logging.BAR_VARIABLE: "1" if progress.shows_bar() else "",
-                **_loopback_for_workers(),
-            },
-            **WORKER_SETUP,
+        environment={
+            "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
+            worker_logging.LOG_FILE_VARIABLE: str(log),
+            worker_logging.BAR_VARIABLE: "1" if progress.shows_bar() else "",
+            **_loopback_for_workers(),
         },
+        setup_hook=SETUP_HOOK,
     )
 
 
@@ -143,34 +156,6 @@ def _loopback_for_workers() -> dict[str, str]:
 def trains_in_driver(scaling: ScalingConfig) -> bool:
     """Return whether training runs in the driver's process: see `pipelines.training.local_mode`."""
     return scaling.num_workers == 1 and cluster_address() is None
-
-
-def ray_scaling(scaling: ScalingConfig) -> RayScalingConfig:
-    if trains_in_driver(scaling):
-        return RayScalingConfig(num_workers=0, use_gpu=scaling.use_gpu)
-    return RayScalingConfig(
-        num_workers=scaling.num_workers,
-        use_gpu=scaling.use_gpu,
-        resources_per_worker={
-            "CPU": scaling.cpus_per_worker,
-            **({"GPU": 1} if scaling.use_gpu else {}),
-        },
-    )
-
-
-def ray_run(run_uri: str, scaling: ScalingConfig) -> RunConfig:
-    """Ray keeps its bookkeeping in the run's own folder."""
-    filesystem, path = storage.open_filesystem(run_uri)
-    folder, _, name = path.rpartition("/")
-    return RunConfig(
-        name=name,
-        storage_path=folder,
-        storage_filesystem=filesystem,
-        # mypy sees Ray Train's first version, which has no such field.
-        failure_config=FailureConfig(  # type: ignore[call-arg]
-            max_failures=scaling.max_failures, controller_failure_limit=0
-        ),
-    )
 
 
 def cluster_capacity() -> tuple[float, float]:

@@ -13,11 +13,13 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import ray
-from ray._private import ray_constants
+from ray._private import parameter, ray_constants, services
 from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
 
 from infra import processes, scratch
@@ -36,7 +38,11 @@ class LocalRay(NamedTuple):
     num_cpus: int
     num_gpus: int
     object_store_bytes: int
-    runtime_env: dict[str, Any]
+    environment: dict[str, str]
+    """Variables for all of its processes. A runtime environment of Ray's would set them as well,
+    but then Ray waits for an agent that prepares it, and starts no process before it needs one."""
+    setup_hook: str = ""
+    """Function that each process for tasks and actors calls first, by its full name."""
 
 
 @contextmanager
@@ -84,7 +90,8 @@ def running(folder: Path, given: LocalRay) -> Iterator[None]:
         RayStartError: Ray did not start; names the folder with its logs.
     """
     with _guarded(folder):
-        _start(folder, given)
+        with _environment(given):
+            _start(folder, given)
         try:
             yield
         finally:
@@ -98,17 +105,17 @@ def _start(folder: Path, given: LocalRay) -> None:
     """Start Ray, and again if that takes longer than the 30 s that Ray itself allows (2.60)."""
     for attempt in range(1, MAX_STARTS + 1):
         try:
-            ray.init(
-                "local",  # never join another Ray that happens to run here
-                num_cpus=given.num_cpus,
-                num_gpus=given.num_gpus,
-                object_store_memory=given.object_store_bytes,
-                include_dashboard=False,
-                logging_level=logging.WARNING,
-                log_to_driver=False,  # Ray's own processes say much
-                runtime_env=given.runtime_env,
-                _temp_dir=str(folder / "ray"),
-            )
+            with _without_onlookers():
+                ray.init(
+                    "local",  # never join another Ray that happens to run here
+                    num_cpus=given.num_cpus,
+                    num_gpus=given.num_gpus,
+                    object_store_memory=given.object_store_bytes,
+                    include_dashboard=False,
+                    logging_level=logging.WARNING,
+                    log_to_driver=False,  # Ray's own processes say much
+                    _temp_dir=str(folder / "ray"),
+                )
             return
         except Exception as error:
             ray.shutdown()
@@ -119,6 +126,46 @@ def _start(folder: Path, given: LocalRay) -> None:
                     f"{folder / 'ray'}; the machine may be busy: try again"
                 ) from error
         logger.warning("Ray did not start in time, for the machine is busy; starting it again")
+
+
+@contextmanager
+def _without_onlookers() -> Iterator[None]:
+    """Inside, Ray starts without three processes that do nothing for a Ray on one machine.
+
+    They are its autoscaler, the reader of its logs, and what is left of its dashboard if it has
+    none: a server for usage reports, which are off, that `ray.init` waits for. All three are
+    Python programs of about a CPU-second, and `ray.init` has no arguments for them (2.60).
+    """
+    fewer: dict[str, Any] = {"no_monitor": True, "include_log_monitor": False}
+    with (
+        _replaced(parameter, "RayParams", partial(parameter.RayParams, **fewer)),
+        _replaced(services, "start_api_server", lambda *_, **__: ("", None)),
+    ):
+        yield
+
+
+@contextmanager
+def _replaced(module: ModuleType, name: str, value: object) -> Iterator[None]:
+    before = getattr(module, name)
+    setattr(module, name, value)
+    try:
+        yield
+    finally:
+        setattr(module, name, before)
+
+
+@contextmanager
+def _environment(given: LocalRay) -> Iterator[None]:
+    """Inside, processes that are started get the variables of a Ray."""
+    # Private (2.60): what Ray makes of a runtime environment's `worker_process_setup_hook`.
+    hook = {ray_constants.WORKER_PROCESS_SETUP_HOOK_ENV_VAR: given.setup_hook}
+    variables = {**given.environment, **(hook if given.setup_hook else {})}
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        _restore(before)
 
 
 @contextmanager

@@ -4,7 +4,8 @@ downstream stages and embed.
     open the data          `Run.open`: nothing is started yet
     say what it is         `OpenedRun.identity`: digest, inputs, data sets, tags
     is it done?            `OpenedRun.reuse`
-    plan                   `OpenedRun.plan`: a mistake is told before Ray is started
+    start Ray              in the meantime, a thread imports torch
+    plan                   `OpenedRun.plan`: a mistake is told before anything is written
     take over              the run's folder and its MLflow run are this start's from here on
     run                    `PlannedRun.work`, until it is done or the run is stopped
     finish                 `PlannedRun.finish`: the result is written last
@@ -12,19 +13,25 @@ downstream stages and embed.
 
 import logging
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any, TypeVar
 
 from infra import storage
+from infra.quick_imports import without_collecting
 from infra.shard_spec import as_entries
 from mae_core.config import StrictConfig
 from pipelines import driver
 from pipelines.outcome import StageResult
 from pipelines.reading.weight_places import RUN_PREFIX
+from pipelines.training.early_imports import importing
 from pipelines.training.init_from import with_weights
 from pipelines.training.protocol import Run
 from pipelines.training.run_folder import RunFolder, earlier_record
 
 logger = logging.getLogger(__name__)
+
+# Modules of ours that import torch and timm, and nothing that Ray imports when it starts.
+HEAVY = ("mae_core.train_step", "mae_core.model.mae")
 
 ConfigT = TypeVar("ConfigT", bound=StrictConfig)
 
@@ -72,6 +79,13 @@ def drive(run: Run, *, fresh: bool) -> StageResult:
         logger.info("%s is done: its result is reused (--fresh starts over)", folder.uri)
         return kept
     # Imported here, because a run that is done is found without torch, Ray and MLflow.
-    from pipelines.training.start import start
+    with ExitStack() as stack:
+        with without_collecting(), importing(HEAVY):
+            from pipelines.training import launch
 
-    return start(run, opened, folder, record=record, earlier=earlier, fresh=fresh)
+            in_driver = launch.trains_in_driver(config.scaling)
+            stack.enter_context(launch.running_ray(config.scaling, in_driver=in_driver))
+        with without_collecting():
+            from pipelines.training.start import start
+
+        return start(run, opened, folder, record=record, earlier=earlier, fresh=fresh)

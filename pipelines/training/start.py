@@ -1,4 +1,4 @@
-"""What happens once a run has work to do: Ray, the run's record, the workers and the result."""
+"""What happens once a run has work to do and Ray runs: its record, the workers and the result."""
 
 import logging
 from collections.abc import Callable
@@ -7,8 +7,13 @@ from typing import Any, TypeVar
 
 import ray.data
 import ray.train
+from ray.train import FailureConfig
+from ray.train import RunConfig as RayRunConfig
+from ray.train import ScalingConfig as RayScalingConfig
 from ray.train.torch import TorchTrainer
 
+from infra import storage
+from pipelines.config.sections import ScalingConfig
 from pipelines.outcome import StageResult, chain
 from pipelines.reading.sequence import configure_ray_data
 from pipelines.training import launch, local_mode, recording
@@ -33,7 +38,7 @@ def start(
     earlier: StageResult | None,
     fresh: bool,
 ) -> StageResult:
-    """Plan a run, take it over, do it and finish it.
+    """Plan a run, take it over, do it and finish it. Ray runs already.
 
     Args:
         run: the stage's part.
@@ -44,20 +49,19 @@ def start(
         fresh: delete what is there.
     """
     config, identity = run.config, opened.identity
+    configure_ray_data()
     planned = opened.plan()
-    in_driver = launch.trains_in_driver(config.scaling)
-    with launch.running_ray(config.scaling, in_driver=in_driver):
-        taken = recording.take_over(
-            config,
-            folder,
-            digest=identity.digest,
-            inputs=identity.inputs,
-            earlier=record,
-            fresh=fresh,
-            tags=dict(identity.tags),
-            data=identity.data,
-        )
-        return _work(config, planned, taken, earlier)
+    taken = recording.take_over(
+        config,
+        folder,
+        digest=identity.digest,
+        inputs=identity.inputs,
+        earlier=record,
+        fresh=fresh,
+        tags=dict(identity.tags),
+        data=identity.data,
+    )
+    return _work(config, planned, taken, earlier)
 
 
 def _work(
@@ -124,8 +128,8 @@ def _fit_once(job: JobT, read: Callable[[JobT], ray.data.Dataset] | None, timeou
     trainer = TorchTrainer(
         training_worker,
         train_loop_config={"task": job},
-        scaling_config=launch.ray_scaling(job.config.scaling),
-        run_config=launch.ray_run(job.run_uri, job.config.scaling),
+        scaling_config=ray_scaling(job.config.scaling),
+        run_config=ray_run(job.run_uri, job.config.scaling),
         datasets=datasets,
         dataset_config=ray.train.DataConfig(enable_shard_locality=False),
         torch_config=OneAddressTorchConfig(timeout_s=timeout_s),
@@ -134,6 +138,34 @@ def _fit_once(job: JobT, read: Callable[[JobT], ray.data.Dataset] | None, timeou
         local_mode.fit(trainer.fit, job.config.scaling, job.channel.is_asked)
     else:
         trainer.fit()
+
+
+def ray_scaling(scaling: ScalingConfig) -> RayScalingConfig:
+    if launch.trains_in_driver(scaling):
+        return RayScalingConfig(num_workers=0, use_gpu=scaling.use_gpu)
+    return RayScalingConfig(
+        num_workers=scaling.num_workers,
+        use_gpu=scaling.use_gpu,
+        resources_per_worker={
+            "CPU": scaling.cpus_per_worker,
+            **({"GPU": 1} if scaling.use_gpu else {}),
+        },
+    )
+
+
+def ray_run(run_uri: str, scaling: ScalingConfig) -> RayRunConfig:
+    """Ray keeps its bookkeeping in the run's own folder."""
+    filesystem, path = storage.open_filesystem(run_uri)
+    folder, _, name = path.rpartition("/")
+    return RayRunConfig(
+        name=name,
+        storage_path=folder,
+        storage_filesystem=filesystem,
+        # mypy sees Ray Train's first version, which has no such field.
+        failure_config=FailureConfig(  # type: ignore[call-arg]
+            max_failures=scaling.max_failures, controller_failure_limit=0
+        ),
+    )
 
 
 def _opened(job: JobT, read: Callable[[JobT], ray.data.Dataset]) -> ray.data.Dataset:

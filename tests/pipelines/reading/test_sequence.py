@@ -197,6 +197,15 @@ def test_ray_data_is_configured_once_however_often_it_is_asked() -> None:
 
 @pytest.mark.ray
 @pytest.mark.usefixtures("local_ray")
+@pytest.mark.parametrize("per_group", [5, 2])  # without groups, and in three
+def test_windows_come_in_order_and_each_is_a_task_of_its_own(per_group: int) -> None:
+    configure_ray_data()
+    blocks = sequence._numbers(5, per_group).iter_batches(batch_size=None, batch_format="pyarrow")
+    assert [block["id"].to_pylist() for block in blocks] == [[0], [1], [2], [3], [4]]
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("local_ray")
 @pytest.mark.parametrize("window", [16, 12])
 def test_a_run_that_is_at_its_end_reads_nothing(foreign: Path, window: int) -> None:
     configure_ray_data()

@@ -1,12 +1,14 @@
 """What can't work is refused in words before Ray is asked for it."""
 
+import signal
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 
 from pipelines.config.sections import ScalingConfig
+from pipelines.driver import CancelledError
 from pipelines.outcome import ConfigError
-from pipelines.reading.sequence import READ_CPUS
 from pipelines.training import launch
 
 
@@ -70,27 +72,12 @@ def test_a_layout_that_just_fits_is_taken(scaling: ScalingConfig, cpus: float, g
     launch.check_resources(scaling, cpus, gpus, "here")
 
 
-def test_ray_keeps_its_bookkeeping_in_the_run_s_folder(tmp_path: Path) -> None:
-    run = launch.ray_run(f"{tmp_path}/pretrain/demo-1", ScalingConfig(max_failures=5))
-    assert (run.storage_path, run.name) == (f"{tmp_path}/pretrain", "demo-1")
-    assert run.failure_config is not None
-    assert run.failure_config.max_failures == 5
-
-
-def test_workers_reserve_their_cpus_and_a_gpu_each() -> None:
-    cpu = launch.ray_scaling(ScalingConfig(num_workers=2, cpus_per_worker=3))
-    gpu = launch.ray_scaling(ScalingConfig(num_workers=2, cpus_per_worker=3, use_gpu=True))
-    assert (cpu.num_workers, cpu.use_gpu, cpu.resources_per_worker) == (2, False, {"CPU": 3})
-    assert (gpu.num_workers, gpu.use_gpu) == (2, True)
-    assert gpu.resources_per_worker == {"CPU": 3, "GPU": 1}
-
-
 def test_one_worker_without_a_cluster_trains_in_the_drivers_process(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     one, two = ScalingConfig(cpus_per_worker=2), ScalingConfig(num_workers=2, cpus_per_worker=2)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    assert (launch.ray_scaling(one).num_workers, launch.ray_scaling(two).num_workers) == (0, 2)
+    assert (launch.trains_in_driver(one), launch.trains_in_driver(two)) == (True, False)
     # What Ray gets beside it is what it would have left beside a worker of its own.
     log = tmp_path / "log"
     beside, without = (
@@ -98,14 +85,28 @@ def test_one_worker_without_a_cluster_trains_in_the_drivers_process(
     )
     assert (beside.num_cpus, without.num_cpus) == (4, 6)
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
-    assert launch.ray_scaling(one).num_workers == 1
+    assert not launch.trains_in_driver(one)
+
+
+def test_a_command_that_is_stopped_while_it_plans_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(launch.ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(launch.local_ray, "running", lambda *_: nullcontext())
+    before = signal.getsignal(signal.SIGTERM)
+    with (
+        pytest.raises(CancelledError, match="stopped by SIGTERM") as stopped,
+        launch.running_ray(ScalingConfig()),
+    ):
+        signal.raise_signal(signal.SIGTERM)
+    assert stopped.value.exit_code == 143
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 @pytest.mark.ray
 def test_nodes_that_the_autoscaler_may_start_count(
     local_ray: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert launch._cluster_capacity() == (8 - READ_CPUS, 0)
+    assert launch._cluster_capacity() == (8 - launch.READ_CPUS, 0)
     limits = {"CPU": 100.0, "GPU": 4.0}
     monkeypatch.setattr(launch.state, "get_max_resources_from_cluster_config", lambda: limits)
-    assert launch._cluster_capacity() == (100 - READ_CPUS, 4)
+    assert launch._cluster_capacity() == (100 - launch.READ_CPUS, 4)

@@ -13,6 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 import ray
+from ray._private import parameter, services
 from ray._private.services import node_ip_address_from_perspective
 
 from infra import storage
@@ -21,7 +22,7 @@ from pipelines.outcome import can_pass
 from pipelines.training import local_ray
 from tests.infra.ray_ports import REFUSALS, ask, listening, of_local_ray
 
-GIVEN = local_ray.LocalRay(num_cpus=1, num_gpus=0, object_store_bytes=2**27, runtime_env={})
+GIVEN = local_ray.LocalRay(num_cpus=1, num_gpus=0, object_store_bytes=2**27, environment={})
 # A process that knows nothing but the address asks Ray's head to run something.
 ATTACK = """
 import logging, sys
@@ -68,6 +69,17 @@ def test_a_local_ray_listens_on_the_loopback_only(local_ray: Path) -> None:
     for _, _, port in found:
         with socket.socket() as caller:
             assert host == "127.0.0.1" or caller.connect_ex((host, port)) == errno.ECONNREFUSED
+
+
+@pytest.mark.ray
+def test_no_process_of_a_local_ray_only_looks_on(local_ray: Path) -> None:
+    ray.get(ray.remote(lambda: None).remote())
+    words: set[str] = set()
+    for process in of_local_ray():
+        with suppress(psutil.NoSuchProcess):  # it has ended, or nobody has asked how
+            words |= {Path(word).name for word in process.cmdline()}
+    assert {"raylet", "gcs_server"} <= words
+    assert not {"monitor.py", "log_monitor.py", "dashboard.py"} & words
 
 
 @pytest.mark.ray
@@ -177,6 +189,33 @@ def test_a_ray_that_starts_at_the_second_time_is_used(
     monkeypatch.setattr(local_ray.ray, "shutdown", lambda: None)
     with local_ray.running(tmp_path, GIVEN):
         assert not outcomes
+
+
+def test_ray_s_processes_inherit_their_variables_and_this_process_does_not_keep_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = ("MAE_WORKER_LOG", "PYTHONPATH", "__RAY_WORKER_PROCESS_SETUP_HOOK_ENV_VAR")
+    inherited: dict[str, str | None] = {}
+
+    def start(*_: object, **given: object) -> None:
+        assert "runtime_env" not in given, "Ray starts no process ahead if it has to prepare one"
+        inherited.update({name: os.environ.get(name) for name in names})
+        params = parameter.RayParams()
+        assert (params.no_monitor, params.include_log_monitor) == (True, False)
+        assert services.start_api_server("and", its="arguments") == ("", None)
+
+    monkeypatch.setattr(local_ray.ray, "init", start)
+    monkeypatch.setattr(local_ray.ray, "shutdown", lambda: None)
+    monkeypatch.setenv("PYTHONPATH", "/mine")
+    monkeypatch.delenv("MAE_WORKER_LOG", raising=False)
+    given = GIVEN._replace(
+        environment={"MAE_WORKER_LOG": "/log", "PYTHONPATH": "/ours:/mine"}, setup_hook="a.set_up"
+    )
+    with local_ray.running(tmp_path, given):
+        assert inherited == dict(zip(names, ("/log", "/ours:/mine", "a.set_up"), strict=True))
+        assert [os.environ.get(name) for name in names] == [None, "/mine", None]
+        assert parameter.RayParams().no_monitor is False
+        assert services.start_api_server.__name__ == "start_api_server"
 
 
 def test_the_folder_of_a_long_path_is_elsewhere(
