@@ -19,7 +19,7 @@ def run_mae(capsys: pytest.CaptureFixture[str], *words: str) -> Told:
     except SystemExit as error:  # argparse
         code = int(error.code or 0)
     out, err = capsys.readouterr()
-    assert "Traceback" not in err
+    assert "Traceback" not in err, err
     return Told(code, without_failure(code, out), err)
 
 

@@ -93,4 +93,5 @@ def mae(
 ) -> Callable[..., Told]:
     """Run the command in this process, which starts no Ray: it ends before it needs one."""
     monkeypatch.setattr("pipelines.training.local_ray.running", lambda *_: nullcontext())
+    monkeypatch.setattr("pipelines.terminal.worker_logging.set_up", lambda: None)
     return partial(run_mae, capsys)
