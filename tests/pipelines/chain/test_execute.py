@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from infra.own_files import parse_own
 from pipelines.chain.execute import (
     ENDED_WELL,
     Capacity,
@@ -130,7 +131,7 @@ def test_only_the_stage_that_changed_is_named_and_not_the_values_it_is_in() -> N
 
 
 def test_parts_survive_their_json() -> None:
-    again = KeyParts.from_json(PARTS.to_json())
+    again = parse_own(PARTS.to_json().encode(), "key.json", KeyParts, "")
     assert again == PARTS
     assert again.key == PARTS.key
     assert json.loads(PARTS.to_json())["inputs"] == {"data.train": "f0"}
