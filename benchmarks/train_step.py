@@ -83,6 +83,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=3.0, help="of each contender in a round")
     parser.add_argument("--compile", action="store_true", help="also time torch.compile of ours")
+    parser.add_argument("--prediction-ratio", type=float, default=1.0, help="one more row of ours")
     parser.add_argument("--ours-only", action="store_true")
     parser.add_argument("--no-memory", action="store_true", help="do not measure its peak")
     return parser.parse_args()
@@ -94,9 +95,18 @@ def model_config(encoder: str, img_size: int, patch_size: int) -> ModelConfig:
     )
 
 
+def partial_prediction(model: ModelConfig, ratio: float) -> ModelConfig:
+    decoder = model.decoder.model_copy(update={"prediction_ratio": ratio})
+    return model.model_copy(update={"decoder": decoder})
+
+
 def compare(model: ModelConfig, args: argparse.Namespace) -> list[Row]:
     """Time every contender in every round, after its memory was measured alone."""
     builders: dict[str, Callable[[], Step]] = {"ours": partial(our_step, model, args)}
+    partial_model = partial_prediction(model, args.prediction_ratio)
+    if args.prediction_ratio < 1:
+        name = f"ours, {args.prediction_ratio:g} predicted"
+        builders[name] = partial(our_step, partial_model, args)
     if args.compile:
         builders["ours, compiled"] = partial(our_step, model, args, compiled=True)
     if not args.ours_only:

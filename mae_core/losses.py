@@ -1,6 +1,6 @@
 """How far the predicted patches are from the image's patches.
 
-The loss is computed for the removed patches, and only for them.
+The loss is computed for removed patches, and only for them.
 
 Source: He et al. 2021, https://arxiv.org/abs/2111.06377, section 3, "Reconstruction target".
 """

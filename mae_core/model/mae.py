@@ -17,7 +17,7 @@ class MAEOutput(NamedTuple):
     loss: Float[Tensor, ""]
     loss_per_image: Float[Tensor, " B"]
     pred: Float[Tensor, "B R P"]  # of the patches of `ids_removed`
-    ids_removed: Int[Tensor, "B R"]
+    ids_removed: Int[Tensor, "B R"]  # those that are predicted
     mask: Bool[Tensor, "B L"]  # True = removed
 
 
@@ -25,7 +25,8 @@ class MaskedAutoencoder(nn.Module):
     """The model of He et al. 2021, https://arxiv.org/abs/2111.06377, figure 1.
 
     Its target is normalised per patch (see `normalize_patches`), or the pixels themselves if
-    `norm_pix_floor` is None.
+    `norm_pix_floor` is None. In training mode, only `prediction_ratio` of the removed patches are
+    predicted: those that rank first behind the kept ones.
     """
 
     def __init__(
@@ -36,6 +37,7 @@ class MaskedAutoencoder(nn.Module):
         patch_size: int,
         mask_ratio: float,
         norm_pix_floor: float | None,
+        prediction_ratio: float = 1.0,
     ) -> None:
         super().__init__()
         self.encoder = encoder
@@ -43,11 +45,15 @@ class MaskedAutoencoder(nn.Module):
         self.patch_size = patch_size
         self.mask_ratio = mask_ratio
         self.norm_pix_floor = norm_pix_floor
+        self.prediction_ratio = prediction_ratio
 
     def forward(self, images: Float[Tensor, "B C H W"], noise: Float[Tensor, "B L"]) -> MAEOutput:
         """Reconstruct images of the size that the decoder was built for; `noise` sets the mask."""
         self._check_sizes(images, noise)
         ids_keep, ids_removed, mask = mask_from_noise(noise, self.mask_ratio)
+        if self.training:
+            num_predicted = max(1, round(ids_removed.shape[1] * self.prediction_ratio))
+            ids_removed = ids_removed[:, :num_predicted]
         latent = self.encoder(images, ids_keep)  # (B, 1 + K, D)
         pred = self.decoder(latent, ids_keep, ids_removed)  # (B, R, P)
 
@@ -56,7 +62,7 @@ class MaskedAutoencoder(nn.Module):
         if self.norm_pix_floor is not None:
             target = normalize_patches(target, floor=self.norm_pix_floor)
         loss_per_image = pixel_loss_per_image(pred.float(), target)
-        # Every image has as many removed patches, so this is the mean over those of the batch.
+        # Every image has as many predicted patches, so this is the mean over those of the batch.
         return MAEOutput(loss_per_image.mean(), loss_per_image, pred, ids_removed, mask)
 
     def _check_sizes(self, images: Tensor, noise: Tensor) -> None:
@@ -95,4 +101,5 @@ def build_mae(model: ModelConfig, masking: MaskingConfig, loss: LossConfig) -> M
         patch_size=model.patch_size,
         mask_ratio=masking.mask_ratio,
         norm_pix_floor=loss.target_floor,
+        prediction_ratio=model.decoder.prediction_ratio,
     )

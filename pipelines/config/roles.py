@@ -98,6 +98,7 @@ _IDENTITY: dict[str, tuple[str, ...]] = {
         "model.decoder.dim",
         "model.decoder.depth",
         "model.decoder.num_heads",
+        "model.decoder.prediction_ratio",
         "masking.kind",
         "masking.mask_ratio",
         "masking.cell",

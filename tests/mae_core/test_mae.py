@@ -15,7 +15,10 @@ def mean_over_removed_patches(output: MAEOutput, target: Tensor) -> Tensor:
 
 
 def make_mae(
-    img_size: tuple[int, int] = (32, 32), in_chans: int = 3, norm_pix: bool = True
+    img_size: tuple[int, int] = (32, 32),
+    in_chans: int = 3,
+    norm_pix: bool = True,
+    prediction_ratio: float = 1.0,
 ) -> MaskedAutoencoder:
     torch.manual_seed(0)
     model = ModelConfig(
@@ -23,7 +26,7 @@ def make_mae(
         img_size=img_size,
         patch_size=8,
         in_chans=in_chans,
-        decoder=DecoderConfig(dim=32, depth=1, num_heads=2),
+        decoder=DecoderConfig(dim=32, depth=1, num_heads=2, prediction_ratio=prediction_ratio),
     )
     return build_mae(model, MaskingConfig(), LossConfig(norm_pix=norm_pix, norm_pix_floor=1e-6))
 
@@ -52,6 +55,23 @@ def test_loss_is_the_error_on_removed_patches_of_the_batch(norm_pix: bool) -> No
     expected = mean_over_removed_patches(output, target)
     assert output.loss.item() == pytest.approx(expected.item(), rel=1e-6)
     assert output.loss.item() == pytest.approx(output.loss_per_image.mean().item(), rel=1e-6)
+
+
+def test_a_share_of_the_removed_patches_is_predicted_in_training_and_all_otherwise() -> None:
+    mae = make_mae(prediction_ratio=1 / 3)
+    images, noise = torch.randn(2, 3, 32, 32), torch.rand(2, 16)
+    partial = mae.train()(images, noise)
+    assert torch.equal(partial.ids_removed, noise.argsort(dim=1)[:, 4:8])
+    target = normalize_patches(patchify(images, 8), floor=1e-6)
+    assert partial.loss.item() == pytest.approx(mean_over_removed_patches(partial, target).item())
+    assert partial.mask.sum(dim=1).tolist() == [12, 12]
+    whole = mae.eval()(images, noise)
+    assert whole.ids_removed.shape == (2, 12)
+
+
+def test_at_least_one_patch_is_predicted() -> None:
+    mae = make_mae(prediction_ratio=0.01).train()
+    assert mae(torch.randn(2, 3, 32, 32), torch.rand(2, 16)).pred.shape == (2, 1, 192)
 
 
 def test_noise_picks_the_mask() -> None:

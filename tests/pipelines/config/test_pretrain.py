@@ -230,7 +230,7 @@ def test_what_does_not_determine_the_result_is_the_same_run(word: str) -> None:
 
 
 def test_a_run_name_is_the_same_in_every_process() -> None:
-    assert make_config().run_name == "pretrain-0889b45b"
+    assert make_config().run_name == "pretrain-ed5f1f8d"
 
 
 def test_flattened_values_are_text_under_dotted_keys() -> None:
