@@ -426,8 +426,10 @@ DEMO_WORDS = (
     "classify.classify.arms=[logistic]",
     "detect.optim.max_steps=1",
     "detect.detect.arms=[finetune]",
+    "detect.detect.seeds=[0]",
     "segment.optim.max_steps=1",
     "segment.segment.arms=[finetune]",
+    "segment.segment.seeds=[0]",
 )
 
 
