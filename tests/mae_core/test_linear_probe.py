@@ -1,8 +1,10 @@
 import warnings
+from typing import Any
 
 import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
+from threadpoolctl import threadpool_info, threadpool_limits
 from torch import Tensor
 
 from mae_core.evaluation import linear_probe
@@ -183,3 +185,19 @@ def test_few_images_of_weak_signal_are_not_left_to_one_fifth() -> None:
         losses.append(float(torch.nn.functional.cross_entropy(logits, test_labels)))
     assert min(accuracies) > 0.8
     assert max(losses) < 0.7  # a guess has 1.39
+
+
+def test_a_fit_takes_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Threads that wait for each other made it fifty times slower on two busy cores."""
+    threads = []
+    fit = LogisticRegression.fit
+
+    def watched(*arguments: Any) -> Any:
+        threads.extend(x["num_threads"] for x in threadpool_info() if x["user_api"] == "blas")
+        return fit(*arguments)
+
+    monkeypatch.setattr(LogisticRegression, "fit", watched)
+    features = torch.randn(40, 3, generator=torch.Generator().manual_seed(0))
+    with threadpool_limits(2, user_api="blas"):
+        fit_linear_probe(features, torch.arange(40) % 2, num_classes=2, seed=0)
+    assert set(threads) == {1}
