@@ -209,7 +209,7 @@ def _fit(probe: LogisticRegression, features: Features, labels: Labels) -> Logis
     # on the number of threads.
     probe.set_params(solver="lbfgs", tol=1e-4, max_iter=_MAX_ITERATIONS)
     # One thread: the products of a step are small, and threads that wait for each other turn 0.3 s
-    # into 13 (3,000 x 192, two cores). It also makes the result independent of their number.
+    # into 13 (3,000 x 192, two busy cores). It also makes the result independent of their number.
     with warnings.catch_warnings(), threadpool_limits(1, user_api="blas"):
         warnings.simplefilter("ignore", ConvergenceWarning)  # logged below with its consequence
         probe.fit(features, labels)
