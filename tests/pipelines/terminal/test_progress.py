@@ -56,13 +56,15 @@ def test_a_terminal_gets_a_bar_and_what_is_said_comes_above_it() -> None:
     assert "still" not in terminal.getvalue()
 
 
-def test_a_line_above_the_bar_comes_once_and_redacted() -> None:
-    root = logging.getLogger()
+def test_a_line_above_the_bar_comes_once_and_redacted(caplog: pytest.LogCaptureFixture) -> None:
+    root, ours = logging.getLogger(), logging.getLogger("pipelines")
+    caplog.set_level(logging.INFO, logger="pipelines")
     with seen_on_a_terminal() as terminal, pytest.MonkeyPatch.context() as patch:
         handler = logging.StreamHandler(terminal)
         handler.addFilter(RedactionFilter())
         patch.setattr(root, "handlers", [handler])  # as in a command that has started no Ray
-        patch.setattr(logging.getLogger("pipelines"), "handlers", [])
+        patch.setattr(ours, "handlers", [])
+        patch.setattr(ours, "propagate", True)
         with progress.doing("packing"):
             logging.getLogger("pipelines.x").info("store s3://me:geheim@host/x")
     told = [line for line in terminal.getvalue().splitlines() if "host/x" in line]
