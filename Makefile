@@ -81,8 +81,8 @@ bench-data: $(STAMP)  ## Measure reading and decoding; DATA="a.tar b.tar" for yo
 	$(call told,measuring,$(PYTHON) benchmarks/data.py $(DATA))
 
 .PHONY: gpu-check
-gpu-check: $(STAMP)  ## On a machine with a GPU: test and measure the step and the decoders (8 minutes)
-	$(PYTHON) benchmarks/gpu_check.py
+gpu-check:  ## On a machine with a GPU: test and measure the step and the decoders (8 minutes, no install)
+	$(or $(wildcard $(PYTHON)),$(SYSTEM_PYTHON)) benchmarks/gpu_check.py
 
 .PHONY: bench-step
 bench-step: $(STAMP)  ## Measure a training step beside transformers' (and lightly's, if it is installed)

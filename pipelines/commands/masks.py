@@ -9,7 +9,7 @@ cropped to a square in its middle. OUT.png is masks.png by default.
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from pipelines.outcome import ConfigError
@@ -36,6 +36,8 @@ def command(words: Sequence[str]) -> int:
         raise DataError(f"{arguments.image}: {error}") from error
     if pixels.dtype.itemsize > 1:
         pixels = (pixels >> 8).astype("uint8")
+    if Path(arguments.out).exists() and Path(arguments.out).samefile(arguments.image):
+        raise ConfigError(f"{arguments.out}: this is the picture itself; give another OUT.png")
     picture = masks_picture(
         center_crop(pixels, (arguments.img_size,) * 2),
         patch_size=arguments.patch_size,
@@ -43,7 +45,10 @@ def command(words: Sequence[str]) -> int:
         cell=arguments.cell,
         seeds=range(arguments.seed, arguments.seed + arguments.draws),
     )
-    Image.fromarray(picture).save(arguments.out, "PNG")
+    try:
+        Image.fromarray(picture).save(arguments.out, "PNG")
+    except OSError as error:
+        raise ConfigError(f"{arguments.out}: can't be written: {error.strerror}") from error
     sys.stdout.write(f"{arguments.out}\n")
     return 0
 
@@ -58,15 +63,17 @@ def _check(arguments: argparse.Namespace) -> None:
         raise ConfigError(f"--mask-ratio={arguments.mask_ratio}: give a share between 0 and 1")
 
 
-def _positive(word: str) -> int:
-    number = int(word)
-    if not 0 < number <= _LARGEST:
-        raise ValueError(word)
-    return number
+def _whole(low: int, high: int) -> Callable[[str], int]:
+    """Return a type of argparse's for the whole numbers from `low` to `high`."""
 
+    def parse(word: str) -> int:
+        number = int(word)
+        if not low <= number <= high:
+            raise ValueError(word)
+        return number
 
-_positive.__name__ = "whole number from 1 to 4096"  # argparse shows it in its error
-_LARGEST = 4096
+    parse.__name__ = f"whole number from {low} to {high}"  # argparse shows it in its error
+    return parse
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -77,11 +84,11 @@ def _parser() -> argparse.ArgumentParser:
     preview = actions.add_parser("preview", help="draw the masks")
     preview.add_argument("image", metavar="IMAGE", help="a picture: JPEG, PNG, TIFF, DICOM, ...")
     preview.add_argument("out", metavar="OUT.png", nargs="?", default="masks.png")
-    preview.add_argument("--img-size", type=_positive, default=224, help="side in pixels")
-    preview.add_argument("--patch-size", type=_positive, default=16, help="side in pixels")
+    preview.add_argument("--img-size", type=_whole(1, 1024), default=224, help="side in pixels")
+    preview.add_argument("--patch-size", type=_whole(1, 1024), default=16, help="side in pixels")
     preview.add_argument("--mask-ratio", type=float, default=0.75, help="share that is removed")
-    preview.add_argument("--cell", type=_positive, default=2, help="side in patches")
-    preview.add_argument("--draws", type=_positive, default=3, help="rows of the picture")
-    preview.add_argument("--seed", type=int, default=0, help="of the first row")
+    preview.add_argument("--cell", type=_whole(1, 1024), default=2, help="side in patches")
+    preview.add_argument("--draws", type=_whole(1, 16), default=3, help="rows of the picture")
+    preview.add_argument("--seed", type=_whole(0, 2**31), default=0, help="of the first row")
     preview.add_argument("--debug", action="store_true", help="show tracebacks")
     return parser

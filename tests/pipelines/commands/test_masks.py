@@ -39,8 +39,11 @@ def test_sixteen_bits_are_shown_by_their_upper_eight(tmp_path: Path) -> None:
     [
         (["--patch-size=10"], 2, "config error: --img-size=224 is not a multiple of --patch-size"),
         (["--mask-ratio=1"], 2, "--mask-ratio=1.0: give a share between 0 and 1"),
-        (["--cell=0"], 2, "argument --cell: invalid whole number from 1 to 4096 value: '0'"),
-        (["--img-size=100000"], 2, "argument --img-size: invalid whole number from 1 to 4096"),
+        (["--cell=0"], 2, "argument --cell: invalid whole number from 1 to 1024 value: '0'"),
+        (["--draws=4000"], 2, "argument --draws: invalid whole number from 1 to 16"),
+        (["--seed=-1"], 2, "argument --seed: invalid whole number from 0 to"),
+        (["/no/such/folder/masks.png"], 2, "/no/such/folder/masks.png: can't be written: No such"),
+        (["--img-size=100000"], 2, "argument --img-size: invalid whole number from 1 to 1024"),
     ],
 )
 def test_a_wrong_number_is_named(
@@ -61,3 +64,12 @@ def test_a_file_that_is_no_picture_is_named(
     assert main(["masks", "preview", str(tmp_path / "no.jpg")]) == 4
     assert f"data error: {tmp_path}/no.jpg: " in capsys.readouterr().err
     assert main(["masks", "preview", str(tmp_path / "missing.jpg")]) == 4
+
+
+def test_the_picture_itself_is_not_written_over(
+    image: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = image.read_bytes()
+    assert main(["masks", "preview", str(image), str(image)]) == 2
+    assert "this is the picture itself" in capsys.readouterr().err
+    assert image.read_bytes() == before
