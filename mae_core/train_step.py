@@ -74,7 +74,9 @@ def optimizer_step(
     other image has the weight 1 / global_batch_size wherever it sits, and the update is the same
     for any split of the global batch over micro batches and workers (DDP averages gradients over
     workers). Dividing by the number of images that were read would weight an image by the luck of
-    its neighbours.
+    its neighbours. A loss or gradient that is not finite changes nothing. A fused optimizer leaves
+    the update out on the device, without waiting for it, so the caller calls `StepMetrics.check`
+    before it relies on the step.
 
     Args:
         model: bare, or wrapped in DDP, whose gradients are then exchanged once, in the last batch.
@@ -85,10 +87,6 @@ def optimizer_step(
         learning_rate: of this step.
         autocast_dtype: None runs in the weights' own type.
         max_grad_norm: None leaves gradients as they are, as pretraining's reference does.
-
-    A loss or gradient that is not finite changes nothing. A fused optimizer leaves the update out
-    on the device, without waiting for it, so the caller calls `StepMetrics.check` before it relies
-    on the step.
 
     Raises:
         NonFiniteLossError: with another optimizer, before the update; on every worker if on one.
@@ -109,27 +107,23 @@ def optimizer_step(
             assert parameter.grad is not None
             parameter.grad /= mean_divisor
     grad_norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-    metrics = StepMetrics(loss, num_samples, grad_norm)
-    # One worker's NaN reaches the gradients of all, so all of them stop here.
-    is_fused = all(group.get("fused") for group in optimizer.param_groups)
-    if not is_fused:
-        metrics.check()
     if max_grad_norm is not None:
         nn.utils.clip_grads_with_norm_(parameters, max_grad_norm, grad_norm)
-    if is_fused:
-        _step_if(torch.isfinite(loss + grad_norm), optimizer)
-    else:
-        optimizer.step()
+    metrics = StepMetrics(loss, num_samples, grad_norm)
+    _update(optimizer, metrics)
     optimizer.zero_grad(set_to_none=True)
     return metrics
 
 
-def _step_if(is_wanted: Tensor, optimizer: torch.optim.Optimizer) -> None:
-    """Step a fused optimizer, which changes nothing where the flag on the device is False.
-
-    torch's GradScaler uses the same attribute.
-    """
-    optimizer.found_inf = (~is_wanted).float()  # type: ignore[attr-defined]
+def _update(optimizer: torch.optim.Optimizer, metrics: StepMetrics) -> None:
+    """Step the optimizer if the loss is finite; one worker's NaN is in the gradients of all."""
+    if not all(group.get("fused") for group in optimizer.param_groups):
+        metrics.check()
+        optimizer.step()
+        return
+    # It changes nothing where this flag on the device is set; torch's GradScaler uses it, too.
+    is_left_out = ~torch.isfinite(metrics.loss + metrics.grad_norm)
+    optimizer.found_inf = is_left_out.float()  # type: ignore[attr-defined]
     try:
         optimizer.step()
     finally:

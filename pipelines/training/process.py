@@ -29,7 +29,7 @@ from infra.scratch import scratch_folder
 from mae_core.checkpoint import load_training_state, load_weights, save_checkpoint
 from mae_core.checkpoint_manifest import CheckpointRecord, UnreportedLoss
 from mae_core.data.randomness import named_generator
-from mae_core.train_step import BatchLoss, StepMetrics, optimizer_step
+from mae_core.train_step import BatchLoss, optimizer_step
 from pipelines.config.downstream import DownstreamConfig
 from pipelines.config.pretrain import PretrainConfig
 from pipelines.reading.batches import BadSample, autocast_dtype, check_place, too_many_bad
@@ -235,7 +235,6 @@ class TrainingProcess(Generic[PartT, DecodedT, BatchT]):
         self.first_step = 0  # done before this start
         self.unreported = UnreportedLoss()  # of the checkpoint of that step
         self.num_passes = 0  # micro batches of this worker since it started
-        self.unchecked: list[StepMetrics] = []  # of steps that may have changed nothing
 
     def run(self) -> None:
         """Train and measure each part, from the newest whole checkpoint on."""
@@ -334,7 +333,6 @@ class TrainingProcess(Generic[PartT, DecodedT, BatchT]):
                 is_due |= step == part.last_step or own_step % every == 0
                 decision = self.ends.agree(is_due=is_due)
                 if decision is not AfterStep.GO_ON:
-                    self._check_losses()
                     hurried = decision is AfterStep.STOP
                     reporter.settle(self.job.folder, self.rank, self.world_size, is_hurried=hurried)
                     self._checkpoint(part, trained, step, reporter.unreported())
@@ -372,12 +370,10 @@ class TrainingProcess(Generic[PartT, DecodedT, BatchT]):
             autocast_dtype=self.autocast_dtype,
             max_grad_norm=self.task.options.max_grad_norm,
         )
-        self.unchecked.append(metrics)
         reporter.add(own_step, metrics)
-        is_due = reporter.is_due(own_step)
-        if is_due or self.device.type == "cpu":  # reading a GPU's numbers would hold it up
-            self._check_losses()
-        if not is_due:
+        if self.device.type == "cpu":  # on a GPU, the next steps would wait for it
+            reporter.check()
+        if not reporter.is_due(own_step):
             return
         totals = reporter.report(own_step, learning_rate=learning_rate, grad_norm=metrics.grad_norm)
         seen = (own_step - reporter.first_step) * reporter.size.images_per_step
@@ -385,12 +381,6 @@ class TrainingProcess(Generic[PartT, DecodedT, BatchT]):
         if too_many_bad(totals.num_bad, seen, ratio):
             reporter.save_bad_samples(self.job.folder, self.rank, self.world_size)
             raise bad_samples_error(totals, seen, ratio, self.job.folder)
-
-    def _check_losses(self) -> None:
-        """Wait for the device, and raise a NonFiniteLossError if a step's update was left out."""
-        unchecked, self.unchecked = self.unchecked, []
-        for metrics in unchecked:
-            metrics.check()
 
     def _wrap(self, model: nn.Module) -> nn.Module:
         wrapped = model

@@ -5,7 +5,7 @@ Only rank 0 speaks. Nothing here waits for MLflow: the writer has a thread of it
 
 import logging
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -116,6 +116,7 @@ class StepReporter:
     _shown: int = 0
     _loss: Tensor | None = None  # sums since the last report, on the device: nothing waits for it
     _num_samples: Tensor | None = None
+    _unchecked: deque[StepMetrics] = field(default_factory=deque)  # may have changed nothing
 
     def __post_init__(self) -> None:
         self._since_step = self.first_step
@@ -139,6 +140,7 @@ class StepReporter:
             # Speed is measured from here on: the first step waited for the start.
             self._since, self._since_step, self.waited_s = time.monotonic(), step, 0.0
         self._num_steps += 1
+        self._unchecked.append(metrics)
         loss, num_samples = metrics.loss.detach().double(), metrics.num_samples.detach().double()
         self._loss = loss if self._loss is None else self._loss + loss
         self._num_samples = (
@@ -149,6 +151,11 @@ class StepReporter:
             detail = f"{self._detail} eta={self._eta(step)}".strip()
             total = self.size.total_steps
             self.ends.tell_progress(Told(Phase.TRAINING, step, total, what, detail))
+
+    def check(self) -> None:
+        """Wait for the device, and raise a NonFiniteLossError if it left out a step's update."""
+        while self._unchecked:
+            self._unchecked.popleft().check()
 
     def pause(self, seconds: float) -> None:
         """Leave a time in which nothing is trained out of the speed."""
@@ -163,7 +170,11 @@ class StepReporter:
         return format_seconds(steps * self.pace.mean_s + self.after.seconds)
 
     def report(self, step: int, *, learning_rate: float, grad_norm: Tensor) -> Totals:
-        """Sum over the ranks and tell. Every rank calls it at the same steps."""
+        """Sum over the ranks and tell. Every rank calls it at the same steps.
+
+        Raises: NonFiniteLossError.
+        """
+        self.check()
         totals = self._sum_over_ranks(self._num_steps)
         self._num_steps = 0
         now = time.monotonic()
@@ -237,7 +248,10 @@ class StepReporter:
 
         A checkpoint is written next. Its steps are not trained again after a resumption, so nobody
         would report them again.
+
+        Raises: NonFiniteLossError; nothing of such a step may be kept.
         """
+        self.check()
         if self.writer is not None and not self.writer.is_failing:
             self.writer.flush(HURRIED_FLUSH_TIMEOUT_S if is_hurried else FLUSH_TIMEOUT_S)
         self.save_bad_samples(folder, rank, world_size)

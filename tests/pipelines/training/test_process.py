@@ -15,11 +15,12 @@ from mae_core.checkpoint_manifest import CheckpointRecord
 from mae_core.config import LossConfig, MaskingConfig, ModelConfig
 from mae_core.data.samples import DataError
 from mae_core.train_step import BatchLoss
+from mae_core.training_error import NonFiniteLossError
 from pipelines.config.loading import load_config
 from pipelines.config.pretrain import PretrainConfig
 from pipelines.reading.batches import BadSample
 from pipelines.training import process
-from pipelines.training.checkpoints import StartAgainError, list_steps
+from pipelines.training.checkpoints import StartAgainError, find_checkpoint, list_steps
 from pipelines.training.process import Process, StepOptions, Trained, TrainingProcess
 from pipelines.training.reporting import After, RunSize
 from pipelines.training.run_folder import RunFolder
@@ -303,6 +304,33 @@ def test_samples_that_are_not_the_next_ones_end_the_run(
     monkeypatch.setattr(TrainingProcess, "_stream", lambda self: self.task.decoded(tables))
     with pytest.raises(RuntimeError, match=r"got samples 2 \+ 2 .* where 0 \+ 2 were due"):
         train(Job(tmp_path / "run"), tmp_path / "local")
+
+
+@pytest.mark.parametrize("reports", [1, 100])
+def test_a_step_that_a_gpu_left_out_ends_the_run_before_it_is_saved(
+    tmp_path: Path, reports: int
+) -> None:
+    """The loss of a GPU is read at reports and before checkpoints, here of steps 3 and 6."""
+    job = Job(tmp_path / "run", (f"reporting.every_steps={reports}",))
+    build, batch = job.task.build, job.task.batch
+
+    def fused(part: Part, *, is_resumed: bool) -> Trained:
+        model = build(part, is_resumed=is_resumed).model
+        return Trained(model, torch.optim.AdamW(model.parameters(), lr=0.0, fused=True))
+
+    def poisoned(decoded: Rows, part: Part, *, step: int, number: int) -> Tensor:
+        found = batch(decoded, part, step=step, number=number)
+        return found * torch.nan if step == 4 else found
+
+    job.task.build, job.task.batch = fused, poisoned  # type: ignore[method-assign]
+    (tmp_path / "local").mkdir()
+    worker: TrainingProcess[Any, Any, Any] = TrainingProcess(job, tmp_path / "local")
+    worker.device = torch.device("cuda")  # the model stays on the CPU
+    with pytest.raises(NonFiniteLossError, match="loss=nan"):
+        worker.run()
+    newest = find_checkpoint(job.run_uri)
+    assert newest is not None
+    assert newest.step == 3
 
 
 def test_too_many_bad_samples_end_the_run_naming_the_first(tmp_path: Path) -> None:
