@@ -36,6 +36,11 @@ def set_up() -> None:
         ours.handlers = [handler]
         ours.propagate = False
         ours.setLevel(logging.INFO)
+    quiet_ray()
+
+
+def quiet_ray() -> None:
+    """Show only warnings of Ray. Importing `ray.data` sets its level again, so call it after."""
     for name in _QUIET:
         logging.getLogger(name).setLevel(logging.WARNING)
     for name in _SILENT:

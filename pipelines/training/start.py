@@ -16,6 +16,7 @@ from infra import storage
 from pipelines.config.sections import ScalingConfig
 from pipelines.outcome import StageResult, chain
 from pipelines.reading.sequence import configure_ray_data
+from pipelines.terminal import worker_logging
 from pipelines.training import launch, local_mode, recording
 from pipelines.training.checkpoints import StartAgainError
 from pipelines.training.process import TrainingJob, training_worker
@@ -49,6 +50,7 @@ def start(
         fresh: delete what is there.
     """
     config, identity = run.config, opened.identity
+    worker_logging.quiet_ray()  # this module has imported Ray Data
     configure_ray_data()
     planned = opened.plan()
     taken = recording.take_over(
