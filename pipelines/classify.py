@@ -37,6 +37,7 @@ from mae_core.data.class_labels import (
     read_labels,
 )
 from mae_core.data.decode import decode_image
+from mae_core.data.label_budget import LabelBudget
 from mae_core.data.manifest import Manifest
 from mae_core.data.mixing import mix_batch, soft_targets
 from mae_core.data.randomness import named_generator
@@ -389,7 +390,7 @@ class ClassifyTask:
         return Evaluation(metrics, pictures, {"per_finding.md": head + "\n".join(rows) + "\n"})
 
     def _title(self, arm: Arm) -> str:
-        share = "" if arm.fraction == 1 else f", {100 * arm.fraction:g} % of the labels"
+        share = "" if arm.budget.is_all else f", {arm.budget.phrase}"
         return f"{self.info.title}, {arm.kind}{share}"
 
 
@@ -424,18 +425,16 @@ def _cell(score: float) -> str:
 def _summarize(
     config: ClassifyConfig, info: TaskInfo, found: dict[Arm, dict[str, float]]
 ) -> Evaluation:
-    """Make the table of all arms, and the figure if there are several shares of the labels."""
+    """Make the table of all arms, and the figure if there are several label budgets."""
     metric = config.classify.metric
-    grouped: dict[tuple[ArmKind, float], list[float]] = {}
+    grouped: dict[tuple[ArmKind, LabelBudget], list[float]] = {}
     for arm, metrics in found.items():
         if metric in metrics:
-            grouped.setdefault((arm.kind, arm.fraction), []).append(metrics[metric])
-    rows: list[Any] = [
-        (str(kind), fraction, values) for (kind, fraction), values in grouped.items()
-    ]
+            grouped.setdefault((arm.kind, arm.budget), []).append(metrics[metric])
+    rows: list[Any] = [(str(kind), budget, values) for (kind, budget), values in grouped.items()]
     shown = {"top1": "top-1 accuracy", "auroc": "mean AUROC"}[metric]
     pictures = {}
-    if rows and len(config.classify.label_fraction) > 1:
+    if rows and len(config.classify.label_budgets) > 1:
         title = f"{info.title}: {shown}"
         pictures["label_fraction"] = label_fraction_picture(rows, title, metric=shown)
     return Evaluation({}, pictures, {"summary.md": f"{shown}\n\n{markdown_table(rows)}"})

@@ -18,7 +18,7 @@ from jaxtyping import Float, Int
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator, PercentFormatter
+from matplotlib.ticker import FixedFormatter, FixedLocator, NullLocator, PercentFormatter
 from PIL import Image
 from torch import Tensor
 from torchmetrics.functional.classification import (
@@ -29,9 +29,11 @@ from torchmetrics.functional.classification import (
     multiclass_confusion_matrix,
 )
 
+from mae_core.data.label_budget import LabelBudget
+
 Picture = npt.NDArray[np.uint8]
 AnyPixels = npt.NDArray[np.unsignedinteger[Any]]
-FractionRow = tuple[str, float, Sequence[float]]  # arm, share of the labels, the metric by seed
+BudgetRow = tuple[str, LabelBudget, Sequence[float]]  # arm, labels, the metric by seed
 
 _NUM_BINS = 15  # Guo et al. 2017, section 4
 _MAX_NAMED_CLASSES = 40  # with more classes, axes show some of the class numbers
@@ -362,8 +364,8 @@ def _shown(pixels: AnyPixels) -> Picture:
     return channels.astype(np.uint8)
 
 
-def label_fraction_picture(rows: Sequence[FractionRow], title: str, *, metric: str) -> Picture:
-    """Plot a metric against the share of the labels used for training, with a line per arm.
+def label_fraction_picture(rows: Sequence[BudgetRow], title: str, *, metric: str) -> Picture:
+    """Plot a metric against the number of labels used for training, with a line per arm.
 
     A small point is one seed. A line connects the means; its error bars reach one standard
     deviation to either side. Arms are shifted slightly, so that their bars do not overlap.
@@ -378,11 +380,11 @@ def label_fraction_picture(rows: Sequence[FractionRow], title: str, *, metric: s
     figure, axes = _figure(title, 7.0, 4.8)
     arms = list(dict.fromkeys(arm for arm, _, _ in rows))
     for number, arm in enumerate(arms):
-        own = sorted((fraction, values) for name, fraction, values in rows if name == arm)
+        own = sorted((budget, values) for name, budget, values in rows if name == arm)
         apart = _ARM_SPACING ** (number - (len(arms) - 1) / 2)  # a factor: the axis is logarithmic
-        shares = [fraction * apart for fraction, _ in own]
+        places = [budget.amount * apart for budget, _ in own]
         axes.errorbar(
-            shares,
+            places,
             [statistics.fmean(values) for _, values in own],
             [_deviation(values) for _, values in own],
             color=f"C{number}",
@@ -391,16 +393,16 @@ def label_fraction_picture(rows: Sequence[FractionRow], title: str, *, metric: s
             capsize=4,
             label=arm,
         )
-        for share, (_, values) in zip(shares, own, strict=True):
+        for place, (_, values) in zip(places, own, strict=True):
             axes.plot(
-                [share] * len(values), values, ".", color=f"C{number}", alpha=0.5, markersize=4
+                [place] * len(values), values, ".", color=f"C{number}", alpha=0.5, markersize=4
             )
-    ticks = sorted({fraction for _, fraction, _ in rows})
+    budgets = sorted({budget for _, budget, _ in rows})
     axes.set_xscale("log")
-    axes.xaxis.set_major_locator(FixedLocator(ticks))
+    axes.xaxis.set_major_locator(FixedLocator([budget.amount for budget in budgets]))
     axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda fraction, _: _percent(fraction)))
-    axes.set(xlabel="share of the labels", ylabel=metric)
+    axes.xaxis.set_major_formatter(FixedFormatter([budget.text for budget in budgets]))
+    axes.set(xlabel="labels", ylabel=metric)
     axes.grid(alpha=0.3)
     most = max(len(values) for _, _, values in rows)
     axes.set_title(f"bars: standard deviation of {most} seeds" if most > 1 else "one seed")
@@ -409,18 +411,18 @@ def label_fraction_picture(rows: Sequence[FractionRow], title: str, *, metric: s
     return _drawn(figure)
 
 
-def markdown_table(rows: Sequence[FractionRow]) -> str:
-    """Write a table with a row per share of labels and a column per arm.
+def markdown_table(rows: Sequence[BudgetRow]) -> str:
+    """Write a table with a row per label budget and a column per arm.
 
     A cell holds mean +- standard deviation (number of seeds). The standard deviation is that of a
     sample, so a single seed has none.
     """
     arms = list(dict.fromkeys(arm for arm, _, _ in rows))
-    cells = {(arm, fraction): _cell(values) for arm, fraction, values in rows}
+    cells = {(arm, budget): _cell(values) for arm, budget, values in rows}
     lines = [f"| labels | {' | '.join(arms)} |", "|---:|" + "---|" * len(arms)]
-    for fraction in sorted({fraction for _, fraction, _ in rows}):
-        line = " | ".join(cells.get((arm, fraction), "") for arm in arms)
-        lines.append(f"| {_percent(fraction)} | {line} |")
+    for budget in sorted({budget for _, budget, _ in rows}):
+        line = " | ".join(cells.get((arm, budget), "") for arm in arms)
+        lines.append(f"| {budget.text} | {line} |")
     return "\n".join(lines) + "\n"
 
 
@@ -433,10 +435,6 @@ def _cell(values: Sequence[float]) -> str:
 
 def _deviation(values: Sequence[float]) -> float:
     return statistics.stdev(values) if len(values) > 1 else 0.0
-
-
-def _percent(fraction: float) -> str:
-    return f"{100 * fraction:.3g} %"
 
 
 def _shortened(name: str) -> str:

@@ -285,7 +285,10 @@ def _num_steps(config: StrictConfig, samples: int | None) -> int | None:
         return None
     section = config.section
     num_trained = sum(map(section.takes_steps, section.kinds))
-    shares = [samples * x for x in section.label_fraction]
+    # What a number of labels of each class comes to is not known without reading the labels.
+    if not all(budget.is_share for budget in section.label_budgets):
+        return None
+    shares = [samples * budget.amount for budget in section.label_budgets]
     steps = num_trained * sum(num_steps(config.optim, round(x)) for x in shares)
     rates = config.optim.rates
     if len(rates) > 1:

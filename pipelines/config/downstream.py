@@ -6,6 +6,7 @@ from pydantic import Field, field_validator, model_validator
 
 from infra.config import StorageConfig, TrackingConfig
 from mae_core.config import StrictConfig, as_square
+from mae_core.data.label_budget import LabelBudget
 from pipelines.config.arms import ArmKind, Trains
 from pipelines.config.roles import identity_digest
 from pipelines.config.sections import (
@@ -123,6 +124,11 @@ class ArmsConfig(StrictConfig):
         return arms
 
     @property
+    def label_budgets(self) -> tuple[LabelBudget, ...]:
+        """How many labels the arms are trained with: each of these in turn."""
+        return tuple(LabelBudget(share) for share in self.label_fraction)
+
+    @property
     def metric(self) -> str:
         """The metric that arms are compared by; more is better."""
         raise NotImplementedError
@@ -230,6 +236,9 @@ class ClassifySection(ArmsConfig):
     weighs the patches of a frozen encoder, and a linear head; finetune: all weights, or the last
     `trainable_blocks`; scratch: like finetune, from random weights; untrained: like logistic, on
     an encoder with random weights."""
+    labels_per_class: tuple[int, ...] = ()
+    """Few-shot: train on this many labelled images of each class, or on all of a class that has
+    fewer, instead of on `label_fraction`; each arm is trained once for every number."""
     labels: Literal["one", "many"] = "one"
     """one: each sample has one class; many: each has any number of findings."""
     label_key: str | None = None
@@ -267,6 +276,18 @@ class ClassifySection(ArmsConfig):
     """Alpha of CutMix (Yun et al. 2019); 0 turns it off."""
     smoothing: float = Field(default=0.1, ge=0, lt=1)
     """Share of the label that is spread over all classes."""
+
+    @field_validator("labels_per_class")
+    @classmethod
+    def _numbers_of_labels(cls, counts: tuple[int, ...]) -> tuple[int, ...]:
+        if any(count < 1 for count in counts) or len(set(counts)) < len(counts):
+            raise ValueError(f"labels_per_class={list(counts)}: give different numbers from 1 on")
+        return counts
+
+    @property
+    def label_budgets(self) -> tuple[LabelBudget, ...]:
+        shots = tuple(LabelBudget(count, is_share=False) for count in self.labels_per_class)
+        return shots or super().label_budgets
 
     @property
     def metric(self) -> str:

@@ -118,6 +118,7 @@ _IDENTITY: dict[str, tuple[str, ...]] = {
     "classify": (
         *_TUNING_IDENTITY,
         "classify.label_fraction",
+        "classify.labels_per_class",
         "classify.seeds",
         "classify.arms",
         "classify.labels",

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from mae_core.data.label_budget import LabelBudget
 from mae_core.data.label_subset import stratified_subset
 from mae_core.data.manifest import Manifest
 from mae_core.data.randomness import named_generator
@@ -25,10 +26,10 @@ logger = logging.getLogger(__name__)
 
 
 class Arm(NamedTuple):
-    """One way to train, with one share of the labels and one seed."""
+    """One way to train, with some of the labels and one seed."""
 
     kind: ArmKind
-    fraction: float  # share of the labelled samples
+    budget: LabelBudget
     seed: int
     num_samples: int  # chosen
     steps: int  # optimizer steps; 0 where nothing is trained
@@ -38,7 +39,7 @@ class Arm(NamedTuple):
     @property
     def label(self) -> str:
         """The arm's name in files and metrics, such as `finetune-0.1-seed0`."""
-        name = f"{self.kind}-{self.fraction:g}-seed{self.seed}"
+        name = f"{self.kind}-{self.budget}-seed{self.seed}"
         return name if self.tried_rate is None else f"{name}-lr{self.tried_rate:g}"
 
     @property
@@ -60,7 +61,7 @@ def plan_arms(
 ) -> list[tuple[Arm, tuple[Rows, ...]]]:
     """List the arms in the order in which they are trained, with their rows of each shard.
 
-    With several learning rates, the trials of a share of the labels come before its arms.
+    With several learning rates, the trials of a label budget come before its arms.
     """
     section, optim = config.section, config.optim
     planned: list[tuple[Arm, tuple[Rows, ...]]] = []
@@ -71,26 +72,26 @@ def plan_arms(
         planned.append((arm._replace(num_samples=sum(map(len, rows)), first_step=step), rows))
         step += arm.steps
 
-    for fraction in sorted(section.label_fraction):
-        chosen = {seed: stratified_subset(strata, fraction, seed) for seed in section.seeds}
+    for budget in sorted(section.label_budgets):
+        chosen = {seed: stratified_subset(strata, budget, seed) for seed in section.seeds}
         if len(optim.rates) > 1:
             for seed, kind, rate in product(section.seeds, section.kinds, optim.rates):
                 if section.uses_base_lr(kind):
                     kept = np.setdiff1d(chosen[seed], held_part(strata, chosen[seed], seed))
                     steps = needed_steps(optim, len(kept), "labelled samples without the held ones")
                     rows = _rows(train, kept)
-                    add(Arm(kind, fraction, seed, 0, steps, 0, rate), rows)
+                    add(Arm(kind, budget, seed, 0, steps, 0, rate), rows)
         for seed in section.seeds:
             rows = _rows(train, chosen[seed])
             for kind in section.kinds:
                 is_trained = section.takes_steps(kind)
-                is_fixed = kind.is_pretrained and not is_trained and fraction == 1
+                is_fixed = kind.is_pretrained and not is_trained and budget.is_all
                 if is_fixed and seed != section.seeds[0]:
                     continue  # nothing in it depends on the seed
                 steps = 0
                 if is_trained:
                     steps = needed_steps(optim, len(chosen[seed]), "labelled samples")
-                add(Arm(kind, fraction, seed, 0, steps, 0), rows)
+                add(Arm(kind, budget, seed, 0, steps, 0), rows)
     _tell_plan(config, [arm for arm, _ in planned])
     return planned
 
@@ -159,19 +160,19 @@ def kept_arm(arms: Sequence[Arm]) -> Arm | None:
     """Choose the arm whose model is the run's output: the one with the most labels of its kind."""
     for kind in PREFERRED_OUTPUT:
         if candidates := [arm for arm in arms if arm.kind is kind]:
-            return max(candidates, key=lambda arm: arm.fraction)
+            return max(candidates, key=lambda arm: arm.budget)
     return None
 
 
 def mean_metrics(found: dict[Arm, dict[str, float]]) -> dict[str, float]:
-    """`arm/metric`, or `arm-fraction/metric` where there are several: the mean over the seeds.
+    """`arm/metric`, or `arm-budget/metric` where there are several: the mean over the seeds.
 
     With `_std` of several seeds' standard deviation (n - 1).
     """
-    several = len({arm.fraction for arm in found}) > 1
+    several = len({arm.budget for arm in found}) > 1
     values: dict[str, list[float]] = {}
     for arm, metrics in found.items():
-        name = f"{arm.kind}-{arm.fraction:g}" if several else str(arm.kind)
+        name = f"{arm.kind}-{arm.budget}" if several else str(arm.kind)
         for metric, value in metrics.items():
             values.setdefault(f"{name}/{metric}", []).append(value)
     means = {key: float(np.mean(seeds)) for key, seeds in values.items()}
@@ -184,15 +185,15 @@ def mean_metrics(found: dict[Arm, dict[str, float]]) -> dict[str, float]:
 
 
 def arms_table(found: dict[Arm, dict[str, float]]) -> str:
-    """Return a row for each arm and share of the labels: mean and deviation over the seeds."""
+    """Return a row for each arm and label budget: mean and deviation over the seeds."""
     metrics = list(dict.fromkeys(metric for values in found.values() for metric in values))
-    grouped: dict[tuple[ArmKind, float], list[dict[str, float]]] = {}
+    grouped: dict[tuple[ArmKind, LabelBudget], list[dict[str, float]]] = {}
     for arm, values in found.items():
-        grouped.setdefault((arm.kind, arm.fraction), []).append(values)
+        grouped.setdefault((arm.kind, arm.budget), []).append(values)
     lines = [f"| arm | labels | {' | '.join(metrics)} |", "|---|---|" + "---|" * len(metrics)]
-    for (kind, fraction), seeds in grouped.items():
+    for (kind, budget), seeds in grouped.items():
         cells = [_mean_and_spread([s[m] for s in seeds if m in s]) for m in metrics]
-        lines.append(f"| {kind} | {100 * fraction:g} % | {' | '.join(cells)} |")
+        lines.append(f"| {kind} | {budget.text} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 

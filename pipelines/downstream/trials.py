@@ -22,7 +22,7 @@ def trials_of(arms: Sequence[Arm], arm: Arm) -> list[Arm]:
     return [
         other
         for other in arms
-        if other.is_trial and (other.kind, other.fraction) == (arm.kind, arm.fraction)
+        if other.is_trial and (other.kind, other.budget) == (arm.kind, arm.budget)
     ]
 
 
@@ -78,7 +78,7 @@ def rates_table(arms: Sequence[Arm], scores: Scores, metric: str) -> str:
         means = mean_scores(trials, scores, metric)
         tried = ", ".join(f"{rate:g}: {mean:.3f}" for rate, mean in means.items())
         best = f"{best_rate(trials, scores, metric):g}" if means else "none"
-        lines.append(f"| {arm.kind} | {100 * arm.fraction:g} % | {best} | {tried} |")
+        lines.append(f"| {arm.kind} | {arm.budget.text} | {best} | {tried} |")
     if not lines:
         return ""
     head = (

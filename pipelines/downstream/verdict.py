@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from mae_core.data.label_budget import LabelBudget
 from mae_core.evaluation.arms_picture import ArmBar, PairedBar, arms_picture
 from pipelines.config.arms import ArmKind, Trains
 from pipelines.downstream.arms import Arm
@@ -81,11 +82,11 @@ _SUSPECT = (
 
 @dataclass(frozen=True)
 class Comparison:
-    """One kind of arm against another, with one share of the labels."""
+    """One kind of arm against another, with one label budget."""
 
     kind: ArmKind
     other: ArmKind
-    fraction: float
+    budget: LabelBudget
     differences: tuple[float, ...]  # one for each seed
 
     @property
@@ -117,7 +118,7 @@ class Comparison:
         count, error = len(self.differences), self.standard_error
         spread = "" if error is None else f" ± {error:.3f}"
         seeds = "1 seed" if count == 1 else f"{count} seeds"
-        place = f"({seeds}, {100 * self.fraction:g} % of labels)"
+        place = f"({seeds}, {self.budget.phrase})"
         found = f"pretraining {self.mean:+.3f}{spread} over {self.other} {place}"
         if self.other is ArmKind.UNTRAINED:
             found += f", compared by {self.kind}"
@@ -154,10 +155,10 @@ class Verdict(NamedTuple):
     @property
     def metrics(self) -> dict[str, float]:
         """Each paired difference and its standard error, by the name of a metric."""
-        several = len({x.fraction for x in self.compared}) > 1
+        several = len({x.budget for x in self.compared}) > 1
         metrics = {}
         for x in self.compared:
-            share = f"-{x.fraction:g}" if several else ""
+            share = f"-{x.budget}" if several else ""
             metrics[f"over_{x.other}{share}/{self.metric}"] = x.mean
             if x.standard_error is not None:
                 metrics[f"over_{x.other}{share}/{self.metric}_se"] = x.standard_error
@@ -165,22 +166,22 @@ class Verdict(NamedTuple):
 
 
 def judge(found: Found, metric: str, num_classes: int) -> Verdict:
-    """Compare the pretrained arms with those from random weights, for each share of the labels."""
+    """Compare the pretrained arms with those from random weights, for each label budget."""
     compared: list[Comparison] = []
     warned: list[str] = []
-    for fraction in sorted({arm.fraction for arm in found}):
+    for budget in sorted({arm.budget for arm in found}):
         for pairs in _PAIRS:
-            candidates = (_paired(found, metric, fraction, *pair) for pair in pairs)
+            candidates = (_paired(found, metric, budget, *pair) for pair in pairs)
             compared += [x for x in candidates if x is not None][:1]
-        warned += _warnings(found, metric, fraction)
-        warned += _unmoved(found, metric, fraction, num_classes)
+        warned += _warnings(found, metric, budget)
+        warned += _unmoved(found, metric, budget, num_classes)
     return Verdict(metric, tuple(compared), tuple(warned))
 
 
 def _paired(
-    found: Found, metric: str, fraction: float, kind: ArmKind, other: ArmKind
+    found: Found, metric: str, budget: LabelBudget, kind: ArmKind, other: ArmKind
 ) -> Comparison | None:
-    ours, theirs = _by_seed(found, metric, fraction, kind), _by_seed(found, metric, fraction, other)
+    ours, theirs = _by_seed(found, metric, budget, kind), _by_seed(found, metric, budget, other)
     if not ours or not theirs:
         return None
     # With all of the labels, frozen features that are read without steps are the same for every
@@ -188,49 +189,49 @@ def _paired(
     if len(ours) == 1 and kind is ArmKind.LOGISTIC:
         ours = dict.fromkeys(theirs, *ours.values())
     differences = tuple(ours[seed] - theirs[seed] for seed in ours if seed in theirs)
-    return Comparison(kind, other, fraction, differences) if differences else None
+    return Comparison(kind, other, budget, differences) if differences else None
 
 
-def _by_seed(found: Found, metric: str, fraction: float, kind: ArmKind) -> dict[int, float]:
+def _by_seed(found: Found, metric: str, budget: LabelBudget, kind: ArmKind) -> dict[int, float]:
     return {
         arm.seed: values[metric]
         for arm, values in found.items()
-        if arm.kind is kind and arm.fraction == fraction and metric in values
+        if arm.kind is kind and arm.budget == budget and metric in values
     }
 
 
-def _warnings(found: Found, metric: str, fraction: float) -> list[str]:
+def _warnings(found: Found, metric: str, budget: LabelBudget) -> list[str]:
     """Say in words which arms end below another one that they should beat."""
     texts = []
     for kind, other, meaning in _SUSPECT:
-        ours = list(_by_seed(found, metric, fraction, kind).values())
-        theirs = list(_by_seed(found, metric, fraction, other).values())
+        ours = list(_by_seed(found, metric, budget, kind).values())
+        theirs = list(_by_seed(found, metric, budget, other).values())
         if ours and theirs and np.mean(ours) < np.mean(theirs):
             texts.append(
                 f"{kind} ends at {metric} {np.mean(ours):.3f}, below {other} at "
-                f"{np.mean(theirs):.3f} ({100 * fraction:g} % of labels): {meaning}"
+                f"{np.mean(theirs):.3f} ({budget.phrase}): {meaning}"
             )
     return texts
 
 
-def _unmoved(found: Found, metric: str, fraction: float, num_classes: int) -> list[str]:
+def _unmoved(found: Found, metric: str, budget: LabelBudget, num_classes: int) -> list[str]:
     """Say in words which trained arms end where they began.
 
     A classifier begins as the logistic regression on its frozen features, and the head of a
     detector or segmenter begins at chance.
     """
-    place = f"({100 * fraction:g} % of labels)"
+    place = f"({budget.phrase})"
     chance = {"ap": 0.0, "auroc": 0.5}.get(metric, 1 / num_classes)
     texts = []
     for kind in _LEARNS:
-        values = list(_by_seed(found, metric, fraction, kind).values())
+        values = list(_by_seed(found, metric, budget, kind).values())
         if values and np.mean(values) < chance + NEAR_CHANCE:
             texts.append(
                 f"{kind} ends at {metric} {np.mean(values):.3f}, where a guess is {chance:.3f} "
                 f"{place}: it learned nothing; try more steps and other optim.base_lr"
             )
     for tuned, start in _BEGINS_AS.items():
-        pair = _paired(found, metric, fraction, tuned, start)
+        pair = _paired(found, metric, budget, tuned, start)
         if pair is not None and abs(pair.mean) < UNMOVED:
             texts.append(
                 f"{tuned} ends where it began, at the {metric} of {start} {place}: fine-tuning "
@@ -244,10 +245,10 @@ def verdict_picture(found: Found, verdict: Verdict, title: str) -> npt.NDArray[n
     grouped: dict[str, list[float]] = {}
     for arm, values in found.items():
         if verdict.metric in values:
-            label = f"{arm.kind}, {100 * arm.fraction:g} %"
+            label = f"{arm.kind}, {arm.budget.text}"
             grouped.setdefault(label, []).append(values[verdict.metric])
     pairs = [
-        PairedBar(f"over {x.other}, {100 * x.fraction:g} %", x.mean, x.standard_error)
+        PairedBar(f"over {x.other}, {x.budget.text}", x.mean, x.standard_error)
         for x in verdict.compared
     ]
     arms = [ArmBar(label, values) for label, values in grouped.items()]

@@ -13,6 +13,7 @@ from sklearn.metrics import (
 from torch import Tensor
 from torchmetrics.functional.classification import multiclass_calibration_error
 
+from mae_core.data.label_budget import LabelBudget
 from mae_core.evaluation import classifier_report
 from mae_core.evaluation.classifier_report import (
     ClassificationScores,
@@ -240,9 +241,9 @@ def test_images_of_any_kind_are_shown() -> None:
 
 
 ROWS = [
-    ("finetune", 1.0, [0.9, 0.92, 0.91]),
-    ("finetune", 0.01, [0.5, 0.6]),
-    ("linear", 0.01, [0.55]),
+    ("finetune", LabelBudget(1.0), [0.9, 0.92, 0.91]),
+    ("finetune", LabelBudget(0.01), [0.5, 0.6]),
+    ("linear", LabelBudget(0.01), [0.55]),
 ]
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mae_core.config import ModelConfig
+from mae_core.data.label_budget import LabelBudget
 from mae_core.model.classifier import Classifier
 from mae_core.model.encoder import MaskedEncoder
 from pipelines.classify import ClassifyTask, Prediction
@@ -28,7 +29,7 @@ def make_task(*words: str, num_classes: int = 4) -> ClassifyTask:
 
 
 def make_arm(kind: ArmKind) -> Arm:
-    return Arm(kind, 1.0, 0, 10, 1, 0)
+    return Arm(kind, LabelBudget(1.0), 0, 10, 1, 0)
 
 
 def make_batch(targets: list[Any], weights: list[float]) -> Batch:

@@ -10,6 +10,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from mae_core.config import ModelConfig
+from mae_core.data.label_budget import LabelBudget
 from mae_core.model.detector import DetectionLosses, Detections
 from pipelines.config.arms import ArmKind
 from pipelines.config.downstream import DetectConfig
@@ -18,7 +19,7 @@ from pipelines.detect import DetectTask
 from pipelines.downstream.arms import Arm
 from pipelines.downstream.task import Batch, EncodedSample, TaskInfo
 
-ARM = Arm(ArmKind.FINETUNE, 1.0, 0, 10, 1, 0)
+ARM = Arm(ArmKind.FINETUNE, LabelBudget(1.0), 0, 10, 1, 0)
 
 
 def make_task() -> DetectTask:

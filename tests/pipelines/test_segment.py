@@ -10,6 +10,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from mae_core.config import ModelConfig
+from mae_core.data.label_budget import LabelBudget
 from mae_core.data.samples import DataError
 from pipelines.config.arms import ArmKind
 from pipelines.config.downstream import SegmentConfig
@@ -18,7 +19,7 @@ from pipelines.downstream.arms import Arm
 from pipelines.downstream.task import Batch, EncodedSample, TaskInfo
 from pipelines.segment import SegmentTask, _summarize
 
-ARM = Arm(ArmKind.FINETUNE, 1.0, 0, 10, 1, 0)
+ARM = Arm(ArmKind.FINETUNE, LabelBudget(1.0), 0, 10, 1, 0)
 NAMES = ("ground", "tree")
 
 

@@ -42,6 +42,17 @@ def test_steps_of_tuning_are_those_of_all_arms() -> None:
     assert chain_plan._num_steps(config, 1000) == 2 * 3 * (31 + 3)
 
 
+def test_steps_of_few_shot_arms_are_not_known_beforehand() -> None:
+    config = ClassifyConfig.model_validate(
+        {
+            "init_from": "x",
+            "data": {"train": "a", "val": "b"},
+            "classify": {"arms": ["finetune"], "labels_per_class": [5]},
+        }
+    )
+    assert chain_plan._num_steps(config, 1000) is None
+
+
 def test_steps_of_trials_of_learning_rates_are_counted() -> None:
     config = ClassifyConfig.model_validate(
         {

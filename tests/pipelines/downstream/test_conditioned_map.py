@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mae_core.config import ModelConfig
+from mae_core.data.label_budget import LabelBudget
 from mae_core.model.dense import DenseModel, MapOptions
 from pipelines.config.arms import ArmKind
 from pipelines.config.downstream import DetectConfig, SegmentConfig
@@ -34,7 +35,7 @@ def make_segment(*words: str) -> SegmentTask:
 
 
 def make_arm(kind: ArmKind) -> Arm:
-    return Arm(kind, 1.0, 0, 10, 1, 0)
+    return Arm(kind, LabelBudget(1.0), 0, 10, 1, 0)
 
 
 class Encoder(nn.Module):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from mae_core.data.label_budget import LabelBudget
 from mae_core.data.manifest import Manifest, ShardInfo
 from mae_core.data.samples import DataError
 from pipelines.config.arms import ArmKind
@@ -48,7 +49,7 @@ def make_manifest(*counts: int) -> Manifest:
 
 
 def make_arm(name: str, fraction: float = 1.0, seed: int = 0, steps: int = 1) -> Arm:
-    return Arm(ArmKind[name.upper()], fraction, seed, 10, steps, 0)
+    return Arm(ArmKind[name.upper()], LabelBudget(fraction), seed, 10, steps, 0)
 
 
 def test_arms_follow_one_another_without_a_gap() -> None:
@@ -162,6 +163,19 @@ def test_several_shares_are_told_apart_by_name() -> None:
     assert mean_metrics(found) == {"knn-0.01/top1": 0.01, "knn-1/top1": 1.0}
 
 
+def test_few_shot_arms_train_on_so_many_of_each_class() -> None:
+    config = make_config("classify.arms=[finetune]", "classify.labels_per_class=[5,1]")
+    planned = plan_arms(config, make_manifest(6, 14), ["cat"] * 10 + ["dog"] * 7 + ["fox"] * 3)
+    assert [arm.label for arm, _ in planned] == ["finetune-1shot-seed0", "finetune-5shot-seed0"]
+    assert [arm.num_samples for arm, _ in planned] == [3, 13]
+
+
+@pytest.mark.parametrize("counts", ["[0]", "[5,5]", "[-1]"])
+def test_a_number_of_labels_that_cannot_be_meant_is_a_config_error(counts: str) -> None:
+    with pytest.raises(ConfigError, match=r"labels_per_class=.*give different numbers from 1 on"):
+        make_config(f"classify.labels_per_class={counts}")
+
+
 def test_the_table_has_a_row_for_each_arm_and_share() -> None:
     found = {
         make_arm("finetune", seed=0): {"ap": 0.5, "ap50": 0.75},
@@ -178,10 +192,10 @@ def test_the_table_has_a_row_for_each_arm_and_share() -> None:
 
 def test_each_step_is_of_the_arm_that_trains_it() -> None:
     arms = [
-        Arm(ArmKind.KNN, 1.0, 0, 10, 0, 0),
-        Arm(ArmKind.FINETUNE, 1.0, 0, 10, 3, 0),
-        Arm(ArmKind.LOGISTIC, 1.0, 0, 10, 0, 3),
-        Arm(ArmKind.SCRATCH, 1.0, 0, 10, 2, 3),
+        Arm(ArmKind.KNN, LabelBudget(1.0), 0, 10, 0, 0),
+        Arm(ArmKind.FINETUNE, LabelBudget(1.0), 0, 10, 3, 0),
+        Arm(ArmKind.LOGISTIC, LabelBudget(1.0), 0, 10, 0, 3),
+        Arm(ArmKind.SCRATCH, LabelBudget(1.0), 0, 10, 2, 3),
     ]
     names = [arm_of_step(arms, step).kind for step in range(1, 6)]
     assert names == ["finetune", "finetune", "finetune", "scratch", "scratch"]

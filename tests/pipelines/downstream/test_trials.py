@@ -2,6 +2,7 @@
 
 import pytest
 
+from mae_core.data.label_budget import LabelBudget
 from mae_core.data.samples import DataError
 from pipelines.config.arms import ArmKind
 from pipelines.downstream.arms import Arm
@@ -9,7 +10,7 @@ from pipelines.downstream.trials import best_rate, held_rows, rates_table, trial
 
 
 def make_arm(seed: int, rate: float | None = None, kind: ArmKind = ArmKind.FINETUNE) -> Arm:
-    return Arm(kind, 0.1, seed, 10, 1, 0, rate)
+    return Arm(kind, LabelBudget(0.1), seed, 10, 1, 0, rate)
 
 
 TRIALS = [make_arm(seed, rate) for seed in (0, 1) for rate in (0.1, 0.3)]
@@ -36,7 +37,7 @@ def test_a_rate_that_a_seed_could_not_measure_is_not_chosen() -> None:
 
 def test_trials_are_of_the_same_kind_and_share() -> None:
     other = make_arm(0, 0.1, ArmKind.SCRATCH)
-    share = make_arm(0, 0.1)._replace(fraction=1.0)
+    share = make_arm(0, 0.1)._replace(budget=LabelBudget(1.0))
     assert trials_of([*TRIALS, other, share, make_arm(0)], make_arm(1)) == TRIALS
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+from mae_core.data.label_budget import LabelBudget
 from mae_core.data.manifest import Manifest, ShardInfo
 from mae_core.data.pixels import CorruptSampleError
 from pipelines.config.arms import ArmKind
@@ -23,7 +24,7 @@ from pipelines.reading.sequence import SequencePlan
 from pipelines.training.process import Process
 from pipelines.training.run_folder import RunFolder
 
-FINETUNE = Arm(ArmKind.FINETUNE, 1.0, 0, 80, 20, 5)
+FINETUNE = Arm(ArmKind.FINETUNE, LabelBudget(1.0), 0, 80, 20, 5)
 ENCODER = SimpleNamespace(
     model=SimpleNamespace(img_size=(2, 2), in_chans=3),
     channel_mean=(0.5, 0.5, 0.5),
@@ -55,7 +56,7 @@ def make_task(folder: Path, *words: str) -> TuningTask:
     batch = ["optim.global_batch_size=8", "optim.micro_batch_size=4", "optim.base_lr=1"]
     job: Any = SimpleNamespace(
         config=load_config(ClassifyConfig, [], [*needed, *batch, *words], {}),
-        arms=(Arm(ArmKind.LINEAR, 1.0, 0, 80, 5, 0), FINETUNE),
+        arms=(Arm(ArmKind.LINEAR, LabelBudget(1.0), 0, 80, 5, 0), FINETUNE),
         make_task=FakeTask,
         encoder=ENCODER,
         targets=("cls",),

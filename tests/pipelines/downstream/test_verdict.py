@@ -2,6 +2,7 @@
 
 import pytest
 
+from mae_core.data.label_budget import LabelBudget
 from pipelines.config.arms import ArmKind
 from pipelines.downstream.arms import Arm
 from pipelines.downstream.verdict import judge, verdict_picture
@@ -12,7 +13,7 @@ Found = dict[Arm, dict[str, float]]
 def results(metric: str, fraction: float = 0.1, **values: list[float]) -> Found:
     """Arms by kind, with a value for each seed."""
     return {
-        Arm(ArmKind[kind.upper()], fraction, seed, 10, 1, 0): {metric: value}
+        Arm(ArmKind[kind.upper()], LabelBudget(fraction), seed, 10, 1, 0): {metric: value}
         for kind, of_seeds in values.items()
         for seed, value in enumerate(of_seeds)
     }
