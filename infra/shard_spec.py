@@ -1,5 +1,6 @@
 """Find the shards of a specification: a folder, a tar, a pattern, or a list of these."""
 
+from collections import Counter
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 
@@ -29,8 +30,7 @@ def expand_shards(spec: str | Sequence[str]) -> list[str]:
     shards = [shard for entry in as_entries(spec) for shard in _expand_entry(entry)]
     if not shards:
         raise storage.NoShardsError("the list of shards is empty")
-    seen: set[str] = set()
-    twice = [shard for shard in shards if shard in seen or seen.add(shard)]  # type: ignore[func-returns-value]
+    twice = [shard for shard, count in Counter(shards).items() if count > 1]
     if twice:
         raise ValueError(f"{len(twice)} shards are named twice, the first is {twice[0]}")
     return shards

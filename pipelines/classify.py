@@ -19,7 +19,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 from functools import partial
-from typing import Any, Literal, NamedTuple, cast
+from typing import Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -59,6 +59,7 @@ from mae_core.evaluation.classifier_report import (
 )
 from mae_core.evaluation.linear_probe import fit_linear_probe
 from mae_core.model.classifier import Classifier, build_classifier
+from mae_core.model.encoder import MaskedEncoder
 from mae_core.optim import build_lars
 from mae_core.train_step import BatchLoss
 from pipelines.config.arms import ArmKind
@@ -73,6 +74,7 @@ from pipelines.downstream.task import (
     EncodedSample,
     Evaluation,
     Example,
+    FitInput,
     TaskInfo,
 )
 from pipelines.outcome import ConfigError, StageResult
@@ -159,9 +161,12 @@ def _classes(section: ClassifySection, data: LabelledData, train: Sequence[_RawL
     return classes_by_name(ours, theirs, given)
 
 
+Label = npt.NDArray[np.int64]  # () a class, or (K,) 0 and 1 for each finding
+
+
 class Prediction(NamedTuple):
     values: npt.NDArray[np.float32]  # logits (K,), or features (D,) where nothing is trained
-    label: npt.NDArray[np.int64]  # () a class, or (K,) 0 and 1
+    label: Label
     place: tuple[int, int]
     attention: npt.NDArray[np.float32] | None = None  # (h, w), of some images of an attentive probe
 
@@ -174,7 +179,7 @@ class ClassifyTask:
         self.section = config.classify
         self.info = info
 
-    def training_example(self, sample: EncodedSample, arm: Arm) -> Example:
+    def training_example(self, sample: EncodedSample, arm: Arm) -> Example[Label]:
         section, model = self.section, self.info.model
         label = self._label(sample)
         spec = ViewSpec(arm.seed, model.in_chans, model.img_size, section.crop_scale, section.flip)
@@ -184,13 +189,13 @@ class ClassifyTask:
             pixels = rand_augment(pixels, generator, magnitude=section.rand_augment)
         return Example(pixels, label)
 
-    def validation_example(self, sample: EncodedSample) -> Example:
+    def validation_example(self, sample: EncodedSample) -> Example[Label]:
         label = self._label(sample)
         pixels = decode_image(sample.image, self.info.model.in_chans)
         size, share = self.info.model.img_size, self.section.eval_crop
         return Example(center_crop(pixels, size, share), label)
 
-    def _label(self, sample: EncodedSample) -> npt.NDArray[np.int64]:
+    def _label(self, sample: EncodedSample) -> Label:
         names = self.info.names
         raw = read_labels(sample.target, sample.where, key=self.section.label_key)
         indices = class_indices(raw, sample.where, names, self.info.numbers.get(sample.folder))
@@ -200,7 +205,7 @@ class ClassifyTask:
         label[list(indices)] = 1
         return label
 
-    def build_model(self, encoder: nn.Module, arm: Arm) -> nn.Module:
+    def build_model(self, encoder: MaskedEncoder, arm: Arm) -> nn.Module:
         if not self.section.takes_steps(arm.kind):
             return encoder
         blocks = self.section.trainable_blocks
@@ -212,22 +217,23 @@ class ClassifyTask:
             trainable_blocks=blocks if arm.kind is ArmKind.FINETUNE else None,
         )
 
-    def start(self, arm: Arm) -> ArmStart | None:
+    def start(self, arm: Arm) -> ArmStart[Label] | None:
         """Fit the head as a logistic regression; the linear probe keeps the paper's recipe."""
         if self.section.head_start == "zero" or arm.kind is ArmKind.LINEAR:
             return None
-        return ArmStart(MAX_START_IMAGES, _head_inputs, partial(self._fit_head, seed=arm.seed))
+        return ArmStart(MAX_START_IMAGES, _fit_inputs, partial(self._fit_head, seed=arm.seed))
 
-    def _fit_head(self, model: nn.Module, inputs: list[Prediction], *, seed: int) -> None:
+    def _fit_head(self, model: nn.Module, inputs: list[FitInput], *, seed: int) -> None:
+        assert isinstance(model, Classifier)
         features = torch.from_numpy(np.stack([x.values for x in inputs]))
-        labels = torch.from_numpy(np.stack([x.label for x in inputs]))
+        labels = torch.from_numpy(np.stack([x.label for x in inputs if x.label is not None]))
         std = features.std(dim=0, correction=0)
         # A feature that hardly varies is left out: standardised, it would be mostly noise.
         features = features * (std > SMALLEST_SPREAD * std.median())
         # An overconfident head would be unlearned first, so its probabilities have to be right.
         num_classes = len(self.info.names)
         probe = fit_linear_probe(features, labels, num_classes=num_classes, seed=seed)
-        cast(Classifier, model).start_from(**probe._asdict())
+        model.start_from(**probe._asdict())
 
     def build_optimizer(self, model: nn.Module, arm: Arm) -> torch.optim.Optimizer:
         if arm.kind is ArmKind.LINEAR:
@@ -239,7 +245,7 @@ class ClassifyTask:
         is_linear = arm.kind is ArmKind.LINEAR
         return self.config.optim.scaled(self.section.linear_base_lr if is_linear else base_lr)
 
-    def loss(self, model: nn.Module, batch: Batch, arm: Arm) -> BatchLoss:
+    def loss(self, model: nn.Module, batch: Batch[Label], arm: Arm) -> BatchLoss:
         images, targets = self.augmented(batch, arm)
         logits = model(images).float()
         if self.section.labels == "many":
@@ -249,7 +255,7 @@ class ClassifyTask:
         loss = (losses * batch.weights).sum() / len(batch.weights)
         return BatchLoss(loss, batch.weights.sum())
 
-    def augmented(self, batch: Batch, arm: Arm) -> tuple[Tensor, Tensor]:
+    def augmented(self, batch: Batch[Label], arm: Arm) -> tuple[Tensor, Tensor]:
         """Return images and (B, K) targets, erased and mixed if the arm is fine-tuned.
 
         An image is mixed with its neighbour in the global batch, by draws of the pair's own, so
@@ -278,7 +284,7 @@ class ClassifyTask:
                 )
                 for place, image in enumerate(images, batch.first)
             ]
-            images = torch.stack(cast(list[Tensor], erased))
+            images = torch.stack(erased)
         if is_tuned and section.mixes:
             mixed = [
                 mix_batch(
@@ -295,7 +301,7 @@ class ClassifyTask:
         return images, targets
 
     def predict(
-        self, model: nn.Module, images: Tensor, examples: Sequence[Example]
+        self, model: nn.Module, images: Tensor, examples: Sequence[Example[Label]]
     ) -> list[Prediction]:
         if not isinstance(model, Classifier):
             values = encode_features(model, images, pool=self.section.pool)
@@ -313,7 +319,7 @@ class ClassifyTask:
         self,
         predictions: list[Prediction],
         arm: Arm,
-        read: Callable[[tuple[int, int]], Example],
+        read: Callable[[tuple[int, int]], Example[Label]],
         training: list[Prediction],
     ) -> Evaluation:
         values = torch.from_numpy(np.stack([p.values for p in predictions]))
@@ -346,7 +352,7 @@ class ClassifyTask:
         logits: Tensor,
         labels: Tensor,
         arm: Arm,
-        read: Callable[[tuple[int, int]], Example],
+        read: Callable[[tuple[int, int]], Example[Label]],
     ) -> Evaluation:
         names, title = self.info.names, self._title(arm)
         scores = score_classification(logits, labels, names)
@@ -398,11 +404,15 @@ def _is_attended(place: tuple[int, int]) -> bool:
     return place[0] == 0 and place[1] < NUM_ATTENDED
 
 
-def _head_inputs(model: nn.Module, images: Tensor, examples: Sequence[Example]) -> list[Prediction]:
-    return _with_labels(cast(Classifier, model).features(images), examples)
+def _fit_inputs(
+    model: nn.Module, images: Tensor, examples: Sequence[Example[Label]]
+) -> list[FitInput]:
+    assert isinstance(model, Classifier)
+    features = model.features(images).float().cpu().numpy()
+    return [FitInput(row, x.target) for row, x in zip(features, examples, strict=True)]
 
 
-def _with_labels(values: Tensor, examples: Sequence[Example]) -> list[Prediction]:
+def _with_labels(values: Tensor, examples: Sequence[Example[Label]]) -> list[Prediction]:
     return [
         Prediction(row, example.target, example.place or (0, 0))
         for row, example in zip(values.float().cpu().numpy(), examples, strict=True)
@@ -431,7 +441,7 @@ def _summarize(
     for arm, metrics in found.items():
         if metric in metrics:
             grouped.setdefault((arm.kind, arm.budget), []).append(metrics[metric])
-    rows: list[Any] = [(str(kind), budget, values) for (kind, budget), values in grouped.items()]
+    rows = [(str(kind), budget, values) for (kind, budget), values in grouped.items()]
     shown = {"top1": "top-1 accuracy", "auroc": "mean AUROC"}[metric]
     pictures = {}
     if rows and len(config.classify.label_budgets) > 1:

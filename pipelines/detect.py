@@ -18,7 +18,7 @@ if __name__ == "__main__":  # run as a file: import the package, not the files b
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -49,7 +49,7 @@ from mae_core.model.detector import (
     box_targets,
     build_detector,
 )
-from mae_core.model.feature_pyramid import MapEncoder
+from mae_core.model.encoder import MaskedEncoder
 from mae_core.train_step import BatchLoss
 from pipelines.config.downstream import DetectConfig, DetectSection
 from pipelines.downstream import run as downstream
@@ -200,7 +200,7 @@ class DetectTask:
         self.numbers = {number: label for label, number in enumerate(info.identifiers)}
         self.names = info.names
 
-    def training_example(self, sample: EncodedSample, arm: Arm) -> Example:
+    def training_example(self, sample: EncodedSample, arm: Arm) -> Example[_Wanted]:
         original = decode_image(sample.image, self.info.model.in_chans)
         generator = sample_generator(arm.seed, sample.epoch, sample.key)
         view, boxes = detection_view(
@@ -214,7 +214,7 @@ class DetectTask:
         )
         return Example(view.pixels, _Wanted(boxes, view.part, int(generator.integers(2**31))))
 
-    def validation_example(self, sample: EncodedSample) -> Example:
+    def validation_example(self, sample: EncodedSample) -> Example[_Truth]:
         original = decode_image(sample.image, self.info.model.in_chans)
         boxes = self._boxes(sample, original.shape)
         view = fitted_view(original, self.info.model.img_size, self.info.channel_mean)
@@ -224,10 +224,10 @@ class DetectTask:
         numbers = self.info.numbers.get(sample.folder, self.numbers)
         return parse_boxes(sample.target, sample.where, numbers, picture=picture)
 
-    def build_model(self, encoder: nn.Module, arm: Arm) -> nn.Module:
+    def build_model(self, encoder: MaskedEncoder, arm: Arm) -> nn.Module:
         section = self.section
         return build_detector(
-            cast(MapEncoder, encoder),
+            encoder,
             num_classes=len(self.names),
             head=section.head,
             img_size=self.info.model.img_size,
@@ -237,7 +237,7 @@ class DetectTask:
             options=MapOptions(section.window, not arm.kind.trains_encoder, section.conditioning),
         )
 
-    def start(self, arm: Arm) -> ArmStart | None:
+    def start(self, arm: Arm) -> ArmStart[_Truth] | None:
         return conditioning_start(self.section.conditioning, _places)
 
     def build_optimizer(self, model: nn.Module, arm: Arm) -> torch.optim.Optimizer:
@@ -246,30 +246,29 @@ class DetectTask:
     def peak_learning_rate(self, arm: Arm, base_lr: float) -> float:
         return self.config.optim.scaled(base_lr)
 
-    def loss(self, model: nn.Module, batch: Batch, arm: Arm) -> BatchLoss:
-        there = [i for i, target in enumerate(batch.targets) if target is not None]
+    def loss(self, model: nn.Module, batch: Batch[_Wanted], arm: Arm) -> BatchLoss:
+        there = {i: target for i, target in enumerate(batch.targets) if target is not None}
         # The loss is a mean over what the detector counts, so holes leave no gap in it.
         num_samples = torch.ones_like(batch.weights).sum()
         if not there:  # every worker has to take part: a blank image, that counts nothing
             sums, divisor = model(batch.images[:1], [box_targets(_no_boxes(), batch.images.device)])
             blank = torch.stack(list(sums.values())).sum()
             return BatchLoss(0.0 * blank, num_samples, 0.0 * divisor)
-        wanted: list[_Wanted] = [batch.targets[i] for i in there]
         targets = [
-            box_targets(w.boxes, batch.images.device, picture=w.part, seed=w.seed) for w in wanted
+            box_targets(w.boxes, batch.images.device, picture=w.part, seed=w.seed)
+            for w in there.values()
         ]
-        sums, divisor = model(batch.images[there], targets)
+        sums, divisor = model(batch.images[list(there)], targets)
         return BatchLoss(torch.stack(list(sums.values())).sum(), num_samples, divisor)
 
     def predict(
-        self, model: nn.Module, images: Tensor, examples: Sequence[Example]
+        self, model: nn.Module, images: Tensor, examples: Sequence[Example[_Truth]]
     ) -> list[Prediction]:
+        assert isinstance(model, Detector)
         parts = [example.target.part for example in examples]
         predictions = []
-        for found, example in zip(
-            cast(Detector, model).detect(images, parts), examples, strict=True
-        ):
-            truth: _Truth = example.target
+        for found, example in zip(model.detect(images, parts), examples, strict=True):
+            truth = example.target
             boxes = found.boxes.cpu() / torch.tensor(truth.scale * 2)
             there = Detections(boxes, found.scores.cpu(), found.labels.cpu())
             place = example.place or (0, 0)
@@ -280,7 +279,7 @@ class DetectTask:
         self,
         predictions: list[Prediction],
         arm: Arm,
-        read: Callable[[tuple[int, int]], Example],
+        read: Callable[[tuple[int, int]], Example[_Truth]],
         training: list[Prediction],
     ) -> Evaluation:
         truths = [p.truth for p in predictions]
@@ -308,7 +307,7 @@ class DetectTask:
 
 
 def _places(
-    model: DenseModel, images: Tensor, examples: Sequence[Example], limit: int
+    model: DenseModel, images: Tensor, examples: Sequence[Example[_Truth]], limit: int
 ) -> list[Tensor]:
     return model.sampled_places(images, [example.target.part for example in examples], limit=limit)
 

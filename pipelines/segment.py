@@ -19,7 +19,7 @@ import logging
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -54,7 +54,7 @@ from mae_core.evaluation.segmentation import (
 )
 from mae_core.evaluation.segmentation_ceiling import oracle_classes
 from mae_core.model.dense import DenseModel, MapOptions
-from mae_core.model.feature_pyramid import MapEncoder
+from mae_core.model.encoder import MaskedEncoder
 from mae_core.model.segmenter import (
     build_segmenter,
     central_window,
@@ -293,7 +293,7 @@ class SegmentTask:
         self.section = config.segment
         self.info = info
 
-    def training_example(self, sample: EncodedSample, arm: Arm) -> Example:
+    def training_example(self, sample: EncodedSample, arm: Arm) -> Example[_Truth]:
         pixels, truth = self._decode(sample)
         view, classes = segmentation_view(
             pixels,
@@ -306,7 +306,7 @@ class SegmentTask:
         )
         return Example(view, _Truth(classes, None))
 
-    def validation_example(self, sample: EncodedSample) -> Example:
+    def validation_example(self, sample: EncodedSample) -> Example[_Truth]:
         return Example(*self._decode(sample))
 
     def _decode(self, sample: EncodedSample) -> tuple[npt.NDArray[np.uint8], _Truth]:
@@ -315,9 +315,9 @@ class SegmentTask:
         check_same_size(pixels, classes, sample.where)
         return pixels, _Truth(classes, instances)
 
-    def build_model(self, encoder: nn.Module, arm: Arm) -> nn.Module:
+    def build_model(self, encoder: MaskedEncoder, arm: Arm) -> nn.Module:
         return build_segmenter(
-            cast(MapEncoder, encoder),
+            encoder,
             num_classes=len(self.info.names),
             head=self.section.head,
             stride=self.section.stride,
@@ -327,11 +327,11 @@ class SegmentTask:
             ),
         )
 
-    def start(self, arm: Arm) -> ArmStart | None:
+    def start(self, arm: Arm) -> ArmStart[_Truth] | None:
         return conditioning_start(self.section.conditioning, self._places)
 
     def _places(
-        self, model: DenseModel, images: Tensor, examples: Sequence[Example], limit: int
+        self, model: DenseModel, images: Tensor, examples: Sequence[Example[_Truth]], limit: int
     ) -> list[Tensor]:
         """Sample the map of a window, because a whole picture has other positions."""
         return model.sampled_places(central_window(images, self.info.model.img_size), limit=limit)
@@ -342,7 +342,7 @@ class SegmentTask:
     def peak_learning_rate(self, arm: Arm, base_lr: float) -> float:
         return self.config.optim.scaled(base_lr)
 
-    def loss(self, model: nn.Module, batch: Batch, arm: Arm) -> BatchLoss:
+    def loss(self, model: nn.Module, batch: Batch[_Truth], arm: Arm) -> BatchLoss:
         hole = np.full(self.info.model.img_size, IGNORE, np.uint8)
         maps = [hole if target is None else target.classes for target in batch.targets]
         targets = torch.from_numpy(np.stack(maps)).long().to(batch.images.device)
@@ -353,7 +353,7 @@ class SegmentTask:
         return BatchLoss(loss, batch.weights.sum())
 
     def predict(
-        self, model: nn.Module, images: Tensor, examples: Sequence[Example]
+        self, model: nn.Module, images: Tensor, examples: Sequence[Example[_Truth]]
     ) -> list[Prediction]:
         crop = self.info.model.img_size
         stride = _window_stride(self.section, crop)
@@ -364,7 +364,7 @@ class SegmentTask:
             for classes, example in zip(maps, examples, strict=True)
         ]
 
-    def _prediction(self, classes: Tensor, example: Example) -> Prediction:
+    def _prediction(self, classes: Tensor, example: Example[_Truth]) -> Prediction:
         place = example.place or (0, 0)
         found = classes.numpy()
         score = _score(self.section, found, example.target)
@@ -375,7 +375,7 @@ class SegmentTask:
         self,
         predictions: list[Prediction],
         arm: Arm,
-        read: Callable[[tuple[int, int]], Example],
+        read: Callable[[tuple[int, int]], Example[_Truth]],
         training: list[Prediction],
     ) -> Evaluation:
         metrics = _metrics(predictions, self.info.names)

@@ -210,8 +210,9 @@ def _is_crowd(item: dict[str, Any]) -> bool:
 
 def _is_number(value: object) -> bool:
     """Return whether a value is a finite number of valid size; comparing NaN gives False too."""
-    is_real = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return is_real and abs(value) < _LARGEST_PX  # type: ignore[arg-type]
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    return abs(value) < _LARGEST_PX
 
 
 class BoxView(NamedTuple):

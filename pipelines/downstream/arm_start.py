@@ -8,12 +8,16 @@ import torch.distributed
 from torch import nn
 
 from pipelines.downstream.measuring import Measurer, Shards
-from pipelines.downstream.task import ArmStart
+from pipelines.downstream.task import ArmStart, PredictionT, TruthT
 from pipelines.reading.shards import Rows
 
 
 def fit_start(
-    start: ArmStart, model: nn.Module, measurer: Measurer, shards: Shards, rows: tuple[Rows, ...]
+    start: ArmStart[TruthT],
+    model: nn.Module,
+    measurer: Measurer[TruthT, PredictionT],
+    shards: Shards,
+    rows: tuple[Rows, ...],
 ) -> None:
     """Read the images, fit the model to them on rank 0, and copy its values to the other workers.
 
@@ -26,12 +30,10 @@ def fit_start(
     """
     if not start.of_arm:
         rows = tuple(range(shard.num_samples) for shard in shards)
-    outputs = measurer.predictions(
-        model, shards, evenly_spaced(rows, start.num_images), start.outputs
-    )
+    inputs = measurer.outputs(model, shards, evenly_spaced(rows, start.num_images), start.inputs)
     with torch.no_grad():
-        if outputs is not None:
-            start.fit(model, outputs)
+        if inputs is not None:
+            start.fit(model, inputs)
         if measurer.world_size > 1:
             for value in model.state_dict().values():
                 torch.distributed.broadcast(value, 0)

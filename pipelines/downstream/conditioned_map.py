@@ -6,23 +6,22 @@ the labels, and each arm, from random weights too, has one of its own.
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from mae_core.model.dense import ConditioningKind, DenseModel
-from pipelines.downstream.task import ArmStart, Example
+from pipelines.downstream.task import ArmStart, Example, FitInput, TruthT
 
 NUM_IMAGES = 128
 PLACES_PER_IMAGE = 128  # together many times as many vectors as the widest encoder has channels
 
 # Given a model, normalised images, their examples and a limit: the vectors of each image.
-Sample = Callable[[DenseModel, Tensor, Sequence[Example], int], list[Tensor]]
+Sample = Callable[[DenseModel, Tensor, Sequence[Example[TruthT]], int], list[Tensor]]
 
 
-def conditioning_start(kind: ConditioningKind, sample: Sample) -> ArmStart | None:
+def conditioning_start(kind: ConditioningKind, sample: Sample[TruthT]) -> ArmStart[TruthT] | None:
     """Return the fit of the conditioning; None where the map stays as it is."""
     if kind == "none":
         return None
@@ -30,11 +29,14 @@ def conditioning_start(kind: ConditioningKind, sample: Sample) -> ArmStart | Non
 
 
 def _vectors(
-    sample: Sample, model: nn.Module, images: Tensor, examples: Sequence[Example]
-) -> list[Any]:
-    vectors = sample(cast(DenseModel, model), images, examples, PLACES_PER_IMAGE)
-    return [own.cpu().numpy() for own in vectors]
+    sample: Sample[TruthT], model: nn.Module, images: Tensor, examples: Sequence[Example[TruthT]]
+) -> list[FitInput]:
+    assert isinstance(model, DenseModel)
+    vectors = sample(model, images, examples, PLACES_PER_IMAGE)
+    return [FitInput(own.cpu().numpy()) for own in vectors]
 
 
-def _fit(model: nn.Module, vectors: list[Any]) -> None:
-    cast(DenseModel, model).conditioning.fit(torch.from_numpy(np.concatenate(vectors)))
+def _fit(model: nn.Module, inputs: list[FitInput]) -> None:
+    assert isinstance(model, DenseModel)
+    vectors = np.concatenate([image.values for image in inputs])
+    model.conditioning.fit(torch.from_numpy(vectors))

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import groupby
-from typing import Any
+from typing import Generic, TypeVar
 
 import torch
 import torch.distributed
@@ -21,7 +21,14 @@ from mae_core.data.samples import DataError, Sample
 from mae_core.data.transforms import stack_pixels
 from mae_core.data.views import normalize
 from pipelines.downstream.arms import Arm
-from pipelines.downstream.task import EncodedSample, Evaluation, Example, Task
+from pipelines.downstream.task import (
+    EncodedSample,
+    Evaluation,
+    Example,
+    Measured,
+    PredictionT,
+    TruthT,
+)
 from pipelines.reading.batches import too_many_bad
 from pipelines.reading.shards import BrokenSample, Rows, read_chosen, read_samples, target_of
 from pipelines.training.run_folder import RunFolder
@@ -31,7 +38,7 @@ logger = logging.getLogger(__name__)
 ROWS_PER_READ = 32
 
 Shards = tuple[ShardInfo, ...]
-Predict = Callable[[nn.Module, Tensor, Sequence[Example]], list[Any]]
+OutputT = TypeVar("OutputT")
 
 
 class NotMeasuredError(DataError):
@@ -47,10 +54,10 @@ def to_images(
 
 
 @dataclass(frozen=True, eq=False)
-class Measurer:
+class Measurer(Generic[TruthT, PredictionT]):
     """What a worker needs to predict its part of some shards."""
 
-    task: Task
+    task: Measured[TruthT, PredictionT]
     encoder: CheckpointManifest
     targets: tuple[str, ...]  # extensions that hold an image's label
     max_bad_ratio: float
@@ -61,9 +68,10 @@ class Measurer:
     world_size: int
     tell: Callable[[str, int, int], None]  # what is measured, how many pieces of how many
     # By shards and whether the encoder is pretrained: which weights and rows, and the predictions.
-    _kept: dict[tuple[Shards, bool], tuple[int | None, Any, list[Any] | None]] = field(
-        default_factory=dict
-    )
+    _kept: dict[
+        tuple[Shards, bool],
+        tuple[int | None, tuple[Rows, ...] | None, list[PredictionT] | None],
+    ] = field(default_factory=dict)
 
     def features(
         self,
@@ -71,7 +79,7 @@ class Measurer:
         weights: int | None,
         shards: Shards,
         rows: tuple[Rows, ...] | None,
-    ) -> list[Any] | None:
+    ) -> list[PredictionT] | None:
         """Return `predictions`, and keep them until other rows or fresh weights are asked for.
 
         `weights` says which frozen encoder `model` is: the seed of fresh weights, or None for the
@@ -85,15 +93,22 @@ class Measurer:
         return kept[2]
 
     def predictions(
+        self, model: nn.Module, shards: Shards, rows: tuple[Rows, ...] | None
+    ) -> list[PredictionT] | None:
+        """Return the task's predictions for all samples, or for some rows, on rank 0."""
+        return self.outputs(model, shards, rows, self.task.predict)
+
+    def outputs(
         self,
         model: nn.Module,
         shards: Shards,
         rows: tuple[Rows, ...] | None,
-        predict: Predict | None = None,
-    ) -> list[Any] | None:
-        """Return the predictions for all samples, or for some rows, on rank 0.
+        output_of: Callable[[nn.Module, Tensor, Sequence[Example[TruthT]]], list[OutputT]],
+    ) -> list[OutputT] | None:
+        """Return what `output_of` returns for all samples, or for some rows, on rank 0.
 
-        Each rank predicts its part of them. `predict` takes the place of the task's own.
+        Each rank computes its part. `output_of` is called with the model, a batch of images and
+        their examples, and returns one output for each example.
         """
         chosen = rows or tuple(range(shard.num_samples) for shard in shards)
         pieces = [
@@ -103,10 +118,10 @@ class Measurer:
         ]
         was_training = model.training
         model.eval()
-        mine = []
+        mine: list[list[OutputT]] = []
         for place, piece in enumerate(pieces[self.rank :: self.world_size]):
             self.tell("measuring", place * self.world_size, len(pieces))
-            mine.append(self._predict_piece(model, predict or self.task.predict, *piece))
+            mine.append(self._outputs_of_piece(model, output_of, *piece))
         model.train(was_training)
         parts = [mine]
         if self.world_size > 1:
@@ -115,27 +130,32 @@ class Measurer:
         if self.rank != 0:
             return None
         ordered = [parts[i % self.world_size][i // self.world_size] for i in range(len(pieces))]
-        predictions = [prediction for part in ordered for prediction in part]
+        outputs = [output for part in ordered for output in part]
         total = sum(map(len, chosen))
-        num_bad, ratio = total - len(predictions), self.max_bad_ratio
+        num_bad, ratio = total - len(outputs), self.max_bad_ratio
         if too_many_bad(num_bad, total, ratio):
             raise NotMeasuredError(
                 f"{num_bad} of {total} samples of {shards[0].path} and the shards beside it can't "
                 f"be measured, more than data.max_bad_ratio={ratio:g}; the log names them"
             )
-        if not predictions:
+        if not outputs:
             raise NotMeasuredError(f"{shards[0].path}: none of the images can be decoded")
-        return predictions
+        return outputs
 
-    def _predict_piece(
-        self, model: nn.Module, predict: Predict, shards: Shards, number: int, rows: Rows
-    ) -> list[Any]:
+    def _outputs_of_piece(
+        self,
+        model: nn.Module,
+        output_of: Callable[[nn.Module, Tensor, Sequence[Example[TruthT]]], list[OutputT]],
+        shards: Shards,
+        number: int,
+        rows: Rows,
+    ) -> list[OutputT]:
         samples = read_chosen(shards[number], rows)
         read = partial(self._whole_example, shards)
         made = list(self.pool.map(read, [(number, int(row)) for row in rows], samples))
         examples = [example for example in made if example is not None]
         size = self.batch_size
-        predictions: list[Any] = []
+        outputs: list[OutputT] = []
         with torch.no_grad():
             for _, alike in groupby(examples, key=lambda example: example.pixels.shape):
                 whole = list(alike)
@@ -143,10 +163,10 @@ class Measurer:
                     images = to_images(
                         [example.pixels for example in group], self.encoder, self.device
                     )
-                    predictions += predict(model, images, group)
-        return predictions
+                    outputs += output_of(model, images, group)
+        return outputs
 
-    def example_at(self, shards: Shards, place: tuple[int, int]) -> Example:
+    def example_at(self, shards: Shards, place: tuple[int, int]) -> Example[TruthT]:
         """Read a sample again, by its shard and row."""
         (sample,) = read_samples(shards[place[0]], place[1], place[1] + 1)
         example = self._whole_example(shards, place, sample)
@@ -156,8 +176,8 @@ class Measurer:
 
     def _whole_example(
         self, shards: Shards, place: tuple[int, int], row: Sample | BrokenSample
-    ) -> Example | None:
-        """As it is, not augmented; None where it can't be used."""
+    ) -> Example[TruthT] | None:
+        """Return a sample as it is, without augmentation; None where it can't be used."""
         path = shards[place[0]].path
         if isinstance(row, BrokenSample):
             logger.warning("not measured: shard=%s key=%s reason=%s", path, row.key, row.error)

@@ -23,7 +23,14 @@ from pipelines import driver
 from pipelines.config.arms import ArmKind
 from pipelines.config.downstream import DownstreamConfig, TuningOptimConfig
 from pipelines.downstream.arms import Arm, kept_arm, mean_metrics, plan_arms
-from pipelines.downstream.task import Evaluation, Task, TaskInfo
+from pipelines.downstream.task import (
+    Evaluation,
+    PredictionT,
+    Task,
+    TaskInfo,
+    TruthT,
+    WantedT,
+)
 from pipelines.downstream.trials import rates_table
 from pipelines.downstream.tuning import TuningJob, remaining_data
 from pipelines.downstream.verdict import Verdict, judge, verdict_picture
@@ -68,17 +75,19 @@ class Study(NamedTuple):
 
 
 @dataclass(frozen=True)
-class TaskKind(Generic[ConfigT]):
+class TaskKind(Generic[ConfigT, WantedT, TruthT, PredictionT]):
     """What a stage adds to the driver."""
 
     targets: tuple[str, ...]  # extensions that hold the label, the first that is there
     study: Callable[[ConfigT, LabelledData, CheckpointManifest], Study]
-    make_task: Callable[[ConfigT, TaskInfo], Task]
+    make_task: Callable[[ConfigT, TaskInfo], Task[WantedT, TruthT, PredictionT]]
     # All arms' metrics to pictures and tables of the whole run.
     summarize: Callable[[ConfigT, TaskInfo, dict[Arm, dict[str, float]]], Evaluation]
 
 
-def run(config: ConfigT, kind: TaskKind[ConfigT], *, fresh: bool) -> StageResult:
+def run(
+    config: ConfigT, kind: TaskKind[ConfigT, WantedT, TruthT, PredictionT], *, fresh: bool
+) -> StageResult:
     """Train and measure each arm, or go on, or find that it is done; see `training.run.drive`."""
     given = {
         "data.train": config.data.train,
@@ -89,15 +98,17 @@ def run(config: ConfigT, kind: TaskKind[ConfigT], *, fresh: bool) -> StageResult
     return drive(TuningRun(checked(config, given), kind), fresh=fresh)
 
 
-class TuningRun(Generic[ConfigT]):
+class TuningRun(Generic[ConfigT, WantedT, TruthT, PredictionT]):
     """See `pipelines.training.protocol.Run`."""
 
-    def __init__(self, config: ConfigT, kind: TaskKind[ConfigT]) -> None:
+    def __init__(
+        self, config: ConfigT, kind: TaskKind[ConfigT, WantedT, TruthT, PredictionT]
+    ) -> None:
         self.config = config
         self.kind = kind
         self.stage = config.stage
 
-    def open(self, folder: RunFolder) -> "OpenedTuning[ConfigT]":
+    def open(self, folder: RunFolder) -> "OpenedTuning[ConfigT, WantedT, TruthT, PredictionT]":
         config = self.config
         pretrained = fetch_manifest(config.init_from)
         encoder = _at_run_size(config, pretrained)
@@ -111,11 +122,11 @@ class TuningRun(Generic[ConfigT]):
 
 
 @dataclass(frozen=True)
-class OpenedTuning(Generic[ConfigT]):
+class OpenedTuning(Generic[ConfigT, WantedT, TruthT, PredictionT]):
     """See `pipelines.training.protocol.OpenedRun`."""
 
     config: ConfigT
-    kind: TaskKind[ConfigT]
+    kind: TaskKind[ConfigT, WantedT, TruthT, PredictionT]
     folder: RunFolder
     data: LabelledData
     pretrained: CheckpointManifest
@@ -145,9 +156,9 @@ class OpenedTuning(Generic[ConfigT]):
     def reuse(self, done: StageResult) -> StageResult | None:
         return done._replace(status="reused")
 
-    def plan(self) -> "PlannedTuning[ConfigT]":
+    def plan(self) -> "PlannedTuning[ConfigT, WantedT, TruthT, PredictionT]":
         config, kind, data = self.config, self.kind, self.data
-        _check_first_sample(config, self.encoder, data, kind)
+        _check_first_sample(config, self.encoder, data, kind.targets)
         study = kind.study(config, data, self.encoder)
         if len(set(study.names)) < len(study.names):
             raise ConfigError(f"two classes have the same name: {', '.join(sorted(study.names))}")
@@ -165,10 +176,10 @@ class OpenedTuning(Generic[ConfigT]):
 
 
 @dataclass(frozen=True)
-class PlannedTuning(Generic[ConfigT]):
+class PlannedTuning(Generic[ConfigT, WantedT, TruthT, PredictionT]):
     """See `pipelines.training.protocol.PlannedRun`."""
 
-    opened: OpenedTuning[ConfigT]
+    opened: OpenedTuning[ConfigT, WantedT, TruthT, PredictionT]
     info: TaskInfo
     chosen: list[tuple[Arm, tuple[Rows, ...]]]
 
@@ -197,7 +208,7 @@ class PlannedTuning(Generic[ConfigT]):
             pretrained=opened.pretrained.model,
         )
         saved = partial(saved_steps, job.run_uri, job.channel, job.total_steps)
-        read = remaining_data if job.is_trained else None
+        read = partial(remaining_data, job) if job.is_trained else None
         # The other workers wait while the first one measures an arm.
         return Work(partial(fit, job, read, MEASURING_TIMEOUT_S), job.channel, saved)
 
@@ -287,14 +298,17 @@ def _at_run_size(config: DownstreamConfig, found: CheckpointManifest) -> Checkpo
 
 
 def _check_first_sample(
-    config: ConfigT, encoder: CheckpointManifest, data: LabelledData, kind: TaskKind[ConfigT]
+    config: DownstreamConfig,
+    encoder: CheckpointManifest,
+    data: LabelledData,
+    targets: tuple[str, ...],
 ) -> None:
     """Report what is wrong with every sample before anything is started."""
     for key, manifest in (("data.train", data.train), ("data.val", data.val)):
         shard = manifest.shards[0]
         for sample in read_rows(shard, 0, 1):
-            if target_of(sample, kind.targets) is None:
-                wanted = " or ".join(f".{name}" for name in kind.targets)
+            if target_of(sample, targets) is None:
+                wanted = " or ".join(f".{name}" for name in targets)
                 raise DataError(f"{key}: {shard.path}: {sample.key} has no {wanted}")
             try:
                 decode_image(sample.image, encoder.model.in_chans)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, NamedTuple, Protocol
+from typing import Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -11,9 +11,15 @@ from torch import Tensor, nn
 
 from mae_core.config import ModelConfig
 from mae_core.data.pixels import Pixels
+from mae_core.model.encoder import MaskedEncoder
 from mae_core.train_step import BatchLoss
 from pipelines.downstream.arms import Arm
 from pipelines.reading.class_names import Numbers, folder_of
+
+TargetT = TypeVar("TargetT")
+WantedT = TypeVar("WantedT")  # target of a training example: what its loss depends on
+TruthT = TypeVar("TruthT")  # target of a validation example: what a prediction is compared with
+PredictionT = TypeVar("PredictionT")
 
 
 class EncodedSample(NamedTuple):
@@ -32,15 +38,15 @@ class EncodedSample(NamedTuple):
         return f"{self.shard}: {self.key}"
 
 
-class Example(NamedTuple):
+class Example(NamedTuple, Generic[TargetT]):
     """A sample as the model takes it."""
 
     pixels: Pixels  # (H, W, C)
-    target: Any  # the task's own
+    target: TargetT
     place: tuple[int, int] | None = None  # shard and row, of a validation sample
 
 
-class Batch(NamedTuple):
+class Batch(NamedTuple, Generic[WantedT]):
     """One micro batch of one worker, on the device.
 
     What is drawn for an image should depend on its step and place alone, so that the split of a
@@ -48,7 +54,7 @@ class Batch(NamedTuple):
     """
 
     images: Tensor  # (B, C, H, W), normalised; a hole's are zeros
-    targets: list[Any]  # (B,), the task's own; None for a hole
+    targets: list[WantedT | None]  # (B,), None for a hole
     weights: Tensor  # (B,), 0 for a hole
     step: int  # of the arm, from 1
     first: int  # place of the first image in the step's global batch
@@ -73,7 +79,14 @@ class TaskInfo(NamedTuple):
     ceiling: Mapping[str, float] = MappingProxyType({})  # what a perfect model could reach
 
 
-class ArmStart(NamedTuple):
+class FitInput(NamedTuple):
+    """What a fit takes from one image: small enough to be gathered."""
+
+    values: npt.NDArray[np.float32]  # (D,) a vector of the image, or (N, D) of its places
+    label: npt.NDArray[np.int64] | None = None  # where the fit needs one
+
+
+class ArmStart(NamedTuple, Generic[TruthT]):
     """What is fitted to an arm's model before its first step.
 
     The training images are read without augmentation, as `Task.validation_example` gives them,
@@ -84,19 +97,31 @@ class ArmStart(NamedTuple):
     """
 
     num_images: int  # at most
-    outputs: Callable[[nn.Module, Tensor, Sequence[Example]], list[Any]]
-    """Returns what the fit needs of each image of a batch, small enough to be gathered. The first
-    argument is the model, the second the (B, C, H, W) images, normalised, on the device."""
-    fit: Callable[[nn.Module, list[Any]], None]
-    """Changes the model's parameters and buffers in place, given the outputs of all images. It runs
-    on rank 0 alone; the other workers then get its values."""
+    inputs: Callable[[nn.Module, Tensor, Sequence[Example[TruthT]]], list[FitInput]]
+    """Returns what the fit takes from each image of a batch. The first argument is the model, the
+    second the (B, C, H, W) images, normalised, on the device."""
+    fit: Callable[[nn.Module, list[FitInput]], None]
+    """Changes the model's parameters and buffers in place, given the inputs from all images. It
+    runs on rank 0 alone; the other workers then get its values."""
     of_arm: bool = True  # only images whose labels the arm may use; False: any of data.train
 
 
-class Task(Protocol):
-    """All methods but `evaluate` and the fit of `start` run on every worker."""
+class Measured(Protocol[TruthT, PredictionT]):
+    """What a task's models are measured with. Both methods run on every worker."""
 
-    def training_example(self, sample: EncodedSample, arm: Arm) -> Example:
+    def validation_example(self, sample: EncodedSample) -> Example[TruthT]:
+        """Decode a sample as it is, without augmentation; raises as `Task.training_example`."""
+
+    def predict(
+        self, model: nn.Module, images: Tensor, examples: Sequence[Example[TruthT]]
+    ) -> list[PredictionT]:
+        """Return one prediction for each example, with its truth, small enough to be gathered."""
+
+
+class Task(Measured[TruthT, PredictionT], Protocol[WantedT, TruthT, PredictionT]):
+    """What a stage adds. All methods but `evaluate` and the fit of `start` run on every worker."""
+
+    def training_example(self, sample: EncodedSample, arm: Arm) -> Example[WantedT]:
         """Decode and augment. Runs in threads: a function of its arguments.
 
         Raises:
@@ -104,13 +129,10 @@ class Task(Protocol):
             DataError: the label is wrong: the run stops.
         """
 
-    def validation_example(self, sample: EncodedSample) -> Example:
-        """Decode; raises as `training_example`."""
+    def build_model(self, encoder: MaskedEncoder, arm: Arm) -> nn.Module:
+        """Put the arm's head on the encoder; a new head is drawn from torch's global generator."""
 
-    def build_model(self, encoder: nn.Module, arm: Arm) -> nn.Module:
-        """Fresh heads are drawn from torch's global generator."""
-
-    def start(self, arm: Arm) -> ArmStart | None:
+    def start(self, arm: Arm) -> ArmStart[TruthT] | None:
         """Return what is fitted before the arm's first step; None leaves the model as built.
 
         Both an arm with a pretrained encoder and the one from random weights must get the same
@@ -118,26 +140,26 @@ class Task(Protocol):
         """
 
     def build_optimizer(self, model: nn.Module, arm: Arm) -> torch.optim.Optimizer:
-        """Its groups may have `lr_scale`."""
+        """Build the arm's optimizer; its groups may have `lr_scale`."""
 
     def peak_learning_rate(self, arm: Arm, base_lr: float) -> float:
         """Return the arm's largest rate; `base_lr` is the one of the config, or chosen from it."""
 
-    def loss(self, model: nn.Module, batch: Batch, arm: Arm) -> BatchLoss:
+    def loss(self, model: nn.Module, batch: Batch[WantedT], arm: Arm) -> BatchLoss:
         """Compute the loss of a micro batch."""
-
-    def predict(self, model: nn.Module, images: Tensor, examples: Sequence[Example]) -> list[Any]:
-        """One prediction an example, small enough to be gathered; with its truth."""
 
     def evaluate(
         self,
-        predictions: list[Any],
+        predictions: list[PredictionT],
         arm: Arm,
-        read: Callable[[tuple[int, int]], Example],
-        training: list[Any],
+        read: Callable[[tuple[int, int]], Example[TruthT]],
+        training: list[PredictionT],
     ) -> Evaluation:
-        """Metrics and pictures of all predictions.
+        """Compute the metrics of all predictions, and draw their pictures.
 
-        `read` gives a validation example again, by its place. `training` are the predictions for
-        the arm's training samples, if the arm trains nothing.
+        Args:
+            predictions: for all validation samples.
+            arm: whose model made them.
+            read: returns a validation example again, given its place.
+            training: predictions for the arm's training samples, if the arm trains nothing.
         """

@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Generic, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -30,7 +30,16 @@ from pipelines.config.steps import warmup_steps
 from pipelines.downstream.arm_start import fit_start
 from pipelines.downstream.arms import Arm, arm_of_step
 from pipelines.downstream.measuring import Measurer, NotMeasuredError, to_images, write_evaluation
-from pipelines.downstream.task import Batch, EncodedSample, Evaluation, Example, Task
+from pipelines.downstream.task import (
+    Batch,
+    EncodedSample,
+    Evaluation,
+    Example,
+    PredictionT,
+    Task,
+    TruthT,
+    WantedT,
+)
 from pipelines.downstream.trials import best_rate, held_rows, trials_of
 from pipelines.outcome import ConfigError
 from pipelines.reading.batches import BadSample, ahead
@@ -48,11 +57,11 @@ BATCHES_AHEAD = 2
 FORWARD_SPEED = 3  # times that of a step on the same images
 
 
-class TuningJob(NamedTuple):
+class TuningJob(NamedTuple, Generic[WantedT, TruthT, PredictionT]):
     """All that a worker is told."""
 
     config: DownstreamConfig
-    make_task: Callable[[], Task]
+    make_task: Callable[[], Task[WantedT, TruthT, PredictionT]]
     targets: tuple[str, ...]  # extensions that hold an image's label
     classes: tuple[str, ...]
     category_ids: tuple[int, ...]  # of each class, where labels have one
@@ -90,11 +99,11 @@ class TuningJob(NamedTuple):
     def total_steps(self) -> int:
         return self.arms[-1].last_step
 
-    def build_task(self, process: Process) -> "TuningTask":
+    def build_task(self, process: Process) -> "TuningTask[WantedT, TruthT, PredictionT]":
         return TuningTask(self, process)
 
 
-def remaining_data(job: TuningJob) -> ray.data.Dataset:
+def remaining_data(job: TuningJob[WantedT, TruthT, PredictionT]) -> ray.data.Dataset:
     """Return the arms' sequences, one after another, from the newest whole checkpoint on."""
     # Nothing is read while an arm is measured, however long that takes.
     ray.data.DataContext.get_current().execution_no_progress_timeout_s = -1
@@ -124,8 +133,8 @@ def remaining_data(job: TuningJob) -> ray.data.Dataset:
     return sequence_dataset(replace(plan, passes_per_block=passes_per_block(plan, size)))
 
 
-class DecodedExamples(NamedTuple):
-    examples: list[Example | None]  # None for a hole
+class DecodedExamples(NamedTuple, Generic[WantedT]):
+    examples: list[Example[WantedT] | None]  # None for a hole
     bad: list[BadSample]
     rows: pa.Table
 
@@ -134,10 +143,10 @@ class DecodedExamples(NamedTuple):
         return [example is not None for example in self.examples]
 
 
-class TuningTask:
+class TuningTask(Generic[WantedT, TruthT, PredictionT]):
     """See `pipelines.training.process.TrainingTask`; its parts are the run's arms."""
 
-    def __init__(self, job: TuningJob, process: Process) -> None:
+    def __init__(self, job: TuningJob[WantedT, TruthT, PredictionT], process: Process) -> None:
         self.job = job
         self.config = config = job.config
         self.process = process
@@ -224,38 +233,45 @@ class TuningTask:
             self._chosen[part.label] = chosen
         return self._chosen[part.label]
 
-    def decoded(self, tables: Iterable[pa.Table]) -> Iterator[DecodedExamples]:
+    def decoded(self, tables: Iterable[pa.Table]) -> Iterator[DecodedExamples[WantedT]]:
         return ahead(tables, self._decode, BATCHES_AHEAD)
 
-    def _decode(self, table: pa.Table) -> DecodedExamples:
+    def _decode(self, table: pa.Table) -> DecodedExamples[WantedT]:
         position = int(table["position"][0].as_py())
         step = position // self.config.optim.global_batch_size + 1
         arm = arm_of_step(self.job.arms, step)
         columns = [table[n].to_pylist() for n in ("shard", "key", "epoch", "image", "target")]
         samples = [EncodedSample(*values) for values in zip(*columns, strict=True)]
-        made = list(self.pool.map(partial(self._example, arm=arm), samples, table["error"]))
+        made = list(
+            self.pool.map(partial(self._example, arm=arm), samples, table["error"].to_pylist())
+        )
         return DecodedExamples(
             [x if isinstance(x, Example) else None for x in made],
             [x for x in made if isinstance(x, BadSample)],
             table.drop_columns(["image", "target"]),
         )
 
-    def _example(self, sample: EncodedSample, error: Any, arm: Arm) -> Example | BadSample:
-        why = error.as_py()
-        if why is not None:
-            kind = why.partition(":")[0]
-            return BadSample(sample.epoch, sample.shard, sample.key, kind, why)
+    def _example(
+        self, sample: EncodedSample, error: str | None, arm: Arm
+    ) -> Example[WantedT] | BadSample:
+        if error is not None:
+            kind = error.partition(":")[0]
+            return BadSample(sample.epoch, sample.shard, sample.key, kind, error)
         try:
             return self.task.training_example(sample, arm)
         except CorruptSampleError as corrupt:
             return BadSample(sample.epoch, sample.shard, sample.key, corrupt.kind, str(corrupt))
 
-    def batch(self, decoded: DecodedExamples, part: Arm, *, step: int, number: int) -> Batch:
+    def batch(
+        self, decoded: DecodedExamples[WantedT], part: Arm, *, step: int, number: int
+    ) -> Batch[WantedT]:
         process, size = self.process, self.config.optim.micro_batch_size
         first = (number * process.world_size + process.rank) * size
         return self._to_device(decoded.examples, step, first)
 
-    def _to_device(self, examples: Sequence[Example | None], step: int, first: int) -> Batch:
+    def _to_device(
+        self, examples: Sequence[Example[WantedT] | None], step: int, first: int
+    ) -> Batch[WantedT]:
         model, device = self.job.encoder.model, self.process.device
         hole = np.zeros((*model.img_size, model.in_chans), np.uint8)
         pixels = [hole if x is None else x.pixels for x in examples]
@@ -265,7 +281,7 @@ class TuningTask:
         targets = [None if x is None else x.target for x in examples]
         return Batch(images, targets, weights, step, first)
 
-    def loss(self, model: nn.Module, batch: Batch, part: Arm) -> BatchLoss:
+    def loss(self, model: nn.Module, batch: Batch[WantedT], part: Arm) -> BatchLoss:
         return self.task.loss(model, batch, part)
 
     def show(self, model: nn.Module, part: Arm, step: int, writer: tracking.MetricWriter) -> None:
@@ -326,7 +342,7 @@ class TuningTask:
 
     def _evaluation(self, arm: Arm, model: nn.Module) -> Evaluation | None:
         """Measure an arm; return None on the workers that only help."""
-        training: list[Any] | None = []
+        training: list[PredictionT] | None = []
         shards = self.job.val_shards
         if arm.is_trial:
             shards = self.job.train_shards

@@ -4,7 +4,8 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import NamedTuple, TypeVar, cast
+from itertools import islice
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -209,17 +210,15 @@ U = TypeVar("U")
 def ahead(items: Iterable[T], function: Callable[[T], U], depth: int) -> Iterator[U]:
     """Compute `map(function, items)` in a thread, up to `depth` results ahead of the reader."""
     iterator = iter(items)
-    end = object()
 
-    def compute() -> U | object:
-        item = next(iterator, end)
-        return end if item is end else function(cast(T, item))
+    def compute() -> list[U]:
+        return [function(item) for item in islice(iterator, 1)]
 
     pool = ThreadPoolExecutor(1, thread_name_prefix="ahead")
     try:
         pending = deque(pool.submit(compute) for _ in range(depth))
-        while (value := pending.popleft().result()) is not end:
+        while values := pending.popleft().result():
             pending.append(pool.submit(compute))
-            yield cast(U, value)
+            yield from values
     finally:
         pool.shutdown(wait=False, cancel_futures=True)

@@ -102,7 +102,7 @@ class PlannedPretraining(NamedTuple):
             evaluation_key=evaluation_key(config),
         )
         saved = partial(saved_steps, job.run_uri, job.channel, plan.size.total_steps)
-        return Work(partial(fit, job, remaining_data), job.channel, saved)
+        return Work(partial(fit, job, partial(remaining_data, job)), job.channel, saved)
 
     def is_kept(self, taken: Taken) -> bool:
         """Return whether the training is done, so that only the evaluation can have failed."""

@@ -14,7 +14,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import Any, Generic, NamedTuple, Protocol, TypeVar, cast
+from typing import Generic, NamedTuple, Protocol, TypeVar
 
 import pyarrow as pa
 import ray.train
@@ -177,7 +177,7 @@ class TrainingTask(Protocol[PartT, DecodedT, BatchT]):
         """Measure the trained model and keep the result in the run's folder."""
 
 
-class TrainingJob(Protocol):
+class TrainingJob(Protocol[PartT, DecodedT, BatchT]):
     """All that the driver tells a worker."""
 
     @property
@@ -196,13 +196,13 @@ class TrainingJob(Protocol):
     @property
     def channel(self) -> StopChannel: ...
 
-    def build_task(self, process: Process) -> TrainingTask[Any, Any, Any]:
+    def build_task(self, process: Process) -> TrainingTask[PartT, DecodedT, BatchT]:
         """Build the stage's part."""
 
 
-def training_worker(arguments: dict[str, Any]) -> None:
+def training_worker(arguments: dict[str, TrainingJob[PartT, DecodedT, BatchT]]) -> None:
     """Train in this process. Ray Train calls it in each worker, and again after one was lost."""
-    job: TrainingJob = arguments["task"]
+    job = arguments["job"]
     try:
         with scratch_folder() as workspace:
             TrainingProcess(job, workspace).run()
@@ -212,7 +212,7 @@ def training_worker(arguments: dict[str, Any]) -> None:
 
 
 class TrainingProcess(Generic[PartT, DecodedT, BatchT]):
-    def __init__(self, job: TrainingJob, workspace: Path) -> None:
+    def __init__(self, job: TrainingJob[PartT, DecodedT, BatchT], workspace: Path) -> None:
         self.job = job
         self.workspace = workspace
         self.config = config = job.config
@@ -230,8 +230,7 @@ class TrainingProcess(Generic[PartT, DecodedT, BatchT]):
             world_size=self.world_size,
         )
         process = Process(self.rank, self.world_size, self.device, self.ends.measured, self._fetch)
-        task: TrainingTask[PartT, DecodedT, BatchT] = job.build_task(process)
-        self.task = task
+        self.task = job.build_task(process)
         self.first_step = 0  # done before this start
         self.unreported = UnreportedLoss()  # of the checkpoint of that step
         self.num_passes = 0  # micro batches of this worker since it started
@@ -291,16 +290,11 @@ class TrainingProcess(Generic[PartT, DecodedT, BatchT]):
 
     def _once_a_node(self, fetch: Callable[[], T]) -> T:
         """Call `fetch` in the first worker of each node, and return in each worker its result."""
-        mine = fetch() if self.local_rank == 0 else None
-        results = [(self.node, self.local_rank, mine)]
+        results = [(self.node, [fetch()] if self.local_rank == 0 else [])]
         if self.world_size > 1:
             results *= self.world_size
             torch.distributed.all_gather_object(results, results[0])
-        return next(
-            cast(T, result)
-            for node, local_rank, result in results
-            if node == self.node and local_rank == 0
-        )
+        return next(found for node, fetched in results if node == self.node for found in fetched)
 
     def _train(
         self,
@@ -385,7 +379,9 @@ class TrainingProcess(Generic[PartT, DecodedT, BatchT]):
     def _wrap(self, model: nn.Module) -> nn.Module:
         wrapped = model
         if self.task.options.compiles and self.device.type == "cuda":
-            wrapped = torch.compile(wrapped)  # type: ignore[assignment]
+            compiled = torch.compile(model)
+            assert isinstance(compiled, nn.Module)
+            wrapped = compiled
         if self.world_size > 1 and any(p.requires_grad for p in model.parameters()):
             wrapped = DistributedDataParallel(
                 wrapped,

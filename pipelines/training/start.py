@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Callable
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import ray.data
 import ray.train
@@ -19,7 +19,7 @@ from pipelines.reading.sequence import configure_ray_data
 from pipelines.terminal import worker_logging
 from pipelines.training import launch, local_mode, recording
 from pipelines.training.checkpoints import StartAgainError
-from pipelines.training.process import TrainingJob, training_worker
+from pipelines.training.process import BatchT, DecodedT, PartT, TrainingJob, training_worker
 from pipelines.training.process_group import OneAddressTorchConfig
 from pipelines.training.protocol import OpenedRun, PlannedRun, Run, RunConfig
 from pipelines.training.run_folder import RunFolder, RunRecord, Taken
@@ -97,12 +97,9 @@ def _work(
     return result
 
 
-JobT = TypeVar("JobT", bound=TrainingJob)
-
-
 def fit(
-    job: JobT,
-    read: Callable[[JobT], ray.data.Dataset] | None,
+    job: TrainingJob[PartT, DecodedT, BatchT],
+    read: Callable[[], ray.data.Dataset] | None,
     timeout_s: int = WORKER_TIMEOUT_S,
 ) -> None:
     """Start the training workers, let each of them train, and wait for all.
@@ -125,11 +122,15 @@ def fit(
             return
 
 
-def _fit_once(job: JobT, read: Callable[[JobT], ray.data.Dataset] | None, timeout_s: int) -> None:
-    datasets: dict[str, Any] = {} if read is None else {"train": partial(_opened, job, read)}
+def _fit_once(
+    job: TrainingJob[PartT, DecodedT, BatchT],
+    read: Callable[[], ray.data.Dataset] | None,
+    timeout_s: int,
+) -> None:
+    datasets: dict[str, Any] = {} if read is None else {"train": partial(_opened, job.folder, read)}
     trainer = TorchTrainer(
         training_worker,
-        train_loop_config={"task": job},
+        train_loop_config={"job": job},
         scaling_config=ray_scaling(job.config.scaling),
         run_config=ray_run(job.run_uri, job.config.scaling),
         datasets=datasets,
@@ -170,10 +171,10 @@ def ray_run(run_uri: str, scaling: ScalingConfig) -> RayRunConfig:
     )
 
 
-def _opened(job: JobT, read: Callable[[JobT], ray.data.Dataset]) -> ray.data.Dataset:
+def _opened(folder: RunFolder, read: Callable[[], ray.data.Dataset]) -> ray.data.Dataset:
     """Open the data for one start of the workers, unless that start would be in vain."""
-    job.folder.check_start()
-    job.folder.raise_failure()
-    job.folder.check_writable()
+    folder.check_start()
+    folder.raise_failure()
+    folder.check_writable()
     configure_ray_data()
-    return read(job)
+    return read()

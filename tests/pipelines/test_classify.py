@@ -17,7 +17,7 @@ from pipelines.config.arms import ArmKind
 from pipelines.config.downstream import ClassifyConfig
 from pipelines.config.loading import load_config
 from pipelines.downstream.arms import Arm
-from pipelines.downstream.task import Batch, Example, TaskInfo
+from pipelines.downstream.task import Batch, Example, FitInput, TaskInfo
 
 PLAIN = ("classify.mixup=0", "classify.cutmix=0", "classify.random_erase=0")
 
@@ -174,7 +174,7 @@ def test_a_fine_tuned_head_starts_as_a_logistic_regression(kind: ArmKind) -> Non
     assert (start.num_images, start.of_arm) == (5000, True)
     examples = [Example(np.zeros(0, np.uint8), np.asarray(label)) for label in labels]
     with torch.no_grad():
-        start.fit(model, start.outputs(model, images, examples))
+        start.fit(model, start.inputs(model, images, examples))
         found = model(images)
     assert (found.argmax(dim=1) == torch.tensor(labels)).float().mean() > 0.9
     assert model.features(images).std(dim=0, correction=0).mean().item() == pytest.approx(1.0)
@@ -189,7 +189,7 @@ def test_a_head_for_findings_starts_as_one_regression_each() -> None:
     examples = [Example(np.zeros(0, np.uint8), np.asarray(label)) for label in labels]
     images = shades(labels)
     with torch.no_grad():
-        start.fit(model, start.outputs(model, images, examples))
+        start.fit(model, start.inputs(model, images, examples))
         is_found = model(images)[:, 0] > 0
     assert (is_found == torch.tensor(labels)[:, 0].bool()).float().mean() > 0.9
 
@@ -198,13 +198,11 @@ def test_a_feature_that_hardly_varies_is_not_blown_up() -> None:
     task, labels = make_task(num_classes=2), [0, 1] * 10
     model = make_classifier(task, make_arm(ArmKind.FINETUNE))
     inputs = [
-        Prediction(
-            np.tile(np.float32([1, -1]), 8) * np.float32(2 * label - 1), np.asarray(label), (0, 0)
-        )
+        FitInput(np.tile(np.float32([1, -1]), 8) * np.float32(2 * label - 1), np.asarray(label))
         for label in labels
     ]
-    for number, prediction in enumerate(inputs):
-        prediction.values[3] = 5 + 1e-6 * number
+    for number, image in enumerate(inputs):
+        image.values[3] = 5 + 1e-6 * number
     start = task.start(make_arm(ArmKind.FINETUNE))
     assert start is not None
     with torch.no_grad():

@@ -2,6 +2,7 @@
 
 import io
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from mae_core.config import ModelConfig
 from mae_core.data.label_budget import LabelBudget
-from mae_core.model.detector import DetectionLosses, Detections
+from mae_core.model.detector import DetectionLosses, Detections, Detector
 from pipelines.config.arms import ArmKind
 from pipelines.config.downstream import DetectConfig
 from pipelines.config.loading import load_config
@@ -50,15 +51,17 @@ def test_a_picture_is_fitted_and_its_boxes_stay_in_its_own_pixels() -> None:
     assert boxes.labels.tolist() == [1]  # the second class has the category_id 7
 
 
-class Finder(nn.Module):
+class Finder(Detector):
     """Finds one box in each image, at the same place of the view; notes where pictures end."""
 
     def __init__(self) -> None:
-        super().__init__()
+        nn.Module.__init__(self)  # without an encoder and a head
         self.pictures: list[tuple[int, int]] = []
 
-    def detect(self, images: Tensor, pictures: list[tuple[int, int]]) -> list[Detections]:
-        self.pictures += pictures
+    def detect(
+        self, images: Tensor, pictures: Sequence[tuple[int, int]] | None = None
+    ) -> list[Detections]:
+        self.pictures += pictures or []
         box = Detections(
             torch.tensor([[2.0, 1.0, 6.0, 3.0]]), torch.tensor([0.5]), torch.tensor([1])
         )

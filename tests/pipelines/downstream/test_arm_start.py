@@ -9,29 +9,29 @@ import torch
 from torch import Tensor, nn
 
 from pipelines.downstream.arm_start import evenly_spaced, fit_start
-from pipelines.downstream.task import ArmStart
+from pipelines.downstream.task import ArmStart, FitInput
 
 
 class FakeMeasurer:
-    """Gives the outputs on rank 0, and remembers which rows it was asked for."""
+    """Gives the inputs of a fit on rank 0, and remembers which rows it was asked for."""
 
     def __init__(self, rank: int = 0, world_size: int = 1) -> None:
         self.rank, self.world_size = rank, world_size
         self.rows: list[list[int]] = []
 
-    def predictions(self, model: nn.Module, shards: Any, rows: Any, outputs: Any) -> Any:
+    def outputs(self, model: nn.Module, shards: Any, rows: Any, inputs: Any) -> Any:
         self.rows = [np.asarray(part).tolist() for part in rows]
-        found = outputs(model, torch.ones(2, 1), [])
+        found = inputs(model, torch.ones(2, 1), [])
         return found if self.rank == 0 else None
 
 
-def double(model: nn.Module, images: Tensor, examples: Any) -> list[float]:
-    return (2 * images).flatten().tolist()
+def double(model: nn.Module, images: Tensor, examples: Any) -> list[FitInput]:
+    return [FitInput(value) for value in (2 * images).numpy()]
 
 
-def to_sum(model: nn.Module, outputs: list[float]) -> None:
+def to_sum(model: nn.Module, inputs: list[FitInput]) -> None:
     for parameter in model.parameters():
-        parameter.fill_(sum(outputs))
+        parameter.fill_(float(sum(each.values.sum() for each in inputs)))
 
 
 SHARDS: Any = (SimpleNamespace(num_samples=4), SimpleNamespace(num_samples=2))
@@ -44,7 +44,7 @@ def run(measurer: Any, **options: Any) -> nn.Linear:
     return model
 
 
-def test_the_fit_gets_the_outputs_of_the_arms_images() -> None:
+def test_the_fit_gets_the_inputs_of_the_arms_images() -> None:
     measurer = FakeMeasurer()
     model = run(measurer)
     assert measurer.rows == [[1, 3], [0]]

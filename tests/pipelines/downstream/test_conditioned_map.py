@@ -64,8 +64,8 @@ def fitted(task: Task, images: Tensor, target: Any, kind: ArmKind) -> DenseModel
     assert not start.of_arm
     pixels = np.zeros((16, 16, 3), np.uint8)
     with torch.no_grad():
-        outputs = start.outputs(model, images, [Example(pixels, target)] * len(images))
-        start.fit(model, outputs)
+        inputs = start.inputs(model, images, [Example(pixels, target)] * len(images))
+        start.fit(model, inputs)
     return model
 
 

@@ -382,8 +382,8 @@ def test_one_worker_of_a_node_fetches_for_all(
     """As the second worker of the second node, where the third worker of all is the first."""
 
     def gather(results: list[Any], mine: Any) -> None:
-        assert mine == (1, 1, None)
-        results[:] = [(0, 0, "there"), (0, 1, None), (1, 0, "here"), mine]
+        assert mine == (1, [])
+        results[:] = [(0, ["there"]), (0, []), (1, ["here"]), mine]
 
     monkeypatch.setattr(process.torch.distributed, "all_gather_object", gather)
     worker: TrainingProcess[Any, Any, Any] = TrainingProcess(Job(tmp_path / "run"), tmp_path)
