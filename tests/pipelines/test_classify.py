@@ -129,6 +129,15 @@ def test_findings_are_each_decided_apart() -> None:
     assert loss.loss.item() == pytest.approx((0.69314718 + 0.12692801) / 2)
 
 
+def test_a_hole_among_findings_adds_nothing_though_it_has_logits() -> None:
+    task = make_task(*PLAIN, "classify.labels=many", "classify.arms=[finetune]", num_classes=2)
+    model = Logits(torch.tensor([[0.0, 0.0], [9.0, 9.0]]))
+    batch = make_batch([np.asarray([1, 0]), None], [1, 0])
+    loss = task.loss(model, batch, make_arm(ArmKind.FINETUNE))
+    assert loss.loss.item() == pytest.approx(0.34657359)  # ln 2, over two images
+    assert loss.num_samples.item() == 1
+
+
 @pytest.mark.parametrize(("kind", "rate"), [(ArmKind.LINEAR, 0.025), (ArmKind.FINETUNE, 0.00125)])
 def test_the_learning_rate_is_scaled_from_the_kinds_own_base(kind: ArmKind, rate: float) -> None:
     task = make_task("classify.linear_base_lr=0.1")

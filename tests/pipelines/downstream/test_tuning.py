@@ -212,7 +212,7 @@ def test_the_start_is_fitted_before_the_first_step_and_not_when_resumed(
     scratch, untrained = (FINETUNE._replace(kind=x) for x in (ArmKind.SCRATCH, ArmKind.UNTRAINED))
     untrained = untrained._replace(steps=0)
     job.arms, job.rows, job.train_shards = (scratch, untrained), ((range(4),), (range(4),)), ()
-    monkeypatch.setattr(type(measurer), "predictions", lambda *_: [])
+    monkeypatch.setattr(type(measurer), "outputs", lambda *_: [])
 
     def weight(arm: Arm, *, is_resumed: bool) -> float:
         return cast(nn.Linear, task.build(arm, is_resumed=is_resumed).model).weight.item()
