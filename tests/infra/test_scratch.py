@@ -72,6 +72,17 @@ def test_a_folder_of_another_user_stays(tmp_path: Path, monkeypatch: pytest.Monk
     assert folder.is_dir()
 
 
+def test_a_link_is_never_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with scratch.held_folder(str(tmp_path)) as target:
+        pass
+    (tmp_path / "parent").mkdir()
+    (tmp_path / "parent" / "mae-abcdefgh").symlink_to(target)
+    asked: list[Path] = []
+    monkeypatch.setattr(scratch.shutil, "rmtree", lambda path, **_: asked.append(path))
+    assert scratch.remove_left_behind(str(tmp_path / "parent")) == []
+    assert asked == []
+
+
 def test_a_scratch_folder_is_empty_and_removed_at_its_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
