@@ -18,7 +18,8 @@ import logging
 import os
 import secrets
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import lru_cache, partial
 from pathlib import Path
@@ -46,6 +47,7 @@ READ_TIMEOUT_S = 10
 # Without a buffer, each smaller read of a stream would be a request.
 STREAM_BUFFER_BYTES = 8 * 2**20
 COPY_BYTES = 8 * 2**20
+TELL_EVERY_S = 4.0
 
 
 # Disk errors that the same write would hit again, and what to do about them.
@@ -435,15 +437,28 @@ def delete_folder(uri: str) -> None:
         return
 
 
-def copy_files(source: str, target: str) -> int:
-    """Copy the files directly in a folder to another place; return their number."""
+def copy_files(source: str, target: str, tell: Callable[[str], object] = lambda _line: None) -> int:
+    """Copy the files directly in a folder to another place; return their number.
+
+    `tell` is called every few seconds with how far the copy is.
+    """
     names = list_files(source)
     if not names:
         raise NoShardsError(f"no files in {absolute(source)}")
-    for name in names:
+    num_bytes, told_s = 0, time.monotonic()
+
+    def read(stream: BinaryIO, number: int) -> Iterator[bytes]:
+        nonlocal num_bytes, told_s
+        while chunk := stream.read(COPY_BYTES):
+            yield chunk
+            num_bytes += len(chunk)
+            if time.monotonic() - told_s >= TELL_EVERY_S:
+                told_s = time.monotonic()
+                tell(f"copying file {number} of {len(names)}, {num_bytes / 1e6:.0f} MB so far")
+
+    for number, name in enumerate(names, 1):
         with storage_errors("read", join(source, name)), open_stream(join(source, name)) as stream:
-            chunks = iter(partial(stream.read, COPY_BYTES), b"")
-            write_chunks(join(target, name), chunks)
+            write_chunks(join(target, name), read(stream, number))
     return len(names)
 
 
@@ -451,15 +466,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run `python -m infra.storage copy FOLDER s3://BUCKET/FOLDER`, in either direction."""
     parser = argparse.ArgumentParser(prog="python -m infra.storage", description=main.__doc__)
     parser.add_argument("action", choices=["copy"])
-    parser.add_argument("source", help="folder or s3:// prefix")
+    parser.add_argument("source", help="folder or s3:// prefix; folders in it are not copied")
     parser.add_argument("target", help="folder or s3:// prefix")
     arguments = parser.parse_args(argv)
+    tell = partial(print, file=sys.stderr, flush=True)
     try:
-        count = copy_files(arguments.source, arguments.target)
+        count = copy_files(arguments.source, arguments.target, tell)
+        left_out = list_folders(arguments.source)
     except (StorageError, NoShardsError) as error:
-        sys.stderr.write(f"error: {error}\n")
+        tell(f"error: {error}")
         return 4 if isinstance(error, NoShardsError) else 5
-    sys.stderr.write(f"copied {count} files to {absolute(arguments.target)}\n")
+    tell(f"copied {count} files to {absolute(arguments.target)}")
+    if left_out:
+        tell(f"not copied, because they are folders: {', '.join(left_out)}")
     return 0
 
 

@@ -180,7 +180,28 @@ def test_files_are_copied_from_the_command_line(
     assert storage.main(["copy", storage.join(root, "none"), root]) == 4
     captured = capsys.readouterr()
     assert captured.out == ""
-    assert f"copied 2 files to {root}\nerror: no files in {root}/none\n" == captured.err
+    assert captured.err == (
+        f"copied 2 files to {root}\n"
+        "not copied, because they are folders: sub\n"
+        f"error: no files in {root}/none\n"
+    )
+
+
+def test_a_copy_that_takes_seconds_says_how_far_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_shards(str(tmp_path / "source"), "0.tar", "1.tar")
+    monkeypatch.setattr(storage, "TELL_EVERY_S", 0.0)
+    monkeypatch.setattr(storage, "COPY_BYTES", 3)
+    assert storage.main(["copy", str(tmp_path / "source"), str(tmp_path / "target")]) == 0
+    assert (tmp_path / "target" / "1.tar").read_bytes() == b"shard"
+    assert capsys.readouterr().err == (
+        "copying file 1 of 2, 0 MB so far\n"
+        "copying file 1 of 2, 0 MB so far\n"
+        "copying file 2 of 2, 0 MB so far\n"
+        "copying file 2 of 2, 0 MB so far\n"
+        f"copied 2 files to {tmp_path}/target\n"
+    )
 
 
 @pytest.mark.parametrize("uri", ["gs://bucket/x", "s3://", "s3:///"])
