@@ -104,6 +104,8 @@ def up(state_dir: Path, ports: Ports) -> dict[str, str]:
             starters[name](state_dir, ports, env)
         for name in NAMES:
             _wait_for(state_dir, name, env, partial(starters[name], state_dir, ports, env))
+            if name in missing:
+                print(f"{name} is ready", file=sys.stderr)
         lines = [f"export {key}={shlex.quote(value)}\n" for key, value in env.items()]
         _write_private(state_dir / "env", "".join(lines))
     return env
@@ -381,6 +383,8 @@ def _print_next(state_dir: Path) -> None:
     print(f"login   {MLFLOW_USER}, with the password in {state_dir / 'mlflow-password'} (MLflow)")
     print(f"env     {state_dir / 'env'}")
     print("\nNext:")
+    if sys.prefix not in (sys.base_prefix, os.environ.get("VIRTUAL_ENV")):
+        print(f"  . {sys.prefix}/bin/activate")  # without it, there is no `ray` on the PATH
     print(f"  . {state_dir / 'env'}")
     print("  ray job submit --working-dir . -- python pipelines/pretrain.py CONFIG.yaml")
 

@@ -19,7 +19,12 @@ BAR_VARIABLE = "MAE_PROGRESS_BAR"  # set if the driver draws bars, so that worke
 OURS = ("mae_core", "infra", "pipelines")
 # Their messages at every report are useless to a user.
 _QUIET = ("ray", "ray.data", "ray.train", "ray.tune")
-_SILENT = ("ray.data._internal.progress",)  # warns that its bars are off, as intended
+# They warn, the second with a traceback, of what is intended or passes by itself: that bars are
+# off, and that a busy machine answered the autoscaler late.
+_SILENT = (
+    "ray.data._internal.progress",
+    "ray.train.v2._internal.execution.scaling_policy.autoscaling_coordinator_client",
+)
 POLL_S = 0.2
 LIBRARIES = f"{os.sep}site-packages{os.sep}"
 
@@ -44,7 +49,13 @@ def quiet_ray() -> None:
     for name in _QUIET:
         logging.getLogger(name).setLevel(logging.WARNING)
     for name in _SILENT:
-        logging.getLogger(name).setLevel(logging.ERROR)
+        silent = logging.getLogger(name)
+        silent.setLevel(logging.ERROR)  # holds for the loggers below it, too
+        silent.addFilter(_is_error)  # stays when Ray Train sets the levels of its loggers again
+
+
+def _is_error(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.ERROR
 
 
 def hide_libraries() -> None:

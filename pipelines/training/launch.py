@@ -108,7 +108,12 @@ def _cancelled_by_sigterm() -> Iterator[None]:
 def _join(address: str) -> None:
     local_ray.read_environment()
     try:
-        ray.init(address, runtime_env={"worker_process_setup_hook": SETUP_HOOK})
+        with progress.doing(f"joining the Ray cluster {address}"):
+            ray.init(
+                address,
+                runtime_env={"worker_process_setup_hook": SETUP_HOOK},
+                logging_level=logging.WARNING,
+            )
     except ConnectionError as error:
         raise storage.StorageError(
             f"RAY_ADDRESS={address}: no Ray cluster answers there ({error}); "

@@ -1,4 +1,5 @@
 import base64
+import json
 import os
 import shutil
 import socket
@@ -92,10 +93,11 @@ def test_what_is_no_port_is_refused(
 def test_a_damaged_file_of_the_services_is_named(
     name: str, text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    first = find_free_ports(services.NUM_S3_PORTS, also_free_at=services.GRPC_OFFSET)
+    free = {"s3": first, "mlflow": first + 100, "ray": first + 200}
+    (tmp_path / "ports.json").write_text(json.dumps(free))
     (tmp_path / name).write_text(text)
-    first = str(find_free_ports(5, also_free_at=10_000))
-    ports = ["--s3-port", first] if name == "keys.json" else []
-    assert services.main(["up", "--state-dir", str(tmp_path), *ports]) == 4
+    assert services.main(["up", "--state-dir", str(tmp_path)]) == 4
     assert capsys.readouterr().err.startswith(f"error: {tmp_path}/{name} is damaged (")
     assert services.main(["down", "--state-dir", str(tmp_path)]) == 0
 
@@ -119,6 +121,32 @@ def test_a_ray_that_takes_longer_than_it_allows_itself_is_started_again(
     with nullcontext() if is_up else pytest.raises(ServiceError, match=reason):
         services._wait_for(tmp_path, "ray", {}, lambda: started.append("ray"))
     assert len(started) == starts_again
+
+
+@pytest.mark.parametrize(
+    ("prefix", "active", "steps"),
+    [
+        ("/clone/.venv", None, ["  . /clone/.venv/bin/activate", "  . /state/env"]),
+        ("/clone/.venv", "/clone/.venv", ["  . /state/env"]),
+        ("/usr", None, ["  . /state/env"]),  # no environment of its own
+    ],
+)
+def test_the_next_steps_work_in_the_shell_that_they_are_printed_in(
+    prefix: str,
+    active: str | None,
+    steps: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(sys, "prefix", prefix)
+    monkeypatch.setattr(sys, "base_prefix", "/usr")
+    monkeypatch.delenv("VIRTUAL_ENV", raising=False)
+    if active:
+        monkeypatch.setenv("VIRTUAL_ENV", active)
+    services._print_next(Path("/state"))
+    said = capsys.readouterr().out.splitlines()
+    assert said[said.index("Next:") + 1 : -1] == steps
+    assert said[-1].startswith("  ray job submit ")
 
 
 def test_down_without_up_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -240,10 +268,13 @@ def test_nothing_listens_beyond_this_machine(state_dir: Path, env: dict[str, str
 
 @pytest.mark.services
 @pytest.mark.slow
-def test_a_second_up_starts_nothing(state_dir: Path, ports: Ports, env: dict[str, str]) -> None:
+def test_a_second_up_starts_nothing(
+    state_dir: Path, ports: Ports, env: dict[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
     before = pids(state_dir)
     assert services.up(state_dir, ports) == env
     assert pids(state_dir) == before
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.services
@@ -307,7 +338,11 @@ def test_a_run_is_recorded_with_its_artifacts_in_the_object_store(
 @pytest.mark.services
 @pytest.mark.slow
 def test_a_dead_service_is_started_again_and_no_other(
-    state_dir: Path, ports: Ports, env: dict[str, str], monkeypatch: pytest.MonkeyPatch
+    state_dir: Path,
+    ports: Ports,
+    env: dict[str, str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     for name, value in env.items():
         monkeypatch.setenv(name, value)
@@ -319,6 +354,7 @@ def test_a_dead_service_is_started_again_and_no_other(
     process.wait()
     assert services.main(["status", "--state-dir", str(state_dir)]) == 5
     assert services.up(state_dir, ports) == env
+    assert capsys.readouterr().err == "s3 is ready\n"
     after = pids(state_dir)
     assert after["s3"] not in (None, before["s3"])
     assert (after["mlflow"], after["ray"]) == (before["mlflow"], before["ray"])

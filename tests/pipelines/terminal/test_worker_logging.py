@@ -1,6 +1,7 @@
 """What Ray's processes log: our own messages in full, and of Ray only what matters."""
 
 import logging
+import logging.config
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,14 +12,16 @@ from infra import redaction
 from pipelines.terminal import worker_logging
 
 NAMES = ("mae_core", "infra", "pipelines", "ray", "ray.data", "ray.train", "ray.tune")
+BARS = "ray.data._internal.progress"
+AUTOSCALER = "ray.train.v2._internal.execution.scaling_policy.autoscaling_coordinator_client"
 
 
 @pytest.fixture
 def log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """Name the file of the workers' lines; the loggers are as before afterwards."""
-    names = (*NAMES, "ray.data._internal.progress")
-    loggers = [logging.getLogger(name) for name in names]
+    loggers = [logging.getLogger(name) for name in (*NAMES, BARS, AUTOSCALER)]
     before = [(one, [*one.handlers], one.propagate, one.level) for one in loggers]
+    filters = [[*one.filters] for one in loggers]
     monkeypatch.setenv("MAE_WORKER_LOG", str(tmp_path / "workers.log"))
     yield tmp_path / "workers.log"
     for one, handlers, propagate, level in before:
@@ -27,6 +30,8 @@ def log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
                 handler.close()
         one.handlers, one.propagate = handlers, propagate
         one.setLevel(level)
+    for one, own_filters in zip(loggers, filters, strict=True):
+        one.filters = own_filters
 
 
 def test_our_messages_go_to_the_drivers_file(log: Path) -> None:
@@ -41,7 +46,23 @@ def test_of_ray_only_warnings_are_shown(log: Path) -> None:
     worker_logging.set_up()
     shown = {name: logging.getLogger(name).level for name in NAMES if name.startswith("ray")}
     assert set(shown.values()) == {logging.WARNING}
-    assert logging.getLogger("ray.data._internal.progress").level == logging.ERROR
+
+
+@pytest.mark.parametrize("name", [BARS, AUTOSCALER])
+def test_warnings_of_what_passes_by_itself_are_not_shown(log: Path, name: str) -> None:
+    worker_logging.set_up()
+    shown: list[str] = []
+    handler = logging.StreamHandler()
+    handler.emit = lambda record: shown.append(record.getMessage())  # type: ignore[method-assign]
+    # As Ray Train's processes do later, which forgets the levels of the loggers below.
+    level = {"ray": {"level": "DEBUG"}, "ray.data": {"level": "DEBUG"}}
+    level["ray.train"] = {"level": "DEBUG"}
+    logging.config.dictConfig({"version": 1, "disable_existing_loggers": False, "loggers": level})
+    library = logging.getLogger(".".join(name.split(".")[:2]))
+    library.handlers, library.propagate = [handler], False
+    logging.getLogger(name).warning("passes")
+    logging.getLogger(name).error("stays")
+    assert shown == ["stays"]
 
 
 def test_a_secret_is_not_logged(log: Path, monkeypatch: pytest.MonkeyPatch) -> None:

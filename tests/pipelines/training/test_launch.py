@@ -1,5 +1,6 @@
 """What can't work is refused in words before Ray is asked for it."""
 
+import logging
 import signal
 from contextlib import nullcontext
 from pathlib import Path
@@ -100,6 +101,17 @@ def test_a_command_that_is_stopped_while_it_plans_says_so(monkeypatch: pytest.Mo
         signal.raise_signal(signal.SIGTERM)
     assert stopped.value.exit_code == 143
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_job_says_that_it_joins_the_cluster_and_shows_no_news_of_ray(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    asked: dict[str, object] = {}
+    monkeypatch.setattr(launch.ray, "init", lambda address, **words: asked.update(words))
+    caplog.set_level(logging.INFO)
+    launch._join("10.0.0.1:6379")
+    assert caplog.messages == ["joining the Ray cluster 10.0.0.1:6379 ..."]
+    assert asked["logging_level"] == logging.WARNING
 
 
 @pytest.mark.ray

@@ -39,6 +39,11 @@ def test_ray_keeps_its_bookkeeping_in_the_run_s_folder(tmp_path: Path) -> None:
     assert run.failure_config.max_failures == 5
 
 
+def test_a_job_shows_no_news_of_ray_train(tmp_path: Path) -> None:
+    run: Any = start.ray_run(f"{tmp_path}/pretrain/demo-1", ScalingConfig())
+    assert run.logging_config.log_level == "WARNING"
+
+
 def test_workers_reserve_their_cpus_and_a_gpu_each() -> None:
     cpu = start.ray_scaling(ScalingConfig(num_workers=2, cpus_per_worker=3))
     gpu = start.ray_scaling(ScalingConfig(num_workers=2, cpus_per_worker=3, use_gpu=True))
