@@ -164,11 +164,11 @@ def ray_run(run_uri: str, scaling: ScalingConfig) -> RayRunConfig:
         name=name,
         storage_path=folder,
         storage_filesystem=filesystem,
-        # mypy sees Ray Train's first version, which has no such fields.
+        # mypy sees Ray Train's first version, which has no such field.
         failure_config=FailureConfig(  # type: ignore[call-arg]
             max_failures=scaling.max_failures, controller_failure_limit=0
         ),
-        logging_config=ray.train.LoggingConfig(log_level="WARNING"),  # type: ignore[call-arg]
+        logging_config=ray.train.LoggingConfig(log_level="WARNING"),
     )
 
 
