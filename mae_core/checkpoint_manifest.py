@@ -136,6 +136,27 @@ def fields_sha256(fields: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
 
+def read_json_object(path: Path, name: str) -> dict[str, Any]:
+    """Read a file that holds one JSON object.
+
+    Args:
+        path: Of the file.
+        name: What messages call it.
+
+    Raises:
+        CorruptCheckpointError: The file can't be read, or holds something else.
+    """
+    try:
+        fields = from_json(path.read_bytes())
+    except OSError as error:
+        raise CorruptCheckpointError(f"{name}: {error.strerror}") from error
+    except ValueError as error:
+        raise CorruptCheckpointError(f"{name}: not JSON: {error}") from error
+    if not isinstance(fields, dict):
+        raise CorruptCheckpointError(f"{name}: not a JSON object")
+    return fields
+
+
 def read_manifest(folder: Path) -> CheckpointManifest:
     """Read the manifest without checking the files that it lists.
 
@@ -144,14 +165,7 @@ def read_manifest(folder: Path) -> CheckpointManifest:
             version.
     """
     path = folder / MANIFEST_FILE
-    try:
-        fields = from_json(path.read_bytes())
-    except OSError as error:
-        raise CorruptCheckpointError(f"{path}: {error.strerror}") from error
-    except ValueError as error:
-        raise CorruptCheckpointError(f"{path}: not JSON: {error}") from error
-    if not isinstance(fields, dict):
-        raise CorruptCheckpointError(f"{path}: not a JSON object")
+    fields = read_json_object(path, str(path))
     if fields.get("format_version") != 1:
         version = fields.get("format_version")
         raise CorruptCheckpointError(f"{path}: format_version={version!r}, this code reads 1")

@@ -3,9 +3,7 @@
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pydantic_core import from_json
-
-from mae_core.checkpoint_manifest import CorruptCheckpointError
+from mae_core.checkpoint_manifest import CorruptCheckpointError, read_json_object
 from mae_core.interchange.weight_files import RefusedWeightsError
 
 CONFIG_FILE = "config.json"
@@ -67,19 +65,12 @@ def _of_timm(config: dict[str, Any], where: str) -> Declared:
 
 
 def _read_object(path: Path, name: str) -> dict[str, Any]:
+    """Read a JSON file; a file that is not there says nothing."""
     if not path.exists():
         return {}
-    try:
-        if path.stat().st_size > MAX_JSON_BYTES:
-            raise CorruptCheckpointError(f"{name}: is larger than {MAX_JSON_BYTES} bytes")
-        fields = from_json(path.read_bytes())
-    except OSError as error:
-        raise CorruptCheckpointError(f"{name}: {error.strerror}") from error
-    except ValueError as error:
-        raise CorruptCheckpointError(f"{name}: not JSON: {error}") from error
-    if not isinstance(fields, dict):
-        raise CorruptCheckpointError(f"{name}: not a JSON object")
-    return fields
+    if path.stat().st_size > MAX_JSON_BYTES:
+        raise CorruptCheckpointError(f"{name}: is larger than {MAX_JSON_BYTES} bytes")
+    return read_json_object(path, name)
 
 
 def _whole(raw: object) -> int | None:

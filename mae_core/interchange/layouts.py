@@ -18,11 +18,6 @@ from torch import Tensor
 from mae_core.interchange.weight_files import RefusedWeightsError
 
 Layout = Literal["fair", "timm", "hf"]
-LAYOUT_WORDS: dict[Layout, str] = {
-    "fair": "the MAE authors' names",
-    "timm": "timm's names",
-    "hf": "Hugging Face's names",
-}
 # What a wrapper around the module has put before every name.
 OUTER_PREFIXES = ("module.", "_orig_mod.", "model.", "backbone.", "ema.")
 

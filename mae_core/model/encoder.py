@@ -56,10 +56,6 @@ class MaskedEncoder(nn.Module):
         self.norm = LayerNorm(embed_dim)
         self._initialize()
 
-    @property
-    def has_trained_positions(self) -> bool:
-        return "positions" in self.state_dict()
-
     def use_positions(self, positions: Float[Tensor, "N D"], grid_size: tuple[int, int]) -> None:
         """Replace the fixed positions by trained ones, which are then part of the state dict.
 

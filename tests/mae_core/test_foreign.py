@@ -98,7 +98,7 @@ def test_trained_weights_of_timm_compute_the_same_at_each_size(
     found = taken(vit.state_dict(), Declared(img_size=own_size))
     assert any(note in text for text in found.notes)
     encoder = as_encoder(found, tmp_path)
-    assert encoder.has_trained_positions
+    assert "positions" in encoder.state_dict()
     images = torch.randn(2, changes.get("in_chans", 3), *size)
     with torch.no_grad():
         difference = (encoder(images) - vit.forward_features(images)).abs().max()
@@ -112,7 +112,7 @@ def test_fixed_positions_are_recognised_and_stay_out_of_the_weights(tmp_path: Pa
     assert found.model.img_size == (16, 48)  # 12 places: only 2x6 has this table
     assert found.notes == ("There is no decoder: further pretraining draws a fresh one.",)
     encoder = as_encoder(found, tmp_path)
-    assert not encoder.has_trained_positions
+    assert "positions" not in encoder.state_dict()
     images = torch.randn(1, 3, 16, 48)
     assert torch.equal(encoder(images), mae.encoder(images))
 

@@ -84,7 +84,7 @@ def test_a_file_is_taken_over_once_and_named_by_its_contents(
     config = with_weights(embed(tmp_path, tmp_path / "a.pth"))
     assert Path(config.init_from).parent == tmp_path / "imported"
     encoder, manifest = load_encoder(Path(config.init_from))
-    assert encoder.has_trained_positions
+    assert "positions" in encoder.state_dict()
     assert manifest.channel_mean == (0.485, 0.456, 0.406)
     assert manifest.origin is not None
     assert (manifest.origin.file, manifest.origin.format) == ("a.pth", "timm")
