@@ -90,6 +90,16 @@ def test_frozen_features_are_read_by_logistic_regression(kind: ArmKind) -> None:
     assert found.metrics["top1"] == 1.0
 
 
+def test_nearest_neighbours_vote_among_as_many_images_as_there_are() -> None:
+    task = make_task("classify.seeds=[5]", "classify.arms=[knn]", "classify.k=20", num_classes=2)
+    training = [
+        Prediction(np.float32(x), np.asarray(y), (0, 0)) for x, y in (([1, 0], 0), ([0, 1], 1))
+    ]
+    test = [Prediction(np.float32([3, 1]), np.asarray(0), (0, 0))]
+    found = task.evaluate(test, make_arm(ArmKind.KNN), no_read, training)
+    assert found.metrics == {"top1": 1.0}
+
+
 def test_findings_are_read_from_frozen_features() -> None:
     words = ("classify.seeds=[5]", "classify.arms=[logistic]", "classify.labels=many")
     task, labels = make_task(*words, num_classes=2), [[0, 0], [1, 0], [0, 1], [1, 1]] * 10
@@ -101,6 +111,33 @@ def test_findings_are_read_from_frozen_features() -> None:
 
 def no_read(place: tuple[int, int]) -> Any:
     raise AssertionError("nothing is drawn")
+
+
+@pytest.mark.parametrize(
+    ("labels", "text", "label"), [("one", b"2", 2), ("many", b'{"ill": ["0", "2"]}', [1, 0, 1])]
+)
+def test_a_label_is_a_class_or_the_findings_that_there_are(
+    labels: str, text: bytes, label: object
+) -> None:
+    words = ("classify.labels=many", "classify.label_key=ill", "classify.arms=[finetune]")
+    task = make_task(*(words if labels == "many" else ()), num_classes=3)
+    task.info = task.info._replace(names=("0", "1", "2"))
+    sample: Any = SimpleNamespace(where="w", target=text, folder="f")
+    assert task._label(sample).tolist() == label
+
+
+@pytest.mark.parametrize(
+    ("kind", "trained"), [(ArmKind.FINETUNE, [False, True]), (ArmKind.SCRATCH, [True, True])]
+)
+def test_only_fine_tuning_leaves_the_first_blocks_as_they_are(
+    kind: ArmKind, trained: list[bool]
+) -> None:
+    task = make_task("classify.trainable_blocks=1")
+    size: Any = {"img_size": (8, 8), "patch_size": 4, "in_chans": 3}
+    encoder = MaskedEncoder(**size, embed_dim=16, depth=2, num_heads=2)
+    task.build_model(encoder, make_arm(kind))
+    blocks = [next(block.parameters()).requires_grad for block in encoder.blocks]
+    assert blocks == trained
 
 
 class Logits(nn.Module):
@@ -279,6 +316,16 @@ def test_each_pair_and_each_step_is_mixed_by_draws_of_its_own() -> None:
     assert not torch.equal(first, other_step)
     other_seed = task.augmented(batches[0], arm._replace(seed=1))[1]
     assert not torch.equal(first, other_seed)
+
+
+def test_each_image_is_erased_by_draws_of_its_own() -> None:
+    words = ("classify.mixup=0", "classify.cutmix=0", "classify.random_erase=1")
+    task, arm = make_task(*words), make_arm(ArmKind.FINETUNE)
+    batch = Batch(torch.ones(2, 3, 8, 8), [np.asarray(0)] * 2, torch.ones(2), 3, 0)
+    images, _ = task.augmented(batch, arm)
+    is_erased = (images != 1).any(dim=1)
+    assert is_erased.flatten(1).any(dim=1).all()
+    assert not torch.equal(is_erased[0], is_erased[1])
 
 
 def test_arms_of_a_seed_are_augmented_alike() -> None:

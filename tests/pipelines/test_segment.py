@@ -17,7 +17,7 @@ from pipelines.config.downstream import SegmentConfig
 from pipelines.config.loading import load_config
 from pipelines.downstream.arms import Arm
 from pipelines.downstream.task import Batch, EncodedSample, TaskInfo
-from pipelines.segment import SegmentTask, _summarize
+from pipelines.segment import SegmentTask, _summarize, _window_stride
 
 ARM = Arm(ArmKind.FINETUNE, LabelBudget(1.0), 0, 10, 1, 0)
 NAMES = ("ground", "tree")
@@ -69,6 +69,11 @@ def test_the_map_of_a_picture_larger_than_the_window_lies_where_the_picture_does
     assert prediction.counts.tolist() == [[192, 0], [0, 192]]
     found = task.evaluate([prediction], ARM, lambda _: example, [])
     assert found.metrics["miou"] == 1.0
+
+
+def test_windows_overlap_by_the_share_that_is_asked_for() -> None:
+    section = make_task("segment.overlap=0.25").section
+    assert _window_stride(section, (8, 16)) == (6, 12)
 
 
 def test_ignored_pixels_and_holes_add_nothing_to_the_loss() -> None:

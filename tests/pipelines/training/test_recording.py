@@ -77,6 +77,27 @@ def test_a_run_that_mlflow_can_not_reopen_keeps_its_name_for_later(
     assert (kept.run_id, kept.start) == ("run-7", taken.start)
 
 
+@pytest.mark.parametrize(("fresh", "is_kept"), [(True, False), (False, True)])
+def test_only_a_fresh_start_deletes_what_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fresh: bool, is_kept: bool
+) -> None:
+    monkeypatch.setattr(tracking, "start_run", lambda *_, **__: None)
+    old = tmp_path / "run" / "checkpoints" / "step-00000001" / "manifest.json"
+    old.parent.mkdir(parents=True)
+    old.write_text("{}")
+    take_over(
+        load_config(PretrainConfig, [], ["data.train=t"], {}),
+        RunFolder(str(tmp_path / "run")),
+        digest="a",
+        inputs={},
+        earlier=None,
+        fresh=fresh,
+        tags={"stage": "pretrain"},
+        data={},
+    )
+    assert old.exists() == is_kept
+
+
 @pytest.mark.parametrize(
     ("is_terminal", "stage", "told"),
     [
