@@ -32,7 +32,8 @@ from mae_core.data.views import normalize
 from mae_core.evaluation.classification import encode_features, knn_accuracy
 from mae_core.evaluation.linear_probe import linear_probe_accuracy
 from mae_core.interchange.fair import fair_encoder_state_dict
-from mae_core.model.encoder import MaskedEncoder, build_encoder
+from mae_core.model.encoder import MaskedEncoder
+from mae_core.model.family import build_encoder
 from pipelines.training.description import describe_weights, read_place
 from pipelines.training.init_from import locate
 from pipelines.training.weights import Weights

@@ -39,7 +39,8 @@ from mae_core.checkpoint_manifest import (
     verify_file,
 )
 from mae_core.model.decoder import PixelDecoder
-from mae_core.model.encoder import MaskedEncoder, build_encoder
+from mae_core.model.encoder import MaskedEncoder
+from mae_core.model.family import Encoder, build_encoder
 from mae_core.model.mae import MaskedAutoencoder, build_mae
 
 _NO_STATE = "none"
@@ -230,7 +231,7 @@ def _below(weights: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 def load_encoder(
     folder: Path, *, drop_path_rate: float = 0.0, is_verified: bool = False
-) -> tuple[MaskedEncoder, CheckpointManifest]:
+) -> tuple[Encoder, CheckpointManifest]:
     """Build the encoder that the manifest describes and load its weights.
 
     Also accepts a fine-tuned model, whose head is left out. `is_verified` says whether

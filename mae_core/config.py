@@ -33,9 +33,20 @@ class EncoderShape(NamedTuple):
     num_heads: int
 
 
-EncoderName = Literal[
+ViTName = Literal[
     "vit_nano", "vit_micro", "vit_tiny", "vit_small", "vit_base", "vit_large", "vit_huge"
 ]
+ConvName = Literal[
+    "resnet18",
+    "resnet50",
+    "convnextv2_atto",
+    "convnextv2_femto",
+    "convnextv2_pico",
+    "convnextv2_nano",
+    "convnextv2_tiny",
+    "convnextv2_base",
+]
+EncoderName = Literal[ViTName, ConvName]
 
 # tiny and small: Touvron et al. 2021, https://arxiv.org/abs/2012.12877, table 1; base, large and
 # huge: Dosovitskiy et al. 2021, https://arxiv.org/abs/2010.11929, table 1; nano and micro: ours.
@@ -48,6 +59,20 @@ ENCODERS: dict[str, EncoderShape] = {
     "vit_large": EncoderShape(embed_dim=1024, depth=24, num_heads=16),
     "vit_huge": EncoderShape(embed_dim=1280, depth=32, num_heads=16),
 }
+
+# Channels of the four stages, as in timm's models of these names.
+CONV_ENCODERS: dict[str, tuple[int, int, int, int]] = {
+    "resnet18": (64, 128, 256, 512),
+    "resnet50": (256, 512, 1024, 2048),
+    "convnextv2_atto": (40, 80, 160, 320),
+    "convnextv2_femto": (48, 96, 192, 384),
+    "convnextv2_pico": (64, 128, 256, 512),
+    "convnextv2_nano": (80, 160, 320, 640),
+    "convnextv2_tiny": (96, 192, 384, 768),
+    "convnextv2_base": (128, 256, 512, 1024),
+}
+CONV_STRIDE = 32  # of timm's models: pixels per place of the last map
+CONV_STRIDES = (32, 16, 8, 4)  # that ours can have; see `model.patch_size`
 
 
 class DecoderShape(NamedTuple):
@@ -63,19 +88,34 @@ DECODERS: dict[str, DecoderShape] = {
     "vit_micro": DecoderShape(dim=96, depth=2, num_heads=3),
     "vit_tiny": DecoderShape(dim=192, depth=4, num_heads=6),
     "vit_small": DecoderShape(dim=256, depth=4, num_heads=8),
+    "resnet18": DecoderShape(dim=256, depth=4, num_heads=8),
+    "convnextv2_atto": DecoderShape(dim=192, depth=4, num_heads=6),
+    "convnextv2_femto": DecoderShape(dim=192, depth=4, num_heads=6),
+    "convnextv2_pico": DecoderShape(dim=256, depth=4, num_heads=8),
+    "convnextv2_nano": DecoderShape(dim=256, depth=4, num_heads=8),
 }
+LARGE_DECODER = DecoderShape(dim=512, depth=8, num_heads=16)
+
+DecoderKind = Literal["transformer", "deconvolution"]
 
 
 class DecoderConfig(StrictConfig):
+    kind: DecoderKind = "transformer"
+    """transformer: the tokens of kept patches and a mask token for each other one attend to each
+    other (He et al. 2021); deconvolution: convolutions and transposed convolutions from the
+    encoder's map to the pixels, with skips from the finer maps of a convolutional encoder (SparK,
+    Tian et al. 2023). The default of a convolutional encoder is deconvolution."""
     dim: int = Field(default=512, gt=0, multiple_of=4)
-    """Width of the decoder's tokens. A small encoder has a smaller default: nano 64, micro 96,
-    tiny 192, small 256."""
+    """Width of the decoder's tokens, or of its coarsest map; each doubling of a map's sides halves
+    it. A small encoder has a smaller default: nano 64, micro 96, tiny 192, small 256; resnet18 and
+    ConvNeXt pico and nano 256, atto and femto 192."""
     depth: int = Field(default=8, ge=1)
     """Transformer blocks. A small encoder has a smaller default: nano 1, micro 2, tiny and
-    small 4."""
+    small 4, as have resnet18 and ConvNeXt up to nano. For `kind=deconvolution`: 3x3 convolutions at
+    each scale, by default 1."""
     num_heads: int = Field(default=16, ge=1)
-    """Attention heads; the number must divide `dim`. A small encoder has a smaller default: nano
-    2, micro 3, tiny 6, small 8."""
+    """Attention heads; the number must divide `dim`. By default one for about 32 values. Without
+    effect if `kind=deconvolution`."""
 
     prediction_ratio: float = Field(default=1.0, gt=0, le=1)
     """Share of the removed patches that is decoded and scored in a training step, a random one for
@@ -88,6 +128,15 @@ class DecoderConfig(StrictConfig):
             raise ValueError(f"num_heads={self.num_heads} does not divide dim={self.dim}")
         return self
 
+    @model_validator(mode="after")
+    def _deconvolutions_predict_all(self) -> Self:
+        if self.kind == "deconvolution" and self.prediction_ratio != 1:
+            raise ValueError(
+                f"prediction_ratio={self.prediction_ratio}: kind=deconvolution computes the whole "
+                "picture, so that predicting a part would save nothing; set 1"
+            )
+        return self
+
 
 def _num_heads(dim: int) -> int:
     """Return a number of heads that divides a width, of about 32 values each."""
@@ -96,12 +145,15 @@ def _num_heads(dim: int) -> int:
 
 class ModelConfig(StrictConfig):
     encoder: EncoderName = "vit_base"
-    """Which ViT to train, as width x depth: nano 96x4, micro 192x6, tiny 192x12, small 384x12, base
-    768x12, large 1024x24, huge 1280x32."""
+    """A ViT, as width x depth: nano 96x4, micro 192x6, tiny 192x12, small 384x12, base 768x12,
+    large 1024x24, huge 1280x32; or a convolutional encoder of timm: ResNet or ConvNeXt V2, trained
+    by masked convolutions (SparK)."""
     img_size: tuple[int, int] = (224, 224)
     """Height and width of the training crop, in pixels; one number means a square."""
     patch_size: int = Field(default=16, gt=0)
-    """Side of a square patch, in pixels."""
+    """Side of a square patch, in pixels. For a convolutional encoder this is its stride, the pixels
+    per place of its last map: 32 by default, as in timm; 16, 8 or 4 for small images, where the
+    first layers keep the resolution."""
     in_chans: int = Field(default=3, gt=0)
     """Channels of an image."""
     decoder: DecoderConfig = DecoderConfig()
@@ -116,29 +168,59 @@ class ModelConfig(StrictConfig):
     @model_validator(mode="before")
     @classmethod
     def _the_default_decoder_is_the_encoders(cls, raw: object) -> object:
-        """Complete the decoder of a small encoder by defaults of its size."""
-        if not isinstance(raw, dict) or not isinstance(given := raw.get("decoder", {}), dict):
+        """Complete the patch size and the decoder by defaults that fit the encoder."""
+        if not isinstance(raw, dict):
             return raw
         encoder = raw.get("encoder")
-        shape = DECODERS.get(encoder) if isinstance(encoder, str) else None
-        if shape is None:
+        is_convolutional = isinstance(encoder, str) and encoder in CONV_ENCODERS
+        if is_convolutional:
+            raw = {"patch_size": CONV_STRIDE, **raw}
+        if not isinstance(given := raw.get("decoder", {}), dict):
             return raw
+        kind = given.get("kind", "deconvolution" if is_convolutional else "transformer")
+        shape = DECODERS.get(encoder) if isinstance(encoder, str) else None
+        if shape is None and kind == "transformer":
+            return {**raw, "decoder": {**given, "kind": kind}} if is_convolutional else raw
+        shape = shape or LARGE_DECODER
+        if kind == "deconvolution":
+            shape = shape._replace(depth=1)
         dim = given.get("dim", shape.dim)
         if isinstance(dim, int) and dim > 0 and dim % shape.num_heads:
             shape = shape._replace(num_heads=_num_heads(dim))
-        return {**raw, "decoder": {**shape._asdict(), **given}}
+        return {**raw, "decoder": {**shape._asdict(), **given, "kind": kind}}
+
+    @model_validator(mode="after")
+    def _convolutions_have_few_strides(self) -> Self:
+        if self.is_convolutional and self.patch_size not in CONV_STRIDES:
+            raise ValueError(
+                f"patch_size={self.patch_size} is the stride of encoder={self.encoder}, which can "
+                f"be {', '.join(map(str, CONV_STRIDES))}"
+            )
+        return self
 
     @model_validator(mode="after")
     def _patches_tile_the_image(self) -> Self:
         height, width = self.img_size
         if height < 1 or width < 1 or height % self.patch_size or width % self.patch_size:
+            is_stride = f", the stride of encoder={self.encoder}" if self.is_convolutional else ""
             raise ValueError(
                 f"img_size={height}x{width} is not a multiple of patch_size={self.patch_size}"
+                f"{is_stride}"
             )
         return self
 
     @property
+    def is_convolutional(self) -> bool:
+        return self.encoder in CONV_ENCODERS
+
+    @property
+    def has_batch_norm(self) -> bool:
+        """Whether the result depends on the split of a global batch into micro batches."""
+        return self.encoder.startswith("resnet")
+
+    @property
     def encoder_shape(self) -> EncoderShape:
+        """Width, depth and heads of a ViT."""
         return ENCODERS[self.encoder]
 
     @property

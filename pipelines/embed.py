@@ -43,7 +43,7 @@ from mae_core.data.samples import DataError, Sample
 from mae_core.data.transforms import center_crop
 from mae_core.evaluation.classification import encode_features
 from mae_core.evaluation.retrieval import cosine_similarity, retrieval_picture
-from mae_core.model.encoder import MaskedEncoder
+from mae_core.model.family import Encoder
 from pipelines import driver
 from pipelines.config.embed import EmbedConfig
 from pipelines.downstream.measuring import to_images
@@ -127,6 +127,11 @@ class EmbedRun:
             raise ConfigError(
                 f"img_size={img_size[0]}x{img_size[1]} is not a multiple of "
                 f"{encoder.model.patch_size}, the patch_size of init_from={config.init_from}"
+            )
+        if config.features == "cls" and encoder.model.is_convolutional:
+            raise ConfigError(
+                f"features=cls: the {encoder.model.encoder} of init_from={config.init_from} has no "
+                "class token; set features=mean"
             )
         index_uri = storage.join(folder.index_uri, "data")
         data = open_shards(config.data, index_uri, max_bad_ratio=config.max_bad_ratio)
@@ -401,14 +406,15 @@ class FeatureReader:
         images = to_images(pixels, self.manifest, self.device)
         if self.kind == "grid":
             with torch.no_grad():
-                chosen = self.encoder(images).float()[:, 1:].flatten(1)
+                tokens = self.encoder(images)[:, self.encoder.num_prefix_tokens :]
+                chosen = tokens.float().flatten(1)
         else:
             chosen = encode_features(self.encoder, images, pool=self.kind)
         features: npt.NDArray[np.float32] = chosen.cpu().numpy()
         return features
 
 
-def _load(job: EmbedJob) -> tuple[MaskedEncoder, CheckpointManifest]:
+def _load(job: EmbedJob) -> tuple[Encoder, CheckpointManifest]:
     with scratch_folder() as workspace:
         found = fetch_checkpoint(job.init_uri, workspace / "encoder")
         return load_encoder(found.folder, is_verified=True)

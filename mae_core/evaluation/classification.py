@@ -20,8 +20,8 @@ def encode_features(
     """Encode whole images without masking, without gradients and in eval mode.
 
     Args:
-        encoder: Returns (B, 1 + L, D) tokens after its last norm, the class token first. Its mode
-            is restored afterwards.
+        encoder: Returns tokens after its last norm, (B, T, D). The first `num_prefix_tokens`, by
+            default one class token, are of no patch. Its mode is restored afterwards.
         images: Normalised as in pretraining.
         pool: "mean" averages the patch tokens. "cls" takes the class token, which MAE's loss
             reaches only through attention; in He et al. 2021, section A.1, either works.
@@ -30,10 +30,13 @@ def encode_features(
     encoder.eval()
     try:
         with torch.no_grad():
-            tokens = encoder(images)  # (B, 1 + L, D)
+            tokens = encoder(images)  # (B, T, D)
     finally:
         encoder.train(was_training)
-    features = tokens[:, 1:].mean(dim=1) if pool == "mean" else tokens[:, 0]
+    num_prefix: int = getattr(encoder, "num_prefix_tokens", 1)
+    if pool == "cls" and not num_prefix:
+        raise ValueError("pool=cls needs a class token, this encoder has none: set pool=mean")
+    features = tokens[:, num_prefix:].mean(dim=1) if pool == "mean" else tokens[:, 0]
     return features.float()
 
 

@@ -10,6 +10,7 @@ Source: https://github.com/facebookresearch/mae, models_mae.py.
 import torch
 from torch import Tensor, nn
 
+from mae_core.model.decoder import PixelDecoder
 from mae_core.model.encoder import MaskedEncoder
 from mae_core.model.mae import MaskedAutoencoder
 
@@ -21,9 +22,17 @@ def fair_encoder_state_dict(encoder: MaskedEncoder) -> dict[str, Tensor]:
 
 def fair_state_dict(mae: MaskedAutoencoder) -> dict[str, Tensor]:
     """Name all weights as in `mae_visualize_vit_base.pth`; tensors are shared, not copied."""
-    decoder = {_fair_decoder_name(k): v for k, v in _without_positions(mae.decoder).items()}
-    positions = {"decoder_pos_embed": _with_class_row(mae.decoder.positions)}
-    return {**fair_encoder_state_dict(mae.encoder), **decoder, **positions}
+    own_encoder, own_decoder = _halves(mae)
+    decoder = {_fair_decoder_name(k): v for k, v in _without_positions(own_decoder).items()}
+    positions = {"decoder_pos_embed": _with_class_row(own_decoder.positions)}
+    return {**fair_encoder_state_dict(own_encoder), **decoder, **positions}
+
+
+def _halves(mae: MaskedAutoencoder) -> tuple[MaskedEncoder, PixelDecoder]:
+    encoder, decoder = mae.encoder, mae.decoder
+    if not isinstance(encoder, MaskedEncoder) or not isinstance(decoder, PixelDecoder):
+        raise ValueError("the authors' files hold a ViT and a transformer decoder alone")
+    return encoder, decoder
 
 
 def _without_positions(module: nn.Module) -> dict[str, Tensor]:

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from mae_core.checkpoint_manifest import AUTHORS_FORMAT, CorruptCheckpointError
-from mae_core.config import ENCODERS, DecoderConfig, EncoderName, ModelConfig
+from mae_core.config import ENCODERS, DecoderConfig, ModelConfig, ViTName
 from mae_core.interchange.declared import Declared
 from mae_core.interchange.layouts import Layout, Named, translate
 from mae_core.interchange.weight_files import RefusedWeightsError, WeightsFile
 from mae_core.model.decoder import PixelDecoder
-from mae_core.model.encoder import build_encoder
+from mae_core.model.family import build_encoder
 from mae_core.model.positions import sincos_positions
 
 FORMAT_WORDS: dict[Layout, str] = {
@@ -158,8 +158,8 @@ def _depth(tensors: Mapping[str, Tensor]) -> int:
     return len(numbers)
 
 
-def _encoder_name(width: int, depth: int, declared: Declared, name: str) -> EncoderName:
-    names: tuple[EncoderName, ...] = get_args(EncoderName)
+def _encoder_name(width: int, depth: int, declared: Declared, name: str) -> ViTName:
+    names: tuple[ViTName, ...] = get_args(ViTName)
     for encoder in names:
         shape = ENCODERS[encoder]
         if (shape.embed_dim, shape.depth) == (width, depth):

@@ -57,13 +57,14 @@ class PixelDecoder(nn.Module):
         ids_keep: Int[Tensor, "B K"],
         ids_removed: Int[Tensor, "B R"],
     ) -> Float[Tensor, "B R P"]:
-        """Decode T = 1 + K encoder tokens, the class token first.
+        """Decode the encoder's K tokens of patches, behind its class token if it has one.
 
         The blocks do not know an order, so the tokens stay in that of the ids.
         """
-        class_token, kept = self.embed(latent).split([1, ids_keep.shape[1]], dim=1)
+        num_kept = ids_keep.shape[1]
+        prefix, kept = self.embed(latent).split([latent.shape[1] - num_kept, num_kept], dim=1)
         removed = self.mask_token + self.positions[ids_removed]
-        tokens = torch.cat([class_token, kept + self.positions[ids_keep], removed], dim=1)
+        tokens = torch.cat([prefix, kept + self.positions[ids_keep], removed], dim=1)
         for block in self.blocks[:-1]:
             tokens = block(tokens)  # (B, 1 + L, D)
         tokens = _last_tokens(cast(Block, self.blocks[-1]), tokens, ids_removed.shape[1])

@@ -11,7 +11,6 @@ from timm.layers.patch_embed import PatchEmbed
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from mae_core.config import ModelConfig
 from mae_core.model.positions import resample_positions, sincos_positions, trained_table
 from mae_core.patching import take_patches
 
@@ -26,6 +25,7 @@ class MaskedEncoder(nn.Module):
     """
 
     positions: Tensor  # (L, D); in the state dict only if it is trained: else the sizes give it
+    num_prefix_tokens = 1
 
     def __init__(
         self,
@@ -42,6 +42,7 @@ class MaskedEncoder(nn.Module):
         self.patch_size = patch_size
         self.embed_dim = embed_dim
         self.grid_size = (img_size[0] // patch_size, img_size[1] // patch_size)
+        self.channels, self.strides = (embed_dim,), (patch_size,)  # of `maps`
         # img_size=None: timm then accepts any size, and `forward` checks it.
         self.patch_embed = PatchEmbed(None, patch_size, in_chans, embed_dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
@@ -88,6 +89,16 @@ class MaskedEncoder(nn.Module):
         # The class token's position is zero, as in the reference.
         class_token = self.cls_token.expand(patches.shape[0], -1, -1)
         return self.blocks(torch.cat([class_token, patches], dim=1))  # (B, 1 + K, D)
+
+    def maps(
+        self, images: Float[Tensor, "B C H W"], ids_keep: Int[Tensor, "B K"]
+    ) -> list[Float[Tensor, "B D h w"]]:
+        """Return the kept patches' tokens as one map, which is zero where a patch is not kept."""
+        tokens = self(images, ids_keep)[:, self.num_prefix_tokens :]  # (B, K, D)
+        rows, columns = self._grid(images)
+        places = ids_keep[:, :, None].expand(-1, -1, tokens.shape[2])
+        flat = tokens.new_zeros(len(tokens), rows * columns, tokens.shape[2])
+        return [flat.scatter(1, places, tokens).transpose(1, 2).unflatten(2, (rows, columns))]
 
     def feature_map(
         self, images: Float[Tensor, "B C H W"], *, window: int = 0
@@ -161,16 +172,3 @@ def _initialize_linear(module: nn.Module) -> None:
         # Xavier treats the fused query, key and value as one matrix.
         nn.init.xavier_uniform_(module.weight)
         nn.init.zeros_(module.bias)
-
-
-def build_encoder(config: ModelConfig, *, drop_path_rate: float = 0.0) -> MaskedEncoder:
-    shape = config.encoder_shape
-    return MaskedEncoder(
-        img_size=config.img_size,
-        patch_size=config.patch_size,
-        in_chans=config.in_chans,
-        embed_dim=shape.embed_dim,
-        depth=shape.depth,
-        num_heads=shape.num_heads,
-        drop_path_rate=drop_path_rate,
-    )

@@ -50,19 +50,19 @@ class FeaturePyramid(nn.Module):
 def _level(dim: int, stride: int, wanted: int, channels: int) -> nn.Sequential:
     layers: list[nn.Module] = []
     while stride > wanted and stride % 2 == 0:
-        layers += [nn.ConvTranspose2d(dim, dim // 2, 2, stride=2), _norm(dim // 2), nn.GELU()]
+        layers += [nn.ConvTranspose2d(dim, dim // 2, 2, stride=2), group_norm(dim // 2), nn.GELU()]
         dim, stride = dim // 2, stride // 2
     while stride < wanted and wanted % (2 * stride) == 0:
         layers.append(nn.MaxPool2d(2))
         stride *= 2
     if stride != wanted:
         raise ValueError(f"stride {wanted} is not the encoder's stride times a power of two")
-    layers += [nn.Conv2d(dim, channels, 1), _norm(channels)]
-    layers += [nn.Conv2d(channels, channels, 3, padding=1), _norm(channels)]
+    layers += [nn.Conv2d(dim, channels, 1), group_norm(channels)]
+    layers += [nn.Conv2d(channels, channels, 3, padding=1), group_norm(channels)]
     return nn.Sequential(*layers)
 
 
-def _norm(channels: int) -> nn.GroupNorm:
+def group_norm(channels: int) -> nn.GroupNorm:
     """Use groups of at least four channels, as one channel alone at one place would become 0."""
     groups = (32, 16, 8, 4, 2, 1)
     return nn.GroupNorm(next(n for n in groups if channels % (4 * n) == 0 or n == 1), channels)

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from mae_core.config import LossConfig, MaskingConfig, ModelConfig
 from mae_core.losses import normalize_patches, pixel_loss_per_image
 from mae_core.masking import mask_from_noise, num_patches_kept
-from mae_core.model.decoder import PixelDecoder
-from mae_core.model.encoder import MaskedEncoder, build_encoder
+from mae_core.model.deconvolution import DeconvolutionDecoder
+from mae_core.model.family import Decoder, Encoder, build_decoder, build_encoder
 from mae_core.patching import take_patches
 
 
@@ -31,8 +31,8 @@ class MaskedAutoencoder(nn.Module):
 
     def __init__(
         self,
-        encoder: MaskedEncoder,
-        decoder: PixelDecoder,
+        encoder: Encoder,
+        decoder: Decoder,
         *,
         patch_size: int,
         mask_ratio: float,
@@ -54,8 +54,11 @@ class MaskedAutoencoder(nn.Module):
         if self.training:
             num_predicted = max(1, round(ids_removed.shape[1] * self.prediction_ratio))
             ids_removed = ids_removed[:, :num_predicted]
-        latent = self.encoder(images, ids_keep)  # (B, 1 + K, D)
-        pred = self.decoder(latent, ids_keep, ids_removed)  # (B, R, P)
+        if isinstance(self.decoder, DeconvolutionDecoder):
+            pred = self.decoder(self.encoder.maps(images, ids_keep), ids_keep, ids_removed)
+        else:
+            latent = self.encoder(images, ids_keep)  # (B, 1 + K, D)
+            pred = self.decoder(latent, ids_keep, ids_removed)  # (B, R, P)
 
         # fp32: a bf16 sum over B * R patches loses the small values.
         target = take_patches(images.float(), self.patch_size, ids_removed)
@@ -84,20 +87,13 @@ def build_mae(model: ModelConfig, masking: MaskingConfig, loss: LossConfig) -> M
     """Build the model; fresh weights come from torch's global generator, so seed it first."""
     if num_patches_kept(model.num_patches, masking.mask_ratio) == model.num_patches:
         raise ValueError(
-            f"mask_ratio={masking.mask_ratio} removes none of {model.num_patches} patches"
+            f"mask_ratio={masking.mask_ratio} removes none of {model.num_patches} patches of "
+            f"patch_size={model.patch_size}"
         )
     encoder = build_encoder(model)
-    decoder = PixelDecoder(
-        encoder_dim=encoder.embed_dim,
-        grid_size=model.grid_size,
-        dim=model.decoder.dim,
-        depth=model.decoder.depth,
-        num_heads=model.decoder.num_heads,
-        values_per_patch=model.in_chans * model.patch_size**2,
-    )
     return MaskedAutoencoder(
         encoder,
-        decoder,
+        build_decoder(model, encoder),
         patch_size=model.patch_size,
         mask_ratio=masking.mask_ratio,
         norm_pix_floor=loss.target_floor,

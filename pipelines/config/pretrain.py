@@ -144,10 +144,11 @@ class PretrainConfig(StrictConfig):
                 f"masking.kind=grid needs an even number of patches a side, not {rows}x{columns}; "
                 "change model.img_size or model.patch_size"
             )
-        if int(self.model.num_patches * (1 - self.masking.mask_ratio)) == self.model.num_patches:
+        num_patches, ratio = self.model.num_patches, self.masking.mask_ratio
+        if max(1, int(num_patches * (1 - ratio))) == num_patches:  # see `num_patches_kept`
             raise ValueError(
-                f"masking.mask_ratio={self.masking.mask_ratio} removes none of "
-                f"{self.model.num_patches} patches"
+                f"masking.mask_ratio={ratio} removes none of {num_patches} patches of "
+                f"model.patch_size={self.model.patch_size}"
             )
         return self
 
@@ -178,4 +179,7 @@ class PretrainConfig(StrictConfig):
     @property
     def run_name(self) -> str:
         """Name and a hash of all that determines the result: the same command, the same run."""
-        return f"{self.name}-{identity_digest('pretrain', self.model_dump(mode='json'))}"
+        values = self.model_dump(mode="json")
+        if self.model.has_batch_norm:  # whose statistics are those of a micro batch
+            values["split"] = [self.optim.micro_batch_size, self.scaling.num_workers]
+        return f"{self.name}-{identity_digest('pretrain', values)}"

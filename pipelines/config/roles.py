@@ -95,6 +95,7 @@ _IDENTITY: dict[str, tuple[str, ...]] = {
         "model.img_size",
         "model.patch_size",
         "model.in_chans",
+        "model.decoder.kind",
         "model.decoder.dim",
         "model.decoder.depth",
         "model.decoder.num_heads",
@@ -215,6 +216,7 @@ _NO_EFFECT: dict[str, tuple[str, ...]] = {
 # Fields that were added after runs had been named, with the value that changes nothing. That value
 # is left out of the hash, so that those runs keep their name.
 _ADDED_LATER: dict[str, Any] = {
+    "model.decoder.kind": "transformer",
     "optim.head_lr_scale": 1.0,
     "segment.values": None,
     "segment.ignore_value": 255,

@@ -22,7 +22,7 @@ from mae_core.config import ModelConfig
 from mae_core.data.manifest import ShardInfo
 from mae_core.data.order import ChainedOrder, RunOrder
 from mae_core.data.pixels import CorruptSampleError
-from mae_core.model.encoder import build_encoder
+from mae_core.model.family import build_encoder
 from mae_core.optim import warmup_cosine
 from mae_core.train_step import BatchLoss
 from pipelines.config.downstream import DownstreamConfig
@@ -182,6 +182,7 @@ class TuningTask(Generic[WantedT, TruthT, PredictionT]):
     def build(self, part: Arm, *, is_resumed: bool) -> Trained:
         torch.manual_seed(torch_seed(part.seed, "weights"))
         rate = self.config.optim.drop_path_rate if part.kind.trains_encoder else 0.0
+        encoder: nn.Module
         if part.kind.is_pretrained:
             encoder, _ = load_encoder(self._fetched(), drop_path_rate=rate, is_verified=True)
         else:

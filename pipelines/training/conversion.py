@@ -16,9 +16,12 @@ from infra import storage, transfers
 from infra.scratch import scratch_folder
 from mae_core.checkpoint import build_from_weights, save_weights
 from mae_core.checkpoint_manifest import MANIFEST_FILE, CheckpointRecord
+from mae_core.config import CONV_STRIDE, ModelConfig
+from mae_core.interchange.conv_layouts import timm_state_dict
 from mae_core.interchange.fair import fair_encoder_state_dict, fair_state_dict
 from mae_core.interchange.layouts import to_hf
 from mae_core.interchange.onnx_encoder import RawPixelEncoder
+from mae_core.model.encoder import MaskedEncoder
 from mae_core.model.mae import MaskedAutoencoder
 from pipelines.outcome import ConfigError
 from pipelines.training.description import read_place
@@ -58,6 +61,7 @@ def convert(place: Place, out: str, to: str, *, overwrite: bool) -> str:
         source.mkdir()
         made.mkdir()
         weights = read_place(place, source)
+        _check_has_place(weights, to)
         if to in FOLDER_WRITERS:
             FOLDER_WRITERS[to](weights, made)
             last = MANIFEST_FILE if to == "mae" else "model.safetensors"
@@ -73,19 +77,39 @@ def convert(place: Place, out: str, to: str, *, overwrite: bool) -> str:
     return target
 
 
+def _check_has_place(weights: Weights, to: str) -> None:
+    model = weights.record.model
+    if model.is_convolutional and to not in CONV_FORMATS:
+        raise ConfigError(
+            f"--to {to}: the format has no place for encoder={model.encoder}, but for a ViT alone; "
+            f"take {' or '.join(CONV_FORMATS)}"
+        )
+
+
 def _parts(weights: Weights) -> MaskedAutoencoder:
     return build_from_weights(weights.state, weights.record)
 
 
+def _vit(mae: MaskedAutoencoder) -> MaskedEncoder:
+    assert isinstance(mae.encoder, MaskedEncoder), "see _check_has_place"
+    return mae.encoder
+
+
 def _has_decoder(weights: Weights) -> bool:
-    return any(key.startswith("decoder.") for key in weights.state)
+    """Return whether there is a decoder of the authors' kind; tell of another."""
+    if not any(key.startswith("decoder.") for key in weights.state):
+        return False
+    kind = weights.record.model.decoder.kind
+    if kind != "transformer":
+        logger.info("left out: the decoder, because the format has no place for kind=%s", kind)
+    return kind == "transformer"
 
 
 def _fair(weights: Weights) -> dict[str, Tensor]:
     """Return all weights under the authors' names."""
     mae = _parts(weights)
     if not _has_decoder(weights):
-        return _plain(fair_encoder_state_dict(mae.encoder))
+        return _plain(fair_encoder_state_dict(_vit(mae)))
     return _plain(fair_state_dict(mae))
 
 
@@ -98,13 +122,33 @@ def _write_fair(weights: Weights, path: Path) -> None:
 
 
 def _write_timm(weights: Weights, path: Path) -> None:
-    tensors = _plain(fair_encoder_state_dict(_parts(weights).encoder))
-    if _has_decoder(weights):
+    mae = _parts(weights)
+    if isinstance(mae.encoder, MaskedEncoder):
+        tensors = _plain(fair_encoder_state_dict(mae.encoder))
+    else:
+        tensors = _plain(timm_state_dict(mae.encoder))
+        _tell_timm_model(weights.record.model)
+    if any(key.startswith("decoder.") for key in weights.state):
         logger.info("left out: the decoder, which timm's models do not have")
     if path.suffix == ".safetensors":
         save_file(tensors, path, metadata={"format": "pt"})
     else:
         torch.save(tensors, path)
+
+
+def _tell_timm_model(model: ModelConfig) -> None:
+    if model.patch_size == CONV_STRIDE:
+        logger.info(
+            "for timm.create_model(%r, num_classes=0, in_chans=%d)", model.encoder, model.in_chans
+        )
+    else:
+        logger.warning(
+            "timm's %s has a stride of %d, these weights of patch_size=%d: their first layers do "
+            "not fit it",
+            model.encoder,
+            CONV_STRIDE,
+            model.patch_size,
+        )
 
 
 def _write_safetensors(weights: Weights, path: Path) -> None:
@@ -182,7 +226,7 @@ def _check_onnx_packages() -> None:
 def _write_onnx(weights: Weights, path: Path) -> None:
     """Export the encoder from raw pixels on, and compare it with torch at two sizes."""
     record, model = weights.record, weights.record.model
-    encoder = _parts(weights).encoder
+    encoder = _vit(_parts(weights))
     module = RawPixelEncoder(encoder, record.channel_mean, record.channel_std).eval()
     patch, (height, width) = model.patch_size, model.img_size
     rows, columns = (torch.export.Dim(n, min=1, max=MAX_SIDE) for n in ("rows", "columns"))
@@ -236,6 +280,7 @@ def _compare(module: nn.Module, path: Path, examples: list[Tensor]) -> None:
     logger.info("compared with torch at %d sizes: largest difference %.1e", len(examples), worst)
 
 
+CONV_FORMATS = ("mae", "timm")  # that hold a convolutional encoder
 FOLDER_WRITERS: dict[str, Callable[[Weights, Path], None]] = {"hf": _write_hf, "mae": _write_mae}
 FILE_WRITERS: dict[str, Callable[[Weights, Path], None]] = {
     "fair": _write_fair,

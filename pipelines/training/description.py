@@ -7,6 +7,7 @@ import torch
 from infra import storage
 from infra.scratch import scratch_folder
 from mae_core.checkpoint_manifest import WEIGHTS_FILE, CorruptCheckpointError
+from mae_core.config import CONV_ENCODERS, ModelConfig
 from pipelines.training.init_from import Place, run_of
 from pipelines.training.weights import Weights, read_foreign, read_own
 
@@ -35,12 +36,10 @@ def describe(place: Place) -> dict[str, str]:
 
 def describe_weights(place: Place, weights: Weights) -> dict[str, str]:
     record, origin, model = weights.record, weights.record.origin, weights.record.model
-    shape = model.encoder_shape
     fields = {
         "weights": storage.absolute(place.uri),
         "format": origin.format if origin and not weights.manifest else "checkpoint of ours",
-        "encoder": f"{model.encoder}: {shape.embed_dim} wide, {shape.depth} deep, "
-        f"{shape.num_heads} heads",
+        "encoder": _encoder(model),
         "patch size": str(model.patch_size),
         "image size": f"{model.img_size[0]}x{model.img_size[1]}, {model.in_chans} channels",
         "positions": _positions(weights),
@@ -53,7 +52,17 @@ def describe_weights(place: Place, weights: Weights) -> dict[str, str]:
     return {**fields, **_history(place, weights)}
 
 
+def _encoder(model: ModelConfig) -> str:
+    if model.is_convolutional:
+        widths = ", ".join(map(str, CONV_ENCODERS[model.encoder]))
+        return f"{model.encoder}: convolutional, stages of {widths} channels"
+    shape = model.encoder_shape
+    return f"{model.encoder}: {shape.embed_dim} wide, {shape.depth} deep, {shape.num_heads} heads"
+
+
 def _positions(weights: Weights) -> str:
+    if weights.record.model.is_convolutional:
+        return "none"
     rows, columns = weights.record.model.grid_size
     kind = "trained" if "encoder.positions" in weights.state else "fixed"
     return f"{kind}, for {rows}x{columns} patches"
@@ -67,6 +76,8 @@ def _decoder(weights: Weights) -> str:
     decoder = weights.record.model.decoder
     if not _has_decoder(weights):
         return "none"
+    if decoder.kind == "deconvolution":
+        return f"deconvolution, {decoder.dim} wide, {decoder.depth} convolutions at each scale"
     return f"{decoder.dim} wide, {decoder.depth} deep, {decoder.num_heads} heads"
 
 

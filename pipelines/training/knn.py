@@ -24,7 +24,6 @@ from mae_core.data.samples import DataError, Sample
 from mae_core.data.transforms import center_crop, stack_pixels
 from mae_core.data.views import normalize
 from mae_core.evaluation.classification import encode_features, knn_accuracy
-from mae_core.model.encoder import MaskedEncoder
 from pipelines.config.pretrain import KnnConfig
 from pipelines.reading.class_names import Numbers, folder_of
 from pipelines.reading.shards import read_rows
@@ -74,7 +73,7 @@ def features_of(encoder: nn.Module) -> Measure:
 
 
 def knn_metrics(
-    encoders: Mapping[str, MaskedEncoder],
+    encoders: Mapping[str, nn.Module],
     train: Sequence[ShardInfo],
     val: Sequence[ShardInfo],
     reader: ImageReader,

@@ -9,7 +9,7 @@ import torch
 
 from mae_core.config import ModelConfig
 from mae_core.interchange.fair import fair_encoder_state_dict
-from mae_core.model.encoder import build_encoder
+from mae_core.model.family import build_encoder
 from mae_core.model.positions import sincos_positions
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks/fair_weights.py"

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from mae_core.config import ModelConfig
 from mae_core.evaluation import classification
 from mae_core.evaluation.classification import encode_features, knn_accuracy
-from mae_core.model.encoder import build_encoder
+from mae_core.model.family import build_encoder
 
 
 def make_blobs(

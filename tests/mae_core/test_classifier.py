@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 from mae_core.config import ModelConfig
 from mae_core.model.classifier import Classifier, build_classifier, layer_scales
-from mae_core.model.encoder import MaskedEncoder, build_encoder
+from mae_core.model.encoder import MaskedEncoder
+from mae_core.model.family import build_encoder
 
 Kind = Literal["finetune", "linear", "attentive"]
 Pool = Literal["mean", "cls"]

@@ -108,6 +108,63 @@ def test_a_mistake_in_a_decoder_is_still_named() -> None:
         ModelConfig.model_validate({"encoder": "vit_micro", "decoder": {"widht": 5}})
 
 
+@pytest.mark.parametrize(
+    ("fields", "patch_size", "decoder"),
+    [
+        ({"encoder": "resnet18"}, 32, ("deconvolution", 256, 1)),
+        ({"encoder": "resnet50"}, 32, ("deconvolution", 512, 1)),
+        ({"encoder": "convnextv2_base"}, 32, ("deconvolution", 512, 1)),
+        ({"encoder": "convnextv2_atto", "patch_size": 8}, 8, ("deconvolution", 192, 1)),
+        ({"encoder": "convnextv2_atto", "decoder": {"dim": 64}}, 32, ("deconvolution", 64, 1)),
+        ({"encoder": "resnet18", "decoder": {"kind": "transformer"}}, 32, ("transformer", 256, 4)),
+        ({"encoder": "resnet50", "decoder": {"kind": "transformer"}}, 32, ("transformer", 512, 8)),
+        (
+            {"encoder": "vit_base", "decoder": {"kind": "deconvolution"}},
+            16,
+            ("deconvolution", 512, 1),
+        ),
+        (
+            {"encoder": "vit_nano", "decoder": {"kind": "deconvolution"}},
+            16,
+            ("deconvolution", 64, 1),
+        ),
+        ({"encoder": "vit_base"}, 16, ("transformer", 512, 8)),
+    ],
+)
+def test_patch_size_and_decoder_have_defaults_that_fit_the_encoder(
+    fields: dict[str, Any], patch_size: int, decoder: tuple[str, int, int]
+) -> None:
+    model = ModelConfig.model_validate(fields)
+    assert model.patch_size == patch_size
+    assert (model.decoder.kind, model.decoder.dim, model.decoder.depth) == decoder
+    assert ModelConfig.model_validate(model.model_dump(mode="json")) == model
+
+
+@pytest.mark.parametrize(
+    ("fields", "told"),
+    [
+        (
+            {"encoder": "resnet18", "patch_size": 14, "img_size": 224},
+            "patch_size=14 is the stride of encoder=resnet18, which can be 32, 16, 8, 4",
+        ),
+        (
+            {"encoder": "convnextv2_atto", "img_size": 240},
+            "img_size=240x240 is not a multiple of patch_size=32, the stride of "
+            "encoder=convnextv2_atto",
+        ),
+        (
+            {"decoder": {"kind": "deconvolution", "prediction_ratio": 0.5}},
+            "prediction_ratio=0.5: kind=deconvolution computes the whole picture",
+        ),
+        ({"encoder": "resnet34"}, "encoder"),
+    ],
+)
+def test_an_illegal_pair_is_refused_in_words(fields: dict[str, Any], told: str) -> None:
+    with pytest.raises(ValidationError) as refusal:
+        ModelConfig.model_validate(fields)
+    assert told in str(refusal.value)
+
+
 def test_a_grid_mask_has_one_ratio() -> None:
     assert MaskingConfig(kind="grid").mask_ratio == 0.75
     with pytest.raises(ValidationError, match=r"mask_ratio must be 0\.75, not 0\.5"):

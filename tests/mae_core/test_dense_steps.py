@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from mae_core.config import ModelConfig
 from mae_core.data.label_maps import IGNORE
 from mae_core.model.detector import BoxTargets, build_detector
-from mae_core.model.encoder import build_encoder
+from mae_core.model.family import build_encoder
 from mae_core.model.segmenter import build_segmenter, segmentation_loss
 from mae_core.train_step import BatchLoss, StepMetrics, optimizer_step
 

@@ -21,7 +21,7 @@ from mae_core.model.detector import (
     box_targets,
     build_detector,
 )
-from mae_core.model.encoder import build_encoder
+from mae_core.model.family import build_encoder
 
 SIZE = 32
 HEADS: list[HeadName] = ["fcos", "faster_rcnn"]

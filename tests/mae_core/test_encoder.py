@@ -4,7 +4,8 @@ from torch import nn
 
 from mae_core.config import DecoderConfig, ModelConfig
 from mae_core.masking import mask_from_noise
-from mae_core.model.encoder import MaskedEncoder, build_encoder
+from mae_core.model.encoder import MaskedEncoder
+from mae_core.model.family import build_encoder
 
 
 def make_encoder(

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mae_core.config import ModelConfig
-from mae_core.model.encoder import build_encoder
+from mae_core.model.family import build_encoder
 from mae_core.model.feature_pyramid import FeaturePyramid
 
 

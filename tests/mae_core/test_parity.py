@@ -13,7 +13,8 @@ from transformers.models.vit_mae.modeling_vit_mae import build_2d_sinusoidal_pos
 
 from mae_core.config import DecoderConfig, LossConfig, MaskingConfig, ModelConfig
 from mae_core.interchange.fair import fair_encoder_state_dict, fair_state_dict
-from mae_core.model.encoder import MaskedEncoder, build_encoder
+from mae_core.model.encoder import MaskedEncoder
+from mae_core.model.family import build_encoder
 from mae_core.model.mae import MAEOutput, MaskedAutoencoder, build_mae
 from mae_core.model.positions import sincos_positions
 

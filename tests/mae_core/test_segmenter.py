@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from mae_core.config import ModelConfig
 from mae_core.data.label_maps import IGNORE
 from mae_core.model.dense import MapOptions
-from mae_core.model.encoder import build_encoder
+from mae_core.model.family import build_encoder
 from mae_core.model.segmenter import (
     Head,
     Segmenter,

@@ -315,3 +315,18 @@ def test_a_best_checkpoint_needs_its_metric(words: tuple[str, ...], message: str
     with pytest.raises(ConfigError, match=message):
         make_config(*words)
     assert make_config("checkpoint.keep_best=health/rank").checkpoint.keep_best == "health/rank"
+
+
+@pytest.mark.parametrize(("encoder", "is_same"), [("convnextv2_atto", True), ("resnet18", False)])
+def test_a_micro_batch_names_the_run_of_an_encoder_with_batch_norms(
+    encoder: str, is_same: bool
+) -> None:
+    words = (*NEEDED, f"model.encoder={encoder}", "optim.global_batch_size=64")
+    names = {make_config(*words, f"optim.micro_batch_size={n}").run_name for n in (16, 32)}
+    assert (len(names) == 1) is is_same
+
+
+def test_a_stride_that_leaves_one_place_is_told() -> None:
+    assert mistake(*NEEDED, "model.encoder=resnet18", "model.img_size=32") == (
+        "config: masking.mask_ratio=0.75 removes none of 1 patches of model.patch_size=32"
+    )

@@ -12,7 +12,7 @@ from mae_core.checkpoint import load_encoder, save_weights
 from mae_core.checkpoint_manifest import CheckpointRecord, CorruptCheckpointError, read_manifest
 from mae_core.config import DecoderConfig, LossConfig, MaskingConfig, ModelConfig
 from mae_core.interchange.fair import fair_state_dict
-from mae_core.model.encoder import build_encoder
+from mae_core.model.family import build_encoder
 from mae_core.model.mae import build_mae
 from pipelines.config.downstream import ClassifyConfig
 from pipelines.config.embed import EmbedConfig
