@@ -59,7 +59,7 @@ from mae_core.evaluation.classifier_report import (
 )
 from mae_core.evaluation.linear_probe import fit_linear_probe
 from mae_core.model.classifier import Classifier, build_classifier
-from mae_core.model.encoder import MaskedEncoder
+from mae_core.model.family import Encoder
 from mae_core.optim import build_lars
 from mae_core.train_step import BatchLoss
 from pipelines.config.arms import ArmKind
@@ -205,7 +205,7 @@ class ClassifyTask:
         label[list(indices)] = 1
         return label
 
-    def build_model(self, encoder: MaskedEncoder, arm: Arm) -> nn.Module:
+    def build_model(self, encoder: Encoder, arm: Arm) -> nn.Module:
         if not self.section.takes_steps(arm.kind):
             return encoder
         blocks = self.section.trainable_blocks

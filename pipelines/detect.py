@@ -49,7 +49,7 @@ from mae_core.model.detector import (
     box_targets,
     build_detector,
 )
-from mae_core.model.encoder import MaskedEncoder
+from mae_core.model.family import Encoder
 from mae_core.train_step import BatchLoss
 from pipelines.config.downstream import DetectConfig, DetectSection
 from pipelines.downstream import run as downstream
@@ -224,7 +224,7 @@ class DetectTask:
         numbers = self.info.numbers.get(sample.folder, self.numbers)
         return parse_boxes(sample.target, sample.where, numbers, picture=picture)
 
-    def build_model(self, encoder: MaskedEncoder, arm: Arm) -> nn.Module:
+    def build_model(self, encoder: Encoder, arm: Arm) -> nn.Module:
         section = self.section
         return build_detector(
             encoder,

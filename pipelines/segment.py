@@ -54,7 +54,7 @@ from mae_core.evaluation.segmentation import (
 )
 from mae_core.evaluation.segmentation_ceiling import oracle_classes
 from mae_core.model.dense import DenseModel, MapOptions
-from mae_core.model.encoder import MaskedEncoder
+from mae_core.model.family import Encoder
 from mae_core.model.segmenter import (
     build_segmenter,
     central_window,
@@ -315,7 +315,7 @@ class SegmentTask:
         check_same_size(pixels, classes, sample.where)
         return pixels, _Truth(classes, instances)
 
-    def build_model(self, encoder: MaskedEncoder, arm: Arm) -> nn.Module:
+    def build_model(self, encoder: Encoder, arm: Arm) -> nn.Module:
         return build_segmenter(
             encoder,
             num_classes=len(self.info.names),

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from mae_core.config import ModelConfig
 from mae_core.data.pixels import Pixels
-from mae_core.model.encoder import MaskedEncoder
+from mae_core.model.family import Encoder
 from mae_core.train_step import BatchLoss
 from pipelines.downstream.arms import Arm
 from pipelines.reading.class_names import Numbers, folder_of
@@ -129,7 +129,7 @@ class Task(Measured[TruthT, PredictionT], Protocol[WantedT, TruthT, PredictionT]
             DataError: the label is wrong: the run stops.
         """
 
-    def build_model(self, encoder: MaskedEncoder, arm: Arm) -> nn.Module:
+    def build_model(self, encoder: Encoder, arm: Arm) -> nn.Module:
         """Put the arm's head on the encoder; a new head is drawn from torch's global generator."""
 
     def start(self, arm: Arm) -> ArmStart[TruthT] | None:

@@ -182,7 +182,6 @@ class TuningTask(Generic[WantedT, TruthT, PredictionT]):
     def build(self, part: Arm, *, is_resumed: bool) -> Trained:
         torch.manual_seed(torch_seed(part.seed, "weights"))
         rate = self.config.optim.drop_path_rate if part.kind.trains_encoder else 0.0
-        encoder: nn.Module
         if part.kind.is_pretrained:
             encoder, _ = load_encoder(self._fetched(), drop_path_rate=rate, is_verified=True)
         else:
