@@ -184,3 +184,20 @@ def cancel_on_signals(first: Callable[[], None]) -> Iterator[Stopper]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def cancelled_by_sigterm() -> Iterator[None]:
+    """Let SIGTERM raise CancelledError in the block, in place of whatever handled it before.
+
+    Ray's handler would end the command with code 15, and Python's default without a last line.
+    """
+
+    def cancel(signal_number: int, _frame: object) -> None:
+        raise CancelledError(signal_number)
+
+    before = signal.signal(signal.SIGTERM, cancel)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -28,8 +28,6 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
-import ray
-import ray.data
 import torch
 
 from infra import processes, storage, tracking
@@ -47,20 +45,19 @@ from mae_core.model.family import Encoder
 from pipelines import driver
 from pipelines.config.embed import EmbedConfig
 from pipelines.downstream.measuring import to_images
-from pipelines.job import cluster_address
+from pipelines.job import cluster_address, trains_in_driver
 from pipelines.outcome import ConfigError, StageResult
 from pipelines.reading.batches import too_many_bad
 from pipelines.reading.fingerprints import fingerprint
 from pipelines.reading.shards import open_shards, read_rows, read_samples
-from pipelines.terminal import progress
-from pipelines.training import local_mode
+from pipelines.terminal import progress, worker_logging
 from pipelines.training.checkpoints import fetch_checkpoint, fetch_manifest
 from pipelines.training.init_from import lineage_tags
-from pipelines.training.launch import trains_in_driver
 from pipelines.training.protocol import Identity, Work
 from pipelines.training.run import checked, drive
 from pipelines.training.run_folder import RunFolder, Taken
-from pipelines.training.stopping import AfterStep, Phase, StepEnds, StopChannel, Told
+from pipelines.training.stopping import AfterStep, Channel, LocalChannel, Phase, StepEnds, Told
+from pipelines.training.torch_state import restored_torch
 
 logger = logging.getLogger(__name__)
 
@@ -88,7 +85,7 @@ class EmbedJob(NamedTuple):
     config: EmbedConfig
     init_uri: str
     img_size: tuple[int, int]
-    channel: StopChannel
+    channel: Channel
 
 
 def run(config: EmbedConfig, *, fresh: bool) -> StageResult:
@@ -117,6 +114,7 @@ class EmbedRun:
 
     def __init__(self, config: EmbedConfig) -> None:
         self.config = config
+        self.needs_ray = not trains_in_driver(config.scaling)
         self.opened: OpenedEmbedding | None = None
 
     def open(self, folder: RunFolder) -> "OpenedEmbedding":
@@ -135,7 +133,7 @@ class EmbedRun:
             )
         index_uri = storage.join(folder.index_uri, "data")
         data = open_shards(config.data, index_uri, max_bad_ratio=config.max_bad_ratio)
-        job = EmbedJob(config, storage.absolute(config.init_from), img_size, StopChannel(""))
+        job = EmbedJob(config, storage.absolute(config.init_from), img_size, LocalChannel())
         self.opened = OpenedEmbedding(config, folder, data, encoder, job)
         return self.opened
 
@@ -171,7 +169,7 @@ class OpenedEmbedding(NamedTuple):
 
     def work(self, taken: Taken) -> Work:
         pieces = list(_pieces(self.config, self.data, taken.folder))
-        job = self.job._replace(channel=StopChannel(taken.start))
+        job = self.job._replace(channel=_channel(self.config, taken))
         saved = partial(_what_is_saved, pieces, self.data.num_samples, taken.folder)
         return Work(partial(_write_missing, job, pieces, taken.folder), job.channel, saved)
 
@@ -189,6 +187,16 @@ class OpenedEmbedding(NamedTuple):
         result = StageResult(STAGE, "done", run_id, folder.features_uri, metrics)
         folder.write_result(result)
         return result
+
+
+def _channel(config: EmbedConfig, taken: Taken) -> Channel:
+    """Return the channel to the workers; a single one on this machine needs no Ray for it."""
+    if trains_in_driver(config.scaling):
+        return LocalChannel()
+    # Imported here, as Ray Data below: a single worker is done before they would be imported.
+    from pipelines.training.ray_channel import RayChannel
+
+    return RayChannel(taken.start)
 
 
 def _write_missing(job: EmbedJob, pieces: list[Piece], folder: RunFolder) -> None:
@@ -219,9 +227,9 @@ def _what_is_saved(pieces: list[Piece], num_images: int, folder: RunFolder) -> s
 
 
 def _written_here(job: EmbedJob, missing: list[Piece]) -> Iterator[Mapping[str, int]]:
-    """Write the files in this process, which needs no process of Ray's (docs/adr/0027)."""
+    """Write the files in this process, without Ray (docs/adr/0032)."""
     processes.note_working(threading.current_thread())
-    with local_mode.restored_torch(job.config.scaling):
+    with restored_torch(job.config.scaling):
         embedder = _Embedder(job, missing)
         try:
             for number in range(len(missing)):
@@ -233,6 +241,12 @@ def _written_here(job: EmbedJob, missing: list[Piece]) -> Iterator[Mapping[str, 
 
 def _written_by_actors(job: EmbedJob, missing: list[Piece]) -> Iterator[Mapping[str, int]]:
     """Write the files in as many of Ray's processes as there are workers."""
+    import ray.data
+
+    from pipelines.reading.sequence import configure_ray_data
+
+    worker_logging.quiet_ray()  # Ray Data has set its own level when it was imported
+    configure_ray_data()
     config = job.config
     numbers = ray.data.from_items([{"number": i} for i in range(len(missing))])
     written = numbers.repartition(len(missing)).map_batches(
@@ -249,7 +263,7 @@ def _written_by_actors(job: EmbedJob, missing: list[Piece]) -> Iterator[Mapping[
     yield from written.iter_rows()
 
 
-def _follow(channel: StopChannel, written: Iterable[Mapping[str, int]], total: int) -> None:
+def _follow(channel: Channel, written: Iterable[Mapping[str, int]], total: int) -> None:
     """Tell how far the workers are, for each file that one of them writes or stops at."""
     for number, row in enumerate(written, start=1):
         if row["is_whole"]:

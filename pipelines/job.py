@@ -4,13 +4,14 @@ import json
 import os
 from pathlib import Path
 
+from pipelines.config.sections import ScalingConfig
+from pipelines.outcome import ConfigError
+
 STAGE_VARIABLE = "MAE_STAGE"  # names the stage of a pipeline that this process is
 ROOT = Path(__file__).resolve().parents[1]
 
 
 JOB_STOP_WAIT_S = 3.0  # Ray's default
-
-
 JOB_STOP_MARGIN_S = 1.0  # time to report the end
 
 
@@ -25,6 +26,34 @@ def cluster_address() -> str | None:
     address = os.environ.get("RAY_ADDRESS")
     # "local" is Ray's word for a new Ray on this machine, which must be a guarded one as well.
     return None if address in (None, "", "local") else address
+
+
+def trains_in_driver(scaling: ScalingConfig) -> bool:
+    """Return whether the one worker of a run is the process of the command itself (ADR 27)."""
+    return scaling.num_workers == 1 and cluster_address() is None
+
+
+def check_resources(scaling: ScalingConfig, cpus: float, gpus: float, place: str) -> None:
+    """Refuse workers that do not fit, which Ray would wait for without an end.
+
+    Raises:
+        ConfigError: names what is asked for, what there is, and what would fit.
+    """
+    need = scaling.num_workers * scaling.cpus_per_worker
+    if need > cpus:
+        fits = int(cpus // scaling.cpus_per_worker)
+        raise ConfigError(
+            f"scaling.num_workers={scaling.num_workers} x scaling.cpus_per_worker="
+            f"{scaling.cpus_per_worker} needs {need} CPUs, {place} has {cpus:g}; "
+            f"try scaling.num_workers={max(fits, 1)}"
+            + (" scaling.cpus_per_worker=1" if fits < 1 else "")
+        )
+    if scaling.use_gpu and scaling.num_workers > gpus:
+        raise ConfigError(
+            f"scaling.num_workers={scaling.num_workers} with scaling.use_gpu needs as many GPUs, "
+            f"{place} has {gpus:g}; "
+            + (f"try scaling.num_workers={int(gpus)}" if gpus else "try scaling.use_gpu=false")
+        )
 
 
 def grace_s(wanted_s: float) -> float:

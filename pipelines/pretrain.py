@@ -59,6 +59,7 @@ class PretrainRun:
     """See `pipelines.training.protocol.Run`."""
 
     stage = STAGE
+    needs_ray = True
 
     def __init__(self, config: PretrainConfig) -> None:
         self.config = config

@@ -19,6 +19,7 @@ COVERED_BY = {
     "packing/shard": "tests/pipelines/test_prepare.py",
     "schedule/passes": "tests/pipelines/schedule/test_command.py",
     "training/description": "tests/pipelines/commands/test_checkpoint.py",
+    "training/start": "tests/pipelines/training/test_run.py",
     "training/protocol": "tests/pipelines/training/test_run.py",
     "training/weights": "tests/pipelines/training/test_conversion.py",
 }

@@ -39,12 +39,12 @@ from pipelines.reading.class_names import Numbers
 from pipelines.reading.fingerprints import fingerprint
 from pipelines.reading.shards import Rows, open_shards, read_rows, target_of
 from pipelines.training.checkpoints import fetch_manifest
+from pipelines.training.fit import fit
 from pipelines.training.init_from import lineage_tags
 from pipelines.training.protocol import Identity, Work
 from pipelines.training.recording import log_bad_samples, saved_steps
 from pipelines.training.run import checked, drive
 from pipelines.training.run_folder import RunFolder, Taken
-from pipelines.training.start import fit
 
 logger = logging.getLogger(__name__)
 
@@ -100,6 +100,8 @@ def run(
 
 class TuningRun(Generic[ConfigT, WantedT, TruthT, PredictionT]):
     """See `pipelines.training.protocol.Run`."""
+
+    needs_ray = True
 
     def __init__(
         self, config: ConfigT, kind: TaskKind[ConfigT, WantedT, TruthT, PredictionT]

@@ -47,9 +47,9 @@ from pipelines.reading.sequence import SequencePlan, passes_per_block, sequence_
 from pipelines.reading.shards import Rows
 from pipelines.training.checkpoints import resume_position
 from pipelines.training.process import Process, StepOptions, Trained, torch_seed
+from pipelines.training.ray_channel import RayChannel
 from pipelines.training.reporting import After, RunSize
 from pipelines.training.run_folder import RunFolder
-from pipelines.training.stopping import StopChannel
 
 logger = logging.getLogger(__name__)
 
@@ -82,8 +82,8 @@ class TuningJob(NamedTuple, Generic[WantedT, TruthT, PredictionT]):
         return RunFolder(self.run_uri, self.start)
 
     @property
-    def channel(self) -> StopChannel:
-        return StopChannel(self.start)
+    def channel(self) -> RayChannel:
+        return RayChannel(self.start)
 
     def measuring_steps(self, arm: Arm) -> float:
         """Estimate how many steps it takes as long as to measure this arm and those after it."""

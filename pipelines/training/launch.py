@@ -5,7 +5,6 @@ Imports little of Ray and no torch, so that Ray can start while torch is importe
 
 import logging
 import os
-import signal
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -16,9 +15,8 @@ from ray._private.state import state
 
 from infra import machine, storage
 from pipelines.config.sections import ScalingConfig
-from pipelines.driver import CancelledError
-from pipelines.job import ROOT, cluster_address
-from pipelines.outcome import ConfigError
+from pipelines.driver import cancelled_by_sigterm
+from pipelines.job import ROOT, check_resources, cluster_address
 from pipelines.terminal import progress, worker_logging
 from pipelines.training import local_ray
 
@@ -30,29 +28,6 @@ SPARE_CPUS = 2
 READ_CPUS = 1  # per read task; Ray's default, which lets it run reading and slicing as one task
 # By name: given as a function, every process of Ray would import this module to get at it.
 SETUP_HOOK = "pipelines.terminal.worker_logging.set_up"
-
-
-def check_resources(scaling: ScalingConfig, cpus: float, gpus: float, place: str) -> None:
-    """Refuse a layout that would wait for ever.
-
-    Raises:
-        ConfigError: names what is asked for, what there is, and what would fit.
-    """
-    need = scaling.num_workers * scaling.cpus_per_worker
-    if need > cpus:
-        fits = int(cpus // scaling.cpus_per_worker)
-        raise ConfigError(
-            f"scaling.num_workers={scaling.num_workers} x scaling.cpus_per_worker="
-            f"{scaling.cpus_per_worker} needs {need} CPUs, {place} has {cpus:g}; "
-            f"try scaling.num_workers={max(fits, 1)}"
-            + (" scaling.cpus_per_worker=1" if fits < 1 else "")
-        )
-    if scaling.use_gpu and scaling.num_workers > gpus:
-        raise ConfigError(
-            f"scaling.num_workers={scaling.num_workers} with scaling.use_gpu needs as many GPUs, "
-            f"{place} has {gpus:g}; "
-            + (f"try scaling.num_workers={int(gpus)}" if gpus else "try scaling.use_gpu=false")
-        )
 
 
 @contextmanager
@@ -74,7 +49,7 @@ def running_ray(scaling: ScalingConfig, *, in_driver: bool = False) -> Iterator[
         elif address:
             _join(address)
             stack.callback(ray.shutdown)
-            stack.enter_context(_cancelled_by_sigterm())
+            stack.enter_context(cancelled_by_sigterm())
         else:
             cpus, gpus = machine.count_cpus(), machine.count_gpus()
             check_resources(scaling, cpus, gpus, "this machine")
@@ -84,25 +59,11 @@ def running_ray(scaling: ScalingConfig, *, in_driver: bool = False) -> Iterator[
             given = local_resources(scaling, log, cpus, gpus, in_driver=in_driver)
             with progress.doing("starting Ray"):
                 stack.enter_context(local_ray.running(folder, given))
-            stack.enter_context(_cancelled_by_sigterm())
+            stack.enter_context(cancelled_by_sigterm())
         worker_logging.set_up()  # the driver's own loggers, now that Ray has made them
         if address:
             check_resources(scaling, *_cluster_capacity(), f"the cluster {address}")
         yield
-
-
-@contextmanager
-def _cancelled_by_sigterm() -> Iterator[None]:
-    """Inside, SIGTERM raises CancelledError. Ray's handler would end the command with code 15."""
-
-    def cancel(signal_number: int, _frame: object) -> None:
-        raise CancelledError(signal_number)
-
-    rays_own = signal.signal(signal.SIGTERM, cancel)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, rays_own)
 
 
 def _join(address: str) -> None:
@@ -156,11 +117,6 @@ def _loopback_for_workers() -> dict[str, str]:
     ]
     variables = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
     return {name: os.environ.get(name, names[0]) for name in variables} if names else {}
-
-
-def trains_in_driver(scaling: ScalingConfig) -> bool:
-    """Return whether training runs in the driver's process: see `pipelines.training.local_mode`."""
-    return scaling.num_workers == 1 and cluster_address() is None
 
 
 def cluster_capacity() -> tuple[float, float]:

@@ -18,6 +18,7 @@ import torch
 
 from infra import processes
 from pipelines.config.sections import ScalingConfig
+from pipelines.training.torch_state import restored_torch
 
 logger = logging.getLogger(__name__)
 
@@ -68,17 +69,6 @@ def _ended_readers() -> Iterator[None]:
             if thread.name.startswith(READERS):
                 thread.join(max(until_s - time.monotonic(), 0.0))
                 processes.note_working(thread)
-
-
-@contextmanager
-def restored_torch(scaling: ScalingConfig) -> Iterator[None]:
-    """Restore torch's number of threads and its random state, which belong to the process."""
-    num_threads = torch.get_num_threads()
-    try:
-        with torch.random.fork_rng([0] if scaling.use_gpu else []):
-            yield
-    finally:
-        torch.set_num_threads(num_threads)
 
 
 def training_device(scaling: ScalingConfig) -> torch.device:

@@ -33,6 +33,7 @@ from pipelines.training.checkpoints import (
     list_steps,
 )
 from pipelines.training.export import log_encoder
+from pipelines.training.fit import fit
 from pipelines.training.flat_patches import measure_flat_patches
 from pipelines.training.health_points import best_step
 from pipelines.training.knn import check_labels, has_labels
@@ -42,7 +43,6 @@ from pipelines.training.protocol import Work
 from pipelines.training.recording import log_bad_samples, saved_steps, tell_evaluation
 from pipelines.training.reporting import RunSize
 from pipelines.training.run_folder import RunFolder, Taken
-from pipelines.training.start import fit
 
 logger = logging.getLogger(__name__)
 

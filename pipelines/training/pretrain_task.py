@@ -35,9 +35,9 @@ from pipelines.training.checkpoints import resume_position
 from pipelines.training.health import HealthData, HealthWatch
 from pipelines.training.knn import ImageReader, knn_metrics
 from pipelines.training.process import Process, StepOptions, Trained
+from pipelines.training.ray_channel import RayChannel
 from pipelines.training.reporting import After, RunSize
 from pipelines.training.run_folder import RunFolder
-from pipelines.training.stopping import StopChannel
 
 logger = logging.getLogger(__name__)
 
@@ -89,8 +89,8 @@ class PretrainJob(NamedTuple):
         return RunFolder(self.run_uri, self.start)
 
     @property
-    def channel(self) -> StopChannel:
-        return StopChannel(self.start)
+    def channel(self) -> RayChannel:
+        return RayChannel(self.start)
 
     def build_task(self, process: Process) -> "PretrainTask":
         return PretrainTask(self, process)

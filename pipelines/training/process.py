@@ -50,7 +50,7 @@ from pipelines.training.reporting import (
     bad_samples_error,
 )
 from pipelines.training.run_folder import RunFolder
-from pipelines.training.stopping import AfterStep, Phase, StepEnds, StopChannel
+from pipelines.training.stopping import AfterStep, Channel, Phase, StepEnds
 
 logger = logging.getLogger(__name__)
 
@@ -194,7 +194,7 @@ class TrainingJob(Protocol[PartT, DecodedT, BatchT]):
     def folder(self) -> RunFolder: ...
 
     @property
-    def channel(self) -> StopChannel: ...
+    def channel(self) -> Channel: ...
 
     def build_task(self, process: Process) -> TrainingTask[PartT, DecodedT, BatchT]:
         """Build the stage's part."""

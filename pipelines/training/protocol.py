@@ -9,7 +9,7 @@ from pipelines.outcome import StageResult
 from pipelines.training.run_folder import RunFolder, Taken
 
 if TYPE_CHECKING:  # A run that is done is found without Ray.
-    from pipelines.training.stopping import StopChannel
+    from pipelines.training.stopping import Channel
 
 
 class RunConfig(Protocol):
@@ -47,7 +47,7 @@ class Work(NamedTuple):
     """What the workers of a run do."""
 
     run: Callable[[], object]  # returns when it is done
-    channel: "StopChannel"
+    channel: "Channel"
     what_is_saved: Callable[[], str]  # for the user of a run that was stopped
 
 
@@ -91,6 +91,10 @@ class Run(Protocol):
 
     @property
     def stage(self) -> str: ...
+
+    @property
+    def needs_ray(self) -> bool:
+        """Whether the work of the run is done with Ray."""
 
     def open(self, folder: RunFolder) -> OpenedRun:
         """Open the data; an earlier result counts only for the data that it was made of."""

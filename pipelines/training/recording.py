@@ -23,7 +23,7 @@ from pipelines.terminal.run_page import how_to_see
 from pipelines.training.checkpoints import newest_step
 from pipelines.training.reporting import count_kinds
 from pipelines.training.run_folder import RunFolder, RunRecord, Taken
-from pipelines.training.stopping import Phase, StopChannel, Told
+from pipelines.training.stopping import Channel, Phase, Told
 
 logger = logging.getLogger(__name__)
 
@@ -152,7 +152,7 @@ def ended_in_mlflow(
     end("FINISHED")
 
 
-def saved_steps(run_uri: str, channel: StopChannel, total_steps: int) -> str:
+def saved_steps(run_uri: str, channel: Channel, total_steps: int) -> str:
     """Where a stopped run goes on: after "stopped", for the user."""
     told = channel.told()
     step = newest_step(run_uri)
@@ -172,7 +172,7 @@ def saved_steps(run_uri: str, channel: StopChannel, total_steps: int) -> str:
 
 
 def run_until_stopped(
-    stopper: Stopper, fit: Callable[[], object], channel: StopChannel, saving: SavingConfig
+    stopper: Stopper, fit: Callable[[], object], channel: Channel, saving: SavingConfig
 ) -> None:
     """Run Ray's workers by `fit`, and show how far they are.
 

@@ -12,15 +12,16 @@ downstream stages and embed.
 """
 
 import logging
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any, TypeVar
 
-from infra import storage
+from infra import machine, storage
 from infra.quick_imports import without_collecting
 from infra.shard_spec import as_entries
 from mae_core.config import StrictConfig
-from pipelines import driver
+from pipelines import driver, job
+from pipelines.config.sections import ScalingConfig
 from pipelines.outcome import StageResult
 from pipelines.reading.weight_places import RUN_PREFIX
 from pipelines.training.early_imports import importing
@@ -59,6 +60,14 @@ def _is_run(key: str, spec: str | Sequence[str]) -> bool:
     return key == "init_from" and isinstance(spec, str) and spec.startswith(RUN_PREFIX)
 
 
+@contextmanager
+def _without_ray(scaling: ScalingConfig) -> Iterator[None]:
+    """Do in the block what `running_ray` does besides: check the machine, and hear of SIGTERM."""
+    job.check_resources(scaling, machine.count_cpus(), machine.count_gpus(), "this machine")
+    with driver.cancelled_by_sigterm():
+        yield
+
+
 def drive(run: Run, *, fresh: bool) -> StageResult:
     """Do a run, or go on with it, or find that it is done.
 
@@ -80,11 +89,14 @@ def drive(run: Run, *, fresh: bool) -> StageResult:
         return kept
     # Imported here, because a run that is done is found without torch, Ray and MLflow.
     with ExitStack() as stack:
-        with without_collecting(), importing(HEAVY):
-            from pipelines.training import launch
+        if run.needs_ray:
+            with without_collecting(), importing(HEAVY):
+                from pipelines.training import launch
 
-            in_driver = launch.trains_in_driver(config.scaling)
-            stack.enter_context(launch.running_ray(config.scaling, in_driver=in_driver))
+                in_driver = job.trains_in_driver(config.scaling)
+                stack.enter_context(launch.running_ray(config.scaling, in_driver=in_driver))
+        else:
+            stack.enter_context(_without_ray(config.scaling))
         with without_collecting():
             from pipelines.training.start import start
 

@@ -1,24 +1,20 @@
-"""How the workers hear that their run is to stop, and agree on the step after which they do.
+"""Let the workers agree on the step after which their run is saved or stopped.
 
-The driver gets the signal and asks through Ray's key-value store. Rank 0 looks there, decides at
-the end of each step, and tells the other ranks, so that all of them leave after the same step
-(docs/adr/0018).
+The driver gets the signal and asks through a channel. Rank 0 looks there, decides at the end of
+each step, and tells the other ranks, so that all of them stop after the same step (docs/adr/0018).
 """
 
-import json
 import logging
 import threading
 import time
 from enum import Enum
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.distributed
-from ray.experimental import internal_kv
 
 logger = logging.getLogger(__name__)
 
-NAMESPACE = "mae"
 POLL_S = 0.1
 TELL_EVERY_S = 0.5
 WATCH_ENDS_S = 2.0
@@ -41,37 +37,40 @@ class Told(NamedTuple):
     detail: str = ""
 
 
-class StopChannel(NamedTuple):
-    """Between the driver and the workers of one start of a run."""
-
-    start: str  # see RunFolder
+class Channel(Protocol):
+    """Connects the driver and the workers of one start of a run."""
 
     def ask(self) -> None:
         """Ask the workers to stop after the step that they are in."""
-        self._put("stop", b"1")
 
     def is_asked(self) -> bool:
-        return self._get("stop") is not None
+        """Return whether the workers are to stop."""
 
     def tell(self, told: Told) -> None:
         """Tell the driver how far the workers are."""
-        self._put("told", json.dumps([told.phase.value, *told[1:]]).encode())
 
     def told(self) -> Told:
-        text = self._get("told")
-        if text is None:
-            return Told()
-        phase, *rest = json.loads(text)
-        return Told(Phase(phase), *rest)
+        """Return what the workers told last."""
 
-    # Private to Ray, whose version is pinned: a store that every process is connected to already.
-    # The public way, an actor, costs a process.
 
-    def _put(self, key: str, value: bytes) -> None:
-        internal_kv._internal_kv_put(f"{self.start}-{key}", value, namespace=NAMESPACE)
+class LocalChannel:
+    """A channel to a worker that is a thread of the driver's process; it needs no Ray."""
 
-    def _get(self, key: str) -> bytes | None:
-        return internal_kv._internal_kv_get(f"{self.start}-{key}", namespace=NAMESPACE)
+    def __init__(self) -> None:
+        self._asked = threading.Event()
+        self._told = Told()
+
+    def ask(self) -> None:
+        self._asked.set()
+
+    def is_asked(self) -> bool:
+        return self._asked.is_set()
+
+    def tell(self, told: Told) -> None:
+        self._told = told
+
+    def told(self) -> Told:
+        return self._told
 
 
 class AfterStep(Enum):
@@ -91,7 +90,7 @@ class StepEnds:
     """
 
     def __init__(
-        self, channel: StopChannel, *, every_minutes: float, rank: int, world_size: int
+        self, channel: Channel, *, every_minutes: float, rank: int, world_size: int
     ) -> None:
         self._channel = channel
         self._every_s = 60 * every_minutes

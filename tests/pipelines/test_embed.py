@@ -10,9 +10,11 @@ import pytest
 from mae_core.data.manifest import ShardInfo
 from pipelines import embed
 from pipelines.config.embed import EmbedConfig
+from pipelines.config.sections import ScalingConfig
 from pipelines.embed import Piece
 from pipelines.reading.shards import open_shards
-from pipelines.training.stopping import AfterStep, Phase, StopChannel, Told
+from pipelines.training.run_folder import Taken
+from pipelines.training.stopping import AfterStep, LocalChannel, Phase, Told
 
 
 class Reader:
@@ -58,7 +60,7 @@ def embedder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., A
     def make(*decisions: AfterStep) -> Any:
         monkeypatch.setattr(embed, "StepEnds", lambda *_, **__: Ends(*decisions))
         config = EmbedConfig(init_from="unused", data="unused")
-        return embed._Embedder(embed.EmbedJob(config, "", (4, 4), StopChannel("a")), [])
+        return embed._Embedder(embed.EmbedJob(config, "", (4, 4), LocalChannel()), [])
 
     return make
 
@@ -128,13 +130,11 @@ def test_a_single_worker_writes_in_this_process_and_tells_each_file(
     embedder()  # puts the fake reader in place
     told: list[Told] = []
     closed: list[bool] = []
-    monkeypatch.setattr(StopChannel, "tell", lambda _, what: told.append(what))
-    monkeypatch.setattr(StopChannel, "told", lambda _: Told())
-    monkeypatch.setattr(StopChannel, "is_asked", lambda _: False)
+    monkeypatch.setattr(LocalChannel, "tell", lambda _, what: told.append(what))
     monkeypatch.setattr(Ends, "close", lambda _: closed.append(True), raising=False)
     whole = piece(shard, tmp_path)
     config = EmbedConfig(init_from="unused", data="unused")
-    job = embed.EmbedJob(config, "", (4, 4), StopChannel("a"))
+    job = embed.EmbedJob(config, "", (4, 4), LocalChannel())
 
     embed._write_missing(job, [whole], embed.RunFolder(str(tmp_path)))
 
@@ -152,3 +152,15 @@ def test_nothing_saved_is_said() -> None:
     assert embed._what_is_saved([], 16, folder) == (
         "before anything was written: the same command starts over"
     )
+
+
+@pytest.mark.parametrize(("num_workers", "needs_ray"), [(1, False), (2, True)])
+def test_only_several_workers_need_ray(
+    monkeypatch: pytest.MonkeyPatch, num_workers: int, needs_ray: bool
+) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    scaling = ScalingConfig(num_workers=num_workers)
+    config = EmbedConfig(init_from="unused", data="unused", scaling=scaling)
+    assert embed.EmbedRun(config).needs_ray == needs_ray
+    taken = Taken(embed.RunFolder("/nowhere", "s"), None)
+    assert isinstance(embed._channel(config, taken), LocalChannel) != needs_ray

@@ -4,7 +4,16 @@ import json
 
 import pytest
 
-from pipelines.job import ROOT, cluster_address, grace_s, ray_job_id
+from pipelines.config.sections import ScalingConfig
+from pipelines.job import (
+    ROOT,
+    check_resources,
+    cluster_address,
+    grace_s,
+    ray_job_id,
+    trains_in_driver,
+)
+from pipelines.outcome import ConfigError
 
 JOB = json.dumps({"metadata": {"job_submission_id": "nightly-1"}})
 
@@ -61,3 +70,72 @@ def test_a_stopped_run_ends_before_its_job_is_killed(
     if wait is not None:
         monkeypatch.setenv("RAY_JOB_STOP_WAIT_TIME_S", wait)
     assert grace_s(30.0) == grace
+
+
+@pytest.mark.parametrize(
+    ("scaling", "cpus", "gpus", "told"),
+    [
+        (
+            ScalingConfig(num_workers=3),
+            2,
+            0,
+            "scaling.num_workers=3 x scaling.cpus_per_worker=1 needs 3 CPUs, here has 2; "
+            "try scaling.num_workers=2",
+        ),
+        (
+            ScalingConfig(num_workers=2, cpus_per_worker=3),
+            4,
+            0,
+            "scaling.num_workers=2 x scaling.cpus_per_worker=3 needs 6 CPUs, here has 4; "
+            "try scaling.num_workers=1",
+        ),
+        (
+            ScalingConfig(num_workers=1, cpus_per_worker=8),
+            4,
+            0,
+            "scaling.num_workers=1 x scaling.cpus_per_worker=8 needs 8 CPUs, here has 4; "
+            "try scaling.num_workers=1 scaling.cpus_per_worker=1",
+        ),
+        (
+            ScalingConfig(num_workers=4, use_gpu=True),
+            16,
+            2,
+            "scaling.num_workers=4 with scaling.use_gpu needs as many GPUs, here has 2; "
+            "try scaling.num_workers=2",
+        ),
+        (
+            ScalingConfig(num_workers=1, use_gpu=True),
+            16,
+            0,
+            "scaling.num_workers=1 with scaling.use_gpu needs as many GPUs, here has 0; "
+            "try scaling.use_gpu=false",
+        ),
+    ],
+)
+def test_a_layout_that_would_wait_for_ever_is_refused(
+    scaling: ScalingConfig, cpus: float, gpus: float, told: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        check_resources(scaling, cpus, gpus, "here")
+    assert str(caught.value) == told
+
+
+@pytest.mark.parametrize(
+    ("scaling", "cpus", "gpus"),
+    [
+        (ScalingConfig(num_workers=2), 2, 0),
+        (ScalingConfig(num_workers=2, cpus_per_worker=2), 4.0, 0),
+        (ScalingConfig(num_workers=2, use_gpu=True), 2, 2),
+    ],
+)
+def test_a_layout_that_just_fits_is_taken(scaling: ScalingConfig, cpus: float, gpus: float) -> None:
+    check_resources(scaling, cpus, gpus, "here")
+
+
+def test_one_worker_without_a_cluster_is_the_drivers_process(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    one, two = ScalingConfig(), ScalingConfig(num_workers=2)
+    assert (trains_in_driver(one), trains_in_driver(two)) == (True, False)
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    assert not trains_in_driver(one)

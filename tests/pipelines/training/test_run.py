@@ -1,5 +1,6 @@
 """The driver that all stages share: what it asks a stage, in which order, and how a run ends."""
 
+import signal
 from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
@@ -11,6 +12,7 @@ from infra import tracking
 from mae_core.data.samples import DataError
 from pipelines.config.loading import load_config
 from pipelines.config.pretrain import PretrainConfig
+from pipelines.driver import CancelledError
 from pipelines.outcome import ConfigError, StageResult
 from pipelines.training import launch, run
 from pipelines.training.protocol import Identity, Work
@@ -31,7 +33,7 @@ class FakeRun:
     """A stage that opens, plans, works and finishes, and notes it."""
 
     stage = "fake"
-    trains = True
+    needs_ray = True
 
     def __init__(self, config: PretrainConfig, error: Exception | None = None) -> None:
         self.config = config
@@ -155,6 +157,30 @@ def test_work_that_counts_is_finished_before_its_failure_is_told(
     assert failing.said == ["open", "plan", "work", "finish"]
     assert ended == ["FINISHED"]
     assert drive(make_run(tmp_path), fresh=False).status == "reused"
+
+
+def test_work_that_needs_no_ray_starts_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(launch, "running_ray")
+    alone = make_run(tmp_path)
+    alone.needs_ray = False
+    assert drive(alone, fresh=False).status == "done"
+
+
+def test_without_ray_workers_that_do_not_fit_are_refused_and_sigterm_cancels(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run.machine, "count_cpus", lambda: 2)
+    large = make_run(tmp_path, "scaling.cpus_per_worker=3")
+    large.needs_ray = False
+    with pytest.raises(ConfigError, match="needs 3 CPUs, this machine has 2"):
+        drive(large, fresh=False)
+    stopped = make_run(tmp_path)
+    stopped.needs_ray = False
+    monkeypatch.setattr(stopped, "plan", lambda: signal.raise_signal(signal.SIGTERM))
+    with pytest.raises(CancelledError, match="stopped by SIGTERM"):
+        drive(stopped, fresh=False)
 
 
 def test_a_path_that_is_none_is_refused_by_its_key(

@@ -7,27 +7,10 @@ import pytest
 
 from pipelines.training import recording, stopping
 from pipelines.training.checkpoints import newest_step
-from pipelines.training.stopping import AfterStep, Phase, StepEnds, StopChannel, Told
+from pipelines.training.stopping import AfterStep, LocalChannel, Phase, StepEnds, Told
 
 
-@pytest.fixture(autouse=True)
-def stored(monkeypatch: pytest.MonkeyPatch) -> dict[str, bytes]:
-    """In the place of Ray's store."""
-    values: dict[str, bytes] = {}
-
-    def put(key: str, value: bytes, *, namespace: str) -> None:
-        values[f"{namespace}/{key}"] = value
-
-    monkeypatch.setattr(stopping.internal_kv, "_internal_kv_put", put)
-    monkeypatch.setattr(
-        stopping.internal_kv,
-        "_internal_kv_get",
-        lambda key, *, namespace: values.get(f"{namespace}/{key}"),
-    )
-    return values
-
-
-def step_ends(channel: StopChannel, every_minutes: float = 10.0) -> StepEnds:
+def step_ends(channel: LocalChannel, every_minutes: float = 10.0) -> StepEnds:
     return StepEnds(channel, every_minutes=every_minutes, rank=0, world_size=1)
 
 
@@ -39,7 +22,7 @@ def wait_until_asked(ends: StepEnds) -> None:
 
 
 def test_steps_go_on_until_a_checkpoint_is_due_or_the_run_is_to_stop() -> None:
-    channel = StopChannel("a")
+    channel = LocalChannel()
     ends = step_ends(channel)
     assert ends.agree(is_due=False) is AfterStep.GO_ON
     assert ends.agree(is_due=True) is AfterStep.SAVE
@@ -54,7 +37,7 @@ def test_a_checkpoint_is_due_by_the_clock_and_any_checkpoint_sets_it_back(
 ) -> None:
     now = 1000.0
     monkeypatch.setattr(stopping.time, "monotonic", lambda: now)
-    ends = step_ends(StopChannel("b"), every_minutes=2)
+    ends = step_ends(LocalChannel(), every_minutes=2)
     now += 119
     assert ends.agree(is_due=False) is AfterStep.GO_ON
     now += 1
@@ -66,19 +49,15 @@ def test_a_checkpoint_is_due_by_the_clock_and_any_checkpoint_sets_it_back(
     assert ends.agree(is_due=False) is AfterStep.GO_ON
 
 
-def test_another_start_of_the_run_is_not_asked() -> None:
-    StopChannel("first").ask()
-    assert StopChannel("first").is_asked()
-    assert not StopChannel("second").is_asked()
-
-
-def test_the_driver_hears_how_far_the_workers_are() -> None:
-    channel = StopChannel("c")
+def test_the_driver_hears_how_far_a_worker_in_its_own_process_is() -> None:
+    channel = LocalChannel()
     assert channel.told() == Told(Phase.STARTING, 0)
-    channel.tell(Told(Phase.TRAINING, 20, 500, "training", "eta=1m00s"))
-    assert channel.told() == Told(Phase.TRAINING, 20, 500, "training", "eta=1m00s")
-    channel.tell(Told(Phase.STOPPED, 213))
-    assert channel.told() == Told(Phase.STOPPED, 213)
+    channel.tell(Told(Phase.TRAINING, 20, 500, "embedding", "eta=1m00s"))
+    assert channel.told() == Told(Phase.TRAINING, 20, 500, "embedding", "eta=1m00s")
+    assert not channel.is_asked()
+    channel.ask()
+    assert channel.is_asked()
+    assert not LocalChannel().is_asked()
 
 
 def commit(run: Path, step: int) -> None:
@@ -130,7 +109,7 @@ def test_a_checkpoint_without_its_manifest_is_not_the_newest(tmp_path: Path) -> 
 def test_a_stopped_run_says_what_is_saved(
     tmp_path: Path, checkpoint: int | None, told: Told, expected: str
 ) -> None:
-    channel = StopChannel("d")
+    channel = LocalChannel()
     channel.tell(told)
     if checkpoint is not None:
         commit(tmp_path, checkpoint)
