@@ -12,8 +12,8 @@ from pipelines.config.roles import identity_digest
 from pipelines.config.sections import (
     CheckpointConfig,
     DebugConfig,
-    ScalingConfig,
     StartConfig,
+    TrainScalingConfig,
     fitted_batches,
     fitted_window,
 )
@@ -163,7 +163,7 @@ class DownstreamConfig(StartConfig):
     """Height and width of the training images, in pixels; one number means a square. By default
     the checkpoint's; otherwise positions are interpolated."""
     optim: TuningOptimConfig = TuningOptimConfig()
-    scaling: ScalingConfig = ScalingConfig()
+    scaling: TrainScalingConfig = TrainScalingConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     reporting: TuningReportConfig = TuningReportConfig()
     storage: StorageConfig = StorageConfig()

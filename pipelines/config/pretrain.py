@@ -11,7 +11,7 @@ from pipelines.config.sections import (
     NAME_PATTERN,
     CheckpointConfig,
     DebugConfig,
-    ScalingConfig,
+    TrainScalingConfig,
     fitted_batches,
     fitted_window,
 )
@@ -91,7 +91,7 @@ class PretrainConfig(StrictConfig):
     masking: MaskingConfig = MaskingConfig()
     loss: LossConfig = LossConfig()
     optim: OptimConfig = OptimConfig()
-    scaling: ScalingConfig = ScalingConfig()
+    scaling: TrainScalingConfig = TrainScalingConfig()
     checkpoint: KeepingConfig = KeepingConfig()
     reporting: ReportingConfig = ReportingConfig()
     knn: KnnConfig = KnnConfig()

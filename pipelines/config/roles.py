@@ -26,7 +26,14 @@ _SCALING = (
 _PLACES = ("storage.root", "tracking.uri", "tracking.experiment", "tracking.parent_run_id")
 _SAVING = ("checkpoint.every_minutes", "checkpoint.grace_s")
 _TRAINING = (*_SAVING, "checkpoint.every_steps", "checkpoint.keep", "reporting.every_steps")
-_TRAINING_PLACES = ("name", *_SCALING, *_PLACES, *_TRAINING, "debug.sample_trace")
+_TRAINING_PLACES = (
+    "name",
+    *_SCALING,
+    "scaling.checkpoint_activations",
+    *_PLACES,
+    *_TRAINING,
+    "debug.sample_trace",
+)
 
 _START = ("init_from", "in_chans", "channel_mean", "channel_std")
 _TUNING_IDENTITY = (

@@ -26,6 +26,12 @@ class ScalingConfig(StrictConfig):
     lost, the command ends."""
 
 
+class TrainScalingConfig(ScalingConfig):
+    checkpoint_activations: bool = False
+    """Save memory: compute the activations of transformer blocks again in the backward pass instead
+    of keeping them. A step takes about a third longer, and its result is the same."""
+
+
 class StartConfig(StrictConfig):
     """What a stage starts from that uses an encoder."""
 

@@ -151,7 +151,10 @@ class TuningTask(Generic[WantedT, TruthT, PredictionT]):
         self.config = config = job.config
         self.process = process
         self.parts = job.arms
-        self.options = StepOptions(max_grad_norm=config.optim.max_grad_norm)
+        self.options = StepOptions(
+            max_grad_norm=config.optim.max_grad_norm,
+            keeps_activations=not config.scaling.checkpoint_activations,
+        )
         self.task = job.make_task()
         self.pool = ThreadPoolExecutor(config.scaling.cpus_per_worker, thread_name_prefix="decode")
         self.measurer = Measurer(

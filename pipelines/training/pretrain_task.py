@@ -138,7 +138,11 @@ class PretrainTask:
         self.config = config = job.config
         self.process = process
         self.parts = (WholeRun(config.seed, job.size.total_steps),)
-        self.options = StepOptions(config.optim.max_grad_norm, config.optim.compile)
+        self.options = StepOptions(
+            config.optim.max_grad_norm,
+            config.optim.compile,
+            keeps_activations=not config.scaling.checkpoint_activations,
+        )
         self.mean = torch.tensor(job.mean, device=process.device)
         self.std = torch.tensor(job.std, device=process.device)
         reader = ImageReader(

@@ -26,6 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from infra import tracking
 from infra.scratch import scratch_folder
+from mae_core.activation_checkpointing import checkpointed_activations
 from mae_core.checkpoint import load_training_state, load_weights, save_checkpoint
 from mae_core.checkpoint_manifest import CheckpointRecord, UnreportedLoss
 from mae_core.data.randomness import named_generator
@@ -114,6 +115,7 @@ class StepOptions(NamedTuple):
 
     max_grad_norm: float | None = None
     compiles: bool = False  # on a GPU
+    keeps_activations: bool = True  # for the backward pass; otherwise they are computed again
 
 
 PartT = TypeVar("PartT", bound=Part)
@@ -310,6 +312,8 @@ class TrainingProcess(Generic[PartT, DecodedT, BatchT]):
         model = self._wrap(trained.model)
         model.train()
         with ExitStack() as stack:
+            if not self.task.options.keeps_activations:
+                stack.enter_context(checkpointed_activations(trained.model))
             reporter = self._reporter(part, done, stack)
             self.ends.tell(Phase.TRAINING)
             for step in range(done + 1, part.last_step + 1):

@@ -3,11 +3,12 @@
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import pyarrow as pa
 import pytest
 import torch
+from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from mae_core import checkpoint_manifest
@@ -209,6 +210,29 @@ def test_each_part_is_trained_and_measured_with_steps_of_its_own(tmp_path: Path)
     assert list_steps(job.run_uri) == [10, 12]
     phases = list(dict.fromkeys(job.channel.phases))
     assert phases == [Phase.TRAINING, Phase.MEASURING]
+
+
+@pytest.mark.parametrize("keeps", [True, False])
+def test_activations_are_kept_unless_the_task_says_otherwise(tmp_path: Path, keeps: bool) -> None:
+    class BlockTask(FakeTask):
+        options = StepOptions(keeps_activations=keeps)
+        are_kept: ClassVar[set[bool]] = set()
+
+        def build(self, part: Part, *, is_resumed: bool) -> Trained:
+            model = nn.Sequential(nn.Linear(1, 4), Block(4, 1))
+            return Trained(model, torch.optim.AdamW(model.parameters(), lr=0.0))
+
+        def loss(self, model: nn.Module, batch: Tensor, part: Part) -> BatchLoss:
+            self.are_kept.add("forward" not in vars(model[1]))
+            return BatchLoss(model(batch[:, None]).square().mean(), torch.tensor(1.0))
+
+        def measure(self, part: Part, model: nn.Module) -> None:
+            assert "forward" not in vars(model[1])
+
+    job = Job(tmp_path / "run")
+    job.task = BlockTask(job.task.parts, frozenset())
+    train(job, tmp_path / "local")
+    assert job.task.are_kept == {keeps}
 
 
 def test_a_step_that_is_the_best_is_saved_and_kept(tmp_path: Path) -> None:
