@@ -2,12 +2,14 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
 
 from mae_core.data.manifest import ShardInfo
+from mae_core.data.samples import DataError
 from pipelines import embed
 from pipelines.config.embed import EmbedConfig
 from pipelines.config.sections import ScalingConfig
@@ -90,6 +92,28 @@ def test_a_stopped_file_goes_on_where_it_was_and_ends_as_if_never_stopped(
     assert Path(cut.uri).read_bytes() == Path(whole.uri).read_bytes()
     assert pq.read_table(cut.uri)["row"].to_pylist() == list(range(8))
     assert not Path(cut.part_uri).exists()
+
+
+def test_a_stop_at_the_end_of_a_file_leaves_it_whole(
+    tmp_path: Path, shard: ShardInfo, embedder: Callable[..., Any]
+) -> None:
+    last = embedder(*[AfterStep.GO_ON] * 3, AfterStep.STOP)
+    whole = piece(shard, tmp_path)
+    assert last._write(whole) == 8
+    assert not Path(whole.part_uri).exists()
+
+
+def test_few_images_that_cannot_be_used_are_counted_and_too_many_are_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(embed, "_num_rows", lambda _: 1996)
+    data: Any = SimpleNamespace(num_samples=2000)
+    pieces: Any = [SimpleNamespace(uri="u")]
+    config = EmbedConfig(init_from="unused", data="unused", max_bad_ratio=0.002)
+    assert embed._count_bad(config, data, pieces) == 4
+    few = EmbedConfig(init_from="unused", data="unused", max_bad_ratio=0.001)
+    with pytest.raises(DataError, match="4 of 2000 images can't be used"):
+        embed._count_bad(few, data, pieces)
 
 
 def test_what_is_done_is_kept_by_the_clock_too(

@@ -15,6 +15,8 @@ def make_optim(**changes: object) -> OptimConfig:
 def test_a_run_has_as_many_steps_as_its_epochs_fill() -> None:
     assert num_steps(make_optim(), 100) == 62  # 1,000 samples in batches of 16
     assert num_steps(make_optim(max_steps=7), 100) == 7
+    # 0.29 * 100 is a little less than 29 in floating point.
+    assert num_steps(make_optim(epochs=0.29, global_batch_size=1), 100) == 29
 
 
 def test_samples_that_fill_no_batch_are_an_error() -> None:

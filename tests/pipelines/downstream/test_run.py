@@ -24,7 +24,7 @@ from pipelines.downstream.arms import (
     plan_arms,
 )
 from pipelines.downstream.measuring import NotMeasuredError
-from pipelines.downstream.run import OpenedTuning, PlannedTuning
+from pipelines.downstream.run import LabelledData, OpenedTuning, PlannedTuning
 from pipelines.downstream.task import Evaluation, TaskInfo
 from pipelines.downstream.tuning import TuningTask
 from pipelines.outcome import ConfigError
@@ -345,6 +345,30 @@ def test_an_arm_that_can_not_be_measured_costs_the_others_nothing(tmp_path: Path
         planned.finish(Taken(folder, None), None, None)
     assert (tmp_path / "summary.md").read_text() == "| knn |"
     assert folder.read_result() is None  # The same command measures the other one again.
+
+
+def test_what_was_left_out_is_counted_in_the_result(tmp_path: Path) -> None:
+    folder, arm = RunFolder(str(tmp_path)), make_arm("knn", steps=0)
+    folder.write_arm(arm.label, '{"top1": 0.5}')
+    folder.add_bad_samples([{"shard": "a.tar", "key": k, "kind": "empty"} for k in ("x", "y")])
+    kind: Any = SimpleNamespace(summarize=lambda *_: Evaluation({}, {}, {"summary.md": ""}))
+    nothing: Any = None
+    opened = OpenedTuning(make_config(), kind, folder, nothing, nothing, nothing)
+    planned = PlannedTuning(opened, TaskInfo(nothing, ("a", "b"), "t"), [(arm, ())])
+    assert planned.finish(Taken(folder, None), None, None).metrics["data/left_out"] == 2
+
+
+def test_other_weights_of_the_encoder_are_other_inputs() -> None:
+    train: Any = SimpleNamespace(digest="a" * 64)
+    val: Any = SimpleNamespace(digest="b" * 64)
+    digests = []
+    for sha256 in ("c" * 64, "d" * 64):
+        encoder: Any = SimpleNamespace(files={"model.safetensors": SimpleNamespace(sha256=sha256)})
+        digests.append(LabelledData(train, val).digest(encoder))
+    assert digests == [
+        "aaaaaaaaaaaaaaaa-bbbbbbbbbbbbbbbb-cccccccccccccccc",
+        "aaaaaaaaaaaaaaaa-bbbbbbbbbbbbbbbb-dddddddddddddddd",
+    ]
 
 
 def test_an_arm_that_is_measured_at_last_is_no_failure_any_more(tmp_path: Path) -> None:

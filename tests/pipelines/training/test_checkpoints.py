@@ -175,6 +175,14 @@ def test_the_newest_are_kept(
     assert list_steps(str(tmp_path / "run")) == left
 
 
+def test_a_checkpoint_of_a_later_step_does_not_count_among_the_newest(
+    saved: dict[int, Path], tmp_path: Path
+) -> None:
+    """As one that was found to be damaged, from which the run had to go back."""
+    save(tmp_path / "run", tmp_path / "12", 12, keep=2)
+    assert list_steps(str(tmp_path / "run")) == [10, 12, 15]
+
+
 def test_a_step_is_written_over_a_damaged_one(saved: dict[int, Path], tmp_path: Path) -> None:
     cut(saved[15] / "model.safetensors")
     save(tmp_path / "run", tmp_path / "again", 15)

@@ -15,7 +15,7 @@ from mae_core import checkpoint_manifest
 from mae_core.checkpoint_manifest import CheckpointRecord
 from mae_core.config import LossConfig, MaskingConfig, ModelConfig
 from mae_core.data.samples import DataError
-from mae_core.train_step import BatchLoss
+from mae_core.train_step import BatchLoss, StepMetrics
 from mae_core.training_error import NonFiniteLossError
 from pipelines.config.loading import load_config
 from pipelines.config.pretrain import PretrainConfig
@@ -365,6 +365,46 @@ def test_too_many_bad_samples_end_the_run_naming_the_first(tmp_path: Path) -> No
         DataError, match=r"3 of 1000 samples can't be used.* the first is 1 in a\.tar"
     ):
         train(many, tmp_path / "other")
+
+
+def test_bad_samples_are_judged_against_what_was_read_since_the_start(tmp_path: Path) -> None:
+    """Bad samples are counted since the start, so the samples of earlier starts do not count."""
+    words = ("data.max_bad_ratio=0.002",)
+    job = Job(tmp_path / "run", words)
+    train(job, tmp_path / "local", stop_after=3)
+    seen: list[int] = []
+
+    def judge(num_bad: int, num_seen: int, ratio: float) -> bool:
+        seen.append(num_seen)
+        return False
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(process, "too_many_bad", judge)
+        train(Job(tmp_path / "run", words), tmp_path / "again")
+    # Four samples a step; step 3 is done, and the second part begins at its own first step.
+    assert seen[:4] == [4, 8, 12, 16]
+
+
+def test_a_step_takes_each_workers_share_of_the_batch_and_the_tasks_limit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: dict[str, Any] = {}
+
+    def step(*_: object, **options: Any) -> StepMetrics:
+        asked.update(options)
+        return StepMetrics(torch.tensor(0.0), torch.tensor(2.0), torch.tensor(1.0))
+
+    monkeypatch.setattr(process, "optimizer_step", step)
+    job = Job(tmp_path / "run", ("optim.global_batch_size=8",))
+    job.task.options = StepOptions(max_grad_norm=0.5)
+    worker: TrainingProcess[Any, Any, Any] = TrainingProcess(job, tmp_path)
+    worker.world_size = 2
+    reporter: Any = SimpleNamespace(
+        add=lambda *_: None, check=lambda: None, is_due=lambda _: False, first_step=0
+    )
+    nothing: Any = None
+    worker._step(job.task.parts[0], nothing, nothing, 1, iter(()), reporter)
+    assert (asked["grad_accum_steps"], asked["max_grad_norm"]) == (2, 0.5)
 
 
 def test_a_checkpoint_whose_contents_changed_is_set_aside_for_the_one_before(

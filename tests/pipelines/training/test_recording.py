@@ -9,7 +9,7 @@ from mae_core.data.samples import DataError
 from pipelines import job
 from pipelines.config.loading import load_config
 from pipelines.config.pretrain import PretrainConfig
-from pipelines.training.recording import say_where_to_compare, take_over
+from pipelines.training.recording import ended_in_mlflow, say_where_to_compare, take_over
 from pipelines.training.run_folder import RunFolder, RunRecord, earlier_record
 
 
@@ -96,6 +96,18 @@ def test_only_a_fresh_start_deletes_what_is_there(
         data={},
     )
     assert old.exists() == is_kept
+
+
+@pytest.mark.parametrize(("is_superseded", "statuses"), [(False, ["FINISHED"]), (True, [])])
+def test_a_start_that_was_overtaken_leaves_the_record_in_mlflow_to_the_later_one(
+    monkeypatch: pytest.MonkeyPatch, is_superseded: bool, statuses: list[str]
+) -> None:
+    ended: list[str] = []
+    monkeypatch.setattr(tracking, "end_run", lambda _uri, _run, status: ended.append(status))
+    monkeypatch.setattr(RunFolder, "is_superseded", lambda _: is_superseded)
+    with ended_in_mlflow("uri", "r1", RunFolder("/nowhere", "s"), what_is_saved=str):
+        pass
+    assert ended == statuses
 
 
 @pytest.mark.parametrize(
