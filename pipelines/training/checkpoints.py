@@ -1,8 +1,9 @@
-"""Checkpoints of a run in storage: commit, find the newest whole one, prune.
+"""Commit checkpoints of a run to storage, find the newest complete one, and delete old ones.
 
 A checkpoint is a folder `checkpoints/step-00000100` of the run. Its manifest is written last and
-holds the size and sha256 of every other file: what was cut in mid-write is not a checkpoint.
-This, not Ray's own bookkeeping, says where a run goes on (docs/adr/0005).
+holds the size and sha256 of every other file, so a folder whose writing was interrupted is not a
+checkpoint. These folders, and not Ray's own bookkeeping, decide where a run resumes
+(docs/adr/0005).
 """
 
 import logging
@@ -25,8 +26,8 @@ from pipelines.outcome import ConfigError
 
 logger = logging.getLogger(__name__)
 
-SET_ASIDE_FILE = "manifest.damaged.json"  # the manifest of a checkpoint found to be damaged
-MAX_NAMED = 8  # folders in a message
+SET_ASIDE_FILE = "manifest.damaged.json"  # name that the manifest of a damaged checkpoint gets
+MAX_NAMED = 8  # number of folders that a message names
 
 
 class FoundCheckpoint(NamedTuple):
@@ -54,8 +55,8 @@ def commit_checkpoint(
 ) -> str:
     """Copy a checkpoint to the run's storage, then delete all but the `keep` newest and `spared`.
 
-    When this returns, a run that dies goes on from here. `check` raises if the run may not write
-    any more; it is called first, and before the manifest.
+    Once this returns, a run that is killed resumes from this checkpoint. `check` raises an error if
+    the run may not write any more; it is called first, and again before the manifest is written.
     """
     uri = checkpoint_uri(run_uri, step)
     check()
@@ -83,9 +84,10 @@ def newest_step(run_uri: str) -> int | None:
 
 
 def find_checkpoint(run_uri: str) -> CheckpointManifest | None:
-    """Return the manifest of the newest checkpoint whose files are there in their sizes.
+    """Return the manifest of the newest checkpoint whose files all exist with the right sizes.
 
-    Their contents are not read. A checkpoint that is not whole costs a warning.
+    The contents of the files are not read. A checkpoint that is not complete is skipped with a
+    warning.
     """
     for step in reversed(list_steps(run_uri)):
         uri = checkpoint_uri(run_uri, step)
@@ -100,7 +102,7 @@ def find_checkpoint(run_uri: str) -> CheckpointManifest | None:
 
 
 def is_whole(uri: str) -> bool:
-    """Return whether a checkpoint has a manifest, and all of its files in their sizes."""
+    """Return whether a checkpoint has a manifest, and all of its files with the right sizes."""
     try:
         _check_sizes(uri, _read_manifest(uri))
     except (FileNotFoundError, CorruptCheckpointError):
@@ -132,14 +134,14 @@ def _read_manifest(uri: str) -> CheckpointManifest:
 
 
 class StartAgainError(RuntimeError):
-    """The workers must start again: the checkpoint that they were started from is damaged."""
+    """The workers must start again, because the checkpoint that they started from is damaged."""
 
 
 def fetch_found(run_uri: str, step: int, workspace: Path) -> FoundCheckpoint:
-    """Download the checkpoint that `find_checkpoint` found, and compare its contents.
+    """Download the checkpoint that `find_checkpoint` found, and verify its contents.
 
-    Where they differ, the checkpoint is set aside: its manifest gets another name, so that the
-    data and the workers start again from the one before.
+    If they do not match the manifest, the checkpoint is set aside: its manifest gets another name,
+    so that the data and the workers restart from the checkpoint before it.
 
     Raises:
         StartAgainError: it was set aside.
@@ -164,7 +166,7 @@ def fetch_found(run_uri: str, step: int, workspace: Path) -> FoundCheckpoint:
 
 
 def fetch_checkpoint(uri: str, folder: Path) -> FoundCheckpoint:
-    """Copy the files that the checkpoint's manifest lists, and no others; compare them with it.
+    """Copy exactly the files that the checkpoint's manifest lists, and verify them.
 
     Raises:
         CorruptCheckpointError: it is not whole.
@@ -178,14 +180,15 @@ def fetch_checkpoint(uri: str, folder: Path) -> FoundCheckpoint:
         return FoundCheckpoint(uri, folder, verify_checkpoint(folder))
     except (FileNotFoundError, UnsafeNameError, transfers.WrongSizeError) as error:
         raise CorruptCheckpointError(f"{uri}: {error}") from error
-    except CorruptCheckpointError as error:  # names the copy, which the user does not know
+    # The message names the local copy, which the user does not know.
+    except CorruptCheckpointError as error:
         raise CorruptCheckpointError(str(error).replace(str(folder), uri)) from error
 
 
 def at_newest_checkpoint(given: str) -> str:
-    """Return a checkpoint's folder as it is, and for a run's folder its newest checkpoint.
+    """Return a checkpoint's folder unchanged, and for a run's folder its newest checkpoint.
 
-    So the checkpoint, and not where it was looked for, is what names the run.
+    A run that starts from it is then named by the checkpoint, and not by the folder that was given.
 
     Raises:
         ConfigError: there is none.
@@ -207,14 +210,14 @@ def at_newest_checkpoint(given: str) -> str:
 
 
 def _steps_in(uri: str) -> list[int]:
-    """List the steps that have a folder there, newest first."""
+    """List the steps that have a folder at `uri`, newest first."""
     names = storage.list_folders(uri)
     found = (re.fullmatch(r"step-(\d+)", name) for name in names)
     return sorted((int(match[1]) for match in found if match), reverse=True)
 
 
 def fetch_manifest(uri: str) -> CheckpointManifest:
-    """Of a checkpoint that the user names; its files are not looked at.
+    """Read the manifest of a checkpoint that the user names; its other files are not checked.
 
     Raises:
         ConfigError: there is none, or it can't be read.
@@ -226,6 +229,6 @@ def fetch_manifest(uri: str) -> CheckpointManifest:
 
 
 def resume_position(run_uri: str) -> int:
-    """Return how many samples of the run's sequence the newest whole checkpoint was trained on."""
+    """Return how many samples of the run's sequence the newest complete checkpoint has seen."""
     found = find_checkpoint(run_uri)
     return found.samples_seen if found else 0

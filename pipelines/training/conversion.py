@@ -1,4 +1,4 @@
-"""Write weights in the layouts of others, for `mae checkpoint convert`."""
+"""Write weights in the formats of other projects, for `mae checkpoint convert`."""
 
 import importlib.util
 import json
@@ -32,8 +32,8 @@ logger = logging.getLogger(__name__)
 
 ONNX_PACKAGES = ("onnx", "onnxscript")
 ONNX_TOLERANCE = 1e-3
-MAX_ONE_FILE_BYTES = 1_900_000_000  # protobuf holds less than 2 GiB
-MAX_SIDE = 4096  # patches of a side of an exported graph
+MAX_ONE_FILE_BYTES = 1_900_000_000  # a protobuf message must be smaller than 2 GiB
+MAX_SIDE = 4096  # largest number of patches per side of an exported graph
 
 
 def convert(place: Place, out: str, to: str, *, overwrite: bool) -> str:
@@ -232,7 +232,7 @@ def _write_onnx(weights: Weights, path: Path) -> None:
     rows, columns = (torch.export.Dim(n, min=1, max=MAX_SIDE) for n in ("rows", "columns"))
     sizes = {0: torch.export.Dim("batch"), 2: patch * rows, 3: patch * columns}
     num_bytes = sum(tensor.numel() * 4 for tensor in weights.state.values())
-    # Two rows and columns more than one, which the exporter would take for a constant.
+    # Two rows and columns, because the exporter would take a single one for a constant.
     example = _pixels(2, model.in_chans, max(height, 2 * patch), max(width, 3 * patch))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -13,7 +13,7 @@ from pipelines.training.weights import Weights, read_foreign, read_own
 
 
 def read_place(place: Place, workspace: Path) -> Weights:
-    """Read weights wherever they come from; a value that is not finite is an error.
+    """Read weights wherever they come from; a value that is not finite raises an error.
 
     Raises:
         ConfigError: They are of another kind of model.
@@ -29,7 +29,7 @@ def read_place(place: Place, workspace: Path) -> Weights:
 
 
 def describe(place: Place) -> dict[str, str]:
-    """Return what the weights at a place are, by what is described."""
+    """Describe the weights at a place: a value for each property, by the property's name."""
     with scratch_folder() as workspace:
         return describe_weights(place, read_place(place, workspace))
 
@@ -100,7 +100,7 @@ def _count(weights: Weights) -> str:
 
 
 def _history(place: Place, weights: Weights) -> dict[str, str]:
-    """Say how the weights came about, as far as that is known."""
+    """Say how the weights were made, as far as that is known."""
     record, manifest = weights.record, weights.manifest
     fields: dict[str, str] = {}
     if record.origin is not None:

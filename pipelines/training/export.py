@@ -1,6 +1,6 @@
-"""The trained encoder as a model in MLflow.
+"""Log the trained encoder as a model in MLflow.
 
-A module of its own: what it imports takes seconds, and only the driver needs it.
+This is a separate module because its imports take seconds, and only the driver needs them.
 """
 
 import logging
@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 def log_encoder(uri: str, run_id: str | None, checkpoint: Path) -> None:
     """Log the encoder as an MLflow model that loads without this package, for any batch size.
 
-    A failure costs a warning: the checkpoint is the model of record.
+    If this fails, a warning is logged: the checkpoint is what counts.
     """
     if run_id is None:
         return
@@ -47,7 +47,7 @@ def log_encoder(uri: str, run_id: str | None, checkpoint: Path) -> None:
     try:
         with progress.doing("logging the encoder to MLflow"):
             _log_model(uri, run_id, encoder.eval(), example, signature, metadata)
-    except Exception as error:  # whatever MLflow or the export raises
+    except Exception as error:  # MLflow and the export may raise anything
         logger.warning("the encoder could not be logged to MLflow as a model: %s", error)
 
 
@@ -59,9 +59,10 @@ def _log_model(
     signature: ModelSignature,
     metadata: dict[str, Any],
 ) -> None:
-    """Do what `mlflow.pytorch.log_model` does, in the store at `uri`.
+    """Do what `mlflow.pytorch.log_model` does, but in the store at `uri`.
 
-    That function takes the tracking URI of the process, and leaves it set for all that follows.
+    That function uses the tracking URI of the process, and leaves it set for everything that
+    follows.
     """
     client = client_of(uri)
     experiment = client.get_run(run_id).info.experiment_id
@@ -80,7 +81,7 @@ def _log_model(
                 ),
                 signature=signature,
                 input_example=example,
-                # Else MLflow loads the model in a process of its own to find out: 5 s.
+                # Otherwise MLflow loads the model in another process to find out, which takes 5 s.
                 pip_requirements=[f"{name}=={version(name)}" for name in ("mlflow", "torch")],
             )
             client.log_model_artifacts(logged.model_id, f"{folder}/model")

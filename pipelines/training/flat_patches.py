@@ -1,7 +1,8 @@
-"""Measure before training how many of the target's patches are flat.
+"""Measure before training how many patches of the target are flat.
 
-A flat patch, such as background, has little in it but the sensor's noise. `loss.norm_pix` divides
-by a patch's deviation; `loss.norm_pix_floor` keeps that from turning the noise into the target.
+A flat patch, such as background, contains little except the sensor's noise. `loss.norm_pix` divides
+a patch by its standard deviation; `loss.norm_pix_floor` prevents this from turning the noise into
+the target.
 """
 
 import logging
@@ -24,7 +25,7 @@ logger = logging.getLogger(__name__)
 METRIC = "data/flat_patches"
 LARGE_SHARE = 0.5
 
-_NUM_PLACES = 16  # from which images are read
+_NUM_PLACES = 16  # number of places in the shards at which images are read
 _IMAGES_PER_PLACE = 4
 
 

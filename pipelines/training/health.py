@@ -1,8 +1,8 @@
-"""Measure the model's health while it trains, beside that of the untrained model.
+"""Measure the model's health during training, and compare it with that of the untrained model.
 
-The workers measure it at the end of a step, on the same images and with the same masks each time;
-rank 0 keeps the points in the run's folder. A run that was stopped finds its points there, so that
-its curve is that of a run without a stop.
+The workers measure it after a step, always on the same images and with the same masks; rank 0
+stores the results in the run's folder. A run that was stopped finds its earlier results there, so
+its curve is the same as without the stop.
 """
 
 import logging
@@ -41,11 +41,12 @@ T = TypeVar("T")
 
 
 class HealthData(NamedTuple):
-    """What the health is measured on."""
+    """The images on which health is measured."""
 
     train: Sequence[ShardInfo]
-    val: Sequence[ShardInfo]  # held out; empty: neither loss nor kNN accuracy is measured
-    has_labels: bool  # False: no kNN accuracy is measured
+    # Held out; if empty, neither the loss nor the kNN accuracy is measured.
+    val: Sequence[ShardInfo]
+    has_labels: bool  # if False, no kNN accuracy is measured
     reader: ImageReader
 
 
@@ -73,10 +74,10 @@ class HealthWatch:
         self._key = key
         self._data = data
         self._build_untrained = build_untrained
-        self._points: dict[int, dict[str, float]] | None = None  # known from the first measurement
+        self._points: dict[int, dict[str, float]] | None = None  # loaded at the first measurement
 
     def measure(self, mae: MaskedAutoencoder, step: int, total_steps: int) -> dict[str, float]:
-        """Measure the model after a step and keep the point; return it on every rank."""
+        """Measure the model after a step and store the result; return it on every rank."""
         points = self._known_points()
         found = next((x for x in points.values()), {})
         untrained = {name: x for name, x in found.items() if name.endswith(UNTRAINED)}
@@ -100,7 +101,7 @@ class HealthWatch:
         return point
 
     def best_step(self, step: int) -> int | None:
-        """Return the step of the best point up to this step, if it is to be kept."""
+        """Return the best step up to this one, if the config asks to keep its checkpoint."""
         metric = self._config.checkpoint.keep_best
         return None if metric is None else best_step(self._points or {}, metric, step)
 
@@ -113,7 +114,7 @@ class HealthWatch:
 
 
 def from_first_rank(value: T | None) -> T:
-    """Return on every rank the value that rank 0 has. Every rank calls it."""
+    """Return rank 0's value on every rank. Every rank must call this."""
     values = [value]
     if torch.distributed.is_initialized():
         world_size, rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
@@ -126,7 +127,7 @@ def from_first_rank(value: T | None) -> T:
 def measure_health(
     models: Mapping[str, MaskedAutoencoder], data: HealthData, config: PretrainConfig
 ) -> dict[str, float] | None:
-    """Measure each model; None on the ranks that only help.
+    """Measure each model; return None on all ranks but the first.
 
     Args:
         models: by what is appended to the names of their metrics.
@@ -157,7 +158,7 @@ def measure_health(
 def _metrics(
     end: str, seen: LabelledFeatures, bank: LabelledFeatures | None, config: PretrainConfig
 ) -> list[tuple[str, float]]:
-    """Return the metrics of the model whose names end so."""
+    """Return the metrics whose names end with the model's suffix."""
     metrics: list[tuple[str, float]] = []
     losses = seen.features.get(f"loss{end}")
     if losses is not None:
@@ -175,7 +176,7 @@ def _metrics(
 
 
 def fixed_noise(config: PretrainConfig) -> Tensor:
-    """Draw the noise of the masks, (ROWS_PER_READ, L): the same at every step of a run."""
+    """Draw the noise of the masks, (ROWS_PER_READ, L), which is the same at every step of a run."""
     masking: MaskingConfig = config.masking
     rows = [
         draw_noise(

@@ -1,7 +1,8 @@
-"""What the points of a run's health curve say: which is the best, and what is wrong.
+"""Evaluate a run's health curve: find the best step, and say what is wrong.
 
-A point is a step's metrics by their short names, such as `rank`; those of the untrained model end
-in `_untrained`. Read without torch, so that a run that is done is found at once.
+A point of the curve holds a step's metrics by their short names, such as `rank`; the names for the
+untrained model end with `_untrained`. This module needs no torch, so a finished run is found at
+once.
 """
 
 from collections.abc import Mapping
@@ -11,18 +12,18 @@ from pipelines.config.pretrain import HEALTH_PREFIX, HealthMetric
 UNTRAINED = "_untrained"
 LOWER_IS_BETTER = ("health/loss",)
 
-# Before this share of the steps, features that are worse than untrained ones are normal: colour and
-# brightness are learned first (docs/experiments.md).
+# Before this share of the steps, it is normal that features are worse than untrained ones: colour
+# and brightness are learned first (docs/experiments.md).
 JUDGED_FROM = 0.5
-RANK_SHARE = 0.5  # of the untrained encoder's rank, below which it has collapsed
+RANK_SHARE = 0.5  # share of the untrained encoder's rank, below which the rank has collapsed
 DEAD_SHARE = 0.1
-LOSS_RISE = 1.1  # over the lowest loss before
+LOSS_RISE = 1.1  # increase over the lowest loss so far
 
 Points = Mapping[int, Mapping[str, float]]
 
 
 def best_step(points: Points, metric: HealthMetric, up_to: int) -> int | None:
-    """Return the step with the best value up to a step, the first of several that are equal."""
+    """Return the step with the best value up to a step; if several are equal, the first."""
     name = metric.removeprefix(HEALTH_PREFIX)
     values = {s: point[name] for s, point in sorted(points.items()) if name in point and s <= up_to}
     if not values:
@@ -32,7 +33,7 @@ def best_step(points: Points, metric: HealthMetric, up_to: int) -> int | None:
 
 
 def concerns(points: Points, step: int, total_steps: int) -> list[str]:
-    """Say in words what is wrong with the model after a step, and what may help."""
+    """Describe in words what is wrong with the model after a step, and what may help."""
     if step < JUDGED_FROM * total_steps:
         return []
     point, found = points[step], []

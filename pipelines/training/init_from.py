@@ -46,7 +46,7 @@ ConfigT = TypeVar("ConfigT", bound=StrictConfig)
 
 LATEST = "latest"
 IMPORTED = "imported"
-# Part of the digest: increase it when the same weights are taken over differently.
+# Part of the digest; increase it when the same weights would be imported differently.
 VERSION = 1
 
 
@@ -54,11 +54,11 @@ class Place(NamedTuple):
     """Where weights lie."""
 
     uri: str
-    files: dict[str, int] | None  # of weights from elsewhere; None: a checkpoint of ours
+    files: dict[str, int] | None  # of weights from elsewhere; None for a checkpoint of ours
 
 
 def with_weights(config: ConfigT) -> ConfigT:
-    """Return the config with the checkpoint that its `init_from` means.
+    """Return the config with `init_from` replaced by the checkpoint that it refers to.
 
     Raises:
         ConfigError: There are no weights there, or of another kind of model.
@@ -113,9 +113,9 @@ def locate(given: str, root: str, config: StrictConfig | None = None) -> Place:
 
 
 def _wanted(config: StrictConfig) -> tuple[int | None, Any, Any]:
-    """Return channels, mean and deviation that the run asks for; None: those of the weights."""
+    """Return the channels, mean and deviation that the run asks for; None: those of the weights."""
     values: Any = config
-    if isinstance(config, PretrainConfig):  # its statistics are those of its data
+    if isinstance(config, PretrainConfig):  # a pretraining run takes the statistics from its data
         return config.model.in_chans, None, None
     return values.in_chans, values.channel_mean, values.channel_std
 
@@ -134,8 +134,8 @@ def _imported_uri(root: str, digest: str, wanted: tuple[Any, ...]) -> str:
 
 
 def _take_over(place: Place, digest: str, wanted: tuple[Any, ...], uri: str) -> None:
-    """Write weights as a checkpoint of ours."""
-    # Imported here, because a run that is done is found without torch.
+    """Write weights from elsewhere as a checkpoint of ours."""
+    # Imported here, because a finished run is found without torch.
     from mae_core.checkpoint import save_weights
     from pipelines.training import weights
 
@@ -151,7 +151,7 @@ def _take_over(place: Place, digest: str, wanted: tuple[Any, ...], uri: str) -> 
 
 
 def _tell(given: str, uri: str, manifest: CheckpointManifest) -> None:
-    """Say in the log what the run starts from."""
+    """Log what the run starts from."""
     origin, model = manifest.origin, manifest.model
     if origin is None:
         if given != uri:
@@ -171,7 +171,7 @@ def _tell(given: str, uri: str, manifest: CheckpointManifest) -> None:
 
 
 def lineage_tags(uri: str, manifest: CheckpointManifest) -> dict[str, str]:
-    """Return tags for MLflow that say which weights a run started from."""
+    """Return MLflow tags that say which weights a run started from."""
     tags = {
         "init_from": storage.absolute(uri),
         "pretrained.data_digest": manifest.data_digest,
@@ -199,7 +199,7 @@ class MadeBy(NamedTuple):
 
 
 def run_of(uri: str) -> MadeBy | None:
-    """Return the run whose checkpoint or model lies at `uri`, if its folder says so."""
+    """Return the run that wrote the checkpoint or model at `uri`, if its folder says so."""
     parent = storage.absolute(uri).rpartition("/")[0]
     run_uri, _, kind = parent.rpartition("/")
     if kind not in ("checkpoints", "models"):
@@ -212,11 +212,11 @@ def run_of(uri: str) -> MadeBy | None:
     return None if record is None else MadeBy(run_uri, record)
 
 
-# A run by its name
+# Names that refer to a run
 
 
 def _finished_run(given: str, root: str, config: StrictConfig | None) -> str:
-    """Return the last checkpoint of the newest finished pretraining run of that name."""
+    """Return the last checkpoint of the newest finished pretraining run with that name."""
     name = given.removeprefix(RUN_PREFIX)
     folder = storage.join(root, "pretrain")
     there = storage.list_folders(storage.absolute(folder))
@@ -232,13 +232,13 @@ def _finished_run(given: str, root: str, config: StrictConfig | None) -> str:
 
 
 def _is_named(folder: str, name: str) -> bool:
-    """Return whether a run's folder, NAME-HASH, has the name, with or without the hash."""
+    """Return whether a run's folder, NAME-HASH, has this name, with or without the hash."""
     hashed = re.fullmatch(f"{re.escape(name)}-[0-9a-f]{{8}}", folder)
     return name in (LATEST, folder) or hashed is not None
 
 
 def _finished(folder: str, name: str, config: StrictConfig | None) -> tuple[int, str] | None:
-    """Return when a run was finished and its last checkpoint, if it is one to start from."""
+    """Return when a run finished and its last checkpoint, if the run can be a starting point."""
     run_uri = storage.join(folder, name)
     run = RunFolder(storage.absolute(run_uri))
     if run.read_result() is None:
@@ -255,9 +255,9 @@ def _finished(folder: str, name: str, config: StrictConfig | None) -> tuple[int,
 
 
 def _made_by(recorded: dict[str, Any], config: StrictConfig, folder: str) -> bool:
-    """Return whether this very command made a run, from another run.
+    """Return whether this same command made the run from another run.
 
-    The same command is the same run: it must not take its own result for its start.
+    The same command is the same run, which must not start from its own result.
     """
     start = recorded.get("init_from")
     if not isinstance(config, PretrainConfig) or start is None:

@@ -1,6 +1,7 @@
-"""Accuracy of the frozen encoder's features, computed by the training workers when they are done.
+"""Measure the accuracy of the frozen encoder's features in the training workers, after training.
 
-They are warm, have the GPUs, and share the images out among them; rank 0 gathers and scores.
+The workers are already running, have the GPUs, and share the images among them; rank 0 gathers the
+features and computes the scores.
 """
 
 import logging
@@ -32,12 +33,12 @@ from pipelines.training.pretrain_evaluation import LINEAR_PREFIX, METRICS_PREFIX
 logger = logging.getLogger(__name__)
 
 ROWS_PER_READ = 64
-CHECKED_SAMPLES = 512  # of each set, before training
+CHECKED_SAMPLES = 512  # number of samples of each set whose labels are checked before training
 MAX_EXAMPLES = 3
-PIXELS = "top1_pixels"  # raw pixels, as if an encoder did nothing
+PIXELS = "top1_pixels"  # the raw pixels, as a baseline without an encoder
 NAMES = {"top1": "trained", "top1_untrained": "untrained", PIXELS: "raw pixels"}
 PICTURE_SIDE = 16
-LEAST_OF_A_CLASS = 5  # images, of which the probe chooses its penalty
+LEAST_OF_A_CLASS = 5  # number of images on which the probe chooses its penalty
 
 
 class Slice(NamedTuple):
@@ -47,27 +48,28 @@ class Slice(NamedTuple):
 
 
 class ImageReader(NamedTuple):
-    """What turns a sample into the encoder's input and its class."""
+    """Turns a sample into the encoder's input and its class."""
 
     model: ModelConfig
     mean: tuple[float, ...]
     std: tuple[float, ...]
     num_threads: int
     numbers: Numbers
-    needs_labels: bool = True  # False: every sample has the label 0
+    needs_labels: bool = True  # if False, every sample has the label 0
 
 
-Measure = Callable[[Tensor], Tensor]  # normalised images (B, C, H, W) to (B, ...), on any device
+# Maps normalised images (B, C, H, W) to (B, ...), on any device.
+Measure = Callable[[Tensor], Tensor]
 
 
 class LabelledFeatures(NamedTuple):
-    features: dict[str, Tensor]  # name of the measure to (N, ...)
+    features: dict[str, Tensor]  # from the name of the measure to (N, ...)
     labels: Tensor  # (N,) int64
-    unlabelled: tuple[str, ...] = ()  # samples that were left out, and why
+    unlabelled: tuple[str, ...] = ()  # why samples were left out, for each of them
 
 
 def features_of(encoder: nn.Module) -> Measure:
-    """Return what encodes whole images by the encoder, on its device."""
+    """Return a function that encodes whole images on the encoder's device."""
     device = next(encoder.parameters()).device
     return lambda images: encode_features(encoder, images.to(device))
 
@@ -80,11 +82,11 @@ def knn_metrics(
     config: KnnConfig,
     tell: Callable[[int, int], None],
 ) -> dict[str, float] | None:
-    """Return `knn/NAME` and `linear/NAME` for each encoder; None on the ranks that only help.
+    """Return `knn/NAME` and `linear/NAME` for each encoder; None on all ranks but the first.
 
-    `linear/` also has the raw pixels. Samples without a label that can be used are left out, and
-    counted in `knn/left_out`.
-    `tell` is given how many pieces are encoded, and of how many.
+    `linear/` is also measured on the raw pixels. Samples without a usable label are left out, and
+    counted in `knn/left_out`. `tell` is called with the number of pieces that are encoded, and the
+    number of all pieces.
 
     Raises:
         DataError: no sample of a set has both a label and an image that can be decoded.
@@ -131,7 +133,7 @@ def knn_metrics(
 
 
 def small_pictures(images: Tensor) -> Tensor:
-    """Average images of (B, C, H, W) over areas, to (B, C * 16 * 16) values at most."""
+    """Average images of (B, C, H, W) over areas, which leaves at most (B, C * 16 * 16) values."""
     height, width = (min(side, PICTURE_SIDE) for side in images.shape[2:])
     return F.adaptive_avg_pool2d(images, (height, width)).flatten(1)
 
@@ -141,8 +143,8 @@ def linear_metrics(
 ) -> dict[str, float]:
     """Return `linear/NAME`, the accuracy of logistic regression on the features of each measure.
 
-    It is fitted to at most `limit` images of the bank, evenly spread. Empty if the bank has too few
-    images of every class.
+    It is fitted to at most `limit` evenly spread images of the bank. The result is empty if the
+    bank has too few images of every class.
     """
     chosen = torch.linspace(0, len(bank.labels) - 1, min(limit, len(bank.labels))).long()
     known, places = torch.unique(bank.labels[chosen], return_inverse=True)
@@ -150,7 +152,7 @@ def linear_metrics(
     if len(known) < 2 or int(places.bincount().max()) < LEAST_OF_A_CLASS:
         logger.info("no linear probe: %d labelled images are too few", len(chosen))
         return {}
-    # Importing scikit-learn takes most of a second, which a run's start need not wait for.
+    # Importing scikit-learn takes most of a second, and the start of a run need not wait for it.
     probe = import_module("mae_core.evaluation.linear_probe")
     metrics = {
         f"{LINEAR_PREFIX}{name}": probe.linear_probe_accuracy(
@@ -171,20 +173,20 @@ def linear_metrics(
 
 def accuracy_of(name: str, bank: LabelledFeatures, queries: LabelledFeatures, *, k: int) -> float:
     """Return the kNN accuracy of a measure's features."""
-    # Numbers may be large and far apart.
+    # Class numbers may be large and far apart.
     known, places = torch.unique(bank.labels, return_inverse=True)
     wanted = _places_among(known, queries.labels)
     return knn_accuracy(bank.features[name], places, queries.features[name], wanted, k=k)
 
 
 def _places_among(known: Tensor, labels: Tensor) -> Tensor:
-    """Return the place of each label in rising `known`; beyond the end for an unknown one."""
+    """Return the index of each label in `known`, or `len(known)` for an unknown label."""
     places = torch.searchsorted(known, labels).clamp(max=len(known) - 1)
     return torch.where(known[places] == labels, places, len(known))
 
 
 def spread_slices(shards: Sequence[ShardInfo], limit: int) -> list[Slice]:
-    """About `limit` samples, evenly spread: foreign shards are often sorted by class."""
+    """Choose about `limit` samples, evenly spread: foreign shards are often sorted by class."""
     slices = [
         Slice(shard, start, min(start + ROWS_PER_READ, shard.num_samples))
         for shard in shards
@@ -202,7 +204,7 @@ def shared_features(
     reader: ImageReader,
     tell: Callable[[int], None],
 ) -> LabelledFeatures | None:
-    """Return the features of all slices on rank 0; each rank measures its part of them.
+    """Return the features of all slices on rank 0; each rank computes its share of them.
 
     Raises:
         DataError: there is no image with a label that can be used.
@@ -221,7 +223,7 @@ def shared_features(
         torch.distributed.all_gather_object(parts, mine)
     if rank != 0:
         return None
-    # Back into the order of the slices: ties among neighbours go by place.
+    # Back in the order of the slices, because ties among neighbours are decided by the order.
     ordered = [parts[i % world_size][i // world_size] for i in range(len(slices))]
     labels = torch.cat([part.labels for part in ordered])
     unlabelled = tuple(why for part in ordered for why in part.unlabelled)
@@ -265,7 +267,7 @@ def _encode_slice(
 
 
 def _labelled(piece: Slice, numbers: Numbers) -> tuple[list[tuple[Sample, int]], tuple[str, ...]]:
-    """Return the samples of a slice with their classes, and why the others have none."""
+    """Return the samples of a slice with their classes, and why the other samples have none."""
     found: list[tuple[Sample, int]] = []
     unlabelled: list[str] = []
     for sample in read_rows(piece.shard, piece.start, piece.stop):
@@ -277,7 +279,7 @@ def _labelled(piece: Slice, numbers: Numbers) -> tuple[list[tuple[Sample, int]],
 
 
 def needed_label(shard: ShardInfo, sample: Sample, numbers: Numbers = MappingProxyType({})) -> int:
-    """Return the sample's class, as the run numbers it.
+    """Return the sample's class, by the run's numbering.
 
     Raises:
         DataError: it has none, several, or one that its own set does not name.
@@ -297,7 +299,7 @@ def needed_label(shard: ShardInfo, sample: Sample, numbers: Numbers = MappingPro
 
 
 def has_labels(shards: Sequence[ShardInfo]) -> bool:
-    """Return whether any of the samples that are looked at has a `.cls`, usable or not."""
+    """Return whether any of the first samples has a `.cls` file, usable or not."""
     return any(
         "cls" in sample.parts
         for piece in spread_slices(shards, CHECKED_SAMPLES)
@@ -306,7 +308,7 @@ def has_labels(shards: Sequence[ShardInfo]) -> bool:
 
 
 def check_labels(key: str, shards: Sequence[ShardInfo], numbers: Numbers) -> None:
-    """Look at the labels of some samples before training, and tell what the evaluation will miss.
+    """Check the labels of some samples before training, and report what the evaluation will miss.
 
     Raises:
         DataError: none of them has a label that can be used.
@@ -334,7 +336,7 @@ def check_labels(key: str, shards: Sequence[ShardInfo], numbers: Numbers) -> Non
 
 
 def _image(sample: Sample, model: ModelConfig) -> Pixels | None:
-    """None where it can't be decoded: training has counted it already."""
+    """Decode a sample's image; None if that fails, which training has counted already."""
     try:
         return center_crop(decode_image(sample.image, model.in_chans), model.img_size)
     except CorruptSampleError:

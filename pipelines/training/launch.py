@@ -1,6 +1,6 @@
-"""From our config to a running Ray: what can't work is refused in words before it hangs.
+"""Start Ray as the config asks, and refuse what cannot work before Ray would wait for it.
 
-Imports little of Ray and no torch, so that Ray can start while torch is imported.
+This module imports no torch and little of Ray, so that Ray can start while torch is imported.
 """
 
 import logging

@@ -1,9 +1,9 @@
-"""One worker without a cluster: Ray Train's local mode, in which training runs in the driver.
+"""Train in the driver's process if there is one worker and no cluster, by Ray Train's local mode.
 
-A worker of its own costs half a minute of start-up: Ray starts a controller, a placement group,
-an actor that splits the data and the worker, and each of these processes imports torch again. In
-local mode `ray.train` and Ray Data are used in the same way, and the training function is called
-in the driver's process (docs/adr/0027).
+A separate worker costs half a minute of start-up: Ray starts a controller, a placement group, an
+actor that splits the data and the worker, and each of these processes imports torch again. In local
+mode `ray.train` and Ray Data are used in the same way, and the training function runs in the
+driver's process (docs/adr/0027).
 """
 
 import logging

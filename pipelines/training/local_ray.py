@@ -1,9 +1,9 @@
-"""The one place that starts a Ray on this machine, so that nobody else can run code in it.
+"""Start a Ray on this machine so that nobody else can run code in it; no other module starts one.
 
-Ray runs what it is told to run, for anyone who reaches one of its ports. So the Ray that is started
-here asks every caller for a random token that only its own processes know, listens on the loopback
+Ray runs whatever it is asked to run, for anyone who reaches one of its ports. So this Ray asks
+every caller for a random token that only its own processes know, listens on the loopback interface
 only, and keeps its Unix sockets and files in a folder that only this user may enter.
-docs/guides/security.md lists each port and what guards it.
+docs/guides/security.md lists each port and how it is protected.
 """
 
 import logging
@@ -25,7 +25,7 @@ from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-d
 from infra import processes, scratch
 from infra.storage import StorageError
 
-# The path of a Unix socket has at most 107 characters, of which Ray's own part takes 65.
+# The path of a Unix socket has at most 107 characters; Ray's own part takes 65 of them.
 MAX_FOLDER_CHARACTERS = 40
 MAX_STARTS = 3
 
@@ -39,17 +39,20 @@ class LocalRay(NamedTuple):
     num_gpus: int
     object_store_bytes: int
     environment: dict[str, str]
-    """Variables for all of its processes. A runtime environment of Ray's would set them as well,
-    but then Ray waits for an agent that prepares it, and starts no process before it needs one."""
+    """Variables for all of its processes.
+
+    A runtime environment of Ray's would set them as well, but then Ray waits for an agent that
+    prepares it, and starts no process in advance.
+    """
     setup_hook: str = ""
-    """Function that each process for tasks and actors calls first, by its full name."""
+    """Full name of the function that each process for tasks and actors calls first."""
 
 
 @contextmanager
 def private_folder() -> Iterator[Path]:
-    """Inside, there is a folder for a Ray's sockets, logs and token that only this user may enter.
+    """Provide a folder for a Ray's sockets, logs and token, which only this user may enter.
 
-    It stays behind if Ray does not start, since only Ray's own logs say why.
+    The folder is kept if Ray does not start, because only Ray's own logs say why.
 
     Raises:
         StorageError: there is no place for it.
@@ -84,7 +87,7 @@ class RayStartError(StorageError):
 
 @contextmanager
 def running(folder: Path, given: LocalRay) -> Iterator[None]:
-    """Inside, this process has a Ray of its own, which keeps its files in `folder`.
+    """Run a Ray of this process's own for the duration of the block; its files are in `folder`.
 
     Raises:
         RayStartError: Ray did not start; names the folder with its logs.
@@ -95,25 +98,25 @@ def running(folder: Path, given: LocalRay) -> Iterator[None]:
         try:
             yield
         finally:
-            # A thread that asked Ray for something after this would end the process, with code 1.
-            # Where one is left, the process ends soon, and Ray with it.
+            # A thread that asked Ray for something after its shutdown would end the process with
+            # code 1.
             if not processes.is_thread_left():
                 ray.shutdown()
 
 
 def _start(folder: Path, given: LocalRay) -> None:
-    """Start Ray, and again if that takes longer than the 30 s that Ray itself allows (2.60)."""
+    """Start Ray; start it once more if that takes longer than the 30 s that Ray allows (2.60)."""
     for attempt in range(1, MAX_STARTS + 1):
         try:
             with _without_onlookers():
                 ray.init(
-                    "local",  # never join another Ray that happens to run here
+                    "local",  # never join another Ray that happens to run on this machine
                     num_cpus=given.num_cpus,
                     num_gpus=given.num_gpus,
                     object_store_memory=given.object_store_bytes,
                     include_dashboard=False,
                     logging_level=logging.WARNING,
-                    log_to_driver=False,  # Ray's own processes say much
+                    log_to_driver=False,  # Ray's own processes write much that helps nobody
                     _temp_dir=str(folder / "ray"),
                 )
             return
@@ -130,11 +133,12 @@ def _start(folder: Path, given: LocalRay) -> None:
 
 @contextmanager
 def _without_onlookers() -> Iterator[None]:
-    """Inside, Ray starts without three processes that do nothing for a Ray on one machine.
+    """Start Ray in the block without three processes that do nothing for a Ray on one machine.
 
-    They are its autoscaler, the reader of its logs, and what is left of its dashboard if it has
-    none: a server for usage reports, which are off, that `ray.init` waits for. All three are
-    Python programs of about a CPU-second, and `ray.init` has no arguments for them (2.60).
+    They are its autoscaler, the reader of its logs, and, without a dashboard, a server for usage
+    reports. Usage reports are off, but `ray.init` waits for that server. All three are Python
+    programs that take about a CPU-second each, and `ray.init` has no arguments to leave them out
+    (2.60).
     """
     fewer: dict[str, Any] = {"no_monitor": True, "include_log_monitor": False}
     with (
@@ -156,8 +160,8 @@ def _replaced(module: ModuleType, name: str, value: object) -> Iterator[None]:
 
 @contextmanager
 def _environment(given: LocalRay) -> Iterator[None]:
-    """Inside, processes that are started get the variables of a Ray."""
-    # Private (2.60): what Ray makes of a runtime environment's `worker_process_setup_hook`.
+    """Give Ray's variables to the processes that are started in the block."""
+    # Private (2.60): the variable that Ray sets for `worker_process_setup_hook`.
     hook = {ray_constants.WORKER_PROCESS_SETUP_HOOK_ENV_VAR: given.setup_hook}
     variables = {**given.environment, **(hook if given.setup_hook else {})}
     before = {name: os.environ.get(name) for name in variables}
@@ -170,12 +174,12 @@ def _environment(given: LocalRay) -> Iterator[None]:
 
 @contextmanager
 def _guarded(folder: Path) -> Iterator[None]:
-    """Inside, a Ray that this process starts has a token of its own and uses the loopback only.
+    """Protect a Ray that starts in the block by its own token and by the loopback interface.
 
-    Ray's processes inherit the name of the token's file from the environment, so it is in no
+    Ray's processes inherit the name of the token's file from the environment, so the token is in no
     process's arguments.
     """
-    # Ray's default of 15 would make training wait for all else that runs here.
+    # With Ray's default of 15, training would wait for everything else that runs on this machine.
     os.environ.setdefault("RAY_worker_niceness", "0")
     token_file = folder / "ray-token"
     token_file.touch(mode=0o600)
@@ -183,14 +187,14 @@ def _guarded(folder: Path) -> Iterator[None]:
     guards = {
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(token_file),
-        # Ray takes the loopback for its address only where it believes that it has no cluster.
+        # Ray uses the loopback address only if it believes that there is no cluster.
         ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR: "0",
     }
     before = {name: os.environ.get(name) for name in (*guards, "RAY_AUTH_TOKEN")}
-    os.environ.pop("RAY_AUTH_TOKEN", None)  # Ray would prefer it to the file
+    os.environ.pop("RAY_AUTH_TOKEN", None)  # Ray would prefer this variable to the file
     os.environ.update(guards)
     has_cluster = ray_constants.ENABLE_RAY_CLUSTER
-    # Ray has read its environment when it was imported (2.60): it must read it again.
+    # Ray has read its environment when it was imported (2.60), so it must read it again.
     ray_constants.ENABLE_RAY_CLUSTER = False
     read_environment()
     try:
@@ -201,7 +205,7 @@ def _guarded(folder: Path) -> Iterator[None]:
 
 
 def read_environment() -> None:
-    """Make Ray use the token that the environment names now, whichever it has used before."""
+    """Make Ray use the token that the environment names now, instead of the one it used before."""
     Config.initialize("")
     AuthenticationTokenLoader.instance().reset_cache()
 

@@ -1,4 +1,4 @@
-"""What names the evaluation of a pretraining, and its metrics."""
+"""Name the evaluation of a pretraining run, and its metrics."""
 
 import hashlib
 import json
@@ -12,13 +12,13 @@ MEASURED_PREFIXES = (METRICS_PREFIX, LINEAR_PREFIX, HEALTH_PREFIX)
 
 
 def evaluation_key(config: PretrainConfig) -> str:
-    """Name all that the evaluation is computed from, besides the trained model; "" without one."""
+    """Name all that the evaluation depends on besides the model; "" if there is none."""
     if config.data.val is None and config.health.every_epochs == 0:
         return ""
     facts = [
         config.knn.model_dump(mode="json"),
         config.health.model_dump(mode="json"),
-        fingerprint(config.data.train),  # Its names of classes count here, and not in training.
+        fingerprint(config.data.train),  # Class names count here, but not in the training.
         None if config.data.val is None else fingerprint(config.data.val),
     ]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]

@@ -1,4 +1,4 @@
-"""A pretraining run that has work to do: its plan, its job for the workers, and its result."""
+"""Plan a pretraining run that has work to do, start its workers, and write its result."""
 
 import logging
 from functools import partial
@@ -52,24 +52,24 @@ NUM_PICTURES = 8
 
 class OpenedData(NamedTuple):
     train: Manifest
-    val: Manifest | None  # None: nothing is measured on held-out images
+    val: Manifest | None  # if None, nothing is measured on held-out images
 
 
 class Plan(NamedTuple):
-    """What the run will do, known before anything is started."""
+    """What the run will do; known before anything is started."""
 
     stats: ChannelStats
-    has_labels: bool  # of the images that are held out
+    has_labels: bool  # whether the held-out images have labels
     classes: Classes
     size: RunSize
     pictures: Pictures
-    flat_patches: dict[str, float]  # the share of them, by the name of its metric
+    flat_patches: dict[str, float]  # their share, by the name of the metric
 
 
 def plan_pretraining(
     config: PretrainConfig, train: Manifest, val: Manifest | None
 ) -> "PlannedPretraining":
-    """Plan a run on data that are open; a mistake is reported before Ray is started."""
+    """Plan a run whose data are open; a mistake is reported before anything is written."""
     data = OpenedData(train, val)
     return PlannedPretraining(config, data, _plan(config, data))
 
@@ -105,8 +105,8 @@ class PlannedPretraining(NamedTuple):
         return Work(partial(fit, job, partial(remaining_data, job)), job.channel, saved)
 
     def is_kept(self, taken: Taken) -> bool:
-        """Return whether the training is done, so that only the evaluation can have failed."""
-        # A step beyond the last one is none of this run's: then nothing was evaluated.
+        """Return whether the training is complete, so that only the evaluation can have failed."""
+        # A checkpoint beyond the last step is not of this run; then nothing was evaluated.
         return self.plan.size.total_steps in list_steps(taken.folder.uri)
 
     def finish(
@@ -124,7 +124,7 @@ class PlannedPretraining(NamedTuple):
             metrics |= _best(self.config, folder, run_id, total_steps)
             metrics["data/left_out"] = len(log_bad_samples(uri, run_id, folder))
             tracking.log_final_metrics(uri, run_id, metrics, total_steps)
-            # A start that trained the model already has logged it.
+            # An earlier start that completed the training has logged the model already.
             if earlier is None or earlier.run_id != run_id:
                 log_encoder(uri, run_id, found.folder)
                 tracking.log_artifact_file(
@@ -142,7 +142,7 @@ class PlannedPretraining(NamedTuple):
 def _best(
     config: PretrainConfig, folder: RunFolder, run_id: str | None, total_steps: int
 ) -> dict[str, float]:
-    """Say which checkpoint is the best, if the run keeps it; return its step as a metric."""
+    """Log which checkpoint is the best, if the run keeps it; return its step as a metric."""
     metric = config.checkpoint.keep_best
     if metric is None:
         return {}
@@ -189,7 +189,7 @@ def _plan(config: PretrainConfig, data: OpenedData) -> Plan:
 
 
 def _has_labels(config: PretrainConfig, data: OpenedData) -> bool:
-    """Return whether a kNN accuracy is measured; without any labels, the health is all there is.
+    """Return whether a kNN accuracy is measured; without any labels, only the health is.
 
     Raises:
         ConfigError: the best checkpoint is to be found by a kNN accuracy, and there are no labels.
@@ -199,7 +199,7 @@ def _has_labels(config: PretrainConfig, data: OpenedData) -> bool:
     if config.health.every_epochs == 0 or has_labels(data.val.shards):
         return True
     if has_labels(data.train.shards):
-        return True  # `check_labels` says that those of data.val are missing
+        return True  # `check_labels` reports that the labels of data.val are missing
     if config.checkpoint.keep_best == "health/knn":
         raise ConfigError(
             "checkpoint.keep_best=health/knn needs labels (.cls), and data.train and data.val have "
@@ -212,7 +212,7 @@ def _has_labels(config: PretrainConfig, data: OpenedData) -> bool:
 
 
 def _classes(data: OpenedData) -> Classes:
-    """Read what the numbers in both sets mean; report a mistake in the labels before training.
+    """Read the class names of both sets, and report a mistake in the labels before training.
 
     Raises:
         DataError: none of the samples that are looked at has a label.
@@ -222,7 +222,8 @@ def _classes(data: OpenedData) -> Classes:
     train = read_class_names(data.train.shards)
     both = train | read_class_names(data.val.shards)
     warn_of_unnamed(both)
-    classes = classes_by_name(both)  # One that only data.val names has a number: it is wrong.
+    # A class that only data.val names gets a number too; its images count as wrong.
+    classes = classes_by_name(both)
     for key, manifest in (("data.train", data.train), ("data.val", data.val)):
         check_labels(key, manifest.shards, classes.numbers)
     unknown = set(classes.names) - set(united_names(train))

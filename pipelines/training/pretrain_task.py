@@ -1,4 +1,4 @@
-"""Pretraining as a task of a training process: its model, its batches, its loss, its pictures."""
+"""Define pretraining as a task of a training process: its model, batches, loss and pictures."""
 
 import io
 import logging
@@ -42,11 +42,11 @@ from pipelines.training.run_folder import RunFolder
 logger = logging.getLogger(__name__)
 
 BATCHES_AHEAD = 2
-EXPORT_S = 10.0  # about what it takes to log the encoder to MLflow
+EXPORT_S = 10.0  # about what logging the encoder to MLflow takes
 
 
 class Pictures(NamedTuple):
-    """What the reconstruction picture shows."""
+    """The images and masks of the reconstruction picture."""
 
     pixels: Pixels  # (B, H, W, C)
     noise: npt.NDArray[np.float32]  # (B, L)
@@ -66,13 +66,13 @@ class WholeRun(NamedTuple):
 
 
 class PretrainJob(NamedTuple):
-    """All that a worker is told."""
+    """Everything that a worker must know."""
 
     config: PretrainConfig
     run_uri: str
-    init_uri: str | None  # of the checkpoint whose weights the run starts from
+    init_uri: str | None  # checkpoint whose weights the run starts from
     start: str  # see RunFolder
-    run_id: str | None  # MLflow's
+    run_id: str | None  # in MLflow
     size: RunSize
     data_digest: str
     mean: tuple[float, ...]
@@ -81,7 +81,7 @@ class PretrainJob(NamedTuple):
     train_shards: tuple[ShardInfo, ...]
     val_shards: tuple[ShardInfo, ...]  # held out; may be empty
     class_numbers: Numbers
-    has_labels: bool  # whether the held-out images and the training images have any
+    has_labels: bool  # whether the held-out and the training images have labels
     evaluation_key: str  # see RunFolder.write_evaluation
 
     @property
@@ -97,7 +97,7 @@ class PretrainJob(NamedTuple):
 
 
 def remaining_data(job: PretrainJob) -> ray.data.Dataset:
-    """Return the run's sequence from the newest whole checkpoint on."""
+    """Return the rest of the run's sequence, from the newest complete checkpoint on."""
     config = job.config
     order = RunOrder(
         counts=np.asarray([shard.num_samples for shard in job.train_shards], dtype=np.int64),
@@ -156,13 +156,13 @@ class PretrainTask:
             HealthData(job.train_shards, job.val_shards, job.has_labels, reader),
             self._build_untrained,
         )
-        self._logged_step: int | None = None  # of the health in MLflow; asked for once
+        self._logged_step: int | None = None  # last step whose health is in MLflow; looked up once
 
     def size(self, part: WholeRun) -> RunSize:
         return self.job.size
 
     def after(self, part: WholeRun) -> After:
-        """Count the images of the closing evaluation as if they were trained on."""
+        """Count the images of the final evaluation as if they were trained on."""
         job, knn, health = self.job, self.config.knn, self.config.health
         limits = []
         if job.has_labels:
@@ -173,7 +173,7 @@ class PretrainTask:
         return After(images / job.size.global_batch_size, EXPORT_S)
 
     def is_measured(self, part: WholeRun) -> bool:
-        """Return False: the driver starts workers only if something is left to do."""
+        """Return False, because the driver starts workers only if there is work left."""
         return False
 
     def build(self, part: WholeRun, *, is_resumed: bool) -> Trained:
@@ -184,7 +184,7 @@ class PretrainTask:
         return Trained(mae, build_optimizer(mae, self.config.optim, fused=True))
 
     def _build_untrained(self) -> MaskedAutoencoder:
-        """Build the model that the seed gives, alike on every worker."""
+        """Build the model that the seed determines, the same on every worker."""
         config = self.config
         torch.manual_seed(config.seed)
         mae = build_mae(config.model, config.masking, config.loss)
@@ -211,7 +211,7 @@ class PretrainTask:
         return decoder.batches(tables, BATCHES_AHEAD)
 
     def batch(self, decoded: DecodedBatch, part: WholeRun, *, step: int, number: int) -> MicroBatch:
-        """Move whole numbers to the device, and make floats of them there."""
+        """Move the integers to the device, and convert them to normalised floats there."""
         device = self.process.device
 
         def move(tensor: Tensor) -> Tensor:
@@ -258,7 +258,7 @@ class PretrainTask:
     def watch(
         self, model: nn.Module, part: WholeRun, step: int, writer: tracking.MetricWriter | None
     ) -> bool:
-        """Measure the model's health at its interval; at the last step `measure` does."""
+        """Measure the model's health at its interval; `measure` does it after the last step."""
         size, every_epochs = self.job.size, self.config.health.every_epochs
         every = max(1, round(every_epochs * size.samples_per_epoch / size.global_batch_size))
         if every_epochs == 0 or step % every or step == part.last_step:
@@ -271,9 +271,9 @@ class PretrainTask:
         return self.health.best_step(step) == step
 
     def _last_logged(self) -> int:
-        """Return the last step whose health MLflow has from an earlier start.
+        """Return the last step whose health an earlier start logged to MLflow.
 
-        A worker that was killed may have logged the loss of a later step than its health.
+        A worker that was killed may have logged the loss of later steps than the health.
         """
         if self._logged_step is None:
             uri, run_id = self.config.tracking.uri, self.job.run_id
@@ -302,7 +302,7 @@ class PretrainTask:
         )
 
     def measure(self, part: WholeRun, model: nn.Module) -> None:
-        """Compare the frozen encoder with the untrained one: nearest neighbours and health."""
+        """Compare the frozen encoder with the untrained one by nearest neighbours and by health."""
         job, config = self.job, self.config
         if not job.evaluation_key:
             return

@@ -1,10 +1,10 @@
-"""One training process: the half that pretraining and the downstream stages share.
+"""Train in one process: the code that pretraining and the downstream stages share.
 
-The step loop of every stage is `TrainingProcess._train`. A stage adds a `TrainingTask`: what is
-built, what a batch is, what the loss is and what is measured.
+The step loop of every stage is `TrainingProcess._train`. A stage adds a `TrainingTask`, which says
+what is built, what a batch is, what the loss is and what is measured.
 
-A run trains one part or several, one after another, as one sequence of samples and steps:
-pretraining is one part, a downstream run has one for each arm.
+A run trains one or several parts, one after another, as one sequence of samples and steps.
+Pretraining is one part; a downstream run has a part for each arm.
 """
 
 import logging
@@ -59,7 +59,7 @@ LOSS_METRIC = "train/loss"
 
 
 class Part(Protocol):
-    """A model that is trained from its first step to its last."""
+    """A model that is trained from a first step to a last one."""
 
     @property
     def label(self) -> str:
@@ -74,14 +74,14 @@ class Part(Protocol):
 
     @property
     def first_step(self) -> int:
-        """Number of steps of the parts before."""
+        """Number of steps of all parts before this one."""
 
     @property
     def last_step(self) -> int: ...
 
 
 class DecodedRows(Protocol):
-    """A micro batch as a task decodes it, still on the CPU."""
+    """A micro batch that a task has decoded, still on the CPU."""
 
     @property
     def rows(self) -> pa.Table:
@@ -101,12 +101,12 @@ class Process(NamedTuple):
     rank: int
     world_size: int
     device: torch.device
-    tell_measured: Callable[[str, int, int], None]  # what is measured; pieces done; of how many
-    fetch: Callable[[str], Path]  # copies a checkpoint, once for all workers of a node
+    tell_measured: Callable[[str, int, int], None]  # what is measured, pieces done, all pieces
+    fetch: Callable[[str], Path]  # copies a checkpoint once for all workers of a node
 
 
 class Trained(NamedTuple):
-    model: nn.Module  # bare, on the device
+    model: nn.Module  # not wrapped, on the device
     optimizer: torch.optim.Optimizer
 
 
@@ -114,7 +114,7 @@ class StepOptions(NamedTuple):
     """How a step is computed."""
 
     max_grad_norm: float | None = None
-    compiles: bool = False  # on a GPU
+    compiles: bool = False  # only on a GPU
     keeps_activations: bool = True  # for the backward pass; otherwise they are computed again
 
 
@@ -125,7 +125,7 @@ T = TypeVar("T")
 
 
 class TrainingTask(Protocol[PartT, DecodedT, BatchT]):
-    """What a stage adds to a training process. Every method runs on every worker."""
+    """What a stage adds to a training process. Every worker calls every method."""
 
     @property
     def parts(self) -> Sequence[PartT]: ...
@@ -136,25 +136,25 @@ class TrainingTask(Protocol[PartT, DecodedT, BatchT]):
     def size(self, part: PartT) -> RunSize: ...
 
     def after(self, part: PartT) -> After:
-        """Estimate what follows the part's last step, for the time that is left."""
+        """Estimate the work after the part's last step, for the remaining time that is shown."""
 
     def is_measured(self, part: PartT) -> bool:
-        """Return whether the part's measurements are there already."""
+        """Return whether the part's measurements exist already."""
 
     def build(self, part: PartT, *, is_resumed: bool) -> Trained:
-        """Build the model and its optimizer, alike on every worker and after every start.
+        """Build the model and its optimizer, the same on every worker and after every start.
 
-        `is_resumed`: the weights are replaced by those of a checkpoint.
+        If `is_resumed`, the weights are replaced by those of a checkpoint afterwards.
         """
 
     def learning_rate(self, part: PartT, step: int) -> float:
         """Return the learning rate of a step; steps count from 1 at the part's own start."""
 
     def decoded(self, tables: Iterable[pa.Table]) -> Iterator[DecodedT]:
-        """Decode this worker's micro batches, ahead of the step that uses them."""
+        """Decode this worker's micro batches, ahead of the step that needs them."""
 
     def batch(self, decoded: DecodedT, part: PartT, *, step: int, number: int) -> BatchT:
-        """Bring a micro batch to the device; it is the step's `number`th of this worker, from 0.
+        """Move a micro batch to the device; it is this worker's `number`th of the step, from 0.
 
         Steps count from 1 at the part's own start.
         """
@@ -162,25 +162,28 @@ class TrainingTask(Protocol[PartT, DecodedT, BatchT]):
     def loss(self, model: nn.Module, batch: BatchT, part: PartT) -> BatchLoss: ...
 
     def show(self, model: nn.Module, part: PartT, step: int, writer: tracking.MetricWriter) -> None:
-        """Draw what the model does after a step, if that is due. Called on rank 0 alone."""
+        """Draw a picture of what the model does after a step, if one is due.
+
+        Only rank 0 calls this.
+        """
 
     def watch(
         self, model: nn.Module, part: PartT, step: int, writer: tracking.MetricWriter | None
     ) -> bool:
-        """Measure the model after a step, if that is due; return whether to save it at once."""
+        """Measure the model after a step, if due; return whether to save a checkpoint at once."""
 
     def best_step(self, step: int) -> int | None:
-        """Return the best step up to this one, if its checkpoint is to be kept."""
+        """Return the best step up to this one, if its checkpoint must be kept."""
 
     def record(self, part: PartT, step: int) -> CheckpointRecord:
         """Describe the run for a checkpoint; `step` counts through all parts."""
 
     def measure(self, part: PartT, model: nn.Module) -> None:
-        """Measure the trained model and keep the result in the run's folder."""
+        """Measure the trained model and store the result in the run's folder."""
 
 
 class TrainingJob(Protocol[PartT, DecodedT, BatchT]):
-    """All that the driver tells a worker."""
+    """Everything that the driver tells a worker."""
 
     @property
     def config(self) -> PretrainConfig | DownstreamConfig: ...
@@ -190,7 +193,7 @@ class TrainingJob(Protocol[PartT, DecodedT, BatchT]):
 
     @property
     def run_id(self) -> str | None:
-        """MLflow's."""
+        """Id of the run in MLflow."""
 
     @property
     def folder(self) -> RunFolder: ...
@@ -199,11 +202,11 @@ class TrainingJob(Protocol[PartT, DecodedT, BatchT]):
     def channel(self) -> Channel: ...
 
     def build_task(self, process: Process) -> TrainingTask[PartT, DecodedT, BatchT]:
-        """Build the stage's part."""
+        """Build the stage's task."""
 
 
 def training_worker(arguments: dict[str, TrainingJob[PartT, DecodedT, BatchT]]) -> None:
-    """Train in this process. Ray Train calls it in each worker, and again after one was lost."""
+    """Train in this process. Ray Train calls this in each worker, also after a worker was lost."""
     job = arguments["job"]
     try:
         with scratch_folder() as workspace:
@@ -233,12 +236,12 @@ class TrainingProcess(Generic[PartT, DecodedT, BatchT]):
         )
         process = Process(self.rank, self.world_size, self.device, self.ends.measured, self._fetch)
         self.task = job.build_task(process)
-        self.first_step = 0  # done before this start
-        self.unreported = UnreportedLoss()  # of the checkpoint of that step
-        self.num_passes = 0  # micro batches of this worker since it started
+        self.first_step = 0  # number of steps that earlier starts completed
+        self.unreported = UnreportedLoss()  # loss since the last report before that checkpoint
+        self.num_passes = 0  # number of this worker's micro batches since it started
 
     def run(self) -> None:
-        """Train and measure each part, from the newest whole checkpoint on."""
+        """Train and measure each part, starting from the newest complete checkpoint."""
         with ExitStack() as stack:
             stack.callback(self.ends.close)
             found = self._once_a_node(self._found)
@@ -246,10 +249,10 @@ class TrainingProcess(Generic[PartT, DecodedT, BatchT]):
             self.unreported = found.manifest.unreported if found else UnreportedLoss()
             trace = stack.enter_context(SampleTrace(self.config.debug.sample_trace, self.rank))
             stream = self._stream()
-            if isinstance(stream, Generator):  # so that nothing reads on in the driver
+            if isinstance(stream, Generator):  # so that no thread of the driver goes on reading
                 stack.callback(stream.close)
-            # Asked once, before any worker waits for another, so that all get the same answer. The
-            # data goes on from the checkpoint, so a part that is behind it is trained again.
+            # Checked once, before any worker waits for another, so that all agree. The data
+            # continues from the checkpoint, so a part after it is trained again.
             finished = [
                 part
                 for part in self.task.parts
@@ -261,11 +264,11 @@ class TrainingProcess(Generic[PartT, DecodedT, BatchT]):
                     return
                 self.ends.tell(Phase.MEASURING)
                 self.task.measure(part, trained.model)
-                if self.world_size > 1:  # nobody asks for the result before it is there
+                if self.world_size > 1:  # the result exists before any worker looks for it
                     torch.distributed.barrier()
 
     def _build(self, part: PartT, found: FoundCheckpoint | None, done: int) -> Trained:
-        """Build the part's model as far as it is trained."""
+        """Build the part's model and load what is trained of it already."""
         is_begun = part.steps > 0 and done > part.first_step
         trained = self.task.build(part, is_resumed=is_begun)
         if not is_begun:
@@ -273,13 +276,13 @@ class TrainingProcess(Generic[PartT, DecodedT, BatchT]):
         if found is not None and done <= part.last_step:
             load_weights(found.folder, trained.model, is_verified=True)
             load_training_state(found.folder, trained.model, trained.optimizer, is_verified=True)
-        else:  # trained, and not measured
+        else:  # trained, but not measured yet
             kept = self._fetch(self.job.folder.model_uri(part.label))
             load_weights(kept, trained.model, is_verified=True)
         return trained
 
     def _found(self) -> FoundCheckpoint | None:
-        """Copy the newest whole checkpoint of this run."""
+        """Copy the newest complete checkpoint of this run; None if there is none."""
         newest = find_checkpoint(self.job.run_uri)
         if newest is None:
             return None
@@ -291,7 +294,7 @@ class TrainingProcess(Generic[PartT, DecodedT, BatchT]):
         return self._once_a_node(lambda: fetch_checkpoint(uri, local).folder)
 
     def _once_a_node(self, fetch: Callable[[], T]) -> T:
-        """Call `fetch` in the first worker of each node, and return in each worker its result."""
+        """Call `fetch` in one worker of each node, and return the result in all of them."""
         results = [(self.node, [fetch()] if self.local_rank == 0 else [])]
         if self.world_size > 1:
             results *= self.world_size
@@ -306,7 +309,7 @@ class TrainingProcess(Generic[PartT, DecodedT, BatchT]):
         trace: SampleTrace,
         done: int,
     ) -> bool:
-        """Train a part to its end: the step loop. Return False if the run is to stop before it."""
+        """Train a part to its end: the step loop. Return False if the run was stopped before."""
         if done >= part.last_step:
             return True
         model = self._wrap(trained.model)
@@ -318,7 +321,8 @@ class TrainingProcess(Generic[PartT, DecodedT, BatchT]):
             self.ends.tell(Phase.TRAINING)
             for step in range(done + 1, part.last_step + 1):
                 own_step = step - part.first_step
-                # By the part's own step: arms of the same seed are compared on the same draws.
+                # Seeded by the part's own step, so that arms with the same seed get the same random
+                # draws.
                 torch.manual_seed(torch_seed(part.seed, "step", own_step, self.rank))
                 batches = self._batches(part, step, stream, reporter, trace)
                 self._step(part, model, trained.optimizer, step, batches, reporter)
@@ -337,7 +341,7 @@ class TrainingProcess(Generic[PartT, DecodedT, BatchT]):
                 if decision is AfterStep.STOP:
                     self.ends.tell(Phase.STOPPED, step)
                     return False
-        if self.world_size > 1:  # measured with the statistics of the model that is kept
+        if self.world_size > 1:  # all measure with the kept model's buffers
             for buffer in trained.model.buffers():
                 torch.distributed.broadcast(buffer, 0)
         return True
@@ -369,7 +373,7 @@ class TrainingProcess(Generic[PartT, DecodedT, BatchT]):
             max_grad_norm=self.task.options.max_grad_norm,
         )
         reporter.add(own_step, metrics)
-        if self.device.type == "cpu":  # on a GPU, the next steps would wait for it
+        if self.device.type == "cpu":  # on a GPU, checking now would delay the next steps
             reporter.check()
         if not reporter.is_due(own_step):
             return
@@ -390,13 +394,13 @@ class TrainingProcess(Generic[PartT, DecodedT, BatchT]):
             wrapped = DistributedDataParallel(
                 wrapped,
                 device_ids=[self.device] if self.device.type == "cuda" else None,
-                # Other buffers than a batch norm's statistics stay what they are.
+                # Only the statistics of batch norms change; all other buffers stay as they are.
                 forward_sync_buffers=any(isinstance(m, _BatchNorm) for m in model.modules()),
             )
         return wrapped
 
     def _reporter(self, part: PartT, done: int, stack: ExitStack) -> StepReporter:
-        """Report steps from the part's own start, so that arms are compared at the same step."""
+        """Create a reporter; it counts from the part's own start, so that arms can be compared."""
         job, uri = self.job, self.config.tracking.uri
         prefix = f"{part.label}/" if sum(p.steps > 0 for p in self.task.parts) > 1 else ""
         writer = None
@@ -434,7 +438,7 @@ class TrainingProcess(Generic[PartT, DecodedT, BatchT]):
         return reporter
 
     def _stream(self) -> Iterator[DecodedT]:
-        """Yield this worker's part of what is left of the run's sequence."""
+        """Yield this worker's share of the rest of the run's sequence."""
         if not any(part.steps for part in self.task.parts):
             return iter(())
         shard = ray.train.get_dataset_shard("train")
@@ -449,7 +453,7 @@ class TrainingProcess(Generic[PartT, DecodedT, BatchT]):
         reporter: StepReporter,
         trace: SampleTrace,
     ) -> Iterator[BatchT]:
-        """Yield the micro batches of one step, and note what each one holds."""
+        """Yield the micro batches of one step, and record what each one contains."""
         size = reporter.size
         images = self.config.optim.micro_batch_size // size.crops_per_image
         number = 0
@@ -471,7 +475,7 @@ class TrainingProcess(Generic[PartT, DecodedT, BatchT]):
     def _checkpoint(
         self, part: PartT, trained: Trained, step: int, unreported: UnreportedLoss
     ) -> None:
-        """Commit a checkpoint on rank 0, then report on every rank, which waits for all of them."""
+        """Write a checkpoint on rank 0, then report on every rank, which waits for all of them."""
         if self.rank == 0:
             with scratch_folder() as local:
                 save_checkpoint(
@@ -489,10 +493,10 @@ class TrainingProcess(Generic[PartT, DecodedT, BatchT]):
                     check=self.job.folder.check_start,
                 )
             logger.info("checkpoint: %s", uri)
-        # Without the checkpoint: the run's folder is the one list of them (docs/adr/0005).
+        # Without the checkpoint: the run's folder is the only list of them (docs/adr/0005).
         ray.train.report({"step": step})
 
 
 def torch_seed(seed: int, *names: int | str) -> int:
-    """Return a seed for torch's global generator, named by what it is drawn for."""
+    """Return a seed for torch's global generator, derived from a name for its purpose."""
     return int(named_generator(seed, *names).integers(2**62))

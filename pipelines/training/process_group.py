@@ -1,6 +1,6 @@
-"""How the training workers find each other: by a store that listens on one address only.
+"""Let the training workers find each other through a store that listens on one address only.
 
-torch's own store listens on all addresses of the machine and asks nobody for a key.
+torch's own store listens on all addresses of the machine and requires no key.
 """
 
 import socket
@@ -11,7 +11,8 @@ from ray.train.torch import TorchConfig
 from ray.train.torch.config import _TorchBackend
 from torch._C._distributed_c10d import TCPStore
 
-# By name: torch.distributed has a function of this name, too, which hides the module.
+# Imported by name, because torch.distributed also has a function with this name, which hides the
+# module.
 RENDEZVOUS = import_module("torch.distributed.rendezvous")
 
 
@@ -30,13 +31,13 @@ class _OneAddressBackend(_TorchBackend):
 
 
 def _listen_on_one_address() -> None:
-    """In this process, let torch's store listen on the address that others are told, only."""
+    """Make torch's store in this process listen only on the address that the other workers get."""
     # Neither torch (2.14) nor Ray (2.60) has a setting for it.
     RENDEZVOUS.TCPStore = open_store  # type: ignore[attr-defined]
 
 
 def open_store(host_name: str, port: int, *, is_master: bool, **options: Any) -> TCPStore:
-    """Open torch's store; as its master, on a socket that is bound to `host_name`."""
+    """Open torch's store; the master's listens on a socket that is bound to `host_name`."""
     if is_master:
         family = socket.AF_INET6 if ":" in host_name else socket.AF_INET
         server = socket.create_server((host_name, port), family=family)

@@ -1,4 +1,4 @@
-"""What a stage adds to the driver of `pipelines.training.run`, and what it is asked in turn."""
+"""Define what a stage adds to the driver in `pipelines.training.run`."""
 
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, NamedTuple, Protocol
@@ -8,12 +8,12 @@ from pipelines.config.sections import SavingConfig, ScalingConfig
 from pipelines.outcome import StageResult
 from pipelines.training.run_folder import RunFolder, Taken
 
-if TYPE_CHECKING:  # A run that is done is found without Ray.
+if TYPE_CHECKING:  # A finished run is found without Ray.
     from pipelines.training.stopping import Channel
 
 
 class RunConfig(Protocol):
-    """What the config of every such stage has."""
+    """The fields that the config of each of these stages has."""
 
     @property
     def name(self) -> str: ...
@@ -35,20 +35,20 @@ class RunConfig(Protocol):
 
 
 class Identity(NamedTuple):
-    """What a run is computed from; what MLflow's list of runs can be searched by."""
+    """What a run is computed from, and the tags by which MLflow's list of runs can be searched."""
 
-    digest: str  # of the data, and of the weights that it starts from
-    inputs: Mapping[str, str]  # a fingerprint of each, by the key of the config that names it
-    data: Mapping[str, tuple[str, str]]  # digest and source of each data set, by its use
+    digest: str  # of the data and of the weights that the run starts from
+    inputs: Mapping[str, str]  # a fingerprint of each input, by the config key that names it
+    data: Mapping[str, tuple[str, str]]  # digest and source of each data set, by its purpose
     tags: Mapping[str, str]
 
 
 class Work(NamedTuple):
     """What the workers of a run do."""
 
-    run: Callable[[], object]  # returns when it is done
+    run: Callable[[], object]  # returns when the work is done
     channel: "Channel"
-    what_is_saved: Callable[[], str]  # for the user of a run that was stopped
+    what_is_saved: Callable[[], str]  # text for the user of a run that was stopped
 
 
 class PlannedRun(Protocol):
@@ -57,7 +57,7 @@ class PlannedRun(Protocol):
     def work(self, taken: Taken) -> Work: ...
 
     def is_kept(self, taken: Taken) -> bool:
-        """Return whether what the workers did counts, although they failed in the end."""
+        """Return whether the result counts, although the workers failed in the end."""
 
     def finish(
         self, taken: Taken, earlier: StageResult | None, failure: Exception | None
@@ -78,7 +78,7 @@ class OpenedRun(Protocol):
     def identity(self) -> Identity: ...
 
     def reuse(self, done: StageResult) -> StageResult | None:
-        """Return the result of an earlier start as this start's; None if work is left to do."""
+        """Return the result of an earlier start as this start's result; None if work is left."""
 
     def plan(self) -> PlannedRun: ...
 
@@ -97,4 +97,4 @@ class Run(Protocol):
         """Whether the work of the run is done with Ray."""
 
     def open(self, folder: RunFolder) -> OpenedRun:
-        """Open the data; an earlier result counts only for the data that it was made of."""
+        """Open the data; an earlier result counts only if it was computed from the same data."""

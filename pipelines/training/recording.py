@@ -1,4 +1,4 @@
-"""What a run leaves in MLflow from the driver: its start, its data, how it ended."""
+"""Record a run in MLflow from the driver: its start, its data and its end."""
 
 import json
 import logging
@@ -28,7 +28,7 @@ from pipelines.training.stopping import Channel, Phase, Told
 logger = logging.getLogger(__name__)
 
 
-# Sections and fields that say where and how, and paths that a pipeline fills in.
+# Sections and fields that do not describe the result, and paths that a pipeline fills in.
 UNNAMED = (
     "name",
     "storage.",
@@ -43,7 +43,7 @@ UNNAMED = (
 
 
 class RunConfig(Protocol):
-    """What every stage's config has."""
+    """The fields that every stage's config has."""
 
     @property
     def tracking(self) -> TrackingConfig: ...
@@ -63,7 +63,7 @@ def take_over(
     tags: dict[str, str],
     data: Mapping[str, tuple[str, str]],
 ) -> Taken:
-    """Start or reopen the run in MLflow, and write down what this run is.
+    """Start or reopen the run in MLflow, and write the run's record.
 
     Args:
         config: the stage's.
@@ -93,7 +93,7 @@ def take_over(
             start=start,
             data_digest=digest,
             inputs=dict(inputs),
-            # A server that is down now does not make the run a new one later.
+            # If the server is down now, the run must still be found later.
             run_id=run_id or reopened,
             config=config.model_dump(mode="json"),
         )
@@ -115,9 +115,9 @@ def take_over(
 def ended_in_mlflow(
     uri: str, run_id: str | None, folder: RunFolder, *, what_is_saved: Callable[[], str]
 ) -> Iterator[Stopper]:
-    """Mark the run as it ends: finished, failed, or killed and resumable.
+    """Mark the run in MLflow by how the block ends: finished, failed, or killed and resumable.
 
-    `what_is_saved` says it to the user of a run that was stopped.
+    `what_is_saved` returns the message for the user of a run that was stopped.
     """
 
     def end(status: tracking.Status) -> None:
@@ -125,8 +125,8 @@ def ended_in_mlflow(
             tracking.end_run(uri, run_id, status)
 
     try:
-        # Without asking whose the run is: the storage may be what hangs, and `ray job stop` waits
-        # for three seconds.
+        # Without checking who owns the run, because the storage may be what hangs, and `ray job
+        # stop` waits for only three seconds.
         killed = partial(tracking.end_run, uri, run_id, "KILLED")
         with driver.cancel_on_signals(killed) as stopper:
             yield stopper
@@ -139,7 +139,7 @@ def ended_in_mlflow(
     except BaseException as error:
         folder.check_start()
         end("FAILED")
-        with suppress(storage.StorageError):  # must not take the place of `error`
+        with suppress(storage.StorageError):  # must not replace `error`
             log_bad_samples(uri, run_id, folder)
         folder.record_failure(error)
         known = None
@@ -153,7 +153,7 @@ def ended_in_mlflow(
 
 
 def saved_steps(run_uri: str, channel: Channel, total_steps: int) -> str:
-    """Where a stopped run goes on: after "stopped", for the user."""
+    """Say where a stopped run will continue; the text follows the word "stopped"."""
     told = channel.told()
     step = newest_step(run_uri)
     if step is None:
@@ -174,9 +174,9 @@ def saved_steps(run_uri: str, channel: Channel, total_steps: int) -> str:
 def run_until_stopped(
     stopper: Stopper, fit: Callable[[], object], channel: Channel, saving: SavingConfig
 ) -> None:
-    """Run Ray's workers by `fit`, and show how far they are.
+    """Run Ray's workers by calling `fit`, and show their progress.
 
-    After a signal, they finish their step and save it.
+    After a signal they finish their step and save it.
     """
 
     def ask() -> None:
@@ -218,10 +218,10 @@ def log_bad_samples(uri: str, run_id: str | None, folder: RunFolder) -> list[dic
 
 
 def say_where_to_compare(uri: str, run_id: str | None) -> None:
-    """Log how to see the run and others.
+    """Log how to see the run and compare it with others.
 
-    A stage of a pipeline does not, since the pipeline does so once. Neither does a command at a
-    terminal, whose last line says it.
+    A stage of a pipeline logs nothing, because the pipeline does so once. Neither does a command at
+    a terminal, because its last line says it.
     """
     if run_id is not None and not os.environ.get(job.STAGE_VARIABLE) and not sys.stdout.isatty():
         logger.info("%s", how_to_see(uri, run_id))

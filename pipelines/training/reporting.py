@@ -1,6 +1,6 @@
-"""What a training worker says about itself: a progress line, metrics and pictures in MLflow.
+"""Report a training worker's progress: a progress line, metrics and pictures in MLflow.
 
-Only rank 0 speaks. Nothing here waits for MLflow: the writer has a thread of its own.
+Only rank 0 reports. Nothing here waits for MLflow, because the writer has its own thread.
 """
 
 import logging
@@ -25,19 +25,24 @@ from pipelines.training.stopping import Phase, StepEnds, Told
 
 logger = logging.getLogger(__name__)
 
-SHOWN_BAD_SAMPLES = 20  # in the log, of one worker
-# The moving average of the time of a step is over the last twenty steps, or over the last minute
-# where that has more of them: a few seconds say little of the minutes that are left.
+SHOWN_BAD_SAMPLES = 20  # per worker, in the log
+# The moving average of the step time covers the last twenty steps, or the last minute if that has
+# more steps: a few seconds are a bad estimate for the minutes that are left.
 PACE_WEIGHT = 0.05
 PACE_OVER_S = 60.0
-# What a checkpoint waits for a slow MLflow; for one that is down, once.
+# How long a checkpoint waits for a slow MLflow. For a server that is down it waits once.
 FLUSH_TIMEOUT_S = 5.0
-HURRIED_FLUSH_TIMEOUT_S = 0.5  # of a run that is stopped: `ray job stop` kills after three seconds
-MAX_UNSAVED_BAD = 10_000  # kept for bad_samples.jsonl between two checkpoints, of one worker
+# For a run that is being stopped, because `ray job stop` kills it after three seconds.
+HURRIED_FLUSH_TIMEOUT_S = 0.5
+# Number of samples that one worker keeps for bad_samples.jsonl between two checkpoints.
+MAX_UNSAVED_BAD = 10_000
 
 
 class RunSize(NamedTuple):
-    """Samples are views, `crops_per_image` of each image; places in the sequence are images."""
+    """The size of a run.
+
+    Samples are views, `crops_per_image` of each image; positions in the sequence count images.
+    """
 
     total_steps: int
     global_batch_size: int
@@ -58,13 +63,13 @@ class Totals(NamedTuple):
     """Sums over all workers."""
 
     loss: float  # mean over the samples since the last report
-    num_bad: int  # samples that could not be decoded, since this start
+    num_bad: int  # number of samples since this start that could not be decoded
 
 
 class After(NamedTuple):
-    """What follows the steps, for the time that is left: evaluations and exports."""
+    """The work after the last step, such as evaluation and export, for the remaining time."""
 
-    steps: float = 0.0  # that take as long
+    steps: float = 0.0  # number of steps that would take as long
     seconds: float = 0.0
 
 
@@ -73,7 +78,7 @@ NOTHING = After()
 
 @dataclass
 class Pace:
-    """Seconds a step, as a moving average without the first step, which waits for the start."""
+    """Seconds per step, as a moving average without the first step, which includes the start."""
 
     mean_s: float = 0.0
     num_steps: int = -1
@@ -83,40 +88,42 @@ class Pace:
         now_s = time.monotonic()
         self.num_steps += 1
         if self.num_steps > 0:
-            # The plain mean first, then a moving one.
+            # At first a plain mean, then a moving one.
             weight = max(1 / self.num_steps, min(PACE_WEIGHT, self.mean_s / PACE_OVER_S))
             self.mean_s += weight * (now_s - self._ended_at_s - self.mean_s)
         self._ended_at_s = now_s
 
     def pause(self, seconds: float) -> None:
-        """Leave out a time in which nothing is trained."""
+        """Exclude a time in which nothing was trained."""
         self._ended_at_s += seconds
 
 
 @dataclass
 class StepReporter:
-    """Collects on every rank, sums over the ranks at an interval, tells on rank 0."""
+    """Collects values on every rank, and at an interval reports their sums on rank 0."""
 
     size: RunSize
     every_steps: int
     first_step: int
-    writer: MetricWriter | None  # rank 0 has one
-    ends: StepEnds | None = None  # to which it is told how far the run is
-    prefix: str = ""  # of the metrics' names
+    writer: MetricWriter | None  # only on rank 0
+    ends: StepEnds | None = None  # is told how far the run is
+    prefix: str = ""  # prefix of the metrics' names
     after: After = NOTHING
     num_bad: int = 0
     unsaved_bad: list[BadSample] = field(default_factory=list)  # since the last checkpoint
     waited_s: float = 0.0
     pace: Pace = field(default_factory=Pace)
     _has_bar: bool = field(default_factory=has_bar)
-    _detail: str = ""  # of the last report
+    _detail: str = ""  # text of the last report
     _num_steps: int = 0  # since the last report
     _since: float = field(default_factory=lambda: time.monotonic())
     _since_step: int = -1
     _shown: int = 0
-    _loss: Tensor | None = None  # sums since the last report, on the device: nothing waits for it
+    # Sums since the last report; on the device, so that nothing waits for them.
+    _loss: Tensor | None = None
     _num_samples: Tensor | None = None
-    _unchecked: deque[StepMetrics] = field(default_factory=deque)  # may have changed nothing
+    # Steps whose update may have been left out.
+    _unchecked: deque[StepMetrics] = field(default_factory=deque)
 
     def __post_init__(self) -> None:
         self._since_step = self.first_step
@@ -134,10 +141,10 @@ class StepReporter:
         return step % self.every_steps == 0 or step == self.size.total_steps
 
     def add(self, step: int, metrics: StepMetrics) -> None:
-        """Take a step's loss into the mean that is reported next; reads nothing from the device."""
+        """Add a step's loss to the mean that is reported next, without waiting for the device."""
         self.pace.step_ended()
         if self.pace.num_steps == 0 and not self.is_due(step):
-            # Speed is measured from here on: the first step waited for the start.
+            # Speed is measured from here on, because the first step includes the start.
             self._since, self._since_step, self.waited_s = time.monotonic(), step, 0.0
         self._num_steps += 1
         self._unchecked.append(metrics)
@@ -153,24 +160,24 @@ class StepReporter:
             self.ends.tell_progress(Told(Phase.TRAINING, step, total, what, detail))
 
     def check(self) -> None:
-        """Wait for the device, and raise a NonFiniteLossError if it left out a step's update."""
+        """Wait for the device, and raise a NonFiniteLossError if a step's update was left out."""
         while self._unchecked:
             self._unchecked.popleft().check()
 
     def pause(self, seconds: float) -> None:
-        """Leave a time in which nothing is trained out of the speed."""
+        """Exclude a time in which nothing was trained from the measured speed."""
         self._since += seconds
         self.pace.pause(seconds)
 
     def _eta(self, step: int) -> str:
-        """Of all that is left: the steps, the evaluation, the export."""
+        """Estimate the time for the remaining steps, the evaluation and the export."""
         if self.pace.num_steps < 1:
             return "?"
         steps = self.size.total_steps - step + self.after.steps
         return format_seconds(steps * self.pace.mean_s + self.after.seconds)
 
     def report(self, step: int, *, learning_rate: float, grad_norm: Tensor) -> Totals:
-        """Sum over the ranks and tell. Every rank calls it at the same steps.
+        """Sum over the ranks and report. Every rank must call this at the same steps.
 
         Raises: NonFiniteLossError.
         """
@@ -207,7 +214,10 @@ class StepReporter:
         return totals
 
     def unreported(self) -> UnreportedLoss:
-        """Sum over the ranks what the next report starts from. Every rank calls it."""
+        """Return the sums over the ranks with which the next report starts.
+
+        Every rank must call this.
+        """
         if self._loss is None or self._num_samples is None:
             return UnreportedLoss()
         sums = torch.stack([self._loss, self._num_samples])
@@ -221,7 +231,7 @@ class StepReporter:
         )
 
     def take_over(self, earlier: UnreportedLoss, rank: int, world_size: int) -> None:
-        """Begin with what a checkpoint says was not reported yet; every rank calls it."""
+        """Continue from the sums that a checkpoint holds. Every rank must call this."""
         self._num_steps = earlier.num_steps
         if rank == 0 and earlier.num_steps:
             self._loss = torch.tensor(earlier.loss * world_size, dtype=torch.float64)
@@ -238,16 +248,19 @@ class StepReporter:
             torch.distributed.all_reduce(sums)
             world_size = torch.distributed.get_world_size()
         loss_sum, counted, all_bad = sums.tolist()
-        # The step divides by the nominal batch; shown is the mean over the samples that came.
+        # The step divides by the nominal batch size; the report shows the mean over the samples
+        # that could be used.
         share_that_came = counted / (num_steps * self.size.global_batch_size)
         mean = loss_sum / num_steps / world_size / max(share_that_came, 1e-9)
         return Totals(mean, int(all_bad))
 
     def settle(self, folder: RunFolder, rank: int, world_size: int, *, is_hurried: bool) -> None:
-        """Bring metrics and bad samples to where they are kept; every rank calls it.
+        """Send metrics, and store bad samples, before a checkpoint is written.
 
-        A checkpoint is written next. Its steps are not trained again after a resumption, so nobody
-        would report them again.
+        Every rank must call this.
+
+        The steps before a checkpoint are not trained again after a resume, so nothing would report
+        them again.
 
         Raises: NonFiniteLossError; nothing of such a step may be kept.
         """
@@ -257,7 +270,10 @@ class StepReporter:
         self.save_bad_samples(folder, rank, world_size)
 
     def save_bad_samples(self, folder: RunFolder, rank: int, world_size: int) -> None:
-        """Gather what all ranks left out since the last call. Every rank calls it."""
+        """Gather the samples that all ranks left out since the last call.
+
+        Every rank must call this.
+        """
         found = [[sample._asdict() for sample in self.unsaved_bad]]
         self.unsaved_bad.clear()
         if world_size > 1:
@@ -265,14 +281,14 @@ class StepReporter:
             torch.distributed.all_gather_object(found, found[rank])
         if rank == 0 and any(found):
             folder.add_bad_samples(sample for part in found for sample in part)
-        if world_size > 1:  # the file is there when the first rank reads it
+        if world_size > 1:  # so that the file exists when the first rank reads it
             torch.distributed.barrier()
 
 
 def bad_samples_error(
     totals: Totals, seen: int, max_bad_ratio: float, folder: RunFolder
 ) -> DataError:
-    """Say what is wrong with how many, after `StepReporter.save_bad_samples`."""
+    """Build the error about too many bad samples; call it after `StepReporter.save_bad_samples`."""
     bad = folder.read_bad_samples()
     return DataError(
         f"{totals.num_bad} of {max(seen, LEAST_JUDGED)} samples can't be used, more than "
@@ -283,6 +299,6 @@ def bad_samples_error(
 
 
 def count_kinds(bad: Iterable[Mapping[str, str]]) -> str:
-    """Such as "2 x truncated, 1 x empty"."""
+    """Count the samples by kind, such as "2 x truncated, 1 x empty"."""
     counts = Counter(sample["kind"] for sample in bad)
     return ", ".join(f"{count} x {kind}" for kind, count in counts.most_common())

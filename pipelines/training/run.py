@@ -31,14 +31,14 @@ from pipelines.training.run_folder import RunFolder, earlier_record
 
 logger = logging.getLogger(__name__)
 
-# Modules of ours that import torch and timm, and nothing that Ray imports when it starts.
+# Modules of ours that import torch and timm, but nothing that Ray imports when it starts.
 HEAVY = ("mae_core.train_step", "mae_core.model.mae")
 
 ConfigT = TypeVar("ConfigT", bound=StrictConfig)
 
 
 def checked(config: ConfigT, given: Mapping[str, str | Sequence[str] | None]) -> ConfigT:
-    """Check where a config points, and return it with the checkpoint that its `init_from` means.
+    """Check the paths of a config, and replace its `init_from` by the checkpoint that it refers to.
 
     Args:
         config: the stage's.

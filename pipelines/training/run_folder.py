@@ -40,7 +40,7 @@ from pipelines.outcome import ConfigError, StageResult, lasting_error
 
 logger = logging.getLogger(__name__)
 
-# Errors that the same step meets again, so that starting the workers anew would not help.
+# Errors that would happen again at the same step, so restarting the workers would not help.
 LASTING_ERRORS: dict[str, type[Exception]] = {
     kind.__name__: kind
     for kind in (
@@ -55,25 +55,27 @@ LASTING_ERRORS: dict[str, type[Exception]] = {
 
 
 class SupersededError(storage.StorageError):
-    """A later start of the same run has taken its folder over."""
+    """A later start of the same run has taken over its folder."""
 
 
 class RunRecord(StrictConfig):
     start: str = ""
-    """Names the start of the command that owns the folder; those before may write no more."""
+    """Identifies the start that owns the folder; earlier starts may not write any more."""
     data_digest: str
-    """Of the training data."""
+    """Digest of the training data."""
     inputs: dict[str, str] = Field(default_factory=dict)
-    """What the result is computed from: a fingerprint by the key of the config that names it.
-    Empty in records of versions before this field."""
+    """What the result is computed from: a fingerprint by the config key that names the input.
+
+    Empty in records of versions before this field existed.
+    """
     run_id: str | None
-    """MLflow's."""
+    """Id of the run in MLflow."""
     config: dict[str, Any]
-    """As it was resolved at the last start."""
+    """The config as it was resolved at the last start."""
 
 
 class _Result(TypedDict):
-    """A StageResult; a count stays a whole number."""
+    """A StageResult whose counts stay integers."""
 
     stage: str
     status: Literal["done", "reused", "evaluated"]
@@ -99,10 +101,11 @@ class _Failed(StrictConfig):
 
 @dataclass(frozen=True)
 class RunFolder:
-    """The folder at `uri`, written to for one start of the command.
+    """The folder at `uri`, as one start of the command uses it.
 
-    The workers of a driver that was killed train on for a while: once a later start has written
-    its record, what they write is refused. `start` None only reads, or takes over.
+    The workers of a driver that was killed continue to train for a while. Once a later start has
+    written its record, their writes are refused. If `start` is None, the folder is only read or
+    taken over.
     """
 
     uri: str
@@ -122,7 +125,7 @@ class RunFolder:
         storage.write_bytes(self._file(name), data)
 
     def is_superseded(self) -> bool:
-        """Whether a later start has taken the folder over; False where storage can't tell."""
+        """Return whether a later start took over the folder; False if the storage can't tell."""
         if self.start is None:
             return False
         try:
@@ -145,7 +148,7 @@ class RunFolder:
         return self._file("shards")
 
     def clear(self) -> None:
-        """Delete all but the index of the shards, which `--fresh` has made anew."""
+        """Delete everything but the index of the shards, which `--fresh` has just rebuilt."""
         for name in storage.list_folders(self.uri):
             if self._file(name) != self.index_uri:
                 storage.delete_folder(self._file(name))
@@ -185,16 +188,16 @@ class RunFolder:
 
     @property
     def features_uri(self) -> str:
-        """Of the Parquet files of an embed run."""
+        """Folder of the Parquet files of an embed run."""
         return self._file("features")
 
     @property
     def parts_uri(self) -> str:
-        """Of those Parquet files that are not finished."""
+        """Folder of unfinished Parquet files of an embed run."""
         return self._file("parts")
 
     def model_uri(self, label: str) -> str:
-        """Where the tuned model of an arm lies."""
+        """Return the folder of an arm's trained model."""
         return self._file(f"models/{label}")
 
     def has_arm(self, label: str) -> bool:
@@ -208,12 +211,12 @@ class RunFolder:
         return read_or_none(place, dict[str, float], "the arm is measured again")
 
     def write_arm(self, label: str, metrics: str) -> None:
-        """Written last of an arm: it is done."""
+        """Write an arm's metrics. They are written last and mark the arm as done."""
         storage.delete_file(self._file(f"arms/{label}/failed.txt"))
         self._write(f"arms/{label}/metrics.json", metrics.encode())
 
     def read_arm_failure(self, label: str) -> str | None:
-        """Why an arm could not be measured; None where that is not known."""
+        """Return why an arm could not be measured; None if that is not known."""
         text = self._read(f"arms/{label}/failed.txt")
         return None if text is None else text.decode()
 
@@ -224,7 +227,7 @@ class RunFolder:
         self._write(f"arms/{label}/{name}", data)
 
     def read_arm_files(self, label: str) -> dict[str, bytes]:
-        """Pictures and tables by name."""
+        """Return an arm's pictures and tables by name."""
         folder = self._file(f"arms/{label}")
         return {n: storage.read_bytes(storage.join(folder, n)) for n in storage.list_files(folder)}
 
@@ -243,7 +246,7 @@ class RunFolder:
         return self._file(name)
 
     def read_evaluation(self, key: str) -> dict[str, float] | None:
-        """Metrics of the evaluation that `key` names; none for "", and None if it is not there."""
+        """Return the metrics of the evaluation `key`: {} for "", None if there is none."""
         if not key:
             return {}
         place = self._file("evaluation.json")
@@ -251,12 +254,12 @@ class RunFolder:
         return found.metrics if found is not None and found.key == key else None
 
     def write_evaluation(self, key: str, metrics: dict[str, float]) -> None:
-        """Keep the metrics under a name of all that they were computed from."""
+        """Store metrics together with the key of everything that they were computed from."""
         fields = {"key": key, "metrics": metrics}
         self._write("evaluation.json", json.dumps(fields).encode())
 
     def read_health(self, key: str) -> dict[int, dict[str, float]]:
-        """Read the metrics of each step that was measured on what `key` names, in order."""
+        """Read the metrics of each step that was measured under `key`, in order."""
         place = self._file("health.json")
         found = read_or_none(place, _Health, "the curve begins anew")
         return dict(sorted(found.points.items())) if found and found.key == key else {}
@@ -270,11 +273,11 @@ class RunFolder:
         return self._file("bad_samples.jsonl")
 
     def read_bad_samples(self) -> list[dict[str, Any]]:
-        """Read the lines that are whole; a warning counts the others."""
+        """Read all undamaged lines; a warning counts the others."""
         return self._bad_samples()[0]
 
     def _bad_samples(self) -> tuple[list[dict[str, Any]], list[bytes]]:
-        """Return the samples, and the damaged lines as they are."""
+        """Return the samples, and the damaged lines unchanged."""
         samples, damaged = [], []
         for line in (self._read("bad_samples.jsonl") or b"").splitlines():
             try:
@@ -288,7 +291,7 @@ class RunFolder:
         return [line for line in samples if {"shard", "key"} <= line.keys()], damaged
 
     def add_bad_samples(self, samples: Iterable[Mapping[str, Any]]) -> None:
-        """Each sample once, whatever the epochs and attempts it was met in."""
+        """Add samples, each of them once, however often it was met."""
         there, damaged = self._bad_samples()
         known = {(line["shard"], line["key"]): line for line in there}
         for sample in samples:
@@ -297,13 +300,14 @@ class RunFolder:
         self._write("bad_samples.jsonl", b"".join(line + b"\n" for line in [*lines, *damaged]))
 
     def forget_failure(self) -> None:
-        """Delete the error of an earlier start, which must not stop this one."""
+        """Delete the error of an earlier start, so that it does not stop this one."""
         storage.delete_file(self._file("failed.json"))
 
     def record_failure(self, error: BaseException) -> None:
-        """Keep a lasting error, so that no further start of the workers is tried.
+        """Store an error that would happen again, so that the workers are not restarted in vain.
 
-        A store that takes no file does not take this one; `check_writable` then meets the error.
+        If the storage accepts no files, this one is lost too; `check_writable` then meets the
+        error.
         """
         lasting = lasting_error(error)
         if lasting is None or isinstance(lasting, SupersededError):
@@ -315,7 +319,7 @@ class RunFolder:
             self._write("failed.json", json.dumps(fields).encode())
 
     def read_failure(self) -> Exception | None:
-        """Read the lasting error that a worker met, if one did."""
+        """Read the lasting error of a worker; None if there was none."""
         failed = read_or_none(self._file("failed.json"), _Failed, "the workers are started again")
         if failed is None:
             return None
@@ -325,15 +329,15 @@ class RunFolder:
         return kind(failed.message)
 
     def raise_failure(self) -> None:
-        """Raise the lasting error that a worker met, if one did."""
+        """Raise the lasting error of a worker, if there was one."""
         if (failure := self.read_failure()) is not None:
             raise failure
 
     def check_writable(self) -> None:
         """Write a small file and delete it.
 
-        Before the workers are started: a disk that is full or read-only, or a key that may only
-        read, would be met by each of them in turn.
+        This is done before the workers start, because each of them would otherwise meet a full or
+        read-only disk, or a key without permission to write.
 
         Raises:
             StorageError: the store takes no file.
@@ -343,10 +347,10 @@ class RunFolder:
 
 
 class Taken(NamedTuple):
-    """A run's folder, taken over by this start of the command."""
+    """A run's folder that this start of the command has taken over."""
 
     folder: RunFolder
-    run_id: str | None  # MLflow's
+    run_id: str | None  # in MLflow
 
     @property
     def start(self) -> str:
@@ -357,7 +361,7 @@ class Taken(NamedTuple):
 def earlier_record(
     folder: RunFolder, digest: str, inputs: Mapping[str, str] = MappingProxyType({})
 ) -> RunRecord | None:
-    """Read what an earlier start of the run wrote, if there was one.
+    """Read what an earlier start of the run recorded; None if there was none.
 
     Args:
         folder: of the run.
@@ -375,7 +379,7 @@ def earlier_record(
     if not changed and record.data_digest == digest:
         return record
     before, now = record.data_digest, digest
-    if before == now:  # The digest leaves out what no manifest vouches for.
+    if before == now:  # The digest leaves out inputs whose checksums no manifest holds.
         before, now = record.inputs[changed[0]], inputs[changed[0]]
     what = ", ".join(changed) or "the shards or their manifest"
     raise DataError(

@@ -1,6 +1,7 @@
-"""Weights from anywhere in one form: a checkpoint's record and its tensors, as ours are named.
+"""Read weights of any origin into one form: a checkpoint's record, and tensors with our names.
 
-Imports torch; `pipelines.training.init_from` finds out without it whether this is needed.
+This module imports torch; `pipelines.training.init_from` finds out without torch whether it is
+needed.
 """
 
 import logging
@@ -35,7 +36,7 @@ FIRST_CONVOLUTION = "encoder.patch_embed.proj.weight"
 
 
 class Wanted(NamedTuple):
-    """What a run asks of the weights; None: as they are."""
+    """What a run asks of the weights; None means unchanged."""
 
     in_chans: int | None = None
     mean: tuple[float, ...] | None = None
@@ -45,11 +46,11 @@ class Wanted(NamedTuple):
 class Weights(NamedTuple):
     record: CheckpointRecord
     state: dict[str, Tensor]
-    manifest: CheckpointManifest | None  # None: they are from elsewhere
+    manifest: CheckpointManifest | None  # None for weights from elsewhere
 
 
 def read_own(uri: str, workspace: Path) -> Weights:
-    """Read the weights of one of our checkpoints, which must be whole.
+    """Read the weights of one of our checkpoints, which must be complete.
 
     Raises:
         CorruptCheckpointError: It is not.
@@ -93,7 +94,7 @@ def read_foreign(
 
 
 def _local(place: str, files: Mapping[str, int], workspace: Path, *, is_folder: bool) -> Path:
-    """Return a local folder that has the files."""
+    """Return a local folder that holds the files."""
     source = place if is_folder else place.rpartition("/")[0]
     if not storage.is_remote(place):
         return Path(source or "/")
@@ -139,7 +140,7 @@ def _described(uri: str, found: ForeignWeights, digest: str) -> Weights:
         channel_std=adapt_statistics(std, in_chans),
         model=found.model,
         masking=MaskingConfig(),
-        # 1e-6 is what the authors add to the variance.
+        # The authors add 1e-6 to the variance.
         loss=LossConfig(norm_pix=found.norm_pix is not False, norm_pix_floor=1e-6),
         origin=origin,
     )
@@ -147,7 +148,7 @@ def _described(uri: str, found: ForeignWeights, digest: str) -> Weights:
 
 
 def adapted(weights: Weights, wanted: Wanted, uri: str, digest: str) -> Weights:
-    """Fit weights to another number of channels, and give them the run's statistics.
+    """Adapt weights to another number of channels, and set the statistics that the run asks for.
 
     Raises:
         ConfigError: The channels can't be fitted.
