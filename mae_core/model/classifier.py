@@ -12,6 +12,7 @@ from jaxtyping import Float
 from timm.layers.norm import LayerNorm
 from torch import Tensor, nn
 
+from mae_core.model.conv_encoder import ConvEncoder
 from mae_core.model.encoder import MaskedEncoder
 from mae_core.model.feature_pyramid import MapEncoder
 
@@ -180,44 +181,52 @@ def build_classifier(
 def _choose_trained(
     encoder: nn.Module, *, kind: str, pool: str, trainable_blocks: int | None
 ) -> None:
-    depth = len(encoder.blocks) if isinstance(encoder, MaskedEncoder) else 0
+    layers = _layers(encoder)
+    depth = max(layers.values(), default=0)
     if trainable_blocks is not None and not 0 <= trainable_blocks <= depth:
         raise ValueError(
-            f"trainable_blocks={trainable_blocks} is not in 0..{depth}, the encoder's transformer "
-            "blocks"
+            f"trainable_blocks={trainable_blocks} is not in 0..{depth}, the encoder's blocks"
         )
     if kind != "finetune" and trainable_blocks:
         raise ValueError(f"trainable_blocks={trainable_blocks}: kind={kind} trains no block")
     encoder.requires_grad_(kind == "finetune" and trainable_blocks is None)
+    if trainable_blocks:
+        for name, parameter in encoder.named_parameters():
+            parameter.requires_grad_(layers.get(name, 0) > depth - trainable_blocks)
     if isinstance(encoder, MaskedEncoder):
-        if trainable_blocks:
-            encoder.blocks[depth - trainable_blocks :].requires_grad_(True)
         encoder.norm.requires_grad_(kind == "finetune" and pool == "cls")
 
 
 def layer_scales(model: nn.Module, layer_decay: float) -> dict[str, float]:
     """Return each parameter's learning rate factor: `layer_decay` for each layer above it.
 
-    The encoder has depth + 2 layers: the first is the patch embedding with the class token, the
-    last is whatever comes after the blocks, such as a task's head. Source: BEiT, Bao et al. 2021,
-    https://arxiv.org/abs/2106.08254, and MAE's `lr_decay.py`.
+    The encoder has depth + 2 layers: the first is the patch embedding with the class token, or a
+    convolutional encoder's stem; the last is whatever comes after the blocks, such as a task's
+    head. Source: BEiT, Bao et al. 2021, https://arxiv.org/abs/2106.08254, and MAE's `lr_decay.py`.
     """
-    encoder = model.encoder
-    if not isinstance(encoder, MaskedEncoder):
-        if layer_decay == 1:
-            return {name: 1.0 for name, _ in model.named_parameters()}
-        raise ValueError(
-            f"layer_decay={layer_decay} needs an encoder of transformer blocks: layer_decay=1"
-        )
-    last = len(encoder.blocks) + 1
+    layers = _layers(cast(nn.Module, model.encoder))
+    if not layers and layer_decay != 1:
+        raise ValueError(f"layer_decay={layer_decay} needs an encoder of blocks: layer_decay=1")
+    last = max(layers.values(), default=0) + 1
     return {
-        name: layer_decay ** (last - _layer(name, last)) for name, _ in model.named_parameters()
+        name: layer_decay ** (last - layers.get(name.removeprefix("encoder."), last))
+        for name, _ in model.named_parameters()
     }
 
 
-def _layer(name: str, last: int) -> int:
-    if name.startswith(("encoder.cls_token", "encoder.patch_embed.")):
-        return 0
-    if name.startswith("encoder.blocks."):
-        return int(name.split(".")[2]) + 1
-    return last
+def _layers(encoder: nn.Module) -> dict[str, int]:
+    """Say in which layer each parameter is: 0 is before the blocks, which count from 1.
+
+    What comes after the blocks is left out; an encoder without blocks has no layers.
+    """
+    if isinstance(encoder, ConvEncoder):
+        return encoder.layers()
+    if not isinstance(encoder, MaskedEncoder):
+        return {}
+    layers: dict[str, int] = {}
+    for name, _ in encoder.named_parameters():
+        if name.startswith(("cls_token", "patch_embed.")):
+            layers[name] = 0
+        elif name.startswith("blocks."):
+            layers[name] = int(name.split(".")[1]) + 1
+    return layers

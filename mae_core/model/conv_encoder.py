@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any, cast
 
 from jaxtyping import Float, Int
-from timm.models import create_model
+from timm.models import create_model, group_parameters
 from timm.models.convnext import ConvNeXt
 from timm.models.resnet import ResNet
 from torch import Tensor, nn
@@ -73,11 +73,15 @@ class ConvEncoder(nn.Module):
                 f"image {height}x{width} is not a multiple of patch_size={self.patch_size}"
             )
         if ids_keep is None:
-            return self._stages(images)
+            return self._run(images)
         mask = keep_mask(ids_keep, (height // self.patch_size, width // self.patch_size))
         with self.visible.only(mask):
             # Filled and not multiplied, so that not even a NaN of a removed patch is seen.
-            return self._stages(images.masked_fill(~enlarged(mask, self.patch_size), 0.0))
+            return self._run(images.masked_fill(~enlarged(mask, self.patch_size), 0.0))
+
+    def stages(self, images: Float[Tensor, "B C H W"]) -> list[Float[Tensor, "B _ _ _"]]:
+        """Return the maps of whole images, finest first; dense heads read them."""
+        return self.maps(images)
 
     def feature_map(
         self, images: Float[Tensor, "B C H W"], *, window: int = 0
@@ -92,7 +96,13 @@ class ConvEncoder(nn.Module):
             raise ValueError(f"window={window} limits attention, which this encoder has not: set 0")
         return self.maps(images)[-1]
 
-    def _stages(self, images: Tensor) -> list[Tensor]:
+    def layers(self) -> dict[str, int]:
+        """Say which layer each parameter is in, as timm does: 0 is the stem, blocks follow."""
+        net: Any = self.net
+        numbers = group_parameters(net, net.group_matcher(), reverse=True)
+        return {f"net.{name}": number for name, number in numbers.items()}
+
+    def _run(self, images: Tensor) -> list[Tensor]:
         maps = cast(Any, self.net).forward_intermediates(
             images, indices=_NUM_STAGES, intermediates_only=True
         )

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from mae_core.model.feature_pyramid import MapEncoder
+from mae_core.model.feature_pyramid import MapEncoder, StagedEncoder
 
 ConditioningKind = Literal["whiten", "standardize", "none"]
 
@@ -81,6 +81,24 @@ class Conditioning(nn.Module):
             return torch.einsum("ed,bdhw->behw", self.matrix, centred)
 
 
+class StagedConditioning(nn.Module):
+    """A conditioning of each map of an encoder that gives several."""
+
+    def __init__(self, channels: Sequence[int], kind: ConditioningKind) -> None:
+        super().__init__()
+        self.channels = tuple(channels)
+        self.levels = nn.ModuleList(Conditioning(dim, kind) for dim in channels)
+
+    def fit(self, places: Float[Tensor, "N D"]) -> None:
+        """Fit each level to its part of the vectors, in which all levels lie side by side."""
+        parts = torch.split(places, list(self.channels), dim=1)
+        for level, part in zip(self.levels, parts, strict=True):
+            cast(Conditioning, level).fit(part)
+
+    def forward(self, features: list[Float[Tensor, "B _ _ _"]]) -> list[Float[Tensor, "B _ _ _"]]:
+        return [level(x) for level, x in zip(self.levels, features, strict=True)]
+
+
 class MapOptions(NamedTuple):
     """How the encoder's map is made."""
 
@@ -100,7 +118,15 @@ class DenseModel(nn.Module):
         super().__init__()
         self.encoder = encoder
         self.window, self.frozen, kind = options
-        self.conditioning = Conditioning(encoder.embed_dim, kind)
+        self.conditioning: Conditioning | StagedConditioning
+        if isinstance(encoder, StagedEncoder):
+            if self.window:
+                raise ValueError(
+                    f"window={self.window} limits attention, which this encoder has not: set 0"
+                )
+            self.conditioning = StagedConditioning(encoder.channels, kind)
+        else:
+            self.conditioning = Conditioning(encoder.embed_dim, kind)
         module = cast(nn.Module, encoder)
         if self.frozen:
             module.requires_grad_(False)
@@ -116,8 +142,10 @@ class DenseModel(nn.Module):
             cast(nn.Module, self.encoder).eval()
         return self
 
-    def feature_map(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B D h w"]:
-        """Return the encoder's conditioned map."""
+    def feature_map(
+        self, images: Float[Tensor, "B C H W"]
+    ) -> Float[Tensor, "B D h w"] | list[Float[Tensor, "B _ _ _"]]:
+        """Return the encoder's conditioned map; those of all stages, if it has stages."""
         return self.conditioning(self._encoded(images))
 
     def sampled_places(
@@ -129,13 +157,16 @@ class DenseModel(nn.Module):
     ) -> list[Float[Tensor, "N D"]]:
         """Return vectors of the unconditioned map of each image, for `Conditioning.fit`.
 
+        Of an encoder with stages, a vector joins those of all maps at a place of the last one.
+
         Args:
             images: Normalised.
             pictures: Height and width of the picture in the upper left corner of each image. What
                 lies beside it is left out. By default the picture fills the image.
             limit: Largest number of places of an image, taken at equal distances.
         """
-        features = self._encoded(images)
+        encoded = self._encoded(images)
+        features = _side_by_side(encoded) if isinstance(encoded, list) else encoded
         sampled = []
         for own, (height, width) in zip(
             features, pictures or [(images.shape[-2], images.shape[-1])] * len(images), strict=True
@@ -146,6 +177,18 @@ class DenseModel(nn.Module):
             sampled.append(places[chosen.to(places.device)].float())
         return sampled
 
-    def _encoded(self, images: Tensor) -> Tensor:
+    def _encoded(self, images: Tensor) -> Tensor | list[Tensor]:
         with torch.no_grad() if self.frozen else nullcontext():
+            if isinstance(self.encoder, StagedEncoder):
+                return self.encoder.stages(images)
             return self.encoder.feature_map(images, window=self.window)
+
+
+def _side_by_side(maps: list[Tensor]) -> Tensor:
+    """Take of each map what lies in the middle of a place of the last: (B, sum of D, h, w)."""
+    rows = maps[-1].shape[2]
+    middles = []
+    for features in maps:
+        factor = features.shape[2] // rows
+        middles.append(features[..., factor // 2 :: factor, factor // 2 :: factor])
+    return torch.cat(middles, dim=1)

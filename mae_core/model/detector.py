@@ -26,7 +26,12 @@ from torchvision.ops.poolers import initLevelMapper
 
 from mae_core.data.boxes import Boxes
 from mae_core.model.dense import PLAIN_MAP, DenseModel, MapOptions
-from mae_core.model.feature_pyramid import FeaturePyramid, MapEncoder
+from mae_core.model.feature_pyramid import (
+    FeaturePyramid,
+    MapEncoder,
+    StagePyramid,
+    build_pyramid,
+)
 
 HeadName = Literal["fcos", "faster_rcnn"]
 
@@ -77,7 +82,7 @@ class Detector(DenseModel):
     def __init__(
         self,
         encoder: MapEncoder,
-        pyramid: FeaturePyramid,
+        pyramid: FeaturePyramid | StagePyramid,
         heads: "FCOSHeads | RegionHeads",
         options: MapOptions = PLAIN_MAP,
     ) -> None:
@@ -388,9 +393,7 @@ def build_detector(  # noqa: PLR0913  # each is a fact of its own
     if list(strides) != sorted(set(strides)) or not strides:
         raise ValueError(f"strides={tuple(strides)} must rise")
     _check_size(img_size, strides)
-    pyramid = FeaturePyramid(
-        encoder.embed_dim, encoder.patch_size, strides=strides, channels=channels
-    )
+    pyramid = build_pyramid(encoder, strides=strides, channels=channels)
     heads_type = FCOSHeads if head == "fcos" else RegionHeads
     heads = heads_type(
         num_classes=num_classes,

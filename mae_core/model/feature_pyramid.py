@@ -1,8 +1,9 @@
-"""Compute maps at several strides from an encoder's last map, as dense heads need them."""
+"""Compute maps at several strides from an encoder's map or maps, as dense heads need them."""
 
 from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -17,6 +18,16 @@ class MapEncoder(Protocol):
     def feature_map(
         self, images: Float[Tensor, "B C H W"], *, window: int = 0
     ) -> Float[Tensor, "B D h w"]: ...
+
+
+@runtime_checkable
+class StagedEncoder(Protocol):
+    """An encoder that gives a map at several strides, as convolutional ones do."""
+
+    channels: tuple[int, ...]  # of each map, finest first
+    strides: tuple[int, ...]  # of each map, which rise and may be equal
+
+    def stages(self, images: Float[Tensor, "B C H W"]) -> list[Float[Tensor, "B _ _ _"]]: ...
 
 
 class FeaturePyramid(nn.Module):
@@ -45,6 +56,67 @@ class FeaturePyramid(nn.Module):
     def forward(self, features: Float[Tensor, "B D h w"]) -> list[Float[Tensor, "B E _ _"]]:
         """Return one map per stride, in the order of `strides`."""
         return [level(features) for level in self.levels]
+
+
+class StagePyramid(nn.Module):
+    """A feature pyramid from the maps of an encoder's stages, each level from the one it needs.
+
+    Source: Lin et al. 2017, https://arxiv.org/abs/1612.03144. Differs: group norms, and the
+    convolution of a level comes before the coarser level is added.
+    """
+
+    def __init__(
+        self,
+        stages: Sequence[tuple[int, int]],
+        *,
+        strides: Sequence[int],
+        channels: int,
+        top_down: bool = True,
+    ) -> None:
+        """Build the levels.
+
+        Args:
+            stages: Channels and stride of each map, finest first.
+            strides: Strides of the levels, finest first. A level that no map has is pooled from the
+                last map, or deconvolved from the first.
+            channels: Channels of each level.
+            top_down: Add each coarser level to the next finer one, which then knows what it knows.
+        """
+        super().__init__()
+        self.strides = tuple(strides)
+        self.channels = channels
+        self.top_down = top_down
+        # The deepest map that is at least as fine as the level.
+        self.sources = tuple(
+            max((i for i, (_, own) in enumerate(stages) if own <= wanted), default=0)
+            for wanted in strides
+        )
+        self.levels = nn.ModuleList(
+            _level(*stages[source], wanted, channels)
+            for source, wanted in zip(self.sources, strides, strict=True)
+        )
+
+    def forward(self, features: list[Float[Tensor, "B _ _ _"]]) -> list[Float[Tensor, "B E _ _"]]:
+        """Return one map per stride, in the order of `strides`."""
+        levels = [
+            level(features[source]) for source, level in zip(self.sources, self.levels, strict=True)
+        ]
+        if self.top_down:
+            for i in range(len(levels) - 1, 0, -1):
+                levels[i - 1] = levels[i - 1] + F.interpolate(
+                    levels[i], size=levels[i - 1].shape[-2:], mode="nearest"
+                )
+        return levels
+
+
+def build_pyramid(
+    encoder: MapEncoder, *, strides: Sequence[int], channels: int, top_down: bool = True
+) -> FeaturePyramid | StagePyramid:
+    """Build the pyramid that fits what the encoder gives; see both for the arguments."""
+    if isinstance(encoder, StagedEncoder):
+        stages = list(zip(encoder.channels, encoder.strides, strict=True))
+        return StagePyramid(stages, strides=strides, channels=channels, top_down=top_down)
+    return FeaturePyramid(encoder.embed_dim, encoder.patch_size, strides=strides, channels=channels)
 
 
 def _level(dim: int, stride: int, wanted: int, channels: int) -> nn.Sequential:

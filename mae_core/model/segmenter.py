@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from mae_core.data.label_maps import IGNORE
 from mae_core.model.dense import PLAIN_MAP, DenseModel, MapOptions
-from mae_core.model.feature_pyramid import FeaturePyramid, MapEncoder
+from mae_core.model.feature_pyramid import MapEncoder, build_pyramid
 
 Head = Literal["linear", "fpn", "upernet"]
 
@@ -52,6 +52,10 @@ class LinearHead(nn.Conv2d):
     def __init__(self, dim: int, num_classes: int) -> None:
         super().__init__(dim, num_classes, 1)
 
+    def forward(self, features: Tensor | list[Tensor]) -> Tensor:
+        """Return logits at each place of the map, or of the last one of several."""
+        return super().forward(features[-1] if isinstance(features, list) else features)
+
 
 class PyramidHead(nn.Module):
     """Compute maps at several strides from the encoder's map and join them at the finest.
@@ -64,8 +68,7 @@ class PyramidHead(nn.Module):
 
     def __init__(
         self,
-        dim: int,
-        stride: int,
+        encoder: MapEncoder,
         num_classes: int,
         *,
         channels: int,
@@ -75,30 +78,35 @@ class PyramidHead(nn.Module):
         """Build the levels.
 
         Args:
-            dim: Channels of the encoder's map.
-            stride: Pixels per place of that map.
+            encoder: Says what maps it gives; it is not kept.
             num_classes: Number of classes in the logits.
             channels: Channels of each level.
             pooling: True builds UPerNet, False semantic FPN.
             finest_stride: See `pyramid_strides`.
         """
         super().__init__()
+        stride = encoder.patch_size
         strides = pyramid_strides(stride, finest_stride)
-        # The map is padded to a multiple of this, so that every level has whole places.
+        # The last map is padded to a multiple of this, so that every level has whole places.
         self.multiple = max(1, strides[-1] // stride)
         self.stride = stride
         self.output_stride = strides[0]
-        self.pyramid = FeaturePyramid(dim, stride, strides=strides, channels=channels)
+        self.pyramid = build_pyramid(encoder, strides=strides, channels=channels, top_down=False)
         self.pooling = _PyramidPooling(channels) if pooling else None
         self.smooth = nn.ModuleList(_conv(channels, channels, 3) for _ in strides)
         self.fuse = _conv(channels * len(strides) if pooling else channels, channels, 3)
         self.classify = nn.Conv2d(channels, num_classes, 1)
 
-    def forward(self, features: Float[Tensor, "B D h w"]) -> Float[Tensor, "B K _ _"]:
-        """Return logits at the finest stride."""
-        rows, columns = features.shape[-2:]
-        beyond = (0, -columns % self.multiple, 0, -rows % self.multiple)
-        levels = self.pyramid(F.pad(features, beyond, mode="replicate"))
+    def forward(
+        self, features: Float[Tensor, "B D h w"] | list[Float[Tensor, "B _ _ _"]]
+    ) -> Float[Tensor, "B K _ _"]:
+        """Return logits at the finest stride, from the encoder's map or the maps of its stages."""
+        last = features[-1] if isinstance(features, list) else features
+        rows, columns = last.shape[-2:]
+        if isinstance(features, list):
+            levels = self.pyramid([self._padded(x, x.shape[2] // rows) for x in features])
+        else:
+            levels = self.pyramid(self._padded(features, 1))
         if self.pooling is not None:
             levels[-1] = self.pooling(levels[-1])
         for i in range(len(levels) - 1, 0, -1):
@@ -109,6 +117,12 @@ class PyramidHead(nn.Module):
         logits = self.classify(self.fuse(joined))
         scale = self.stride // self.output_stride
         return logits[..., : rows * scale, : columns * scale]
+
+    def _padded(self, features: Tensor, factor: int) -> Tensor:
+        """Enlarge a map that is `factor` times as fine as the last to a multiple of `multiple`."""
+        side = self.multiple * factor
+        beyond = (0, -features.shape[3] % side, 0, -features.shape[2] % side)
+        return F.pad(features, beyond, mode="replicate")
 
 
 class _PyramidPooling(nn.Module):
@@ -206,8 +220,7 @@ def build_segmenter(
         module = LinearHead(encoder.embed_dim, num_classes)
     else:
         module = PyramidHead(
-            encoder.embed_dim,
-            encoder.patch_size,
+            encoder,
             num_classes,
             channels=channels,
             pooling=head == "upernet",

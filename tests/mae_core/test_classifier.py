@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from mae_core.config import ModelConfig
 from mae_core.model.classifier import Classifier, build_classifier, layer_scales
+from mae_core.model.conv_encoder import ConvEncoder
 from mae_core.model.encoder import MaskedEncoder
 from mae_core.model.family import build_encoder
 
@@ -356,3 +357,63 @@ def test_an_attentive_probe_trains_its_query_and_keeps_the_encoder() -> None:
     names = {"query", "fc_norm.weight", "fc_norm.bias", "head.weight", "head.bias"}
     assert trained_names(model) == names
     assert gradients_reach(model) == names
+
+
+@pytest.mark.parametrize(
+    ("name", "factors"),
+    [
+        (
+            "resnet18",
+            {
+                "encoder.net.conv1.weight": 0.5**9,
+                "encoder.net.bn1.bias": 0.5**9,
+                "encoder.net.layer1.0.conv1.weight": 0.5**8,
+                "encoder.net.layer4.1.bn2.weight": 0.5,
+                "head.weight": 1.0,
+            },
+        ),
+        (
+            "convnextv2_atto",
+            {
+                "encoder.net.stem.0.weight": 0.5**13,
+                "encoder.net.stages.0.blocks.0.conv_dw.weight": 0.5**12,
+                "encoder.net.stages.3.blocks.1.mlp.grn.weight": 0.5,
+                "fc_norm.bias": 1.0,
+            },
+        ),
+    ],
+)
+def test_layer_decay_counts_the_blocks_of_a_convolutional_encoder(
+    name: str, factors: dict[str, float]
+) -> None:
+    encoder = ConvEncoder(name, patch_size=4, in_chans=3)
+    model = build_classifier(encoder, num_classes=3, kind="finetune", pool="mean")
+    scales = layer_scales(model, 0.5)
+    assert set(scales) == {name for name, _ in model.named_parameters()}
+    assert {name: scales[name] for name in factors} == factors
+
+
+def test_the_last_blocks_of_a_convolutional_encoder_train_alone() -> None:
+    encoder = ConvEncoder("resnet18", patch_size=4, in_chans=3)
+    model = build_classifier(
+        encoder, num_classes=3, kind="finetune", pool="mean", trainable_blocks=2
+    )
+    trained = {
+        n.split(".")[2] for n, p in model.named_parameters() if p.requires_grad and "net" in n
+    }
+    assert trained == {"layer4"}
+    before = encoder.net.bn1.running_mean.clone()  # type: ignore[union-attr, operator]
+    model.train()(make_images()).sum().backward()
+    assert torch.equal(before, encoder.net.bn1.running_mean)  # type: ignore[union-attr, arg-type]
+    with pytest.raises(ValueError, match=r"trainable_blocks=9 is not in 0\.\.8"):
+        build_classifier(encoder, num_classes=3, kind="finetune", pool="mean", trainable_blocks=9)
+
+
+@pytest.mark.parametrize("kind", ["linear", "attentive", "finetune"])
+def test_a_convolutional_encoder_is_pooled_over_its_places(kind: Kind) -> None:
+    encoder = ConvEncoder("convnextv2_atto", patch_size=4, in_chans=3)
+    model = build_classifier(encoder, num_classes=3, kind=kind, pool="mean").eval()
+    expected = model.fc_norm(encoder(make_images()).mean(dim=1))
+    torch.testing.assert_close(model.features(make_images()), expected, atol=1e-5, rtol=1e-5)
+    with pytest.raises(ValueError, match="pool=cls needs a class token"):
+        build_classifier(encoder, num_classes=3, kind=kind, pool="cls")

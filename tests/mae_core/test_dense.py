@@ -120,3 +120,40 @@ def test_without_conditioning_the_map_is_the_encoders_own() -> None:
     model.conditioning.fit(make_places())
     images = torch.randn(2, 4, 6, 6)
     assert torch.equal(model.feature_map(images), 2 * images[..., ::2, ::2])
+
+
+class Staged(nn.Module):
+    """An encoder with a map of every fourth pixel, and a finer one of every second."""
+
+    embed_dim, patch_size, channels, strides = 4, 4, (1, 4), (2, 4)
+
+    def feature_map(self, images: Tensor, *, window: int = 0) -> Tensor:
+        return self.stages(images)[-1]
+
+    def stages(self, images: Tensor) -> list[Tensor]:
+        return [images[:, :1, ::2, ::2], images[..., ::4, ::4]]
+
+
+def test_every_map_of_a_staged_encoder_is_conditioned_on_its_own() -> None:
+    model = DenseModel(Staged(), MapOptions(conditioning="whiten"))
+    fine = torch.randn(4096, 1, generator=torch.Generator().manual_seed(2)) * 5 + 20
+    model.conditioning.fit(torch.cat([fine, make_places()], dim=1))
+    images = torch.randn(2, 4, 8, 8)
+    first, second = model.feature_map(images)
+    torch.testing.assert_close(
+        first, (images[:, :1, ::2, ::2] - fine.mean()) / fine.std(), atol=1e-2, rtol=1e-2
+    )
+    torch.testing.assert_close(second, fitted("whiten", make_places())(images[..., ::4, ::4]))
+
+
+def test_places_of_several_maps_lie_side_by_side() -> None:
+    model = DenseModel(Staged(), MapOptions(conditioning="whiten"))
+    images = torch.arange(4 * 64.0).reshape(1, 4, 8, 8)
+    (places,) = model.sampled_places(images, [(8, 4)], limit=9)
+    # Of the finer map, what lies in the middle of a place: at row and column 2 of the first.
+    assert places.tolist() == [[18, 0, 64, 128, 192], [50, 32, 96, 160, 224]]
+
+
+def test_a_staged_encoder_has_no_windows() -> None:
+    with pytest.raises(ValueError, match="window=7 limits attention"):
+        DenseModel(Staged(), MapOptions(window=7))

@@ -11,6 +11,7 @@ from torchvision.models.detection.image_list import ImageList
 from mae_core.config import ModelConfig
 from mae_core.data.boxes import Boxes
 from mae_core.evaluation.detection import evaluate_detections
+from mae_core.model.conv_encoder import ConvEncoder
 from mae_core.model.dense import MapOptions
 from mae_core.model.detector import (
     BoxTargets,
@@ -392,3 +393,14 @@ def test_detections_of_nothing_have_their_shapes() -> None:
     (found,) = make_detector(score_threshold=0.99).detect(torch.zeros(1, 3, SIZE, SIZE))
     assert isinstance(found, Detections)
     assert [tensor.shape for tensor in found] == [(0, 4), (0,), (0,)]
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_a_convolutional_encoder_serves_a_head_with_its_stages(head: HeadName) -> None:
+    torch.manual_seed(0)
+    encoder = ConvEncoder("convnextv2_atto", patch_size=8, in_chans=3)
+    detector = make_detector(head, encoder, strides=(4, 8, 16))
+    assert detector.pyramid.sources == (2, 3, 3)
+    losses = detector(torch.randn(2, 3, SIZE, SIZE), [make_targets((2, 2, 12, 12)), make_targets()])
+    torch.stack(list(losses.sums.values())).sum().backward()
+    assert [name for name, p in detector.named_parameters() if p.grad is None] == []

@@ -5,7 +5,7 @@ import torch
 
 from mae_core.config import ModelConfig
 from mae_core.model.family import build_encoder
-from mae_core.model.feature_pyramid import FeaturePyramid
+from mae_core.model.feature_pyramid import FeaturePyramid, StagePyramid, build_pyramid
 
 
 @pytest.mark.parametrize(
@@ -85,3 +85,59 @@ def test_stochastic_depth_is_off_in_eval_mode_and_drops_in_training() -> None:
     torch.manual_seed(1)
     first = encoder.train()(images)
     assert not torch.allclose(first, encoder(images))
+
+
+class Stages(torch.nn.Module):
+    """An encoder whose maps hold the number of their stage."""
+
+    embed_dim, patch_size = 24, 32
+    channels, strides = (4, 8, 16, 24), (4, 8, 16, 32)
+
+    def feature_map(self, images: torch.Tensor, *, window: int = 0) -> torch.Tensor:
+        return self.stages(images)[-1]
+
+    def stages(self, images: torch.Tensor) -> list[torch.Tensor]:
+        height, width = images.shape[-2:]
+        return [
+            torch.full((len(images), c, height // s, width // s), float(i))
+            for i, (c, s) in enumerate(zip(self.channels, self.strides, strict=True))
+        ]
+
+
+@pytest.mark.parametrize(
+    ("strides", "sources"),
+    [
+        ((4, 8, 16, 32), (0, 1, 2, 3)),  # directly
+        ((8, 32, 64), (1, 3, 3)),  # the last is pooled from the coarsest map
+        ((2, 4), (0, 0)),  # the first is deconvolved from the finest
+    ],
+)
+def test_each_level_of_a_staged_encoder_reads_the_map_of_its_stride(
+    strides: tuple[int, ...], sources: tuple[int, ...]
+) -> None:
+    pyramid = build_pyramid(Stages(), strides=strides, channels=16)
+    assert isinstance(pyramid, StagePyramid)
+    assert pyramid.sources == sources
+    levels = pyramid(Stages().stages(torch.zeros(2, 3, 64, 128)))
+    assert [tuple(x.shape) for x in levels] == [(2, 16, 64 // s, 128 // s) for s in strides]
+
+
+def test_of_maps_with_one_stride_the_deepest_is_read() -> None:
+    pyramid = StagePyramid([(4, 1), (8, 1), (16, 2)], strides=(1, 2), channels=16)
+    assert pyramid.sources == (1, 2)
+
+
+@pytest.mark.parametrize(("top_down", "changes"), [(True, True), (False, False)])
+def test_a_finer_level_knows_the_coarser_one_if_asked_for(top_down: bool, changes: bool) -> None:
+    torch.manual_seed(0)
+    pyramid = build_pyramid(Stages(), strides=(8, 32), channels=16, top_down=top_down)
+    maps = Stages().stages(torch.zeros(1, 3, 64, 64))
+    before = pyramid(maps)
+    maps[3] = torch.randn(1, 24, 2, 2)
+    after = pyramid(maps)
+    assert not torch.equal(before[1], after[1])
+    assert torch.equal(before[0], after[0]) is not changes
+
+
+def test_an_encoder_with_one_map_gets_the_simple_pyramid() -> None:
+    assert isinstance(build_pyramid(make_encoder(), strides=(8,), channels=16), FeaturePyramid)

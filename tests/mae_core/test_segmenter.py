@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from mae_core.config import ModelConfig
 from mae_core.data.label_maps import IGNORE
+from mae_core.model.conv_encoder import ConvEncoder as StagedEncoder
 from mae_core.model.dense import MapOptions
 from mae_core.model.family import build_encoder
 from mae_core.model.segmenter import (
@@ -410,3 +411,17 @@ def test_class_weights_multiply_the_loss_of_their_pixels() -> None:
     targets, weights = torch.tensor([[[0, 2]]]), torch.ones(1)
     loss = segmentation_loss(logits, targets, weights, torch.tensor([1.0, 1.0, 4.0]))
     assert loss.item() == pytest.approx(2.5 * math.log(3))
+
+
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("name", ["resnet18", "convnextv2_atto"])
+def test_a_convolutional_encoder_serves_a_head_with_all_its_stages(name: str, head: Head) -> None:
+    torch.manual_seed(0)
+    encoder = StagedEncoder(name, patch_size=8, in_chans=3)
+    segmenter = make_segmenter(head, encoder, num_classes=5, conditioning="whiten")
+    images = make_images(2, 3, 24, 40)
+    segmenter.conditioning.fit(torch.cat(segmenter.sampled_places(images, limit=99)).detach())
+    logits = segmenter(images)
+    assert logits.shape == (2, 5, 24, 40)
+    logits.sum().backward()
+    assert [name for name, p in segmenter.named_parameters() if p.grad is None] == []
