@@ -3,7 +3,7 @@
 
     python pipelines/classify.py configs/classify/cifar10.yaml init_from=CHECKPOINT
 
-The same command goes on where it was stopped; a finished run is not trained again.
+If it was stopped, the same command resumes; a finished run is not trained again.
 """
 
 import sys
@@ -89,13 +89,14 @@ from pipelines.reading.class_names import (
 )
 
 MOST_WRONG = 16
-NUM_ATTENDED = 8  # images whose weights of the patches are drawn
+NUM_ATTENDED = 8  # number of images whose attention weights are drawn
 _HEADS: dict[ArmKind, Literal["linear", "attentive"]] = {
     ArmKind.LINEAR: "linear",
     ArmKind.ATTENTIVE: "attentive",
 }
 MAX_START_IMAGES = 5000
-SMALLEST_SPREAD = 1e-3  # of a feature that the head's start uses, in the features' median deviation
+# Smallest spread of a feature that the head's start uses, relative to the median of all spreads.
+SMALLEST_SPREAD = 1e-3
 
 
 def run(config: ClassifyConfig, *, fresh: bool) -> StageResult:
@@ -106,7 +107,7 @@ def run(config: ClassifyConfig, *, fresh: bool) -> StageResult:
 
 
 def _study(config: ClassifyConfig, data: LabelledData, _encoder: CheckpointManifest) -> Study:
-    """Class names, and the class or classes of each training sample."""
+    """Return the class names, and the class or classes of each training sample."""
     section = config.classify
     train, val = (_raw_labels(section, manifest) for manifest in (data.train, data.val))
     names, numbers = _classes(section, data, train)
@@ -142,7 +143,7 @@ def _raw_labels(section: ClassifySection, manifest: Manifest) -> list[_RawLabels
 
 
 def _classes(section: ClassifySection, data: LabelledData, train: Sequence[_RawLabels]) -> Classes:
-    """Return the run's classes, by the names that the sets give to their numbers, if they do.
+    """Return the run's classes, by their names if the sets name their numbers.
 
     Raises:
         DataError: data.val names its classes and data.train does not.
@@ -228,9 +229,10 @@ class ClassifyTask:
         features = torch.from_numpy(np.stack([x.values for x in inputs]))
         labels = torch.from_numpy(np.stack([x.label for x in inputs if x.label is not None]))
         std = features.std(dim=0, correction=0)
-        # A feature that hardly varies is left out: standardised, it would be mostly noise.
+        # A feature that hardly varies is left out, because standardising it would amplify noise.
         features = features * (std > SMALLEST_SPREAD * std.median())
-        # An overconfident head would be unlearned first, so its probabilities have to be right.
+        # The probabilities must be right, because training would first have to unlearn an
+        # overconfident head.
         num_classes = len(self.info.names)
         probe = fit_linear_probe(features, labels, num_classes=num_classes, seed=seed)
         model.start_from(**probe._asdict())
@@ -256,10 +258,10 @@ class ClassifyTask:
         return BatchLoss(loss, batch.weights.sum())
 
     def augmented(self, batch: Batch[Label], arm: Arm) -> tuple[Tensor, Tensor]:
-        """Return images and (B, K) targets, erased and mixed if the arm is fine-tuned.
+        """Return images and (B, K) targets, which are erased and mixed if the arm is fine-tuned.
 
-        An image is mixed with its neighbour in the global batch, by draws of the pair's own, so
-        that the split into micro batches of an even size changes nothing.
+        An image is mixed with its neighbour in the global batch. The random draws belong to the
+        pair, so splitting the batch into micro batches of an even size changes nothing.
         """
         section, is_tuned = self.section, arm.kind.trains_encoder
         images, device = batch.images, batch.images.device
@@ -273,7 +275,7 @@ class ClassifyTask:
             targets = soft_targets(
                 torch.tensor(labels, device=device), len(self.info.names), smoothing
             )
-        # A hole that is mixed in has no class.
+        # A hole that is mixed into an image has no class.
         targets = targets * batch.weights[:, None]
         if is_tuned and section.random_erase > 0:
             erased = [

@@ -3,7 +3,7 @@
 
     python pipelines/detect.py configs/detect/bccd.yaml init_from=CHECKPOINT
 
-The same command goes on where it was stopped; a finished run is not trained again.
+If it was stopped, the same command resumes; a finished run is not trained again.
 """
 
 import sys
@@ -80,7 +80,7 @@ def run(config: DetectConfig, *, fresh: bool) -> StageResult:
 
 
 def _study(config: DetectConfig, data: LabelledData, encoder: CheckpointManifest) -> Study:
-    """Names of the categories; every box of both sets is looked at before any training."""
+    """Return the names of the categories; check every box of both sets before any training."""
     section = config.detect
     train, val = (
         list(map_samples(manifest, partial(_look, in_chans=encoder.model.in_chans)))
@@ -108,7 +108,7 @@ def _study(config: DetectConfig, data: LabelledData, encoder: CheckpointManifest
 
 
 class _Look(NamedTuple):
-    """What a sample says before any training."""
+    """What is known about a sample before any training."""
 
     folder: str
     where: str
@@ -130,11 +130,11 @@ def _look(shard: str, row: Sample | BrokenSample, *, in_chans: int) -> _Look:
 class _Categories(NamedTuple):
     """The classes of a run of detection, in the order of their labels."""
 
-    identifiers: tuple[int, ...]  # category_id; where sets differ, the first that came
+    identifiers: tuple[int, ...]  # category_id; if sets differ, that of the first set
     names: tuple[str, ...]
 
     def numbers_of(self, named: Mapping[int, str]) -> dict[int, int]:
-        """Labels by the category_id of a folder: by name, where the folder has our names."""
+        """Map a folder's category_ids to labels, by name if the folder has any of our names."""
         labels = {name: label for label, name in enumerate(self.names)}
         by_number = {number: label for label, number in enumerate(self.identifiers)}
         if not set(labels) & set(named.values()):
@@ -144,7 +144,7 @@ class _Categories(NamedTuple):
 
 
 def _categories(section: DetectSection, train: Sequence[_Look]) -> _Categories:
-    """Return the categories that the config lists, or else those of the training samples."""
+    """Return the categories that the config lists, or otherwise those of the training samples."""
     if section.categories:
         given = dict(sorted(section.categories.items()))
         return _Categories(tuple(given), tuple(given.values()))
@@ -159,7 +159,7 @@ def _categories(section: DetectSection, train: Sequence[_Look]) -> _Categories:
                 "detect.categories"
             )
         for number, name in zip(found, names, strict=True):
-            # A number that is another set's already is no use in this one's name.
+            # A number that another set uses already can't be used for this name.
             free = max([-1, *identifiers.values()]) + 1
             taken = number in identifiers.values()
             identifiers.setdefault(name, free if taken else number)
@@ -170,7 +170,7 @@ def _categories(section: DetectSection, train: Sequence[_Look]) -> _Categories:
 
 
 class _Wanted(NamedTuple):
-    """What a training example's loss depends on."""
+    """What the loss of a training example depends on."""
 
     boxes: Boxes  # in the example's pixels
     part: tuple[int, int]  # height and width of the picture in the example
@@ -248,9 +248,11 @@ class DetectTask:
 
     def loss(self, model: nn.Module, batch: Batch[_Wanted], arm: Arm) -> BatchLoss:
         there = {i: target for i, target in enumerate(batch.targets) if target is not None}
-        # The loss is a mean over what the detector counts, so holes leave no gap in it.
+        # The loss is a mean over the places that the detector counts, so a hole leaves no gap in
+        # it.
         num_samples = torch.ones_like(batch.weights).sum()
-        if not there:  # every worker has to take part: a blank image, that counts nothing
+        # Every worker must take part, so a blank image that counts nothing is passed on.
+        if not there:
             sums, divisor = model(batch.images[:1], [box_targets(_no_boxes(), batch.images.device)])
             blank = torch.stack(list(sums.values())).sum()
             return BatchLoss(0.0 * blank, num_samples, 0.0 * divisor)

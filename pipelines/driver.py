@@ -1,4 +1,4 @@
-"""What every driver does, with Ray or without: its paths, its origin, its end by a signal."""
+"""Check paths, describe the sources, and handle signals: what every driver needs."""
 
 import os
 import shutil
@@ -14,16 +14,16 @@ from infra import storage
 from pipelines.job import ROOT, ray_job_id
 from pipelines.outcome import ConfigError
 
-SAME_PRESS_S = 1.0  # signals that come closer to the first one are one Ctrl-C
+SAME_PRESS_S = 1.0  # signals within this time of the first one count as the same Ctrl-C
 POLL_S = 0.1
 LETTING_GO_S = 1.0
-MARKING_S = 0.5  # for MLflow, where all of the time is up
+MARKING_S = 0.5  # time left for MLflow after all other time is used up
 
 
 def check_paths(uris: Iterable[tuple[str, str]]) -> None:
-    """Refuse what is no path of ours; in a Ray job, relative paths, too.
+    """Refuse what is not a valid path, and in a Ray job also relative paths.
 
-    There the working folder is a passing copy: they would be lost with it.
+    A job's working folder is a temporary copy, so results in it would be lost.
 
     Raises:
         ConfigError: names the key.
@@ -42,7 +42,7 @@ def check_paths(uris: Iterable[tuple[str, str]]) -> None:
 
 
 def check_tracking(uri: str) -> None:
-    """In a Ray job, refuse an MLflow store in the job's own, passing working copy.
+    """In a Ray job, refuse an MLflow store in the job's temporary working folder.
 
     Raises: ConfigError.
     """
@@ -67,7 +67,10 @@ def run_tags(stage: str, *, seed: object, output: str) -> dict[str, str]:
 
 
 def git_commit() -> str | None:
-    """Of the sources that run. A job's copy has no .git: its submitter may set MAE_GIT_COMMIT."""
+    """Return the commit of the sources.
+
+    A job's copy has no .git, so its submitter may set MAE_GIT_COMMIT.
+    """
     given = os.environ.get("MAE_GIT_COMMIT")
     if given or shutil.which("git") is None:
         return given
@@ -78,7 +81,7 @@ def git_commit() -> str | None:
 
 
 class CancelledError(BaseException):
-    """SIGTERM or Ctrl-C: the run was stopped from outside."""
+    """The run was stopped from outside, by SIGTERM or Ctrl-C."""
 
     def __init__(self, signal_number: int) -> None:
         super().__init__(f"stopped by {signal.Signals(signal_number).name}")
@@ -86,13 +89,13 @@ class CancelledError(BaseException):
 
 
 class Stopper:
-    """What the driver does about SIGTERM and SIGINT; see `cancel_on_signals`."""
+    """Handles SIGTERM and SIGINT for a driver; see `cancel_on_signals`."""
 
     def __init__(self, first: Callable[[], None]) -> None:
         self.received: signal.Signals | None = None
         self._received_at_s = 0.0
         self._first = first
-        self._is_listening = False  # `run` looks at `received` all the time
+        self._is_listening = False  # True while `run` polls `received`
 
     def handle(self, signal_number: int, _frame: object) -> None:
         is_first = self.received is None
@@ -100,14 +103,17 @@ class Stopper:
         if is_first:
             self._received_at_s = time.monotonic()
         elif signal_number == signal.SIGTERM:
-            return  # only Ctrl-C is impatient: `ray job stop` and a chain both send a stage one
+            # Only a second Ctrl-C is impatient: `ray job stop` and a chain both send a stage one.
+            return
         elif time.monotonic() - self._received_at_s < SAME_PRESS_S:
-            return  # a wrapper such as `uv run` or `timeout` passes on what the terminal also sent
+            # A wrapper such as `uv run` or `timeout` forwards the signal that the terminal also
+            # sent.
+            return
         if is_first and self._is_listening:
             return
         if is_first:
             self._first()
-        # Not CancelledError: Ray's waits let only this one through.
+        # Not CancelledError, because Ray's waits let only KeyboardInterrupt through.
         raise KeyboardInterrupt
 
     def run(
@@ -120,8 +126,8 @@ class Stopper:
     ) -> None:
         """Run `work` in a thread; after a signal, ask it to stop and wait for what it saves.
 
-        In the main thread, Ray's waits hear of a signal within a second, of the three that
-        `ray job stop` gives, and `fit` takes SIGINT for itself.
+        In the main thread, Ray would notice a signal only after up to a second of the three that
+        `ray job stop` allows, and `fit` would handle SIGINT itself.
 
         Args:
             work: returns soon after it was asked to stop.
@@ -140,7 +146,7 @@ class Stopper:
             except BaseException as error:
                 errors.append(error)
 
-        # A daemon: when nobody waits for it any more, it must not keep the process alive.
+        # A daemon, because it must not keep the process alive once nobody waits for it.
         thread = threading.Thread(target=target, name="workers", daemon=True)
         self._is_listening = True
         try:
@@ -149,13 +155,14 @@ class Stopper:
                 thread.join(POLL_S)
             if self.received is not None:
                 until_s = time.monotonic() + grace_s
-                # In a thread: an MLflow that hangs must not take the time of a checkpoint.
+                # In a thread, because an MLflow that hangs must not use up the time for a
+                # checkpoint.
                 marking = threading.Thread(target=self._first, name="first", daemon=True)
                 marking.start()
                 ask()
                 while thread.is_alive() and time.monotonic() < until_s and is_worth_waiting():
                     thread.join(POLL_S)
-                # What is saved now needs a moment to let go of Ray.
+                # The work that was just saved needs a moment to end its use of Ray.
                 thread.join(max(min(LETTING_GO_S, until_s - time.monotonic()), 0.0))
                 marking.join(max(until_s - time.monotonic(), MARKING_S))
                 raise KeyboardInterrupt
@@ -167,10 +174,10 @@ class Stopper:
 
 @contextmanager
 def cancel_on_signals(first: Callable[[], None]) -> Iterator[Stopper]:
-    """Inside, SIGTERM and SIGINT call `first` and end in CancelledError.
+    """Call `first` on SIGTERM or SIGINT in the block, and end the block with CancelledError.
 
-    They do so at once, or inside `Stopper.run` after what its work may save. `first` comes at
-    once: `ray job stop` kills three seconds after it asked.
+    The block ends at once, or within `Stopper.run` after its work has saved what it may. `first` is
+    called at once, because `ray job stop` kills the process three seconds after it asked.
     """
     stopper = Stopper(first)
     numbers = (signal.SIGTERM, signal.SIGINT)

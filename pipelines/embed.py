@@ -1,10 +1,10 @@
 #!/usr/bin/env python
-"""Write the features of a frozen encoder for a shard set, and find images that are alike.
+"""Write the features of a frozen encoder for a shard set, and find similar images.
 
     python pipelines/embed.py init_from=CHECKPOINT data=SHARDS
     mae embed search IMAGE init_from=CHECKPOINT data=SHARDS
 
-Nothing is masked. The same command goes on with the files that are missing.
+Nothing is masked. The same command continues with the files that are missing.
 """
 
 import sys
@@ -66,13 +66,13 @@ NEXT_ROW = b"next_row"  # in the metadata of an unfinished file
 
 
 class Piece(NamedTuple):
-    """What becomes one file."""
+    """The part of a shard that becomes one file."""
 
     shard: ShardInfo
     start: int
     stop: int
     uri: str
-    part_uri: str  # of what is done of it, until it is done
+    part_uri: str  # of the unfinished file
 
     @property
     def name(self) -> str:
@@ -80,7 +80,7 @@ class Piece(NamedTuple):
 
 
 class EmbedJob(NamedTuple):
-    """All that a worker is told."""
+    """Everything that a worker must know."""
 
     config: EmbedConfig
     init_uri: str
@@ -89,7 +89,7 @@ class EmbedJob(NamedTuple):
 
 
 def run(config: EmbedConfig, *, fresh: bool) -> StageResult:
-    """Embed what is not embedded yet; with a query, search for the images most like it.
+    """Embed the images that are not embedded yet; with a query, search for the most similar images.
 
     See `pipelines.training.run.drive`.
     """
@@ -139,7 +139,7 @@ class EmbedRun:
 
 
 class OpenedEmbedding(NamedTuple):
-    """See `pipelines.training.protocol.OpenedRun` and `PlannedRun`: nothing is left to plan."""
+    """See `pipelines.training.protocol.OpenedRun` and `PlannedRun`: there is nothing to plan."""
 
     config: EmbedConfig
     folder: RunFolder
@@ -174,7 +174,7 @@ class OpenedEmbedding(NamedTuple):
         return Work(partial(_write_missing, job, pieces, taken.folder), job.channel, saved)
 
     def is_kept(self, taken: Taken) -> bool:
-        """Return False: a file that is missing is a failure of the run."""
+        """Return False, because a missing file is a failure of the run."""
         return False
 
     def finish(
@@ -200,7 +200,7 @@ def _channel(config: EmbedConfig, taken: Taken) -> Channel:
 
 
 def _write_missing(job: EmbedJob, pieces: list[Piece], folder: RunFolder) -> None:
-    """Write the files that are not there yet."""
+    """Write the files that do not exist yet."""
     there = set(storage.list_files(folder.features_uri))
     missing = [piece for piece in pieces if piece.name not in there]
     logger.info("%d of %d files are to be written", len(missing), len(pieces))
@@ -213,7 +213,7 @@ def _write_missing(job: EmbedJob, pieces: list[Piece], folder: RunFolder) -> Non
 
 
 def _what_is_saved(pieces: list[Piece], num_images: int, folder: RunFolder) -> str:
-    """For the user of a run that was stopped."""
+    """Describe, for the user of a run that was stopped, what is saved."""
     whole, begun = (set(storage.list_files(uri)) for uri in (folder.features_uri, folder.parts_uri))
     done = 0
     for piece in pieces:
@@ -256,15 +256,15 @@ def _written_by_actors(job: EmbedJob, missing: list[Piece]) -> Iterator[Mapping[
         compute=ray.data.ActorPoolStrategy(size=config.scaling.num_workers),
         num_cpus=config.scaling.cpus_per_worker,
         num_gpus=1 if config.scaling.use_gpu else 0,
-        # On one machine, an actor that is lost ran out of memory, and would again. On a cluster it
-        # was on a node that is lost, and Ray starts it on another.
+        # On one machine, an actor that is lost has run out of memory, and would again. On a cluster
+        # its node may have been lost, and Ray starts the actor on another one.
         max_restarts=0 if cluster_address() is None else -1,
     )
     yield from written.iter_rows()
 
 
 def _follow(channel: Channel, written: Iterable[Mapping[str, int]], total: int) -> None:
-    """Tell how far the workers are, for each file that one of them writes or stops at."""
+    """Report the progress after each file that a worker has written or left unfinished."""
     for number, row in enumerate(written, start=1):
         if row["is_whole"]:
             if not progress.shows_bar():
@@ -274,7 +274,7 @@ def _follow(channel: Channel, written: Iterable[Mapping[str, int]], total: int) 
 
 
 def _count_bad(config: EmbedConfig, data: Manifest, pieces: list[Piece]) -> int:
-    """How many images of all files can't be used.
+    """Count the images that can't be used.
 
     Raises:
         DataError: more than `max_bad_ratio`.
@@ -304,7 +304,7 @@ def _num_rows(uri: str) -> int:
 
 
 class _Embedder:
-    """A worker: holds the encoder, and writes one file for each piece."""
+    """A worker, which holds the encoder and writes one file for each piece."""
 
     def __init__(self, job: EmbedJob, pieces: list[Piece]) -> None:
         self.reader = FeatureReader(job)
@@ -324,7 +324,7 @@ class _Embedder:
         }
 
     def _write(self, piece: Piece) -> int | None:
-        """Write the piece's file; None where the run is to stop first, with what is done kept."""
+        """Write the piece's file; if the run stops first, store what is done and return None."""
         if self.ends.is_asked:
             return None
         begin, tables = _read_part(piece)
@@ -344,7 +344,7 @@ class _Embedder:
         return len(table)
 
 
-# A part of a file that is not finished: what a run keeps when it is stopped, and by the clock.
+# An unfinished file holds what a run keeps when it is stopped, and at intervals.
 
 
 def _write_part(piece: Piece, stop: int, tables: list[pa.Table]) -> None:
@@ -370,7 +370,7 @@ def _read_part(piece: Piece) -> tuple[int, list[pa.Table]]:
 
 
 def _whole(tables: list[pa.Table]) -> pa.Table:
-    """Of one chunk: the file's bytes do not tell where a run was stopped."""
+    """Join tables into one chunk, so that the file's bytes do not show where a run was stopped."""
     joined = pa.concat_tables(tables) if tables else _table([], "", np.zeros((0, 1)))
     return joined.combine_chunks()
 
@@ -382,7 +382,7 @@ def _parquet(table: pa.Table) -> bytes:
 
 
 class FeatureReader:
-    """From samples to features."""
+    """Turns samples into features."""
 
     def __init__(self, job: EmbedJob) -> None:
         config = job.config
@@ -395,7 +395,7 @@ class FeatureReader:
         self.pool = ThreadPoolExecutor(config.scaling.cpus_per_worker)
 
     def table(self, path: str, numbered: list[tuple[int, Sample]]) -> list[pa.Table]:
-        """One table of those that can be decoded; the others are named in the log."""
+        """Return a table of the samples that can be decoded; the log names the others."""
         decoded = list(self.pool.map(lambda item: self._pixels(path, item[1]), numbered))
         whole = [
             (row, sample, pixels)
@@ -416,7 +416,7 @@ class FeatureReader:
             return None
 
     def features(self, pixels: list[Pixels]) -> npt.NDArray[np.float32]:
-        """(N, D); of a grid (N, h * w * D), row by row."""
+        """Return (N, D) features; of a grid (N, h * w * D), row by row."""
         images = to_images(pixels, self.manifest, self.device)
         if self.kind == "grid":
             with torch.no_grad():
@@ -435,7 +435,10 @@ def _load(job: EmbedJob) -> tuple[Encoder, CheckpointManifest]:
 
 
 def _table(samples: list[tuple[int, Sample]], path: str, features: npt.NDArray[Any]) -> pa.Table:
-    """shard, row, key, label (the .cls as text, or null) and feature, a list of one length."""
+    """Return a table with shard, row, key, label and feature.
+
+    The label is the .cls file as text, or null; all features have the same length.
+    """
     labels = [sample.parts.get("cls") for _, sample in samples]
     flat = pa.array(features.astype(np.float32).ravel())
     return pa.table(
@@ -451,11 +454,11 @@ def _table(samples: list[tuple[int, Sample]], path: str, features: npt.NDArray[A
     )
 
 
-# Looking for what is alike
+# Searching for similar images
 
 
 def _search(config: EmbedConfig, job: EmbedJob, data: Manifest, folder: RunFolder) -> None:
-    """Print the images most like the query, and draw them."""
+    """Print the images that are most similar to the query, and draw them."""
     assert config.query is not None
     reader = FeatureReader(job)
     try:
@@ -499,7 +502,7 @@ def _search(config: EmbedConfig, job: EmbedJob, data: Manifest, folder: RunFolde
 
 
 def _class_name(label: str, classes: Sequence[str] | None) -> str:
-    """Name a class as the manifest does, or by its number."""
+    """Return the manifest's name for a class, or its number."""
     text = label.strip()
     is_named = classes is not None and text.isdecimal() and int(text) < len(classes)
     return classes[int(text)] if classes is not None and is_named else f"class {text}"

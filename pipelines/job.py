@@ -1,4 +1,4 @@
-"""Where this process runs: the sources, the Ray job, and the cluster to join."""
+"""Find out where this process runs: its sources, its Ray job, and the cluster to join."""
 
 import json
 import os
@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 JOB_STOP_WAIT_S = 3.0  # Ray's default
-JOB_STOP_MARGIN_S = 1.0  # time to report the end
+JOB_STOP_MARGIN_S = 1.0  # time left to report the end
 
 
 def ray_job_id() -> str | None:

@@ -4,7 +4,7 @@
     python pipelines/pretrain.py configs/pretrain/demo.yaml optim.epochs=20
     ray job submit --working-dir . -- python pipelines/pretrain.py FILE.yaml data.train=s3://...
 
-The same command goes on where it was stopped; a finished run is not trained again.
+If it was stopped, the same command resumes; a finished run is not trained again.
 
 What a run does is in `pipelines/training/run.py`; the step loop is `TrainingProcess._train` in
 `pipelines/training/process.py`. What pretraining adds is here, in
@@ -45,7 +45,7 @@ STAGE = "pretrain"
 
 
 def run(config: PretrainConfig, *, fresh: bool) -> StageResult:
-    """Pretrain, or go on with it, or find that it is done; see `pipelines.training.run.drive`."""
+    """Pretrain, resume, or return the finished result; see `pipelines.training.run.drive`."""
     given = {
         "data.train": config.data.train,
         "data.val": config.data.val,
@@ -83,8 +83,8 @@ class OpenedPretraining(NamedTuple):
     config: PretrainConfig
     folder: RunFolder
     train: Manifest
-    val: Manifest | None  # None: no kNN evaluation
-    pretrained: CheckpointManifest | None  # of the weights that the run starts from
+    val: Manifest | None  # if None, nothing is measured on held-out images
+    pretrained: CheckpointManifest | None  # of the checkpoint that the run starts from
 
     @property
     def identity(self) -> Identity:
@@ -102,7 +102,7 @@ class OpenedPretraining(NamedTuple):
         )
 
     def reuse(self, done: StageResult) -> StageResult | None:
-        """Return the earlier result with the metrics of the evaluation asked for, if there."""
+        """Return the earlier result with the evaluation that is asked for; None if missing."""
         evaluation = self.folder.read_evaluation(evaluation_key(self.config))
         if evaluation is None:
             logger.info("%s is trained already; its evaluation is computed anew", self.folder.uri)
@@ -112,7 +112,7 @@ class OpenedPretraining(NamedTuple):
         return done._replace(status="reused", metrics=evaluation | trained)
 
     def plan(self) -> PlannedRun:
-        # Imported here, because a run that is done is found without torch, Ray and MLflow.
+        # Imported here, because a finished run is found without torch, Ray and MLflow.
         with without_collecting():
             from pipelines.training.pretrain_run import plan_pretraining
 
@@ -120,18 +120,19 @@ class OpenedPretraining(NamedTuple):
 
 
 def check_init_from(config: PretrainConfig) -> CheckpointManifest | None:
-    """Check that the weights to start from exist and fit, before each worker finds out."""
+    """Check that the weights to start from exist and fit, before any worker is started."""
     uri = config.init_from
     if uri is None:
         return None
     manifest = fetch_manifest(uri)
     model = manifest.model
     if manifest.origin is not None and manifest.origin.format == AUTHORS_FORMAT:
-        # Their files do not say how many heads the decoder has, and the weights' shapes neither.
+        # The authors' files do not say how many heads the decoder has, and the shapes of the
+        # weights do not show it.
         heads = config.model.decoder.num_heads
         decoder = model.decoder.model_copy(update={"num_heads": heads})
         model = model.model_copy(update={"decoder": decoder})
-    names = ["encoder", "patch_size", "in_chans"]  # positions follow img_size
+    names = ["encoder", "patch_size", "in_chans"]  # positions depend on img_size
     if manifest.decoder_present:
         names.append("decoder")
     for name in names:

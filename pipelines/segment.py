@@ -3,7 +3,7 @@
 
     python pipelines/segment.py configs/segment/nuclei.yaml init_from=CHECKPOINT
 
-The same command goes on where it was stopped; a finished run is not trained again.
+If it was stopped, the same command resumes; a finished run is not trained again.
 """
 
 import sys
@@ -84,9 +84,11 @@ logger = logging.getLogger(__name__)
 
 TARGETS = ("seg.png",)
 NUM_PICTURES = 6
-CEILING_IMAGES = 200  # of data.val, about; an oracle's scores change little with more
+# About this many images of data.val; an oracle's scores change little with more.
+CEILING_IMAGES = 200
 BACKGROUND = INSTANCE_CLASSES[0]
-SHOWN = ("miou", "foreground_iou", "iou/boundary", "instance_f1")  # of the ceiling, in one line
+# Scores of the ceiling that are shown in one line.
+SHOWN = ("miou", "foreground_iou", "iou/boundary", "instance_f1")
 
 
 def run(config: SegmentConfig, *, fresh: bool) -> StageResult:
@@ -96,7 +98,7 @@ def run(config: SegmentConfig, *, fresh: bool) -> StageResult:
 
 
 def _study(config: SegmentConfig, data: LabelledData, encoder: CheckpointManifest) -> Study:
-    """Return the classes' names; look at every mask of both sets before any training.
+    """Return the names of the classes; check every mask of both sets before any training.
 
     Raises:
         ConfigError: the head can't have the stride that the config asks for.
@@ -153,7 +155,7 @@ def _oracle_scores(
     stride: int,
     every: int,
 ) -> _Score | None:
-    """Look at a mask of data.val; of one in `every`, return what an oracle scores on it."""
+    """Check a mask of data.val; for one in `every`, return what an oracle scores on it."""
     if _pixel_counts(shard, row, section=section, in_chans=model.in_chans) is None:
         return None
     if zlib.crc32(row.key.encode()) % every:
@@ -180,7 +182,7 @@ def _score(section: SegmentSection, found: LabelMap, truth: "_Truth") -> _Score:
 
 
 def _metrics(scores: Sequence["_Score | Prediction"], names: Sequence[str]) -> dict[str, float]:
-    """Return the metrics of some images; none without a pixel that has a class."""
+    """Return the metrics of some images; {} if no pixel of them has a class."""
     total = np.sum([score.counts for score in scores], axis=0)
     if not np.any(total):
         return {}
@@ -197,7 +199,7 @@ def _metrics(scores: Sequence["_Score | Prediction"], names: Sequence[str]) -> d
 
 
 def _window_stride(section: SegmentSection, img_size: tuple[int, int]) -> tuple[int, int]:
-    """Return the steps down and across from one window to the next."""
+    """Return the distance down and across from one window to the next."""
     height, width = img_size
     step = 1 - section.overlap
     return max(1, round(height * step)), max(1, round(width * step))
@@ -212,7 +214,7 @@ def _names(section: SegmentSection) -> tuple[str, ...]:
 def _pixel_counts(
     shard: str, row: Sample | BrokenSample, *, section: SegmentSection, in_chans: int
 ) -> npt.NDArray[np.int64] | None:
-    """Pixels of each class in a sample's mask, and of those ignored; None for a broken sample."""
+    """Count the pixels of each class in a mask, and the ignored ones; None for a broken sample."""
     if isinstance(row, BrokenSample):
         return None
     where = f"{shard}: {row.key}"
@@ -227,7 +229,7 @@ def _pixel_counts(
 def _decode_mask(
     section: SegmentSection, data: bytes | None, where: str
 ) -> tuple[LabelMap, InstanceMap | None]:
-    """Return the classes of a mask's pixels, and the instances if they are to be separated."""
+    """Return the classes of a mask's pixels, and the instances if they are separated."""
     if section.masks == "instances":
         instances = decode_indices(data, where)
         return instances_to_classes(instances, section.boundary), instances
@@ -245,7 +247,7 @@ def _decode_mask(
 
 
 def _tell_absent(section: SegmentSection, counts: npt.NDArray[np.int64]) -> None:
-    """Say which classes no training mask has.
+    """Report the classes that no training mask contains.
 
     Args:
         section: of the config.
@@ -275,13 +277,13 @@ def _tell_absent(section: SegmentSection, counts: npt.NDArray[np.int64]) -> None
 
 class _Truth(NamedTuple):
     classes: LabelMap
-    instances: InstanceMap | None  # where they are to be told apart
+    instances: InstanceMap | None  # only if instances are separated
 
 
 class Prediction(NamedTuple):
     counts: npt.NDArray[np.int64]  # as in _Score
     matches: InstanceMatches | None
-    classes: LabelMap | None  # of the first images, for the picture
+    classes: LabelMap | None  # only for the first images, which are drawn
     place: tuple[int, int]
 
 
@@ -333,7 +335,7 @@ class SegmentTask:
     def _places(
         self, model: DenseModel, images: Tensor, examples: Sequence[Example[_Truth]], limit: int
     ) -> list[Tensor]:
-        """Sample the map of a window, because a whole picture has other positions."""
+        """Sample the map of a window, because a whole picture would have other positions."""
         return model.sampled_places(central_window(images, self.info.model.img_size), limit=limit)
 
     def build_optimizer(self, model: nn.Module, arm: Arm) -> torch.optim.Optimizer:
@@ -406,7 +408,7 @@ def _per_class_table(metrics: Mapping[str, float]) -> str:
 def _summarize(
     config: SegmentConfig, info: TaskInfo, found: dict[Arm, dict[str, float]]
 ) -> Evaluation:
-    """Put what the grid of the head's output allows below what the arms reached."""
+    """Write below the arms' results what the grid of the head's output allows."""
     text = arms_table(found)
     if info.ceiling:
         text += f"\nCeiling (an oracle on the grid of the head's output): {_shown(info.ceiling)}\n"

@@ -1,11 +1,11 @@
-"""The kinds of arm that a downstream run compares: what each one trains, and from where."""
+"""Define the kinds of arm that a downstream run compares: what is trained, and from where."""
 
 from enum import Enum, StrEnum
 from typing import Self
 
 
 class Trains(Enum):
-    NOTHING = "nothing"  # frozen features are measured
+    NOTHING = "nothing"  # only frozen features are measured
     HEAD = "the head"
     ENCODER = "the encoder and the head"
 
@@ -14,7 +14,7 @@ class ArmKind(StrEnum):
     """A way to use the encoder; the value is what the user writes and what labels begin with."""
 
     trains: Trains
-    is_pretrained: bool  # False: from random weights
+    is_pretrained: bool  # if False, the arm starts from random weights
 
     def __new__(cls, word: str, trains: Trains, is_pretrained: bool = True) -> Self:
         kind = str.__new__(cls, word)
@@ -38,7 +38,7 @@ class ArmKind(StrEnum):
         return self.trains is Trains.ENCODER
 
 
-# Whose model is a run's output: the first kind of these that the run has.
+# The output of a run is the model of the first of these kinds that the run has.
 PREFERRED_OUTPUT = (
     ArmKind.FINETUNE,
     ArmKind.FROZEN,

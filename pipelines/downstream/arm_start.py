@@ -19,7 +19,7 @@ def fit_start(
     shards: Shards,
     rows: tuple[Rows, ...],
 ) -> None:
-    """Read the images, fit the model to them on rank 0, and copy its values to the other workers.
+    """Fit the model to images on rank 0, and copy its values to the other workers.
 
     Args:
         start: What is fitted.
@@ -40,7 +40,7 @@ def fit_start(
 
 
 def evenly_spaced(rows: Sequence[Rows], limit: int) -> tuple[Rows, ...]:
-    """Choose at most `limit` of the rows of all shards, at equal distances."""
+    """Choose at most `limit` rows of all shards, at equal distances."""
     counts = [len(part) for part in rows]
     total = sum(counts)
     if total <= limit:

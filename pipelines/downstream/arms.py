@@ -1,4 +1,4 @@
-"""The arms of a run: which there are, on which samples they train, and how they are compared.
+"""Plan the arms of a run: what is trained on which samples, and how results are compared.
 
 One run compares several arms. They are trained one after another, as one sequence of samples and
 steps.
@@ -31,10 +31,10 @@ class Arm(NamedTuple):
     kind: ArmKind
     budget: LabelBudget
     seed: int
-    num_samples: int  # chosen
+    num_samples: int  # number of samples chosen
     steps: int  # optimizer steps; 0 where nothing is trained
-    first_step: int  # steps of the arms before
-    tried_rate: float | None = None  # of a trial: see `pipelines.downstream.trials`
+    first_step: int  # number of steps of all arms before this one
+    tried_rate: float | None = None  # only for a trial: see `pipelines.downstream.trials`
 
     @property
     def label(self) -> str:
@@ -52,7 +52,7 @@ class Arm(NamedTuple):
 
 
 def arm_of_step(arms: Sequence[Arm], step: int) -> Arm:
-    """Return the arm that an optimizer step is of; steps count from 1, through all arms."""
+    """Return the arm to which an optimizer step belongs; steps count from 1 through all arms."""
     return next(arm for arm in arms if arm.first_step < step <= arm.last_step)
 
 
@@ -87,7 +87,7 @@ def plan_arms(
                 is_trained = section.takes_steps(kind)
                 is_fixed = kind.is_pretrained and not is_trained and budget.is_all
                 if is_fixed and seed != section.seeds[0]:
-                    continue  # nothing in it depends on the seed
+                    continue  # nothing in this arm depends on the seed
                 steps = 0
                 if is_trained:
                     steps = needed_steps(optim, len(chosen[seed]), "labelled samples")
@@ -157,7 +157,7 @@ def _rows(train: Manifest, chosen: npt.NDArray[np.int64]) -> tuple[Rows, ...]:
 
 
 def kept_arm(arms: Sequence[Arm]) -> Arm | None:
-    """Choose the arm whose model is the run's output: the one with the most labels of its kind."""
+    """Choose the arm whose model is the run's output: of its kind, the one with most labels."""
     for kind in PREFERRED_OUTPUT:
         if candidates := [arm for arm in arms if arm.kind is kind]:
             return max(candidates, key=lambda arm: arm.budget)
@@ -165,9 +165,10 @@ def kept_arm(arms: Sequence[Arm]) -> Arm | None:
 
 
 def mean_metrics(found: dict[Arm, dict[str, float]]) -> dict[str, float]:
-    """`arm/metric`, or `arm-budget/metric` where there are several: the mean over the seeds.
+    """Return the mean of each metric over the seeds.
 
-    With `_std` of several seeds' standard deviation (n - 1).
+    It is named `arm/metric`, or `arm-budget/metric` if there are several budgets. For several
+    seeds, their standard deviation (n - 1) is added with the suffix `_std`.
     """
     several = len({arm.budget for arm in found}) > 1
     values: dict[str, list[float]] = {}
@@ -185,7 +186,7 @@ def mean_metrics(found: dict[Arm, dict[str, float]]) -> dict[str, float]:
 
 
 def arms_table(found: dict[Arm, dict[str, float]]) -> str:
-    """Return a row for each arm and label budget: mean and deviation over the seeds."""
+    """Return a table with a row for each arm and budget: mean and deviation over the seeds."""
     metrics = list(dict.fromkeys(metric for values in found.values() for metric in values))
     grouped: dict[tuple[ArmKind, LabelBudget], list[dict[str, float]]] = {}
     for arm, values in found.items():

@@ -1,7 +1,7 @@
-"""Condition the map that a dense head gets, before an arm's first step.
+"""Condition the encoder's map for a dense head, before an arm's first step.
 
-The fit needs no labels, so it reads any of the training images: it is the same for each share of
-the labels, and each arm, from random weights too, has one of its own.
+The fit needs no labels, so it reads any of the training images and is the same for every share of
+the labels. Every arm gets its own fit, also one from random weights.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,14 +15,14 @@ from mae_core.model.dense import ConditioningKind, DenseModel
 from pipelines.downstream.task import ArmStart, Example, FitInput, TruthT
 
 NUM_IMAGES = 128
-PLACES_PER_IMAGE = 128  # together many times as many vectors as the widest encoder has channels
+PLACES_PER_IMAGE = 128  # in total many times as many vectors as the widest encoder has channels
 
-# Given a model, normalised images, their examples and a limit: the vectors of each image.
+# Takes a model, normalised images, their examples and a limit; returns the vectors of each image.
 Sample = Callable[[DenseModel, Tensor, Sequence[Example[TruthT]], int], list[Tensor]]
 
 
 def conditioning_start(kind: ConditioningKind, sample: Sample[TruthT]) -> ArmStart[TruthT] | None:
-    """Return the fit of the conditioning; None where the map stays as it is."""
+    """Return the fit of the conditioning; None if the map stays unchanged."""
     if kind == "none":
         return None
     return ArmStart(NUM_IMAGES, partial(_vectors, sample), _fit, of_arm=False)

@@ -1,4 +1,4 @@
-"""Predictions of a model for whole shards, shared out among the workers."""
+"""Compute a model's predictions for whole shards, shared among the workers."""
 
 import json
 import logging
@@ -42,20 +42,20 @@ OutputT = TypeVar("OutputT")
 
 
 class NotMeasuredError(DataError):
-    """Too few samples could be measured; raised once all workers have done their part."""
+    """Too few samples could be measured; raised after all workers have done their share."""
 
 
 def to_images(
     pixels: Sequence[Pixels], encoder: CheckpointManifest, device: torch.device
 ) -> Tensor:
-    """(B, C, H, W), normalised as in pretraining, on the device."""
+    """Return (B, C, H, W) images on the device, normalised as in pretraining."""
     stacked = normalize(stack_pixels(pixels), encoder.channel_mean, encoder.channel_std)
     return torch.from_numpy(stacked).to(device)
 
 
 @dataclass(frozen=True, eq=False)
 class Measurer(Generic[TruthT, PredictionT]):
-    """What a worker needs to predict its part of some shards."""
+    """What a worker needs to compute its share of the predictions."""
 
     task: Measured[TruthT, PredictionT]
     encoder: CheckpointManifest
@@ -66,8 +66,8 @@ class Measurer(Generic[TruthT, PredictionT]):
     device: torch.device
     rank: int
     world_size: int
-    tell: Callable[[str, int, int], None]  # what is measured, how many pieces of how many
-    # By shards and whether the encoder is pretrained: which weights and rows, and the predictions.
+    tell: Callable[[str, int, int], None]  # arguments: what is measured, pieces done, all pieces
+    # By shards and whether the encoder is pretrained: the weights, the rows and the predictions.
     _kept: dict[
         tuple[Shards, bool],
         tuple[int | None, tuple[Rows, ...] | None, list[PredictionT] | None],
@@ -80,10 +80,10 @@ class Measurer(Generic[TruthT, PredictionT]):
         shards: Shards,
         rows: tuple[Rows, ...] | None,
     ) -> list[PredictionT] | None:
-        """Return `predictions`, and keep them until other rows or fresh weights are asked for.
+        """Return `predictions`, and reuse them until other rows or new weights are asked for.
 
-        `weights` says which frozen encoder `model` is: the seed of fresh weights, or None for the
-        pretrained one.
+        `weights` identifies the frozen encoder `model`: the seed of random weights, or None for the
+        pretrained ones.
         """
         key = shards, weights is None
         kept = self._kept.get(key)
@@ -192,11 +192,11 @@ class Measurer(Generic[TruthT, PredictionT]):
 
 
 def write_evaluation(folder: RunFolder, arm: Arm, evaluation: Evaluation) -> None:
-    """Keep what came of an arm; its metrics last, for they say that it is done."""
+    """Store an arm's results; the metrics are written last and mark the arm as done."""
     for name, picture in evaluation.pictures.items():
         folder.write_arm_picture(arm.label, name, picture)
     for name, text in evaluation.texts.items():
         folder.write_arm_file(arm.label, name, text.encode())
-    # NaN: there was nothing to measure, such as a class that no sample has.
+    # NaN means that there was nothing to measure, such as a class without any sample.
     measured = {name: x for name, x in evaluation.metrics.items() if not math.isnan(x)}
     folder.write_arm(arm.label, json.dumps(measured))

@@ -1,4 +1,4 @@
-"""The driver's part of classify, detect and segment: what is trained, and what came of it."""
+"""Drive a run of classify, detect or segment: plan its arms, and collect their results."""
 
 import logging
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -59,36 +59,38 @@ class LabelledData(NamedTuple):
     val: Manifest
 
     def digest(self, encoder: CheckpointManifest) -> str:
-        """Name all that a run is computed from."""
+        """Return a name for everything that a run is computed from."""
         weights = encoder.files[WEIGHTS_FILE].sha256[:16]
         return f"{self.train.digest[:16]}-{self.val.digest[:16]}-{weights}"
 
 
 class Study(NamedTuple):
-    """What all labels of both sets say, before anything is trained."""
+    """What the labels of both sets say; known before anything is trained."""
 
     names: tuple[str, ...]  # of the classes
-    strata: Sequence[Hashable]  # of each training sample: what shares of the labels spread evenly
+    # Stratum of each training sample; a share of the labels is spread evenly over the strata.
+    strata: Sequence[Hashable]
     numbers: Numbers = MappingProxyType({})
-    identifiers: tuple[int, ...] = ()  # category_id of each class, where labels are these
-    ceiling: Mapping[str, float] = MappingProxyType({})  # what a perfect model could reach
+    identifiers: tuple[int, ...] = ()  # category_id of each class, if labels have one
+    ceiling: Mapping[str, float] = MappingProxyType({})  # scores that a perfect model could reach
 
 
 @dataclass(frozen=True)
 class TaskKind(Generic[ConfigT, WantedT, TruthT, PredictionT]):
     """What a stage adds to the driver."""
 
-    targets: tuple[str, ...]  # extensions that hold the label, the first that is there
+    # Extensions of the files that hold the label; the first one that exists is used.
+    targets: tuple[str, ...]
     study: Callable[[ConfigT, LabelledData, CheckpointManifest], Study]
     make_task: Callable[[ConfigT, TaskInfo], Task[WantedT, TruthT, PredictionT]]
-    # All arms' metrics to pictures and tables of the whole run.
+    # Turns the metrics of all arms into pictures and tables of the run.
     summarize: Callable[[ConfigT, TaskInfo, dict[Arm, dict[str, float]]], Evaluation]
 
 
 def run(
     config: ConfigT, kind: TaskKind[ConfigT, WantedT, TruthT, PredictionT], *, fresh: bool
 ) -> StageResult:
-    """Train and measure each arm, or go on, or find that it is done; see `training.run.drive`."""
+    """Train and measure each arm, or resume, or reuse the result; see `training.run.drive`."""
     given = {
         "data.train": config.data.train,
         "data.val": config.data.val,
@@ -132,7 +134,7 @@ class OpenedTuning(Generic[ConfigT, WantedT, TruthT, PredictionT]):
     folder: RunFolder
     data: LabelledData
     pretrained: CheckpointManifest
-    encoder: CheckpointManifest  # the same, for images of this run's size
+    encoder: CheckpointManifest  # the same for images of this run's size
 
     @property
     def identity(self) -> Identity:
@@ -211,17 +213,17 @@ class PlannedTuning(Generic[ConfigT, WantedT, TruthT, PredictionT]):
         )
         saved = partial(saved_steps, job.run_uri, job.channel, job.total_steps)
         read = partial(remaining_data, job) if job.is_trained else None
-        # The other workers wait while the first one measures an arm.
+        # The other workers must wait while the first one measures an arm.
         return Work(partial(fit, job, read, MEASURING_TIMEOUT_S), job.channel, saved)
 
     def is_kept(self, taken: Taken) -> bool:
-        """Return False: an arm that can't be measured is noted, and stops no other."""
+        """Return False, because an arm that can't be measured is recorded and stops no other."""
         return False
 
     def finish(
         self, taken: Taken, earlier: StageResult | None, failure: Exception | None
     ) -> StageResult:
-        """Bring the arms' results together; then the run is done."""
+        """Collect the arms' results and write the result of the run."""
         config, folder, run_id = self.opened.config, taken.folder, taken.run_id
         measured, missing = self._measured(folder)
         found = {arm: x for arm, x in measured.items() if not arm.is_trial}
@@ -283,12 +285,12 @@ class PlannedTuning(Generic[ConfigT, WantedT, TruthT, PredictionT]):
 
 
 def _short(spec: str | tuple[str, ...]) -> str:
-    """Return the end of a path, for titles."""
+    """Return the last parts of a path, for titles."""
     return "/".join(as_entries(spec)[0].rstrip("/").split("/")[-2:])
 
 
 def _at_run_size(config: DownstreamConfig, found: CheckpointManifest) -> CheckpointManifest:
-    """Return the checkpoint's manifest, for images of this run's size."""
+    """Return the checkpoint's manifest with this run's image size."""
     height, width = size = config.img_size or found.model.img_size
     patch = found.model.patch_size
     if height < patch or width < patch or height % patch or width % patch:
@@ -305,7 +307,7 @@ def _check_first_sample(
     data: LabelledData,
     targets: tuple[str, ...],
 ) -> None:
-    """Report what is wrong with every sample before anything is started."""
+    """Report, before anything is started, a mistake that concerns every sample."""
     for key, manifest in (("data.train", data.train), ("data.val", data.val)):
         shard = manifest.shards[0]
         for sample in read_rows(shard, 0, 1):
@@ -324,7 +326,7 @@ def _check_first_sample(
 
 
 def adamw(model: nn.Module, optim: TuningOptimConfig, arm: Arm) -> torch.optim.AdamW:
-    """AdamW over what is trainable; an encoder's lower layers and the head have their own rates."""
+    """Build AdamW for the trainable parameters; lower layers and the head have their own rates."""
     scales = {name: 1.0 for name, _ in model.named_parameters()}
     if arm.kind is ArmKind.FINETUNE:
         scales = layer_scales(model, optim.layer_decay)

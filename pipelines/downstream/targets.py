@@ -1,4 +1,4 @@
-"""What the labels of both sets say, read before anything is trained."""
+"""Read the labels of both sets before anything is trained."""
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,13 +22,13 @@ MAX_NAMED = 10
 
 class Target(NamedTuple):
     shard: str
-    where: str  # shard and key, for errors
+    where: str  # shard and key, for messages
     data: bytes | None  # of the label
-    is_broken: bool  # the sample can't be read: a hole in training
+    is_broken: bool  # the sample can't be read and becomes a hole in training
 
 
 def read_targets(manifest: Manifest, extensions: tuple[str, ...]) -> list[Target]:
-    """Read the label of each sample, through all shards in order."""
+    """Read the label of each sample of all shards, in order."""
     return list(map_samples(manifest, lambda shard, row: _target(shard, row, extensions)))
 
 
@@ -40,7 +40,7 @@ def _target(shard: str, row: Sample | BrokenSample, extensions: tuple[str, ...])
 def map_samples(
     manifest: Manifest, function: Callable[[str, Sample | BrokenSample], T]
 ) -> Iterator[T]:
-    """Give each sample with the path of its shard to `function`, in threads; results in order."""
+    """Call `function` in threads with shard and sample, for each sample; yield in order."""
     pieces = [
         (shard, start, min(start + ROWS_PER_READ, shard.num_samples))
         for shard in manifest.shards
@@ -52,13 +52,14 @@ def map_samples(
         return [function(shard.path, row) for row in read_samples(shard, start, stop)]
 
     with ThreadPoolExecutor(READ_THREADS) as pool:
-        for first in range(0, len(pieces), READ_THREADS):  # not all at once: images are large
+        # A few at a time, because images are large.
+        for first in range(0, len(pieces), READ_THREADS):
             for results in pool.map(read, pieces[first : first + READ_THREADS]):
                 yield from results
 
 
 def picture_shape(row: Sample | BrokenSample, in_chans: int) -> tuple[int, ...] | None:
-    """Height and width of a sample's upright image; None where it can't be decoded."""
+    """Return height and width of a sample's upright image; None if it can't be decoded."""
     if isinstance(row, BrokenSample):
         return None
     header = jpeg_header(row.image)
@@ -71,7 +72,7 @@ def picture_shape(row: Sample | BrokenSample, in_chans: int) -> tuple[int, ...] 
 
 
 def warn_of_absent(key: str, names: Sequence[str], counts: Mapping[int, int]) -> None:
-    """Name the classes that no training sample has, before anything is trained.
+    """Warn, before anything is trained, about classes without any training sample.
 
     Args:
         key: of the config that names the classes.

@@ -1,4 +1,4 @@
-"""What classify, detect and segment each tell the one task that trains all three."""
+"""Define what classify, detect and segment each provide for the task that trains all three."""
 
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
@@ -27,7 +27,7 @@ class EncodedSample(NamedTuple):
     key: str
     epoch: int
     image: bytes
-    target: bytes | None  # what comes with the image
+    target: bytes | None  # file that belongs to the image
 
     @property
     def folder(self) -> str:
@@ -39,24 +39,24 @@ class EncodedSample(NamedTuple):
 
 
 class Example(NamedTuple, Generic[TargetT]):
-    """A sample as the model takes it."""
+    """A sample in the form in which the model takes it."""
 
     pixels: Pixels  # (H, W, C)
     target: TargetT
-    place: tuple[int, int] | None = None  # shard and row, of a validation sample
+    place: tuple[int, int] | None = None  # shard and row; only for a validation sample
 
 
 class Batch(NamedTuple, Generic[WantedT]):
     """One micro batch of one worker, on the device.
 
-    What is drawn for an image should depend on its step and place alone, so that the split of a
+    Random draws for an image should depend only on its step and its place, so that splitting a
     global batch into micro batches and workers changes nothing.
     """
 
-    images: Tensor  # (B, C, H, W), normalised; a hole's are zeros
+    images: Tensor  # (B, C, H, W), normalised; zeros for a hole
     targets: list[WantedT | None]  # (B,), None for a hole
     weights: Tensor  # (B,), 0 for a hole
-    step: int  # of the arm, from 1
+    step: int  # counts from 1 at the arm's start
     first: int  # place of the first image in the step's global batch
 
 
@@ -67,27 +67,28 @@ class Evaluation(NamedTuple):
 
 
 class TaskInfo(NamedTuple):
-    """What a task knows of the run."""
+    """What a task knows about the run."""
 
-    model: ModelConfig  # of the encoder; img_size is what is trained on
+    model: ModelConfig  # of the encoder; img_size is the size of the training images
     names: tuple[str, ...]  # of the classes
-    title: str  # of pictures: run and data
-    numbers: Numbers = MappingProxyType({})  # what classes are called in each folder of shards
-    identifiers: tuple[int, ...] = ()  # category_id of each class, where labels are these
-    # Of the encoder's normalisation: the colour of what lies beside a picture.
+    title: str  # beginning of the pictures' titles: run and data
+    # For each folder of shards, its class numbers to the run's.
+    numbers: Numbers = MappingProxyType({})
+    identifiers: tuple[int, ...] = ()  # category_id of each class, if labels have one
+    # From the encoder's normalisation; used as the colour beside a picture.
     channel_mean: tuple[float, ...] = (0.0,)
-    ceiling: Mapping[str, float] = MappingProxyType({})  # what a perfect model could reach
+    ceiling: Mapping[str, float] = MappingProxyType({})  # scores that a perfect model could reach
 
 
 class FitInput(NamedTuple):
-    """What a fit takes from one image: small enough to be gathered."""
+    """What a fit takes from one image; small, because it is gathered from all workers."""
 
-    values: npt.NDArray[np.float32]  # (D,) a vector of the image, or (N, D) of its places
-    label: npt.NDArray[np.int64] | None = None  # where the fit needs one
+    values: npt.NDArray[np.float32]  # (D,) one vector for the image, or (N, D) for places in it
+    label: npt.NDArray[np.int64] | None = None  # only if the fit needs labels
 
 
 class ArmStart(NamedTuple, Generic[TruthT]):
-    """What is fitted to an arm's model before its first step.
+    """A fit of an arm's model to images before its first step.
 
     The training images are read without augmentation, as `Task.validation_example` gives them,
     evenly spaced over the shards and always in the same order. The model is in eval mode and
@@ -96,18 +97,19 @@ class ArmStart(NamedTuple, Generic[TruthT]):
     from its checkpoint and fits nothing again.
     """
 
-    num_images: int  # at most
+    num_images: int  # largest number of images
     inputs: Callable[[nn.Module, Tensor, Sequence[Example[TruthT]]], list[FitInput]]
     """Returns what the fit takes from each image of a batch. The first argument is the model, the
     second the (B, C, H, W) images, normalised, on the device."""
     fit: Callable[[nn.Module, list[FitInput]], None]
     """Changes the model's parameters and buffers in place, given the inputs from all images. It
     runs on rank 0 alone; the other workers then get its values."""
-    of_arm: bool = True  # only images whose labels the arm may use; False: any of data.train
+    # If True, only images whose labels the arm may use; otherwise any of data.train.
+    of_arm: bool = True
 
 
 class Measured(Protocol[TruthT, PredictionT]):
-    """What a task's models are measured with. Both methods run on every worker."""
+    """What is needed to measure a task's models. Every worker calls both methods."""
 
     def validation_example(self, sample: EncodedSample) -> Example[TruthT]:
         """Decode a sample as it is, without augmentation; raises as `Task.training_example`."""
@@ -119,10 +121,12 @@ class Measured(Protocol[TruthT, PredictionT]):
 
 
 class Task(Measured[TruthT, PredictionT], Protocol[WantedT, TruthT, PredictionT]):
-    """What a stage adds. All methods but `evaluate` and the fit of `start` run on every worker."""
+    """What a stage adds. Every worker calls all methods but `evaluate` and the fit of `start`."""
 
     def training_example(self, sample: EncodedSample, arm: Arm) -> Example[WantedT]:
-        """Decode and augment. Runs in threads: a function of its arguments.
+        """Decode and augment a sample.
+
+        Several threads call this at once, so the result may depend on the arguments alone.
 
         Raises:
             CorruptSampleError: the image is broken: a hole.
@@ -133,17 +137,17 @@ class Task(Measured[TruthT, PredictionT], Protocol[WantedT, TruthT, PredictionT]
         """Put the arm's head on the encoder; a new head is drawn from torch's global generator."""
 
     def start(self, arm: Arm) -> ArmStart[TruthT] | None:
-        """Return what is fitted before the arm's first step; None leaves the model as built.
+        """Return what is fitted before the arm's first step; None leaves the model as it was built.
 
-        Both an arm with a pretrained encoder and the one from random weights must get the same
-        start, or their difference is not what pretraining gives.
+        An arm with a pretrained encoder and the same arm from random weights must start in the same
+        way; otherwise their difference is not due to pretraining alone.
         """
 
     def build_optimizer(self, model: nn.Module, arm: Arm) -> torch.optim.Optimizer:
         """Build the arm's optimizer; its groups may have `lr_scale`."""
 
     def peak_learning_rate(self, arm: Arm, base_lr: float) -> float:
-        """Return the arm's largest rate; `base_lr` is the one of the config, or chosen from it."""
+        """Return the arm's largest learning rate; `base_lr` is from the config or from trials."""
 
     def loss(self, model: nn.Module, batch: Batch[WantedT], arm: Arm) -> BatchLoss:
         """Compute the loss of a micro batch."""

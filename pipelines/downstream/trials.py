@@ -1,9 +1,11 @@
-"""Trials: each learning rate of `optim.base_lr` is tried on a part of an arm's labels.
+"""Choose a learning rate of `optim.base_lr` by trials on a part of an arm's labels.
 
-A trial trains like its arm, without a held part of the arm's labelled images, on which it is then
-measured. The rate with the best mean over the seeds is the rate of that kind of arm, with that
-share of the labels. The validation set takes no part. A trial is an arm of its own in the run's
-sequence, so a run that was stopped goes on within it, and the choice follows from files.
+A trial trains like its arm, but without a held part of the arm's labelled images, and is then
+measured on that part. The rate with the best mean over the seeds is used for that kind of arm with
+that share of the labels. The validation set takes no part.
+
+A trial is an arm of its own in the run's sequence, so a run that was stopped can resume within it,
+and the choice depends only on stored results.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,7 +20,7 @@ Scores = Mapping[Arm, Mapping[str, float]]
 
 
 def trials_of(arms: Sequence[Arm], arm: Arm) -> list[Arm]:
-    """Return the trials, with all seeds, that decide the rate of an arm."""
+    """Return the trials of all seeds that decide an arm's learning rate."""
     return [
         other
         for other in arms
@@ -27,7 +29,7 @@ def trials_of(arms: Sequence[Arm], arm: Arm) -> list[Arm]:
 
 
 def mean_scores(trials: Sequence[Arm], scores: Scores, metric: str) -> dict[float, float]:
-    """Return the mean over the seeds by rate; a rate whose trial has no score is left out."""
+    """Return the mean score of each rate that has a score for every seed."""
     by_rate: dict[float, list[float]] = {}
     lost: set[float] = set()
     for trial in trials:
@@ -58,7 +60,7 @@ def best_rate(trials: Sequence[Arm], scores: Scores, metric: str) -> float:
 def held_rows(
     arms: Sequence[Arm], rows: Sequence[tuple[Rows, ...]], trial: Arm
 ) -> tuple[Rows, ...]:
-    """Return the rows that the arm of a trial has and the trial itself has not."""
+    """Return the rows of a trial's arm on which the trial does not train."""
     arm = trial._replace(tried_rate=None)
     whole = next(r for a, r in zip(arms, rows, strict=True) if a.label == arm.label)
     kept = rows[arms.index(trial)]
@@ -69,7 +71,7 @@ def held_rows(
 
 
 def rates_table(arms: Sequence[Arm], scores: Scores, metric: str) -> str:
-    """Write which rates were chosen, and how each did on the held images; "" without trials."""
+    """Write a table of the rates and their scores on the held images; "" without trials."""
     lines = []
     for arm in dict.fromkeys(a._replace(seed=0, first_step=0, steps=0) for a in arms):
         trials = trials_of(arms, arm)

@@ -1,4 +1,4 @@
-"""Classify, detect and segment as a task of a training process: arms, batches, measurements."""
+"""Define classify, detect and segment as one task of a training process."""
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -54,28 +54,28 @@ from pipelines.training.run_folder import RunFolder
 logger = logging.getLogger(__name__)
 
 BATCHES_AHEAD = 2
-FORWARD_SPEED = 3  # times that of a step on the same images
+FORWARD_SPEED = 3  # times the speed of a training step on the same images
 
 
 class TuningJob(NamedTuple, Generic[WantedT, TruthT, PredictionT]):
-    """All that a worker is told."""
+    """Everything that a worker must know."""
 
     config: DownstreamConfig
     make_task: Callable[[], Task[WantedT, TruthT, PredictionT]]
     targets: tuple[str, ...]  # extensions that hold an image's label
     classes: tuple[str, ...]
-    category_ids: tuple[int, ...]  # of each class, where labels have one
+    category_ids: tuple[int, ...]  # of each class, if labels have one
     init_uri: str  # of the pretrained checkpoint
     run_uri: str
     start: str  # see RunFolder
-    run_id: str | None  # MLflow's
+    run_id: str | None  # in MLflow
     arms: tuple[Arm, ...]
     rows: tuple[tuple[Rows, ...], ...]  # of each arm, of each training shard
     train_shards: tuple[ShardInfo, ...]
     val_shards: tuple[ShardInfo, ...]
     data_digest: str
-    encoder: CheckpointManifest  # with the image size that is trained on
-    pretrained: ModelConfig  # as it was pretrained: its positions are stretched over other sizes
+    encoder: CheckpointManifest  # with the size of this run's images
+    pretrained: ModelConfig  # as it was pretrained; for other sizes its positions are interpolated
 
     @property
     def folder(self) -> RunFolder:
@@ -86,7 +86,7 @@ class TuningJob(NamedTuple, Generic[WantedT, TruthT, PredictionT]):
         return RayChannel(self.start)
 
     def measuring_steps(self, arm: Arm) -> float:
-        """Estimate how many steps it takes as long as to measure this arm and those after it."""
+        """Estimate how many steps take as long as measuring this arm and all after it."""
         images = sum(shard.num_samples for shard in self.val_shards)
         left = len(self.arms) - self.arms.index(arm)
         return left * images / (FORWARD_SPEED * self.config.optim.global_batch_size)
@@ -104,8 +104,8 @@ class TuningJob(NamedTuple, Generic[WantedT, TruthT, PredictionT]):
 
 
 def remaining_data(job: TuningJob[WantedT, TruthT, PredictionT]) -> ray.data.Dataset:
-    """Return the arms' sequences, one after another, from the newest whole checkpoint on."""
-    # Nothing is read while an arm is measured, however long that takes.
+    """Return the rest of all arms' sequences, from the newest complete checkpoint on."""
+    # While an arm is measured, nothing is read, however long that takes.
     ray.data.DataContext.get_current().execution_no_progress_timeout_s = -1
     config = job.config
     trained = [(arm, rows) for arm, rows in zip(job.arms, job.rows, strict=True) if arm.steps]
@@ -194,7 +194,7 @@ class TuningTask(Generic[WantedT, TruthT, PredictionT]):
             if part.steps and not is_resumed:
                 self._start(part, model)
             return Trained(model, self.task.build_optimizer(model, part))
-        except ValueError as error:  # such as strides that do not tile the image
+        except ValueError as error:  # for example strides that do not tile the image
             raise ConfigError(f"arm {part.label}: {error}") from error
 
     def _start(self, part: Arm, model: nn.Module) -> None:
@@ -205,7 +205,7 @@ class TuningTask(Generic[WantedT, TruthT, PredictionT]):
         fit_start(start, model, self.measurer, self.job.train_shards, rows)
 
     def _fetched(self) -> Path:
-        """Return a local copy of the pretrained checkpoint, fetched for the first arm of it."""
+        """Return a local copy of the pretrained checkpoint, which is fetched once."""
         if self._pretrained is None:
             self._pretrained = self.process.fetch(self.job.init_uri)
         return self._pretrained
@@ -222,7 +222,7 @@ class TuningTask(Generic[WantedT, TruthT, PredictionT]):
         )
 
     def _base_lr(self, part: Arm) -> float:
-        """Return the rate of a trial, the only one there is, or the one that the trials chose."""
+        """Return the arm's `base_lr`: the trial's, the only one, or the one that trials chose."""
         if part.tried_rate is not None:
             return part.tried_rate
         trials = trials_of(self.job.arms, part)
@@ -288,12 +288,12 @@ class TuningTask(Generic[WantedT, TruthT, PredictionT]):
         return self.task.loss(model, batch, part)
 
     def show(self, model: nn.Module, part: Arm, step: int, writer: tracking.MetricWriter) -> None:
-        """Draw nothing: an arm's pictures are made when it is measured."""
+        """Draw nothing, because an arm's pictures are made when it is measured."""
 
     def watch(
         self, model: nn.Module, part: Arm, step: int, writer: tracking.MetricWriter | None
     ) -> bool:
-        """Measure nothing: an arm is measured when it is trained."""
+        """Measure nothing, because an arm is measured after its training."""
         return False
 
     def best_step(self, step: int) -> int | None:
@@ -319,9 +319,9 @@ class TuningTask(Generic[WantedT, TruthT, PredictionT]):
         )
 
     def measure(self, part: Arm, model: nn.Module) -> None:
-        """Keep an arm's model and measure it; a start that was stopped here does it again.
+        """Store an arm's model and measure it; a start that was stopped here does both again.
 
-        An arm that can't be measured is noted, and the other arms are measured all the same.
+        An arm that can't be measured is recorded, and the other arms are measured all the same.
         """
         folder = self.job.folder
         if self.process.rank == 0 and part.steps:
@@ -334,7 +334,8 @@ class TuningTask(Generic[WantedT, TruthT, PredictionT]):
                 )
         try:
             evaluation = self._evaluation(part, model)
-        except (NotMeasuredError, ValueError) as error:  # such as too few images for a penalty
+        # For example too few images to choose a penalty.
+        except (NotMeasuredError, ValueError) as error:
             logger.error("%s can't be measured: %s", part.label, error)
             folder.write_arm_failure(part.label, str(error))
         else:
@@ -344,7 +345,7 @@ class TuningTask(Generic[WantedT, TruthT, PredictionT]):
                 logger.info("%s: %s", part.label, shown)
 
     def _evaluation(self, arm: Arm, model: nn.Module) -> Evaluation | None:
-        """Measure an arm; return None on the workers that only help."""
+        """Measure an arm; return None on all ranks but the first."""
         training: list[PredictionT] | None = []
         shards = self.job.val_shards
         if arm.is_trial:
@@ -353,7 +354,7 @@ class TuningTask(Generic[WantedT, TruthT, PredictionT]):
             predictions = self.measurer.predictions(model, shards, held)
         elif arm.steps:
             predictions = self.measurer.predictions(model, self.job.val_shards, None)
-        else:  # such arms share the frozen encoder
+        else:  # these arms share the frozen encoder
             weights = None if arm.kind.is_pretrained else arm.seed
             features = partial(self.measurer.features, model, weights)
             training = features(self.job.train_shards, self.job.rows[self.job.arms.index(arm)])

@@ -1,7 +1,7 @@
-"""What pretraining gives: differences between arms that are paired by share of the labels and seed.
+"""State what pretraining gives, by differences between paired arms.
 
-Arms of one share and one seed train on the same labelled images, in the same order and with the
-same augmentation, so their difference is less noisy than either of them.
+Arms are paired by share of the labels and seed: they train on the same labelled images, in the same
+order and with the same augmentation. So their difference is less noisy than either result.
 """
 
 from collections.abc import Mapping
@@ -18,12 +18,12 @@ from pipelines.downstream.arms import Arm
 
 Found = Mapping[Arm, Mapping[str, float]]
 
-CLEAR = 2.0  # standard errors; a smaller difference may be chance
-NEAR_CHANCE = 0.005  # a result that close to a guess has learned nothing
-UNMOVED = 0.001  # a smaller difference to where an arm began is none
+CLEAR = 2.0  # number of standard errors; a smaller difference may be chance
+NEAR_CHANCE = 0.005  # a result this close to guessing has learned nothing
+UNMOVED = 0.001  # a smaller difference from the start counts as none
 
-# What pretraining is measured by, each against the same treatment of an encoder that had none. Of
-# each tuple, the first pair is taken that the run has.
+# How pretraining is measured: each kind of arm against the same treatment of an encoder without
+# pretraining. Of each tuple, the first pair that the run has is used.
 _PAIRS = (
     ((ArmKind.FINETUNE, ArmKind.SCRATCH),),
     (
@@ -36,12 +36,12 @@ _ADVICE = (
     "what to try: pretrain longer or on more images like these, use fewer labels "
     "(label_fraction), give optim.base_lr several rates to choose from"
 )
-# The kinds that an optimizer trains, except the one that is not expected to learn much.
+# Kinds that an optimizer trains, except the one that is not expected to learn much.
 _LEARNS = [
     kind for kind in ArmKind if kind.trains is not Trains.NOTHING and kind is not ArmKind.UNTRAINED
 ]
 _BEGINS_AS = {ArmKind.FINETUNE: ArmKind.LOGISTIC, ArmKind.SCRATCH: ArmKind.UNTRAINED}  # classify
-# Arms that should not end below another one, and what it means where they do.
+# Arms that should not end below another arm, and what it means if they do.
 _SUSPECT = (
     (
         ArmKind.FINETUNE,
@@ -132,9 +132,9 @@ class Comparison:
 
 
 class Verdict(NamedTuple):
-    """What all arms of a run say together."""
+    """What all arms of a run show together."""
 
-    metric: str  # that they are compared by
+    metric: str  # by which the arms are compared
     compared: tuple[Comparison, ...]
     warnings: tuple[str, ...]  # which arms end below one that they should beat
 
@@ -201,7 +201,7 @@ def _by_seed(found: Found, metric: str, budget: LabelBudget, kind: ArmKind) -> d
 
 
 def _warnings(found: Found, metric: str, budget: LabelBudget) -> list[str]:
-    """Say in words which arms end below another one that they should beat."""
+    """Describe which arms end below another one that they should beat."""
     texts = []
     for kind, other, meaning in _SUSPECT:
         ours = list(_by_seed(found, metric, budget, kind).values())
@@ -215,7 +215,7 @@ def _warnings(found: Found, metric: str, budget: LabelBudget) -> list[str]:
 
 
 def _unmoved(found: Found, metric: str, budget: LabelBudget, num_classes: int) -> list[str]:
-    """Say in words which trained arms end where they began.
+    """Describe which trained arms end where they began.
 
     A classifier begins as the logistic regression on its frozen features, and the head of a
     detector or segmenter begins at chance.

@@ -20,7 +20,7 @@ from mae_core.data.views import ViewSpec, mask_generator, training_views
 from mae_core.masking import draw_noise
 from pipelines.config.pretrain import PretrainConfig
 
-LEAST_JUDGED = 1000  # samples that a share of bad ones is taken of, at least
+LEAST_JUDGED = 1000  # least number of samples to which the number of bad ones is compared
 
 
 def view_spec(config: PretrainConfig) -> ViewSpec:
@@ -44,7 +44,8 @@ class BadSample(NamedTuple):
 def too_many_bad(num_bad: int, seen: int, max_bad_ratio: float) -> bool:
     """Return whether too large a share of the samples can't be used.
 
-    The share is of a thousand samples at least: one bad sample among the first ten is no 10 %.
+    The number is compared with at least a thousand samples, so one bad sample among the first ten
+    does not count as 10 %.
     """
     return num_bad > max_bad_ratio * max(seen, LEAST_JUDGED)
 
@@ -187,7 +188,7 @@ def decode_block(table: pa.Table, spec: ViewSpec, num_views: int = 1) -> pa.Tabl
 
 
 def check_place(rows: pa.Table, expected: int, num_rows: int, rank: int) -> None:
-    """Raise an error unless data and weights are at one place, or samples would be lost."""
+    """Raise an error unless data and weights are at one place; samples would be lost."""
     found = int(rows["position"][0].as_py())
     if found != expected or len(rows) != num_rows:
         # Not a DataError: the workers restart, and after a late commit both are at one place.
@@ -198,7 +199,7 @@ def check_place(rows: pa.Table, expected: int, num_rows: int, rank: int) -> None
 
 
 def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
-    """Return the type to compute in; None for the weights' own type."""
+    """Return the type to compute in; None means the type of the weights."""
     wanted = precision == "bf16" and device.type == "cuda"
     return torch.bfloat16 if wanted and torch.cuda.is_bf16_supported() else None
 

@@ -1,6 +1,6 @@
 """Find the files that make up weights from elsewhere, and name them by their contents.
 
-Imports no torch: a run that is done is found without it.
+Imports no torch, because a finished run is found without it.
 """
 
 import errno
@@ -16,7 +16,7 @@ RUN_PREFIX = "run:"
 SUFFIXES = (".pth", ".pt", ".bin", ".safetensors", ".ckpt")
 CONFIG_FILE = "config.json"
 INDEX_FILE = "model.safetensors.index.json"
-# Files of a folder that hold all of the weights, the first that is there.
+# Files that hold all weights of a folder; the first one that exists is used.
 WHOLE_FILES = ("model.safetensors", "pytorch_model.bin")
 JSON_FILES = (CONFIG_FILE, "preprocessor_config.json")
 MAX_INDEX_BYTES = 1 << 20

@@ -1,4 +1,4 @@
-"""Where a person finds the page of a run."""
+"""Tell a person how to find the page of a run."""
 
 import shlex
 import sys

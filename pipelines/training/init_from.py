@@ -1,4 +1,4 @@
-"""What `init_from` means: find the weights that a run starts from.
+"""Find the weights that `init_from` refers to.
 
     a checkpoint of ours                  taken as it is
     a run's folder                        its newest checkpoint

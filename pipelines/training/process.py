@@ -162,10 +162,7 @@ class TrainingTask(Protocol[PartT, DecodedT, BatchT]):
     def loss(self, model: nn.Module, batch: BatchT, part: PartT) -> BatchLoss: ...
 
     def show(self, model: nn.Module, part: PartT, step: int, writer: tracking.MetricWriter) -> None:
-        """Draw a picture of what the model does after a step, if one is due.
-
-        Only rank 0 calls this.
-        """
+        """Draw what the model does after a step, if that is due; only rank 0 calls this."""
 
     def watch(
         self, model: nn.Module, part: PartT, step: int, writer: tracking.MetricWriter | None
@@ -321,8 +318,7 @@ class TrainingProcess(Generic[PartT, DecodedT, BatchT]):
             self.ends.tell(Phase.TRAINING)
             for step in range(done + 1, part.last_step + 1):
                 own_step = step - part.first_step
-                # Seeded by the part's own step, so that arms with the same seed get the same random
-                # draws.
+                # By the part's own step, so that arms with the same seed get the same draws.
                 torch.manual_seed(torch_seed(part.seed, "step", own_step, self.rank))
                 batches = self._batches(part, step, stream, reporter, trace)
                 self._step(part, model, trained.optimizer, step, batches, reporter)

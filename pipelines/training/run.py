@@ -1,14 +1,13 @@
-"""How every run with workers goes, whatever its stage: the one driver of pretraining, the
-downstream stages and embed.
+"""Drive a run, whatever its stage: pretraining, the downstream stages and embed.
 
-    open the data          `Run.open`: nothing is started yet
-    say what it is         `OpenedRun.identity`: digest, inputs, data sets, tags
-    is it done?            `OpenedRun.reuse`
-    start Ray              in the meantime, a thread imports torch
-    plan                   `OpenedRun.plan`: a mistake is told before anything is written
-    take over              the run's folder and its MLflow run are this start's from here on
-    run                    `PlannedRun.work`, until it is done or the run is stopped
-    finish                 `PlannedRun.finish`: the result is written last
+open the data          `Run.open`: nothing is started yet
+identify the run       `OpenedRun.identity`: digest, inputs, data sets, tags
+look for a result      `OpenedRun.reuse`: a finished run ends here
+start Ray              if the run needs it; meanwhile a thread imports torch
+plan                   `OpenedRun.plan`: a mistake is reported before anything is written
+take over              from here on, the run's folder and its MLflow run belong to this start
+run                    `PlannedRun.work`, until it is done or the run is stopped
+finish                 `PlannedRun.finish`: the result is written last
 """
 
 import logging
@@ -69,7 +68,7 @@ def _without_ray(scaling: ScalingConfig) -> Iterator[None]:
 
 
 def drive(run: Run, *, fresh: bool) -> StageResult:
-    """Do a run, or go on with it, or find that it is done.
+    """Do a run, or resume it, or return its result if it is finished.
 
     Raises:
         ConfigError, DataError, NoShardsError, StorageError: before any worker is started, unless
@@ -87,7 +86,7 @@ def drive(run: Run, *, fresh: bool) -> StageResult:
     if earlier is not None and (kept := opened.reuse(earlier)) is not None:
         logger.info("%s is done: its result is reused (--fresh starts over)", folder.uri)
         return kept
-    # Imported here, because a run that is done is found without torch, Ray and MLflow.
+    # Imported here, because a finished run is found without torch, Ray and MLflow.
     with ExitStack() as stack:
         if run.needs_ray:
             with without_collecting(), importing(HEAVY):

@@ -1,4 +1,4 @@
-"""The folder of a run in storage: what it is, how far it came, how it ended.
+"""Read and write the folder of a run: what the run is, how far it got, and how it ended.
 
 run.json          what the run is, which MLflow run records it, and the start that owns the folder
 checkpoints/      see pipelines/training/checkpoints.py
