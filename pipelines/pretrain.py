@@ -105,7 +105,7 @@ class OpenedPretraining(NamedTuple):
         """Return the earlier result with the evaluation that is asked for; None if missing."""
         evaluation = self.folder.read_evaluation(evaluation_key(self.config))
         if evaluation is None:
-            logger.info("%s is trained already; its evaluation is computed anew", self.folder.uri)
+            logger.info("%s is trained already; its evaluation is computed again", self.folder.uri)
             return None
         metrics = done.metrics.items()
         trained = {name: x for name, x in metrics if not name.startswith(MEASURED_PREFIXES)}
@@ -142,9 +142,9 @@ def check_init_from(config: PretrainConfig) -> CheckpointManifest | None:
                 f"init_from={uri}: was trained with model.{name}={theirs}, this run has {ours}"
             )
     if not manifest.decoder_present:
-        logger.info("init_from=%s: has no decoder; a fresh one is drawn", uri)
+        logger.info("init_from=%s: has no decoder; a new one starts from random weights", uri)
     if manifest.classes:
-        logger.info("init_from=%s: its head for %s is left out", uri, manifest.stage)
+        logger.info("init_from=%s: its head for %s is not used", uri, manifest.stage)
     logger.info(
         "init_from=%s: the optimizer is new, the steps count from 0, and images are normalized as "
         "data.stats=%s says",

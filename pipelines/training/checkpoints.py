@@ -95,7 +95,7 @@ def find_checkpoint(run_uri: str) -> CheckpointManifest | None:
             manifest = _read_manifest(uri)
             _check_sizes(uri, manifest)
         except (FileNotFoundError, CorruptCheckpointError) as error:
-            logger.warning("checkpoint %s is not whole (%s); trying the one before", uri, error)
+            logger.warning("checkpoint %s is not complete (%s); trying the one before", uri, error)
         else:
             return manifest
     return None
@@ -157,7 +157,7 @@ def fetch_found(run_uri: str, step: int, workspace: Path) -> FoundCheckpoint:
         except FileNotFoundError:
             logger.debug("%s is set aside already", uri)
         logger.warning(
-            "checkpoint %s is not whole (%s); trying the one before. Its manifest is kept as %s",
+            "checkpoint %s is not complete (%s); trying the one before. Its manifest is kept as %s",
             uri,
             error,
             SET_ASIDE_FILE,
@@ -204,8 +204,8 @@ def at_newest_checkpoint(given: str) -> str:
     there = storage.list_folders(storage.absolute(given))
     hint = f"; it holds {', '.join(sorted(there)[:MAX_NAMED])}" if there else ""
     raise ConfigError(
-        f"init_from={given}: is no whole checkpoint, nor the folder of a run that has one, nor "
-        f"weights from elsewhere{hint}"
+        f"init_from={given}: is neither a complete checkpoint, nor the folder of a run that has "
+        f"one, nor weights from elsewhere{hint}"
     )
 
 
@@ -225,7 +225,7 @@ def fetch_manifest(uri: str) -> CheckpointManifest:
     try:
         return _read_manifest(storage.absolute(uri))
     except (FileNotFoundError, CorruptCheckpointError) as error:
-        raise ConfigError(f"init_from={uri}: is no whole checkpoint ({error})") from error
+        raise ConfigError(f"init_from={uri}: is not a complete checkpoint ({error})") from error
 
 
 def resume_position(run_uri: str) -> int:

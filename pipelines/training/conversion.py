@@ -51,7 +51,7 @@ def convert(place: Place, out: str, to: str, *, overwrite: bool) -> str:
     """
     target = storage.absolute(out)
     if target == storage.absolute(place.uri):
-        raise ConfigError(f"{out}: is what is converted; give another place")
+        raise ConfigError(f"{out}: is the place that is converted; give another one")
     if storage.exists(target) and not overwrite:
         raise ConfigError(f"{out}: exists; give another place, or --overwrite")
     if to == "onnx":

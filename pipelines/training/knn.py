@@ -123,8 +123,7 @@ def knn_metrics(
         metrics |= linear_metrics(bank, queries, config.max_linear)
     if unlabelled := (*bank.unlabelled, *queries.unlabelled):
         logger.warning(
-            "%d samples are left out of the kNN evaluation, for they have no label that can be "
-            "used: %s",
+            "%d samples are left out of the kNN evaluation, because they have no usable label: %s",
             len(unlabelled),
             "; ".join(unlabelled[:MAX_EXAMPLES]),
         )

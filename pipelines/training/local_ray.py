@@ -128,7 +128,7 @@ def _start(folder: Path, given: LocalRay) -> None:
                     f"Ray did not start on this machine: {reason} Its logs are in "
                     f"{folder / 'ray'}; the machine may be busy: try again"
                 ) from error
-        logger.warning("Ray did not start in time, for the machine is busy; starting it again")
+        logger.warning("Ray did not start in time, because the machine is busy; starting it again")
 
 
 @contextmanager

@@ -164,7 +164,7 @@ class RunFolder:
         storage.write_bytes(self._file("run.json"), record.model_dump_json(indent=1).encode())
 
     def read_result(self) -> StageResult | None:
-        anew = "the result is made again from what is there"
+        anew = "the result is computed again from the files that exist"
         found = read_or_none(self._file("result.json"), _Result, anew)
         return None if found is None else StageResult(**found)
 
@@ -173,7 +173,7 @@ class RunFolder:
         done = self.read_result()
         if done is None or storage.exists(done.output):
             return done
-        logger.warning("%s is gone: it is made again", done.output)
+        logger.warning("%s is missing: it is made again", done.output)
         return None
 
     def write_result(self, result: StageResult) -> None:
@@ -261,7 +261,7 @@ class RunFolder:
     def read_health(self, key: str) -> dict[int, dict[str, float]]:
         """Read the metrics of each step that was measured under `key`, in order."""
         place = self._file("health.json")
-        found = read_or_none(place, _Health, "the curve begins anew")
+        found = read_or_none(place, _Health, "the curve begins again")
         return dict(sorted(found.points.items())) if found and found.key == key else {}
 
     def write_health(self, key: str, points: Mapping[int, Mapping[str, float]]) -> None:

@@ -65,8 +65,8 @@ def _work(
         recording.say_where_to_compare(uri, taken.run_id)
     if failure is not None:
         logger.error(
-            "the training is done and kept in %s; its evaluation failed: the same command "
-            "evaluates anew without training again",
+            "the training is complete and stored in %s, but its evaluation failed; the same "
+            "command repeats only the evaluation",
             result.output,
         )
         folder.record_failure(failure)

@@ -121,7 +121,7 @@ class StepEnds:
             try:
                 self.is_asked = self._channel.is_asked()
             except Exception as error:  # Ray ends, or its store is away for a moment
-                logger.debug("could not look for a wish to stop: %s", error)
+                logger.debug("could not check for a request to stop: %s", error)
             time.sleep(POLL_S)
 
     def tell(self, phase: Phase, step: int = 0) -> None:

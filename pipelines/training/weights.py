@@ -117,7 +117,7 @@ def _described(uri: str, found: ForeignWeights, digest: str) -> Weights:
         mean, std = IMAGENET_STATS.mean, IMAGENET_STATS.std
         notes.append(
             "The file does not say which mean and deviation its images were normalized with: "
-            "ImageNet's are taken (channel_mean and channel_std set others)."
+            "ImageNet's are used (channel_mean and channel_std set others)."
         )
     in_chans = found.model.in_chans
     if min(std) <= 0 or len(mean) != len(std):

@@ -391,7 +391,7 @@ def test_a_size_that_the_patches_do_not_tile_is_refused(downstream: Downstream) 
 
 
 def test_a_checkpoint_that_is_none_is_refused(downstream: Downstream) -> None:
-    with pytest.raises(ConfigError, match=r"init_from=/nowhere: is no whole checkpoint"):
+    with pytest.raises(ConfigError, match=r"init_from=/nowhere: is neither a complete checkpoint"):
         downstream.run(ClassifyConfig, "init_from=/nowhere")
 
 

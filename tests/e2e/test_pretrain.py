@@ -137,7 +137,7 @@ def test_a_damaged_newest_checkpoint_costs_a_warning_and_not_the_result(
     result = place.run(f"data.train={undisturbed.place.shapes}/train")
     assert result.status == "done"
     assert {line["step"] for line in place.trace()} == set(range(26, 31))
-    assert "step-00000030 is not whole" in capfd.readouterr().err
+    assert "step-00000030 is not complete" in capfd.readouterr().err
     again = Path(result.output) / "model.safetensors"
     assert (
         again.read_bytes() == (Path(undisturbed.result.output) / "model.safetensors").read_bytes()

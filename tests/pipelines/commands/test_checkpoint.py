@@ -65,7 +65,7 @@ def test_convert_prints_where_the_weights_lie(
 
 
 def test_what_is_no_checkpoint_has_a_clear_error(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"a.pth: is no whole checkpoint"):
+    with pytest.raises(ConfigError, match=r"a.pth: is neither a complete checkpoint"):
         command(["show", str(tmp_path / "a.pth")])
     (tmp_path / "a.pth").write_text("a text")
     with pytest.raises(CorruptCheckpointError, match=r"a.pth: is neither a safetensors file nor"):

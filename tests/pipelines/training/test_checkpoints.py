@@ -140,7 +140,7 @@ def test_a_damaged_one_costs_a_warning_and_the_one_before_is_found(
     damage(saved[15])
     with caplog.at_level(logging.WARNING):
         assert found_step(tmp_path / "run", tmp_path / "w") == 10
-    assert f"checkpoint {saved[15]} is not whole" in caplog.text
+    assert f"checkpoint {saved[15]} is not complete" in caplog.text
     assert str(saved[10]) not in caplog.text
     # The data goes on from there, too, and so does the next command.
     assert resume_position(str(tmp_path / "run")) == 640
@@ -226,7 +226,9 @@ def test_a_runs_folder_stands_for_its_newest_checkpoint(
 
 def test_a_folder_without_a_checkpoint_is_told_with_what_it_holds(tmp_path: Path) -> None:
     (tmp_path / "pretrain-1").mkdir()
-    with pytest.raises(ConfigError, match=r"is no whole checkpoint, nor .*; it holds pretrain-1"):
+    with pytest.raises(
+        ConfigError, match=r"is neither a complete checkpoint, nor .*; it holds pretrain-1"
+    ):
         at_newest_checkpoint(str(tmp_path))
 
 

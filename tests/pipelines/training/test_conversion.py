@@ -148,7 +148,7 @@ def test_nothing_is_overwritten_unless_it_is_asked_for(tmp_path: Path) -> None:
     assert (tmp_path / "a.pth").read_text() == "mine"
     convert(place(tmp_path / "own"), str(tmp_path / "a.pth"), "fair", overwrite=True)
     assert locate(str(tmp_path / "a.pth"), "unused").files is not None
-    with pytest.raises(ConfigError, match=r"is what is converted"):
+    with pytest.raises(ConfigError, match=r"is the place that is converted"):
         convert(place(tmp_path / "a.pth"), str(tmp_path / "a.pth"), "timm", overwrite=True)
 
 

@@ -89,7 +89,7 @@ def test_a_file_is_taken_over_once_and_named_by_its_contents(
     assert manifest.origin is not None
     assert (manifest.origin.file, manifest.origin.format) == ("a.pth", "timm")
     assert "a.pth: timm, vit_micro in patches of 8, 3 channels; taken over as" in caplog.text
-    assert "ImageNet's are taken" in caplog.text
+    assert "ImageNet's are used" in caplog.text
     assert "Its positions are trained" in caplog.text
 
     # Moved or copied: the same run. And nothing is read by torch again.
@@ -185,7 +185,7 @@ def test_pretraining_says_what_it_draws_anew_and_refuses_another_encoder(
     fits = ["model.encoder=vit_micro", "model.patch_size=8", "model.decoder.dim=64"]
     config = with_weights(load_config(PretrainConfig, [], [*words, *fits], {}))
     assert check_init_from(config) == read_manifest(own)
-    assert "has no decoder; a fresh one is drawn" in caplog.text
+    assert "has no decoder; a new one starts from random weights" in caplog.text
     assert "the optimizer is new, the steps count from 0" in caplog.text
     with pytest.raises(ConfigError, match=r"model.encoder=vit_micro, this run has vit_base"):
         check_init_from(with_weights(load_config(PretrainConfig, [], words, {})))

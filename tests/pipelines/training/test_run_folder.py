@@ -190,7 +190,7 @@ def test_a_result_whose_output_is_gone_is_made_again(
     assert folder.read_whole_result() == result
     output.unlink()
     assert folder.read_whole_result() is None
-    assert "is gone: it is made again" in caplog.text
+    assert "is missing: it is made again" in caplog.text
 
 
 DAMAGES = [b"", b"{", b"[]", b'"x"', b'{"stage": 1}', b"\xff\xfe"]
