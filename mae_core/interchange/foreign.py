@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mae_core.checkpoint_manifest import AUTHORS_FORMAT, CorruptCheckpointError
 from mae_core.config import ENCODERS, DecoderConfig, ModelConfig, ViTName
+from mae_core.interchange.conv_layouts import is_convolutional, take_over_conv
 from mae_core.interchange.declared import Declared
 from mae_core.interchange.layouts import Layout, Named, translate
 from mae_core.interchange.weight_files import RefusedWeightsError, WeightsFile
@@ -72,6 +73,8 @@ def take_over(file: WeightsFile, declared: Declared, name: str) -> ForeignWeight
         CorruptCheckpointError: A value is not a finite number.
         RefusedWeightsError: The encoder is not one of ours; names the tensor.
     """
+    if is_convolutional(file.tensors):
+        return _convolutional(file, declared, name)
     named = translate(file.tensors, name, is_wrapped=file.wrapper == "model")
     notes: list[str] = []
     for key, tensor in named.tensors.items():
@@ -101,6 +104,15 @@ def take_over(file: WeightsFile, declared: Declared, name: str) -> ForeignWeight
         declared.mean,
         declared.std,
         tuple(notes),
+    )
+
+
+def _convolutional(file: WeightsFile, declared: Declared, name: str) -> ForeignWeights:
+    found = take_over_conv(file.tensors, declared, name)
+    state = {f"encoder.{key}": x.detach().contiguous() for key, x in found.state.items()}
+    _check_finite(state, name)
+    return ForeignWeights(
+        FORMAT_WORDS["timm"], found.model, state, None, declared.mean, declared.std, found.notes
     )
 
 

@@ -32,7 +32,12 @@ from pipelines.training.checkpoints import fetch_checkpoint
 
 logger = logging.getLogger(__name__)
 
-FIRST_CONVOLUTION = "encoder.patch_embed.proj.weight"
+# Of a ViT, a ResNet and a ConvNeXt.
+FIRST_CONVOLUTIONS = (
+    "encoder.patch_embed.proj.weight",
+    "encoder.net.conv1.weight",
+    "encoder.net.stem.0.weight",
+)
 
 
 class Wanted(NamedTuple):
@@ -159,7 +164,8 @@ def adapted(weights: Weights, wanted: Wanted, uri: str, digest: str) -> Weights:
     state = dict(state)
     if in_chans != own:
         try:
-            state[FIRST_CONVOLUTION] = adapt_convolution(state[FIRST_CONVOLUTION], in_chans)
+            first = next(key for key in FIRST_CONVOLUTIONS if key in state)
+            state[first] = adapt_convolution(state[first], in_chans)
         except ValueError as error:
             raise ConfigError(f"init_from={uri}: in_chans={in_chans}: {error}") from error
         how = "summed" if in_chans == 1 else f"repeated and scaled by {own}/{in_chans}"

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 import pytest
+import timm
 import torch
 from safetensors.torch import load_file
 from timm.models.vision_transformer import VisionTransformer
@@ -50,6 +51,30 @@ def write(
     mae.encoder.use_positions(torch.randn(grid[0] * grid[1], 192), grid)
     kept = {k: x for k, x in mae.state_dict().items() if has_decoder or k.startswith("encoder.")}
     save_weights(folder, record, {**kept, "head.weight": torch.zeros(2, 192)})
+    return mae.eval()
+
+
+def write_convolutional(folder: Path, encoder: str, *, patch_size: int) -> MaskedAutoencoder:
+    """Write a checkpoint with a deconvolution decoder, and return its model."""
+    torch.manual_seed(0)
+    fields = {"encoder": encoder, "img_size": [32, 64], "patch_size": patch_size}
+    record = CheckpointRecord(
+        step=3,
+        samples_seen=3,
+        epoch=1,
+        total_steps=3,
+        seed=0,
+        data_digest="d",
+        channel_mean=(0.4, 0.5, 0.6),
+        channel_std=(0.2, 0.3, 0.4),
+        model=ModelConfig.model_validate(
+            {**fields, "decoder": {"kind": "deconvolution", "dim": 32}}
+        ),
+        masking=MaskingConfig(mask_ratio=0.5),
+        loss=LossConfig(),
+    )
+    mae = build_mae(record.model, record.masking, record.loss)
+    save_weights(folder, record, mae.state_dict())
     return mae.eval()
 
 
@@ -163,3 +188,44 @@ def test_what_a_format_cannot_hold_is_said(
     write(tmp_path / "wide", img_size=(16, 32))
     with pytest.raises(ConfigError, match=r"--to hf: ViTMAE takes square images, .* 16x32"):
         convert(place(tmp_path / "wide"), str(tmp_path / "hf"), "hf", overwrite=False)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "convnextv2_atto"])
+def test_timm_loads_a_convolutional_encoder_and_other_formats_refuse_it(
+    tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    mae = write_convolutional(tmp_path / "own", name, patch_size=32)
+    file = tmp_path / "a.pth"
+    convert(place(tmp_path / "own"), str(file), "timm", overwrite=False)
+    theirs = timm.create_model(name, num_classes=0).eval()
+    theirs.load_state_dict(torch.load(file, weights_only=True))
+    images = torch.randn(2, 3, 32, 64)
+    assert torch.equal(theirs.forward_features(images), mae.encoder.feature_map(images))
+    assert f"for timm.create_model('{name}', num_classes=0, in_chans=3)" in caplog.text
+    for to in ("fair", "hf", "safetensors", "onnx"):
+        told = rf"--to {to}: the format has no place for encoder={name}, .* take mae or timm"
+        with pytest.raises(ConfigError, match=told):
+            convert(place(tmp_path / "own"), str(tmp_path / "b"), to, overwrite=False)
+    convert(place(tmp_path / "own"), str(tmp_path / "copy"), "mae", overwrite=False)
+    assert torch.equal(load_encoder(tmp_path / "copy")[0].eval()(images), mae.encoder(images))
+
+
+def test_a_stride_that_timms_model_has_not_is_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_convolutional(tmp_path / "own", "convnextv2_atto", patch_size=8)
+    convert(place(tmp_path / "own"), str(tmp_path / "a.pth"), "timm", overwrite=False)
+    assert "timm's convnextv2_atto has a stride of 32, these weights of patch_size=8" in caplog.text
+
+
+def test_a_vit_with_another_decoder_goes_out_without_it(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    write_convolutional(tmp_path / "own", "vit_nano", patch_size=8)
+    convert(place(tmp_path / "own"), str(tmp_path / "a.pth"), "fair", overwrite=False)
+    keys = torch.load(tmp_path / "a.pth", weights_only=True)["model"]
+    assert "cls_token" in keys
+    assert [key for key in keys if key.startswith("decoder")] == []
+    assert "left out: the decoder, because the format has no place for kind=deconv" in caplog.text

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 
 from infra import storage
@@ -174,6 +175,37 @@ def test_pretraining_asks_for_the_channels_of_its_model(tmp_path: Path) -> None:
     config = with_weights(load_config(PretrainConfig, [], words, {}))
     assert config.init_from is not None
     assert fetch_manifest(config.init_from).model.in_chans == 2
+
+
+@pytest.mark.parametrize("name", ["resnet18", "convnextv2_atto"])
+def test_a_convolutional_encoder_of_timm_is_taken_and_fitted_to_grey_images(
+    tmp_path: Path, name: str
+) -> None:
+    weights = timm.create_model(name, num_classes=0).state_dict()
+    torch.save(weights, tmp_path / "a.pth")
+    uri = with_weights(embed(tmp_path, tmp_path / "a.pth", in_chans=1)).init_from
+    manifest = fetch_manifest(uri)
+    assert (manifest.model.encoder, manifest.model.in_chans) == (name, 1)
+    encoder, _ = load_encoder(Path(uri))
+    grey = torch.rand(1, 1, 32, 32)
+    theirs = timm.create_model(name, num_classes=0).eval()
+    theirs.load_state_dict(weights)
+    expected = theirs.forward_features(grey.expand(-1, 3, -1, -1))
+    torch.testing.assert_close(encoder.eval().feature_map(grey), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_a_vit_does_not_start_from_a_convolutional_encoder(tmp_path: Path) -> None:
+    torch.save(timm.create_model("resnet18", num_classes=0).state_dict(), tmp_path / "a.pth")
+    words = ["data.train=t", f"init_from={tmp_path / 'a.pth'}", f"storage.root={tmp_path}"]
+    config = with_weights(load_config(PretrainConfig, [], [*words, "model.encoder=vit_nano"], {}))
+    told = r"was trained with model\.encoder=resnet18, this run has vit_nano"
+    with pytest.raises(ConfigError, match=told):
+        check_init_from(config)
+    more = ["model.encoder=resnet18", "model.patch_size=8"]
+    config = with_weights(load_config(PretrainConfig, [], [*words, *more], {}))
+    told = r"was trained with model\.patch_size=32, this run has 8"
+    with pytest.raises(ConfigError, match=told):
+        check_init_from(config)
 
 
 def test_pretraining_says_what_it_draws_anew_and_refuses_another_encoder(
