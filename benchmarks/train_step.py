@@ -2,6 +2,8 @@
 
     python benchmarks/train_step.py --device cpu --encoders vit_micro,vit_small
     python benchmarks/train_step.py --device cuda --encoders vit_base,vit_large --compile
+    python benchmarks/train_step.py --ours-only --encoders resnet18,vit_small \
+        --decoders transformer,cross_attention:0.25,deconvolution
 
 All have the same shapes, the same maths (full decoder, targets normalised per patch, AdamW in one
 kernel) and the same precision: fp32 on a CPU, bf16 autocast on a GPU. Each round times one after
@@ -11,6 +13,10 @@ of the rounds. On a CPU, the time is that of all threads, which other work hardl
 Columns: images a second; the ratio to transformers; the share of the device's own rate in matrix
 products of 4096 x 4096 (2048 on a CPU), counting the products of the whole reference model for
 everyone; the peak of the memory. lightly is left out where it is not installed.
+
+`--decoders` adds a row of ours for each kind of decoder, with the share of the removed patches that
+it predicts: cross_attention:0.25. With `--ours-only`, ratios are to the first row, which is the
+encoder with its default decoder; the patch size of a convolutional encoder is its stride.
 """
 
 import argparse
@@ -63,14 +69,16 @@ def main() -> None:
     )
     rate = matmul_rate(args.device)
     print(f"matrix products: {rate / 1e12:.3g} TFLOP/s\n")
-    print("| model | code | images/s | of transformers | of the matmul rate | peak GiB |")
+    of = "the first row" if args.ours_only else "transformers"
+    print(f"| model | code | images/s | of {of} | of the matmul rate | peak GiB |")
     print("|---|---|---|---|---|---|")
     for encoder in args.encoders.split(","):
         model = model_config(encoder, args.img_size, args.patch_size)
         rows = compare(model, args)
         reference = next((row for row in rows if row.contender == "transformers"), rows[0])
+        ideal_s = None if model.is_convolutional else step_flops(model) / rate
         for row in rows:
-            print(line(encoder, row, reference, step_flops(model) / rate), flush=True)
+            print(line(encoder, row, reference, ideal_s), flush=True)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -79,20 +87,30 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--encoders", default="vit_micro,vit_small,vit_base")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--img-size", type=int, default=224)
-    parser.add_argument("--patch-size", type=int, default=16)
+    parser.add_argument("--patch-size", type=int, help="by default 16, or the encoder's stride, 32")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=3.0, help="of each contender in a round")
     parser.add_argument("--compile", action="store_true", help="also time torch.compile of ours")
     parser.add_argument("--prediction-ratio", type=float, default=1.0, help="one more row of ours")
+    parser.add_argument("--decoders", default="", help="one more row of ours for each KIND[:SHARE]")
     parser.add_argument("--ours-only", action="store_true")
     parser.add_argument("--no-memory", action="store_true", help="do not measure its peak")
     return parser.parse_args()
 
 
-def model_config(encoder: str, img_size: int, patch_size: int) -> ModelConfig:
+def model_config(encoder: str, img_size: int, patch_size: int | None) -> ModelConfig:
+    fields: dict[str, object] = {"encoder": encoder, "img_size": img_size}
     return ModelConfig.model_validate(
-        {"encoder": encoder, "img_size": img_size, "patch_size": patch_size}
+        fields if patch_size is None else {**fields, "patch_size": patch_size}
     )
+
+
+def with_decoder(model: ModelConfig, named: str) -> ModelConfig:
+    """Return the model with another kind of decoder, KIND or KIND:SHARE, of its default size."""
+    kind, _, share = named.partition(":")
+    fields = model.model_dump(mode="json")
+    fields["decoder"] = {"kind": kind, "prediction_ratio": float(share or 1)}
+    return ModelConfig.model_validate(fields)
 
 
 def partial_prediction(model: ModelConfig, ratio: float) -> ModelConfig:
@@ -107,6 +125,10 @@ def compare(model: ModelConfig, args: argparse.Namespace) -> list[Row]:
     if args.prediction_ratio < 1:
         name = f"ours, {args.prediction_ratio:g} predicted"
         builders[name] = partial(our_step, partial_model, args)
+    for named in filter(None, args.decoders.split(",")):
+        kind, _, share = named.partition(":")
+        name = f"ours, {kind}" + (f", {share} predicted" if share else "")
+        builders[name] = partial(our_step, with_decoder(model, named), args)
     if args.compile:
         builders["ours, compiled"] = partial(our_step, model, args, compiled=True)
     if not args.ours_only:
@@ -340,14 +362,15 @@ def device_name(device: str) -> str:
     return next((x.split(":")[1].strip() for x in info if x.startswith("model name")), "CPU")
 
 
-def line(encoder: str, row: Row, reference: Row, seconds_at_full_rate: float) -> str:
+def line(encoder: str, row: Row, reference: Row, seconds_at_full_rate: float | None) -> str:
     rates = sorted(row.images_per_s)
     middle = statistics.median(rates)
     ratios = [a / b for a, b in zip(row.images_per_s, reference.images_per_s, strict=True)]
+    share = "" if seconds_at_full_rate is None else f"{middle * seconds_at_full_rate:.2f}"
     return (
         f"| {encoder} | {row.contender} | {middle:.4g} ({rates[0]:.4g} to {rates[-1]:.4g}) "
         f"| {statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f}) "
-        f"| {middle * seconds_at_full_rate:.2f} | {row.peak_bytes / GIB:.2f} |"
+        f"| {share} | {row.peak_bytes / GIB:.2f} |"
     )
 
 

@@ -96,7 +96,7 @@ DECODERS: dict[str, DecoderShape] = {
 }
 LARGE_DECODER = DecoderShape(dim=512, depth=8, num_heads=16)
 
-DecoderKind = Literal["transformer", "deconvolution"]
+DecoderKind = Literal["transformer", "deconvolution", "cross_attention"]
 
 
 class DecoderConfig(StrictConfig):
@@ -104,7 +104,9 @@ class DecoderConfig(StrictConfig):
     """transformer: the tokens of kept patches and a mask token for each other one attend to each
     other (He et al. 2021); deconvolution: convolutions and transposed convolutions from the
     encoder's map to the pixels, with skips from the finer maps of a convolutional encoder (SparK,
-    Tian et al. 2023). The default of a convolutional encoder is deconvolution."""
+    Tian et al. 2023); cross_attention: mask tokens attend to the kept patches alone, which costs
+    less the fewer are predicted (CrossMAE, Fu et al. 2024). The default of a convolutional encoder
+    is deconvolution."""
     dim: int = Field(default=512, gt=0, multiple_of=4)
     """Width of the decoder's tokens, or of its coarsest map; each doubling of a map's sides halves
     it. A small encoder has a smaller default: nano 64, micro 96, tiny 192, small 256; resnet18 and
@@ -179,7 +181,7 @@ class ModelConfig(StrictConfig):
             return raw
         kind = given.get("kind", "deconvolution" if is_convolutional else "transformer")
         shape = DECODERS.get(encoder) if isinstance(encoder, str) else None
-        if shape is None and kind == "transformer":
+        if shape is None and kind != "deconvolution":
             return {**raw, "decoder": {**given, "kind": kind}} if is_convolutional else raw
         shape = shape or LARGE_DECODER
         if kind == "deconvolution":

@@ -48,7 +48,7 @@ class PixelDecoder(nn.Module):
 
     def _initialize(self) -> None:
         """Draw weights as the authors do, from the global generator like torch's own layers."""
-        self.apply(_initialize_linear)
+        self.apply(initialize_linear)
         nn.init.normal_(self.mask_token, std=0.02)
 
     def forward(
@@ -80,19 +80,19 @@ def _last_tokens(block: Block, tokens: Tensor, count: int) -> Tensor:
     key, value = F.linear(inputs, qkv.weight[dim:], qkv.bias[dim:]).chunk(2, dim=2)
     heads = attention.num_heads
     attended = F.scaled_dot_product_attention(
-        _to_heads(query, heads), _to_heads(key, heads), _to_heads(value, heads)
+        to_heads(query, heads), to_heads(key, heads), to_heads(value, heads)
     )
     tokens = tokens[:, -count:] + attention.proj(attended.transpose(1, 2).flatten(2))
     return cast(Tensor, tokens + block.mlp(block.norm2(tokens)))
 
 
-def _to_heads(tokens: Tensor, num_heads: int) -> Tensor:
+def to_heads(tokens: Tensor, num_heads: int) -> Tensor:
     """Return (B, heads, T, D / heads) of (B, T, D)."""
     batch, length, dim = tokens.shape
     return tokens.view(batch, length, num_heads, dim // num_heads).transpose(1, 2)
 
 
-def _initialize_linear(module: nn.Module) -> None:
+def initialize_linear(module: nn.Module) -> None:
     if isinstance(module, nn.Linear):
         # Xavier treats the fused query, key and value as one matrix.
         nn.init.xavier_uniform_(module.weight)

@@ -2,12 +2,13 @@
 
 from mae_core.config import CONV_ENCODERS, ENCODERS, ModelConfig
 from mae_core.model.conv_encoder import ConvEncoder
+from mae_core.model.cross_attention import CrossAttentionDecoder
 from mae_core.model.decoder import PixelDecoder
 from mae_core.model.deconvolution import DeconvolutionDecoder
 from mae_core.model.encoder import MaskedEncoder
 
 Encoder = MaskedEncoder | ConvEncoder
-Decoder = PixelDecoder | DeconvolutionDecoder
+Decoder = PixelDecoder | CrossAttentionDecoder | DeconvolutionDecoder
 
 
 def build_encoder(config: ModelConfig, *, drop_path_rate: float = 0.0) -> Encoder:
@@ -43,7 +44,8 @@ def build_decoder(config: ModelConfig, encoder: Encoder) -> Decoder:
             depth=decoder.depth,
             in_chans=config.in_chans,
         )
-    return PixelDecoder(
+    of_tokens = CrossAttentionDecoder if decoder.kind == "cross_attention" else PixelDecoder
+    return of_tokens(
         encoder_dim=encoder.embed_dim,
         grid_size=config.grid_size,
         dim=decoder.dim,

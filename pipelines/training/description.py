@@ -78,7 +78,8 @@ def _decoder(weights: Weights) -> str:
         return "none"
     if decoder.kind == "deconvolution":
         return f"deconvolution, {decoder.dim} wide, {decoder.depth} convolutions at each scale"
-    return f"{decoder.dim} wide, {decoder.depth} deep, {decoder.num_heads} heads"
+    shape = f"{decoder.dim} wide, {decoder.depth} deep, {decoder.num_heads} heads"
+    return f"cross-attention, {shape}" if decoder.kind == "cross_attention" else shape
 
 
 def _target(weights: Weights) -> str:

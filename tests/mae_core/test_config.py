@@ -129,6 +129,12 @@ def test_a_mistake_in_a_decoder_is_still_named() -> None:
             ("deconvolution", 64, 1),
         ),
         ({"encoder": "vit_base"}, 16, ("transformer", 512, 8)),
+        ({"decoder": {"kind": "cross_attention"}}, 16, ("cross_attention", 512, 8)),
+        (
+            {"encoder": "convnextv2_atto", "decoder": {"kind": "cross_attention"}},
+            32,
+            ("cross_attention", 192, 4),
+        ),
     ],
 )
 def test_patch_size_and_decoder_have_defaults_that_fit_the_encoder(

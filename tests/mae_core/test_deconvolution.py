@@ -16,7 +16,7 @@ def make_mae(encoder: str, kind: str, patch_size: int = 4) -> MaskedAutoencoder:
     return build_mae(model, MaskingConfig(), LossConfig())
 
 
-@pytest.mark.parametrize("kind", ["transformer", "deconvolution"])
+@pytest.mark.parametrize("kind", ["transformer", "deconvolution", "cross_attention"])
 @pytest.mark.parametrize("encoder", ["vit_nano", "resnet18", "convnextv2_atto"])
 def test_every_pair_trains_all_its_parameters(encoder: str, kind: str) -> None:
     mae = make_mae(encoder, kind)
@@ -29,7 +29,7 @@ def test_every_pair_trains_all_its_parameters(encoder: str, kind: str) -> None:
 
 
 @pytest.mark.parametrize("encoder", ["vit_nano", "resnet18", "convnextv2_atto"])
-@pytest.mark.parametrize("kind", ["transformer", "deconvolution"])
+@pytest.mark.parametrize("kind", ["transformer", "deconvolution", "cross_attention"])
 def test_no_prediction_depends_on_a_removed_pixel(encoder: str, kind: str) -> None:
     mae = make_mae(encoder, kind)
     images, noise = torch.randn(2, 3, 16, 8), torch.rand(2, 8)

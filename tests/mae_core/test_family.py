@@ -3,6 +3,7 @@ import torch
 
 from mae_core.config import ModelConfig
 from mae_core.model.conv_encoder import ConvEncoder
+from mae_core.model.cross_attention import CrossAttentionDecoder
 from mae_core.model.decoder import PixelDecoder
 from mae_core.model.deconvolution import DeconvolutionDecoder
 from mae_core.model.encoder import MaskedEncoder
@@ -19,7 +20,11 @@ from mae_core.model.family import build_decoder, build_encoder
 )
 @pytest.mark.parametrize(
     ("kind", "decoder_type"),
-    [("transformer", PixelDecoder), ("deconvolution", DeconvolutionDecoder)],
+    [
+        ("transformer", PixelDecoder),
+        ("deconvolution", DeconvolutionDecoder),
+        ("cross_attention", CrossAttentionDecoder),
+    ],
 )
 def test_a_config_names_encoder_and_decoder(
     name: str, encoder_type: type, width: int, kind: str, decoder_type: type
