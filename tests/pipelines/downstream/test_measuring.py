@@ -14,11 +14,15 @@ from torch import Tensor, nn
 
 from mae_core.checkpoint_manifest import CheckpointManifest
 from mae_core.data.decode import decode_image
+from mae_core.data.label_budget import LabelBudget
 from mae_core.data.manifest import ShardInfo
 from mae_core.data.samples import DataError
-from pipelines.downstream.measuring import Measurer
-from pipelines.downstream.task import EncodedSample, Example, Task
+from pipelines.config.arms import ArmKind
+from pipelines.downstream.arms import Arm
+from pipelines.downstream.measuring import Measurer, write_evaluation
+from pipelines.downstream.task import EncodedSample, Evaluation, Example, Task
 from pipelines.reading.shards import open_shards
+from pipelines.training.run_folder import RunFolder
 
 
 class FakeTask:
@@ -122,6 +126,13 @@ def test_features_of_fresh_weights_are_kept_beside_the_pretrained_ones(
     assert measurer.features(model, 0, shards, rows) is seed_0
     assert measurer.features(model, 1, shards, rows) is not seed_0
     assert measurer.features(model, None, shards, rows) is pretrained
+
+
+def test_a_metric_that_has_no_value_is_left_out(tmp_path: Path) -> None:
+    arm = Arm(ArmKind.KNN, LabelBudget(1.0), 0, 10, 0, 0)
+    folder = RunFolder(str(tmp_path))
+    write_evaluation(folder, arm, Evaluation({"top1": 0.5, "auroc/rare": float("nan")}, {}, {}))
+    assert folder.read_arm(arm.label) == {"top1": 0.5}
 
 
 def test_a_sample_is_found_again_by_its_place(shards: tuple[ShardInfo, ...]) -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+from mae_core.config import LossConfig, MaskingConfig, ModelConfig
 from mae_core.data.label_budget import LabelBudget
 from mae_core.data.manifest import Manifest, ShardInfo
 from mae_core.data.pixels import CorruptSampleError
@@ -19,7 +20,7 @@ from pipelines.config.downstream import ClassifyConfig
 from pipelines.config.loading import load_config
 from pipelines.downstream.arms import Arm, plan_arms
 from pipelines.downstream.task import ArmStart, EncodedSample, Evaluation, Example
-from pipelines.downstream.tuning import DecodedExamples, TuningTask, remaining_data
+from pipelines.downstream.tuning import DecodedExamples, TuningJob, TuningTask, remaining_data
 from pipelines.reading.sequence import SequencePlan
 from pipelines.training.process import Process
 from pipelines.training.run_folder import RunFolder
@@ -195,7 +196,8 @@ def test_an_arm_from_scratch_fetches_no_pretrained_weights(
     again = task.build(scratch, is_resumed=True).model
     pairs = zip(first.parameters(), again.parameters(), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
-    assert rates == [0.3, 0.3]
+    task.build(scratch._replace(kind=ArmKind.UNTRAINED), is_resumed=False)
+    assert rates == [0.3, 0.3, 0.0]  # a frozen encoder drops no paths
 
 
 def test_the_start_is_fitted_before_the_first_step_and_not_when_resumed(
@@ -220,6 +222,73 @@ def test_the_start_is_fitted_before_the_first_step_and_not_when_resumed(
     assert weight(scratch, is_resumed=False) == 3
     assert weight(scratch, is_resumed=True) != 3
     assert weight(untrained, is_resumed=False) != 3  # it takes no step
+
+
+def make_job(tmp_path: Path) -> TuningJob[Any, Any, Any]:
+    """A job of two arms, of 5 and 20 steps of 8 images, that are measured on 40 images."""
+    shard: Any = SimpleNamespace(num_samples=40)
+    needed = ["init_from=c", "data.train=t", "data.val=v", "data.shuffle_window=8"]
+    batch = ["optim.global_batch_size=8", "optim.micro_batch_size=4"]
+    encoder: Any = SimpleNamespace(
+        model=ModelConfig(),
+        channel_mean=(0.5,) * 3,
+        channel_std=(0.5,) * 3,
+        masking=MaskingConfig(),
+        loss=LossConfig(),
+    )
+    fields: Any = dict.fromkeys(TuningJob._fields)
+    fields |= {
+        "config": load_config(ClassifyConfig, [], [*needed, *batch], {}),
+        "make_task": FakeTask,
+        "arms": (Arm(ArmKind.LINEAR, LabelBudget(1.0), 0, 80, 5, 0), FINETUNE),
+        "val_shards": (shard,),
+        "train_shards": (shard,),
+        "rows": (None, None),
+        "encoder": encoder,
+        "pretrained": ModelConfig(),
+        "targets": ("cls",),
+        "classes": ("a", "b"),
+        "category_ids": (),
+        "data_digest": "d",
+        "run_uri": str(tmp_path),
+    }
+    return TuningJob(**fields)
+
+
+def test_a_checkpoint_counts_the_epochs_of_its_own_arm(tmp_path: Path) -> None:
+    process = Process(0, 1, torch.device("cpu"), lambda *_: None, _no_fetch)
+    record = make_job(tmp_path).build_task(process).record(FINETUNE, 15)
+    assert record.epoch == 1.0  # 10 steps of 8 images after the arm's first step, of 80 images
+    assert (record.step, record.samples_seen, record.total_steps) == (15, 120, 25)
+    assert (record.stage, record.classes) == ("classify", ("a", "b"))
+
+
+def test_the_time_that_is_left_counts_later_arms_and_their_measurements(tmp_path: Path) -> None:
+    process = Process(0, 1, torch.device("cpu"), lambda *_: None, _no_fetch)
+    task = make_job(tmp_path).build_task(process)
+    linear, finetune = task.parts
+    # Two arms of 40 images at three times the speed of a step of 8.
+    assert task.after(linear).steps == pytest.approx(20 + 2 * 40 / 24)
+    assert task.after(finetune).steps == pytest.approx(40 / 24)
+
+
+@pytest.mark.parametrize(("kind", "weights"), [(ArmKind.KNN, None), (ArmKind.UNTRAINED, 4)])
+def test_frozen_features_are_kept_by_the_weights_of_their_encoder(
+    tmp_path: Path, kind: ArmKind, weights: int | None
+) -> None:
+    process = Process(0, 1, torch.device("cpu"), lambda *_: None, _no_fetch)
+    arm = FINETUNE._replace(kind=kind, steps=0, seed=4)
+    task = make_job(tmp_path)._replace(arms=(arm,), rows=((),)).build_task(process)
+    asked: list[int | None] = []
+
+    def features(_model: object, weights: int | None, *_: object) -> list[Any]:
+        asked.append(weights)
+        return []
+
+    task.measurer = cast(Any, SimpleNamespace(features=features, example_at=print))
+    cast(Any, task.task).evaluate = lambda *_: Evaluation({}, {}, {})
+    task._evaluation(arm, nn.Linear(1, 1))
+    assert asked == [weights, weights]
 
 
 def test_an_arm_trains_at_the_rate_that_its_trials_chose(tmp_path: Path) -> None:

@@ -130,6 +130,21 @@ def test_the_model_is_the_seeds_and_a_hole_adds_nothing_to_its_loss(tmp_path: Pa
     assert losses[0].num_samples.item() == 1
 
 
+def test_a_resumed_run_fetches_no_weights_to_start_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fetched: list[str] = []
+    process = PROCESS._replace(fetch=lambda uri: Path(fetched.append(uri) or uri))
+    monkeypatch.setattr(
+        "pipelines.training.pretrain_task.load_starting_weights", lambda *_, **__: None
+    )
+    task = PretrainTask(make_task(tmp_path, init_uri="there").job, process)
+    task.build(PART, is_resumed=True)
+    assert fetched == []
+    task.build(PART, is_resumed=False)
+    assert fetched == ["there"]
+
+
 def test_a_checkpoint_says_how_far_the_run_is(tmp_path: Path) -> None:
     record = make_task(tmp_path).record(PART, 9)
     assert (record.step, record.samples_seen, record.epoch) == (9, 144, 1.5)
