@@ -61,7 +61,7 @@ class ForeignWeights(NamedTuple):
         return any(name.startswith("decoder.") for name in self.state)
 
 
-def take_over(file: WeightsFile, declared: Declared, name: str) -> ForeignWeights:
+def import_weights(file: WeightsFile, declared: Declared, name: str) -> ForeignWeights:
     """Check a file's weights and name them as a checkpoint's.
 
     Args:

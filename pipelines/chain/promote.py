@@ -22,22 +22,22 @@ VALUE_TAG, METRIC_TAG, DATA_TAG, VERDICT_TAG, OUTPUT_TAG = (
 )
 
 
-class Verdict(NamedTuple):
+class Judgement(NamedTuple):
     is_refused: bool
     text: str
     value: float
     version: str | None = None  # version number of the candidate
 
 
-def judge(
+def judge_candidate(
     spec: PromoteSpec, value: float, data: str, run_id: str, holder: registry.Version | None
-) -> Verdict:
+) -> Judgement:
     """Decide whether a model with `value` on the data `data` takes the alias from its holder."""
     alias = f"{spec.model}@{spec.alias}"
     if holder is None:
-        return Verdict(False, f"{alias}: the first: {spec.metric} {value:.4g}", value)
+        return Judgement(False, f"{alias}: the first: {spec.metric} {value:.4g}", value)
     if holder.run_id == run_id:
-        return Verdict(False, f"{alias}: version {holder.number} is already this one", value)
+        return Judgement(False, f"{alias}: version {holder.number} is already this one", value)
     tags = holder.tags
     before = _number(tags.get(VALUE_TAG))
     if before is None or tags.get(METRIC_TAG) != spec.metric or tags.get(DATA_TAG) != data:
@@ -51,15 +51,15 @@ def judge(
             f"on data {data}: not comparable; promote.other_data=replace would promote this one"
         )
         is_refused = spec.other_data == "refuse"
-        return Verdict(is_refused, text, value)
+        return Judgement(is_refused, text, value)
     gain = value - before if spec.higher_is_better else before - value
     compared = (
         f"{spec.metric} {value:.4g}, version {holder.number} has {before:.4g}, margin "
         f"{spec.margin:g}"
     )
     if gain > spec.margin:
-        return Verdict(False, f"{alias}: better: {compared}", value)
-    return Verdict(True, f"{alias}: not better by more than the margin: {compared}", value)
+        return Judgement(False, f"{alias}: better: {compared}", value)
+    return Judgement(True, f"{alias}: not better by more than the margin: {compared}", value)
 
 
 def _number(text: str | None) -> float | None:
@@ -75,7 +75,7 @@ def promote(
     candidate: StageResult,
     measured: StageResult,
     data: str,
-) -> Verdict:
+) -> Judgement:
     """Judge a pipeline's model, register it with the verdict, and move the alias if it is better.
 
     Args:
@@ -99,7 +99,7 @@ def promote(
     if candidate.run_id is None:
         raise ConfigError(f"promote.stage={spec.stage}: has no run in MLflow to register")
     holder = registry.alias_holder(track.uri, spec.model, spec.alias)
-    verdict = judge(spec, metrics[name], data, candidate.run_id, holder)
+    verdict = judge_candidate(spec, metrics[name], data, candidate.run_id, holder)
     tags = {
         VALUE_TAG: repr(metrics[name]),
         METRIC_TAG: spec.metric,

@@ -8,7 +8,7 @@ from infra.config import TrackingConfig
 from pipelines.chain.config import Chain
 from pipelines.chain.execute import StageRun
 from pipelines.chain.plan import Planned
-from pipelines.chain.promote import Verdict
+from pipelines.chain.promote import Judgement
 from pipelines.outcome import StageResult
 
 
@@ -21,7 +21,7 @@ class PipelineRun:
     run_id: str | None = None  # in MLflow
     started_at: float = field(default_factory=time.time)
     stages: dict[str, StageRun] = field(default_factory=dict)
-    verdict: Verdict | None = None
+    verdict: Judgement | None = None
     trouble: str = ""  # error of the gate at the end
 
     @property

@@ -43,7 +43,7 @@ from pipelines.chain.plan import (
     plan_chain,
     plan_table,
 )
-from pipelines.chain.promote import Verdict, promote
+from pipelines.chain.promote import Judgement, promote
 from pipelines.chain.record import PipelineRun, pipeline_folder, pipeline_tracking
 from pipelines.outcome import STOPPED_CODES, ConfigError, StageResult
 from pipelines.reading.fingerprints import fingerprint
@@ -102,7 +102,7 @@ def _judge(run: PipelineRun, spec: PromoteSpec) -> int:
     return REFUSED if run.verdict.is_refused else 0
 
 
-def _promote(run: PipelineRun, spec: PromoteSpec) -> Verdict:
+def _promote(run: PipelineRun, spec: PromoteSpec) -> Judgement:
     """Promote the pipeline's model, or the best model of a sweep."""
     stage, _, metric = spec.metric.partition("/")
     judged = [name for name in run.results if base_and_point(name)[0] == stage]

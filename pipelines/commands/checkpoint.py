@@ -33,7 +33,7 @@ def command(words: Sequence[str]) -> int:
     arguments = _parser().parse_args(words)
     # Imported here, because help and mistakes need neither torch nor a store.
     from pipelines.training.conversion import convert
-    from pipelines.training.description import describe
+    from pipelines.training.description import describe_place
     from pipelines.training.init_from import locate
 
     root = arguments.root or os.environ.get("MAE__STORAGE__ROOT") or StorageConfig().root
@@ -42,7 +42,7 @@ def command(words: Sequence[str]) -> int:
         made = convert(place, arguments.out, arguments.to, overwrite=arguments.overwrite)
         sys.stdout.write(f"{made}\n")
         return 0
-    fields = describe(place)
+    fields = describe_place(place)
     if arguments.json:
         sys.stdout.write(redact(json.dumps(fields)) + "\n")
         return 0

@@ -351,14 +351,26 @@ class DenseOptimConfig(TuningOptimConfig):
     """Factor on the learning rate of the pyramid and the head, in every arm."""
 
 
-Conditioning = Literal["whiten", "standardize", "none"]
 DenseArm = Literal["finetune", "frozen", "scratch", "untrained"]
 
 
-class DetectSection(ArmsConfig):
+class DenseSection(ArmsConfig):
+    """The fields that detect and segment have in common."""
+
     arms: tuple[DenseArm, ...] = ("finetune", "scratch", "untrained")
     """finetune: train the pretrained encoder and the head; frozen: only the head; scratch: like
     finetune, from random weights; untrained: like frozen, on an encoder with random weights."""
+    conditioning: Literal["whiten", "standardize", "none"] = "whiten"
+    """What is done to the encoder's map before the head, fixed before the first step from training
+    images without labels, in every arm. whiten: every direction gets the variance 1; standardize:
+    every channel does; none."""
+    window: int = Field(default=0, ge=0)
+    """Side, in patches, of the windows that limit attention, for large images; 0: no windows."""
+    flip: bool = True
+    """Mirror half of the images."""
+
+
+class DetectSection(DenseSection):
     head: Literal["fcos", "faster_rcnn"] = "fcos"
     """Detector on the pyramid: FCOS (Tian et al. 2019) or Faster R-CNN (Ren et al. 2015)."""
     categories: dict[int, str] | None = None
@@ -370,16 +382,8 @@ class DetectSection(ArmsConfig):
     """Channels of each level."""
     num_convs: int = Field(default=2, gt=0)
     """Number of 3x3 convolutions in the head."""
-    conditioning: Conditioning = "whiten"
-    """What is done to the encoder's map before the head, fixed before the first step from training
-    images without labels, in every arm. whiten: every direction gets the variance 1; standardize:
-    every channel does; none."""
-    window: int = Field(default=0, ge=0)
-    """Side, in patches, of the windows that limit attention, for large images; 0: no windows."""
     scale: tuple[float, float] = (0.7, 1.5)
     """Large-scale jitter: smallest and largest factor on the picture fitted into `img_size`."""
-    flip: bool = True
-    """Mirror half of the images."""
 
     @property
     def metric(self) -> str:
@@ -396,10 +400,7 @@ class DetectConfig(DownstreamConfig):
         return self.detect
 
 
-class SegmentSection(ArmsConfig):
-    arms: tuple[DenseArm, ...] = ("finetune", "scratch", "untrained")
-    """finetune: train the pretrained encoder and the head; frozen: only the head; scratch: like
-    finetune, from random weights; untrained: like frozen, on an encoder with random weights."""
+class SegmentSection(DenseSection):
     head: Literal["linear", "fpn", "upernet"] = "fpn"
     """linear: a 1x1 convolution; fpn: a fused pyramid (Kirillov et al. 2019);
     upernet: a pyramid with pooling (Xiao et al. 2018)."""
@@ -423,16 +424,8 @@ class SegmentSection(ArmsConfig):
     times as long for the head and shows finer objects; see `ceiling/miou`."""
     channels: int = Field(default=128, gt=0)
     """Channels of the head."""
-    conditioning: Conditioning = "whiten"
-    """What is done to the encoder's map before the head, fixed before the first step from training
-    images without labels, in every arm. whiten: every direction gets the variance 1; standardize:
-    every channel does; none."""
-    window: int = Field(default=0, ge=0)
-    """Side, in patches, of the windows that limit attention, for large images; 0: no windows."""
     scale: tuple[float, float] = (0.7, 1.5)
     """Smallest and largest factor on the picture before the random crop."""
-    flip: bool = True
-    """Mirror half of the images."""
     class_weights: tuple[float, ...] | None = None
     """Factor on the loss of each class's pixels, in the order of their numbers, by default 1.
     Raise it for classes with few pixels, which hardly count otherwise."""

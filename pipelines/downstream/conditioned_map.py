@@ -18,10 +18,12 @@ NUM_IMAGES = 128
 PLACES_PER_IMAGE = 128  # in total many times as many vectors as the widest encoder has channels
 
 # Takes a model, normalised images, their examples and a limit; returns the vectors of each image.
-Sample = Callable[[DenseModel, Tensor, Sequence[Example[TruthT]], int], list[Tensor]]
+SampleVectors = Callable[[DenseModel, Tensor, Sequence[Example[TruthT]], int], list[Tensor]]
 
 
-def conditioning_start(kind: ConditioningKind, sample: Sample[TruthT]) -> ArmStart[TruthT] | None:
+def conditioning_start(
+    kind: ConditioningKind, sample: SampleVectors[TruthT]
+) -> ArmStart[TruthT] | None:
     """Return the fit of the conditioning; None if the map stays unchanged."""
     if kind == "none":
         return None
@@ -29,7 +31,10 @@ def conditioning_start(kind: ConditioningKind, sample: Sample[TruthT]) -> ArmSta
 
 
 def _vectors(
-    sample: Sample[TruthT], model: nn.Module, images: Tensor, examples: Sequence[Example[TruthT]]
+    sample: SampleVectors[TruthT],
+    model: nn.Module,
+    images: Tensor,
+    examples: Sequence[Example[TruthT]],
 ) -> list[FitInput]:
     assert isinstance(model, DenseModel)
     vectors = sample(model, images, examples, PLACES_PER_IMAGE)

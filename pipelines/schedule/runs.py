@@ -81,24 +81,24 @@ class Submission(StrictConfig):
     """Distinguishes two schedulers that started the same tick."""
 
 
-def folder_of(root: str, name: str) -> str:
+def schedule_folder(root: str, name: str) -> str:
     return storage.join(root, "schedules", name)
 
 
 def read_state(root: str, name: str) -> ScheduleState | None:
-    return _read(storage.join(folder_of(root, name), "state.json"), ScheduleState)
+    return _read(storage.join(schedule_folder(root, name), "state.json"), ScheduleState)
 
 
 def write_state(root: str, name: str, state: ScheduleState) -> None:
-    _write(storage.join(folder_of(root, name), "state.json"), state)
+    _write(storage.join(schedule_folder(root, name), "state.json"), state)
 
 
 def read_pause(root: str, name: str) -> Pause:
-    return _read(storage.join(folder_of(root, name), "pause.json"), Pause) or Pause()
+    return _read(storage.join(schedule_folder(root, name), "pause.json"), Pause) or Pause()
 
 
 def write_pause(root: str, name: str, pause: Pause) -> None:
-    _write(storage.join(folder_of(root, name), "pause.json"), pause)
+    _write(storage.join(schedule_folder(root, name), "pause.json"), pause)
 
 
 def read_submission(root: str, name: str, tick_id: str) -> Submission | None:
@@ -106,7 +106,7 @@ def read_submission(root: str, name: str, tick_id: str) -> Submission | None:
 
 
 def _tick_file(root: str, name: str, tick_id: str) -> str:
-    return storage.join(folder_of(root, name), "ticks", f"{tick_id}.json")
+    return storage.join(schedule_folder(root, name), "ticks", f"{tick_id}.json")
 
 
 def _write(uri: str, config: StrictConfig) -> None:
@@ -236,7 +236,7 @@ def _start_local(root: str, name: str, tick: Tick, words: list[str]) -> Submissi
 def local_folder(root: str, name: str) -> Path:
     """Return the folder of logs and exit codes of local processes, which stay on their machine."""
     place = "runs" if storage.is_remote(root) else root
-    return Path(folder_of(storage.absolute(place), name)) / "runs"
+    return Path(schedule_folder(storage.absolute(place), name)) / "runs"
 
 
 def status(root: str, name: str, tick_id: str) -> Status:

@@ -9,7 +9,7 @@ from infra.scratch import scratch_folder
 from mae_core.checkpoint_manifest import WEIGHTS_FILE, CorruptCheckpointError
 from mae_core.config import CONV_ENCODERS, ModelConfig
 from pipelines.training.init_from import Place, run_of
-from pipelines.training.weights import Weights, read_foreign, read_own
+from pipelines.training.weights import Weights, read_checkpoint, read_foreign
 
 
 def read_place(place: Place, workspace: Path) -> Weights:
@@ -21,14 +21,14 @@ def read_place(place: Place, workspace: Path) -> Weights:
     """
     if place.files is not None:
         return read_foreign(place.uri, place.files, workspace)
-    weights = read_own(place.uri, workspace)
+    weights = read_checkpoint(place.uri, workspace)
     for key, tensor in weights.state.items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise CorruptCheckpointError(f"{place.uri}: {key}: has a NaN or infinite value")
     return weights
 
 
-def describe(place: Place) -> dict[str, str]:
+def describe_place(place: Place) -> dict[str, str]:
     """Describe the weights at a place: a value for each property, by the property's name."""
     with scratch_folder() as workspace:
         return describe_weights(place, read_place(place, workspace))

@@ -73,7 +73,7 @@ def _fit_once(
         torch_config=OneAddressTorchConfig(timeout_s=timeout_s),
     )
     if trains_in_driver(job.config.scaling):
-        local_mode.fit(trainer.fit, job.config.scaling, job.channel.is_asked)
+        local_mode.fit_in_driver(trainer.fit, job.config.scaling, job.channel.is_asked)
     else:
         trainer.fit()
 

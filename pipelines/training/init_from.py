@@ -141,7 +141,7 @@ def _take_over(place: Place, digest: str, wanted: tuple[Any, ...], uri: str) -> 
 
     with scratch_folder() as folder:
         if place.files is None:
-            found = weights.read_own(place.uri, folder)
+            found = weights.read_checkpoint(place.uri, folder)
         else:
             found = weights.read_foreign(place.uri, place.files, folder, digest)
         if not _fits(found.record, *wanted):

@@ -27,7 +27,7 @@ READERS = ("iter_threaded", "StreamingExecutor", "ahead")
 READERS_END_S = 10.0
 
 
-def fit(
+def fit_in_driver(
     train: Callable[[], object], scaling: ScalingConfig, is_stopping: Callable[[], bool]
 ) -> None:
     """Train in this process, and start again after an error, as Ray does with its workers.

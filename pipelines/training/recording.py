@@ -7,11 +7,10 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 from uuid import uuid4
 
 from infra import storage, tracking
-from infra.config import TrackingConfig
 from mae_core.config import StrictConfig
 from pipelines import driver, job
 from pipelines.config.fields import flatten
@@ -21,6 +20,7 @@ from pipelines.outcome import known_error
 from pipelines.terminal import progress
 from pipelines.terminal.run_page import how_to_see
 from pipelines.training.checkpoints import newest_step
+from pipelines.training.protocol import RunConfig
 from pipelines.training.reporting import count_kinds
 from pipelines.training.run_folder import RunFolder, RunRecord, Taken
 from pipelines.training.stopping import Channel, Phase, Told
@@ -40,16 +40,6 @@ UNNAMED = (
     "init_from",
     "query",
 )
-
-
-class RunConfig(Protocol):
-    """The fields that every stage's config has."""
-
-    @property
-    def tracking(self) -> TrackingConfig: ...
-
-    @property
-    def name(self) -> str: ...
 
 
 def take_over(

@@ -24,7 +24,7 @@ from mae_core.config import LossConfig, MaskingConfig
 from mae_core.data.manifest import IMAGENET_STATS
 from mae_core.interchange.channels import adapt_convolution, adapt_statistics
 from mae_core.interchange.declared import Declared, read_declared
-from mae_core.interchange.foreign import ForeignWeights, take_over
+from mae_core.interchange.foreign import ForeignWeights, import_weights
 from mae_core.interchange.weight_files import RefusedWeightsError, WeightsFile, read_weights_file
 from pipelines.outcome import ConfigError
 from pipelines.reading.weight_places import INDEX_FILE, JSON_FILES, content_digest
@@ -54,7 +54,7 @@ class Weights(NamedTuple):
     manifest: CheckpointManifest | None  # None for weights from elsewhere
 
 
-def read_own(uri: str, workspace: Path) -> Weights:
+def read_checkpoint(uri: str, workspace: Path) -> Weights:
     """Read the weights of one of our checkpoints, which must be complete.
 
     Raises:
@@ -92,7 +92,7 @@ def read_foreign(
             read_weights_file(folder / name, f"{uri}/{name}" if is_folder else uri)
             for name in names
         ]
-        found = take_over(_joined(read), declared, uri)
+        found = import_weights(_joined(read), declared, uri)
         return _described(uri, found, digest or content_digest(place, files))
     except RefusedWeightsError as error:
         raise ConfigError(str(error)) from error

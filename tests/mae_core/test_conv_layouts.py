@@ -8,14 +8,14 @@ from torch import Tensor
 from mae_core.config import ModelConfig
 from mae_core.interchange.conv_layouts import timm_state_dict
 from mae_core.interchange.declared import Declared
-from mae_core.interchange.foreign import ForeignWeights, take_over
+from mae_core.interchange.foreign import ForeignWeights, import_weights
 from mae_core.interchange.weight_files import RefusedWeightsError, WeightsFile
 from mae_core.model.conv_encoder import ConvEncoder
 from mae_core.model.family import build_encoder
 
 
 def taken(weights: dict[str, Tensor], **declared: Any) -> ForeignWeights:
-    return take_over(WeightsFile(weights, "torch", None), Declared(**declared), "my.pth")
+    return import_weights(WeightsFile(weights, "torch", None), Declared(**declared), "my.pth")
 
 
 @pytest.mark.parametrize("name", ["resnet18", "convnextv2_atto"])

@@ -4,7 +4,7 @@ from torch import Tensor
 from mae_core.config import DecoderConfig, LossConfig, MaskingConfig, ModelConfig
 from mae_core.interchange.declared import Declared
 from mae_core.interchange.fair import fair_encoder_state_dict, fair_state_dict
-from mae_core.interchange.foreign import take_over
+from mae_core.interchange.foreign import import_weights
 from mae_core.interchange.weight_files import WeightsFile
 from mae_core.model.mae import MaskedAutoencoder, build_mae
 
@@ -27,7 +27,7 @@ def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
 def test_a_file_that_is_written_and_taken_over_holds_the_same_weights() -> None:
     ours = make_mae(0, (16, 48))
     file = WeightsFile(fair_state_dict(ours), "torch", None)
-    found = take_over(file, Declared(decoder_heads=2), "my.pth")
+    found = import_weights(file, Declared(decoder_heads=2), "my.pth")
     assert found.has_decoder
     assert same(found.state, ours.state_dict())
 

@@ -15,7 +15,7 @@ from mae_core.checkpoint_manifest import CheckpointRecord, CorruptCheckpointErro
 from mae_core.config import DecoderConfig, LossConfig, MaskingConfig, ModelConfig
 from mae_core.interchange.declared import Declared
 from mae_core.interchange.fair import fair_encoder_state_dict, fair_state_dict
-from mae_core.interchange.foreign import ForeignWeights, take_over
+from mae_core.interchange.foreign import ForeignWeights, import_weights
 from mae_core.interchange.weight_files import RefusedWeightsError, WeightsFile
 from mae_core.model.encoder import MaskedEncoder
 from mae_core.model.mae import MaskedAutoencoder, build_mae
@@ -45,7 +45,7 @@ def taken(
     weights: dict[str, Tensor], declared: Declared | None = None, wrapper: str | None = None
 ) -> ForeignWeights:
     file = WeightsFile(weights, "torch", wrapper)
-    return take_over(file, declared or Declared(), "my.pth")
+    return import_weights(file, declared or Declared(), "my.pth")
 
 
 def as_encoder(found: ForeignWeights, folder: Path) -> MaskedEncoder:

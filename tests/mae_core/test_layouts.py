@@ -11,7 +11,7 @@ from transformers import ViTConfig, ViTForImageClassification, ViTMAEConfig, ViT
 
 from mae_core.interchange.declared import Declared
 from mae_core.interchange.fair import fair_state_dict
-from mae_core.interchange.foreign import take_over
+from mae_core.interchange.foreign import import_weights
 from mae_core.interchange.layouts import to_hf, translate
 from mae_core.interchange.weight_files import RefusedWeightsError, WeightsFile
 from tests.mae_core.test_foreign import as_encoder, make_mae
@@ -45,7 +45,7 @@ def saved(model: ViTMAEForPreTraining, folder: Path) -> dict[str, Tensor]:
 def test_a_saved_vit_mae_is_read_and_computes_the_same(tmp_path: Path) -> None:
     theirs = make_theirs()
     file = WeightsFile(saved(theirs, tmp_path / "theirs"), "safetensors", None)
-    found = take_over(file, Declared(decoder_heads=2), "theirs")
+    found = import_weights(file, Declared(decoder_heads=2), "theirs")
     assert found.format == "Hugging Face"
     assert found.has_decoder
     assert found.model.decoder.dim == 64
@@ -98,7 +98,7 @@ def test_a_classifier_of_hugging_face_loses_its_head(tmp_path: Path) -> None:
     )
     theirs = ViTForImageClassification(config).eval()
     file = WeightsFile(theirs.state_dict(), "torch", None)
-    found = take_over(file, Declared(), "theirs")
+    found = import_weights(file, Declared(), "theirs")
     assert any("classifier.bias, classifier.weight" in note for note in found.notes)
     images = torch.randn(1, 3, 32, 32)
     with torch.no_grad():

@@ -11,7 +11,7 @@ from infra.mlflow_client import client_of
 from infra.registry import Version
 from infra.storage import StorageError
 from pipelines.chain.config import PromoteSpec
-from pipelines.chain.promote import judge, promote
+from pipelines.chain.promote import judge_candidate, promote
 from pipelines.outcome import ConfigError, StageResult
 
 SPEC = PromoteSpec(model="m", metric="classify/top1", margin=0.01)
@@ -27,24 +27,24 @@ def holder(value: float = 0.5, **tags: str) -> Version:
 )
 def test_better_by_more_than_the_margin(value: float, is_refused: bool) -> None:
     spec = SPEC.model_copy(update={"margin": 0.25})
-    verdict = judge(spec, value, "d1", "run", holder(0.5))
+    verdict = judge_candidate(spec, value, "d1", "run", holder(0.5))
     assert verdict.is_refused == is_refused
     assert "0.5, margin 0.25" in verdict.text
 
 
 def test_where_less_is_better() -> None:
     spec = SPEC.model_copy(update={"higher_is_better": False})
-    assert not judge(spec, 0.4, "d1", "run", holder(0.5)).is_refused
-    assert judge(spec, 0.6, "d1", "run", holder(0.5)).is_refused
+    assert not judge_candidate(spec, 0.4, "d1", "run", holder(0.5)).is_refused
+    assert judge_candidate(spec, 0.6, "d1", "run", holder(0.5)).is_refused
 
 
 def test_the_first_takes_it() -> None:
-    assert not judge(SPEC, 0.0, "d1", "run", None).is_refused
+    assert not judge_candidate(SPEC, 0.0, "d1", "run", None).is_refused
 
 
 def test_the_holder_is_not_its_own_rival() -> None:
     version = holder(0.9)._replace(run_id="run")
-    verdict = judge(SPEC, 0.5, "d2", "run", version)
+    verdict = judge_candidate(SPEC, 0.5, "d2", "run", version)
     assert not verdict.is_refused
     assert "is already this one" in verdict.text
 
@@ -54,10 +54,12 @@ def test_the_holder_is_not_its_own_rival() -> None:
     [holder(data="d2"), holder(metric="detect/ap"), Version("3", "other", {}), holder(value="x")],
 )
 def test_what_was_measured_otherwise_is_not_compared(version: Version) -> None:
-    verdict = judge(SPEC, 0.99, "d1", "run", version)
+    verdict = judge_candidate(SPEC, 0.99, "d1", "run", version)
     assert verdict.is_refused
     assert "not comparable" in verdict.text
-    taken = judge(SPEC.model_copy(update={"other_data": "replace"}), 0.1, "d1", "run", version)
+    taken = judge_candidate(
+        SPEC.model_copy(update={"other_data": "replace"}), 0.1, "d1", "run", version
+    )
     assert not taken.is_refused
 
 

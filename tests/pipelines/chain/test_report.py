@@ -20,7 +20,7 @@ from pipelines.chain.execute import Failure, StageRun, State
 from pipelines.chain.folder import Done
 from pipelines.chain.kinds import StageKind
 from pipelines.chain.plan import Forced, plan_chain
-from pipelines.chain.promote import Verdict
+from pipelines.chain.promote import Judgement
 from pipelines.chain.record import PipelineRun
 from pipelines.config.pretrain import PretrainConfig
 from pipelines.outcome import StageResult
@@ -161,7 +161,7 @@ def test_large_pictures_are_made_smaller(run: PipelineRun) -> None:
 
 def test_a_refusal_is_at_the_top(run: PipelineRun) -> None:
     run.stages = {"good": run.stages["good"]}
-    run.verdict = Verdict(is_refused=True, text="m@champion: not better", value=0.4)
+    run.verdict = Judgement(is_refused=True, text="m@champion: not better", value=0.4)
     page = report.render(run)
     assert page.index("Not promoted") < page.index("Stages")
     assert 'state refused">refused' in page

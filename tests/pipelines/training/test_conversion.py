@@ -20,7 +20,7 @@ from pipelines.outcome import ConfigError
 from pipelines.training import conversion
 from pipelines.training.conversion import convert
 from pipelines.training.init_from import Place, locate
-from pipelines.training.weights import read_own
+from pipelines.training.weights import read_checkpoint
 
 
 def write(
@@ -128,7 +128,7 @@ def test_what_is_written_comes_back_bit_for_bit(tmp_path: Path, to: str) -> None
     mae = write(tmp_path / "own")
     convert(place(tmp_path / "own"), str(tmp_path / "out"), to, overwrite=False)
     convert(place(tmp_path / "out"), str(tmp_path / "back"), "mae", overwrite=False)
-    back = read_own(str(tmp_path / "back"), tmp_path / "fetched")
+    back = read_checkpoint(str(tmp_path / "back"), tmp_path / "fetched")
     again = build_from_weights(back.state, back.record).state_dict()
     assert again.keys() == mae.state_dict().keys()
     assert all(torch.equal(again[key], tensor) for key, tensor in mae.state_dict().items())

@@ -28,21 +28,21 @@ class Training:
 @pytest.mark.parametrize(("num_failures", "starts"), [(0, 1), (2, 3)])
 def test_it_is_started_again_until_it_ends(num_failures: int, starts: int) -> None:
     training = Training(num_failures)
-    local_mode.fit(training, ScalingConfig(max_failures=2), lambda: False)
+    local_mode.fit_in_driver(training, ScalingConfig(max_failures=2), lambda: False)
     assert training.starts == starts
 
 
 def test_one_failure_too_many_comes_out_as_it_is() -> None:
     training = Training(3)
     with pytest.raises(OSError, match="the store is away"):
-        local_mode.fit(training, ScalingConfig(max_failures=2), lambda: False)
+        local_mode.fit_in_driver(training, ScalingConfig(max_failures=2), lambda: False)
     assert training.starts == 3
 
 
 def test_nothing_is_started_again_once_the_run_is_to_stop() -> None:
     training = Training(1)
     with pytest.raises(OSError, match="the store is away"):
-        local_mode.fit(training, ScalingConfig(max_failures=2), lambda: True)
+        local_mode.fit_in_driver(training, ScalingConfig(max_failures=2), lambda: True)
     assert training.starts == 1
 
 
@@ -54,7 +54,9 @@ def test_threads_and_random_numbers_of_the_process_stay_as_they_were(num_failure
         torch.manual_seed(0)
         expected = torch.rand(3)
         torch.manual_seed(0)
-        local_mode.fit(Training(num_failures), ScalingConfig(max_failures=1), lambda: False)
+        local_mode.fit_in_driver(
+            Training(num_failures), ScalingConfig(max_failures=1), lambda: False
+        )
         assert torch.equal(torch.rand(3), expected)
         assert torch.get_num_threads() == 2
     finally:
@@ -72,7 +74,7 @@ def test_it_waits_for_the_threads_that_read_the_data() -> None:
         threading.Thread(target=read, name="ahead_0", daemon=True).start()
         threading.Timer(0.05, release.set).start()
 
-    local_mode.fit(train, ScalingConfig(), lambda: False)
+    local_mode.fit_in_driver(train, ScalingConfig(), lambda: False)
     assert ended == [True]
     assert not processes.is_thread_left()
 
@@ -81,7 +83,7 @@ def test_a_thread_that_reads_on_is_known_to_be_left(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(local_mode, "READERS_END_S", 0.05)
     release = threading.Event()
     reader = threading.Thread(target=release.wait, args=(10,), name="ahead_0", daemon=True)
-    local_mode.fit(reader.start, ScalingConfig(), lambda: False)
+    local_mode.fit_in_driver(reader.start, ScalingConfig(), lambda: False)
     assert processes.is_thread_left()
     release.set()
     reader.join()
