@@ -222,6 +222,23 @@ def test_dense_stages_leave_numbers_pictures_and_a_model(
     assert torch.equal(encoder.blocks[5].mlp.fc1.weight, original.blocks[5].mlp.fc1.weight)
 
 
+@pytest.mark.usefixtures("local_ray", "no_model_export")
+def test_a_convolutional_encoder_is_pretrained_and_segments(downstream: Downstream) -> None:
+    place = downstream.place
+    words = ["model.encoder=resnet18", "optim.max_steps=2", "health.every_epochs=0"]
+    pretrained = place.run(*words, "model.decoder.kind=deconvolution")
+    assert list(place.losses(pretrained.run_id)) == [1, 2]
+    encoder, manifest = load_encoder(Path(pretrained.output))
+    assert (manifest.model.encoder, manifest.model.decoder.kind) == ("resnet18", "deconvolution")
+    assert manifest.decoder_present
+    place.trace_folder.rename(place.folder / "trace-of-pretrain")
+    start = [f"init_from={pretrained.output}", "optim.max_steps=2"]
+    result = downstream.run(SegmentConfig, *SEGMENT, *start, "segment.arms=[frozen]")
+    assert 0 <= result.metrics["frozen/miou"] <= 1
+    kept, _ = load_encoder(Path(result.output))
+    assert all(torch.equal(kept.state_dict()[k], x) for k, x in encoder.state_dict().items())
+
+
 @pytest.mark.usefixtures("local_ray")
 def test_a_store_that_fails_once_costs_nothing_but_time(
     downstream: Downstream, monkeypatch: pytest.MonkeyPatch
