@@ -1,7 +1,8 @@
 """One optimizer step on one worker; the arguments hold everything it needs."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
+from types import MappingProxyType
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -31,6 +32,9 @@ class BatchLoss(NamedTuple):
     loss: Float[Tensor, ""]  # sum over the images that were read / their nominal number; or a sum
     num_samples: Float[Tensor, ""]  # images that were read
     divisor: Float[Tensor, ""] | None = None  # of a sum
+    terms: Mapping[str, Float[Tensor, ""]] = MappingProxyType(
+        {}
+    )  # that `loss` adds up, to be shown
 
 
 BatchT = TypeVar("BatchT")
@@ -42,6 +46,7 @@ class StepMetrics(NamedTuple):
     loss: Float[Tensor, ""]  # weighted sum over images / their nominal number, holes included
     num_samples: Float[Tensor, ""]  # sum of the weights
     grad_norm: Float[Tensor, ""]  # before clipping; over all workers under DDP
+    terms: Mapping[str, Float[Tensor, ""]] = MappingProxyType({})  # of the loss, by name
 
     def check(self) -> None:
         """Raise a NonFiniteLossError if this step's update was left out."""
@@ -53,7 +58,11 @@ def pretrain_loss(model: nn.Module, batch: MicroBatch) -> BatchLoss:
     """Return the loss of a micro batch; `model` is a `MaskedAutoencoder`, bare or wrapped."""
     output = model(batch.images, batch.noise)
     loss = (output.loss_per_image * batch.weights).sum() / len(batch.images)
-    return BatchLoss(loss, batch.weights.sum())
+    terms = {
+        name: (term.detach() * batch.weights).sum() / len(batch.images)
+        for name, term in output.terms.items()
+    }
+    return BatchLoss(loss, batch.weights.sum(), terms=terms)
 
 
 def optimizer_step(
@@ -96,7 +105,7 @@ def optimizer_step(
         group["lr"] = learning_rate * group.get("lr_scale", 1.0)
     optimizer.zero_grad(set_to_none=True)  # a step that raised leaves gradients behind
 
-    loss, num_samples, divisor = _accumulate_gradients(
+    loss, num_samples, divisor, terms = _accumulate_gradients(
         model, batches, loss_of, grad_accum_steps=grad_accum_steps, autocast_dtype=autocast_dtype
     )
     parameters = [p for p in model.parameters() if p.grad is not None]
@@ -109,7 +118,7 @@ def optimizer_step(
     grad_norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     if max_grad_norm is not None:
         nn.utils.clip_grads_with_norm_(parameters, max_grad_norm, grad_norm)
-    metrics = StepMetrics(loss, num_samples, grad_norm)
+    metrics = StepMetrics(loss, num_samples, grad_norm, terms)
     _update(optimizer, metrics)
     optimizer.zero_grad(set_to_none=True)
     return metrics
@@ -137,11 +146,12 @@ def _accumulate_gradients(
     *,
     grad_accum_steps: int,
     autocast_dtype: torch.dtype | None,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Return the loss, the number of images that were read, and the sum of the divisors."""
+) -> tuple[Tensor, Tensor, Tensor | None, dict[str, Tensor]]:
+    """Return the loss, the number of images that were read, the sum of the divisors, the terms."""
     losses: list[Tensor] = []
     num_samples: list[Tensor] = []
     divisors: list[Tensor] = []
+    terms: dict[str, Tensor] = {}
     iterator = iter(batches)
     no_sync = getattr(model, "no_sync", nullcontext)  # DDP's
     device = next(model.parameters()).device.type
@@ -157,10 +167,13 @@ def _accumulate_gradients(
             loss.backward()  # type: ignore[no-untyped-call]
         losses.append(loss.detach())
         num_samples.append(output.num_samples)
+        for name, term in output.terms.items():
+            share = term.detach() / grad_accum_steps
+            terms[name] = share if name not in terms else terms[name] + share
         if output.divisor is not None:
             divisors.append(output.divisor)
     divisor = torch.stack(divisors).sum() if divisors else None
-    return torch.stack(losses).sum(), torch.stack(num_samples).sum(), divisor
+    return torch.stack(losses).sum(), torch.stack(num_samples).sum(), divisor, terms
 
 
 def _mean_divisor(divisor: Tensor, grad_accum_steps: int) -> Tensor:

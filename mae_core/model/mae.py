@@ -1,12 +1,15 @@
 """The masked autoencoder: mask patches, encode the kept ones, predict the removed ones."""
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
+import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from mae_core.config import LossConfig, MaskingConfig, ModelConfig
-from mae_core.losses import normalize_patches, pixel_loss_per_image
+from mae_core.losses import LossTerms, loss_terms_per_image, normalize_patches
 from mae_core.masking import mask_from_noise, num_patches_kept
 from mae_core.model.deconvolution import DeconvolutionDecoder
 from mae_core.model.family import Decoder, Encoder, build_decoder, build_encoder
@@ -19,6 +22,9 @@ class MAEOutput(NamedTuple):
     pred: Float[Tensor, "B R P"]  # of the patches of `ids_removed`
     ids_removed: Int[Tensor, "B R"]  # those that are predicted
     mask: Bool[Tensor, "B L"]  # True = removed
+    terms: Mapping[str, Float[Tensor, " B"]] = MappingProxyType(
+        {}
+    )  # of the loss, if it has several
 
 
 class MaskedAutoencoder(nn.Module):
@@ -38,6 +44,7 @@ class MaskedAutoencoder(nn.Module):
         mask_ratio: float,
         norm_pix_floor: float | None,
         prediction_ratio: float = 1.0,
+        terms: LossTerms | None = None,
     ) -> None:
         super().__init__()
         self.encoder = encoder
@@ -46,6 +53,7 @@ class MaskedAutoencoder(nn.Module):
         self.mask_ratio = mask_ratio
         self.norm_pix_floor = norm_pix_floor
         self.prediction_ratio = prediction_ratio
+        self.terms = terms or LossTerms()
 
     def forward(self, images: Float[Tensor, "B C H W"], noise: Float[Tensor, "B L"]) -> MAEOutput:
         """Reconstruct images of the size that the decoder was built for; `noise` sets the mask."""
@@ -64,9 +72,12 @@ class MaskedAutoencoder(nn.Module):
         target = take_patches(images.float(), self.patch_size, ids_removed)
         if self.norm_pix_floor is not None:
             target = normalize_patches(target, floor=self.norm_pix_floor)
-        loss_per_image = pixel_loss_per_image(pred.float(), target)
+        terms = loss_terms_per_image(pred.float(), target, self.terms, images.shape[1])
+        loss_per_image = torch.stack(list(terms.values())).sum(dim=0)
         # Every image has as many predicted patches, so this is the mean over those of the batch.
-        return MAEOutput(loss_per_image.mean(), loss_per_image, pred, ids_removed, mask)
+        loss = loss_per_image.mean()
+        several = terms if len(terms) > 1 else {}
+        return MAEOutput(loss, loss_per_image, pred, ids_removed, mask, several)
 
     def _check_sizes(self, images: Tensor, noise: Tensor) -> None:
         """Raise a ValueError for images of the right area but the wrong shape, which would run."""
@@ -98,4 +109,5 @@ def build_mae(model: ModelConfig, masking: MaskingConfig, loss: LossConfig) -> M
         mask_ratio=masking.mask_ratio,
         norm_pix_floor=loss.target_floor,
         prediction_ratio=model.decoder.prediction_ratio,
+        terms=LossTerms(loss.kind, loss.fourier_weight, loss.ssim_weight),
     )

@@ -110,6 +110,9 @@ _IDENTITY: dict[str, tuple[str, ...]] = {
         "masking.kind",
         "masking.mask_ratio",
         "masking.cell",
+        "loss.kind",
+        "loss.fourier_weight",
+        "loss.ssim_weight",
         "loss.norm_pix",
         "loss.norm_pix_floor",
         "optim.base_lr",
@@ -224,6 +227,9 @@ _NO_EFFECT: dict[str, tuple[str, ...]] = {
 # is left out of the hash, so that those runs keep their name.
 _ADDED_LATER: dict[str, Any] = {
     "model.decoder.kind": "transformer",
+    "loss.kind": "mse",
+    "loss.fourier_weight": 0.0,
+    "loss.ssim_weight": 0.0,
     "optim.head_lr_scale": 1.0,
     "segment.values": None,
     "segment.ignore_value": 255,

@@ -373,7 +373,7 @@ class TrainingProcess(Generic[PartT, DecodedT, BatchT]):
             reporter.check()
         if not reporter.is_due(own_step):
             return
-        totals = reporter.report(own_step, learning_rate=learning_rate, grad_norm=metrics.grad_norm)
+        totals = reporter.report(own_step, learning_rate=learning_rate, metrics=metrics)
         seen = (own_step - reporter.first_step) * reporter.size.images_per_step
         ratio = self.config.data.max_bad_ratio
         if too_many_bad(totals.num_bad, seen, ratio):

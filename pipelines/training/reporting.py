@@ -176,8 +176,10 @@ class StepReporter:
         steps = self.size.total_steps - step + self.after.steps
         return format_seconds(steps * self.pace.mean_s + self.after.seconds)
 
-    def report(self, step: int, *, learning_rate: float, grad_norm: Tensor) -> Totals:
+    def report(self, step: int, *, learning_rate: float, metrics: StepMetrics) -> Totals:
         """Sum over the ranks and report. Every rank must call this at the same steps.
+
+        `metrics` are those of this step, whose gradient norm and terms of the loss are reported.
 
         Raises: NonFiniteLossError.
         """
@@ -192,17 +194,18 @@ class StepReporter:
         if self.writer is not None:
             seen = step * self.size.global_batch_size
             epoch = seen / self.size.samples_per_epoch
-            metrics = {
+            shown = {
                 "train/loss": totals.loss,
+                **{f"train/loss_{name}": float(x) for name, x in metrics.terms.items()},
                 "train/learning_rate": learning_rate,
-                "train/grad_norm": float(grad_norm),
+                "train/grad_norm": float(metrics.grad_norm),
                 "train/epoch": epoch,
                 "train/samples_seen": seen,
                 "worker/images_per_s": images_per_s,
                 "worker/wait_share": wait_share,
                 "worker/bad_samples": totals.num_bad,
             }
-            self.writer.write({self.prefix + key: x for key, x in metrics.items()}, step)
+            self.writer.write({self.prefix + key: x for key, x in shown.items()}, step)
             self._detail = (
                 f"epoch={epoch:.2f} loss={totals.loss:.4f} lr={learning_rate:.2e} "
                 f"images/s={images_per_s:.0f} data_wait={100 * wait_share:.0f}% "

@@ -164,3 +164,19 @@ def test_compiles_to_one_graph() -> None:
     images, noise = torch.randn(2, 3, 32, 32), torch.rand(2, 16)
     compiled = torch.compile(mae, backend="aot_eager", fullgraph=True)
     assert compiled(images, noise).loss.item() == pytest.approx(mae(images, noise).loss.item())
+
+
+def test_several_terms_make_the_loss_and_are_told_by_name() -> None:
+    torch.manual_seed(0)
+    model = ModelConfig(encoder="vit_nano", img_size=(32, 32), patch_size=8)
+    images, noise = torch.randn(2, 3, 32, 32), torch.rand(2, 16)
+    plain = build_mae(model, MaskingConfig(), LossConfig(kind="l1"))
+    assert plain(images, noise).terms == {}
+    mae = build_mae(
+        model, MaskingConfig(), LossConfig(kind="l1", fourier_weight=0.5, ssim_weight=1)
+    )
+    mae.load_state_dict(plain.state_dict())
+    output = mae(images, noise)
+    assert list(output.terms) == ["l1", "fourier", "ssim"]
+    torch.testing.assert_close(output.terms["l1"], plain(images, noise).loss_per_image)
+    torch.testing.assert_close(sum(output.terms.values()), output.loss_per_image)

@@ -99,7 +99,7 @@ def run_steps(reporter: StepReporter, clock: Clock, seconds: list[float]) -> Non
         clock.now_s += duration_s
         reporter.add(step, metrics(float(step)))
         if reporter.is_due(step):
-            reporter.report(step, learning_rate=1e-3, grad_norm=torch.tensor(1.0))
+            reporter.report(step, learning_rate=1e-3, metrics=metrics(0.0))
 
 
 def test_the_loss_is_the_mean_over_the_steps_since_the_last_report(clock: Clock) -> None:
@@ -120,7 +120,7 @@ def test_a_reporter_that_takes_over_in_mid_interval_reports_the_same(stop: int) 
         for reporter in (whole, first if step <= stop else second):
             reporter.add(step, metrics(loss, num_samples))
             if reporter.is_due(step):
-                reporter.report(step, learning_rate=1e-3, grad_norm=torch.tensor(1.0))
+                reporter.report(step, learning_rate=1e-3, metrics=metrics(0.0))
         if step == stop:
             second.take_over(first.unreported(), rank=0, world_size=1)
     expected = {step: row["train/loss"] for step, row in undisturbed.written.items()}
@@ -147,8 +147,19 @@ def test_samples_that_did_not_come_do_not_lower_the_mean() -> None:
     # Each is the sum over the samples that came divided by the nominal eight.
     reporter.add(1, metrics(1.0, num_samples=8))
     reporter.add(2, metrics(0.5, num_samples=4))
-    reporter.report(2, learning_rate=1e-3, grad_norm=torch.tensor(1.0))
+    reporter.report(2, learning_rate=1e-3, metrics=metrics(0.0))
     assert writer.written[2]["train/loss"] == pytest.approx(1.0)
+
+
+def test_the_terms_of_a_loss_are_reported_by_name() -> None:
+    writer = Writer()
+    reporter = reporter_of(writer, 1)
+    terms = {"l1": torch.tensor(0.5), "ssim": torch.tensor(0.25)}
+    step = metrics(0.75)._replace(terms=terms)
+    reporter.add(1, step)
+    reporter.report(1, learning_rate=1e-3, metrics=step)
+    losses = {name: x for name, x in writer.written[1].items() if name.startswith("train/loss")}
+    assert losses == {"train/loss": 0.75, "train/loss_l1": 0.5, "train/loss_ssim": 0.25}
 
 
 def test_speed_and_time_left_leave_out_the_wait_for_the_first_step(
