@@ -262,7 +262,7 @@ class LossConfig(StrictConfig):
     """Weight of a second term: the distance between the spectra of a patch, which counts fine
     texture more. 0 leaves it out."""
     ssim_weight: float = Field(default=0.0, ge=0)
-    """Weight of a third term: 1 - the similarity of structure (SSIM) of a patch. 0 leaves it out."""
+    """Weight of a third term: 1 - the likeness of structure (SSIM) of a patch. 0 leaves it out."""
     norm_pix: bool = True
     """Normalize each target patch to zero mean and unit variance (He et al. 2021, section 4.1)."""
     norm_pix_floor: float = Field(default=1e-3, gt=0)
