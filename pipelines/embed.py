@@ -20,38 +20,31 @@ import io
 import logging
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
 
 from infra import processes, storage, tracking
-from infra.scratch import scratch_folder
-from mae_core.checkpoint import load_encoder
 from mae_core.checkpoint_manifest import WEIGHTS_FILE, CheckpointManifest
 from mae_core.data.decode import decode_image
 from mae_core.data.manifest import Manifest, ShardInfo
 from mae_core.data.pixels import CorruptSampleError, Pixels
 from mae_core.data.samples import DataError, Sample
 from mae_core.data.transforms import center_crop
-from mae_core.evaluation.classification import encode_features
 from mae_core.evaluation.retrieval import cosine_similarity, retrieval_picture
-from mae_core.model.family import Encoder
 from pipelines import driver
 from pipelines.config.embed import EmbedConfig
-from pipelines.downstream.measuring import to_images
+from pipelines.downstream.features import FeatureReader, feature_table
 from pipelines.job import cluster_address, trains_in_driver
 from pipelines.outcome import ConfigError, StageResult
 from pipelines.reading.batches import too_many_bad
 from pipelines.reading.fingerprints import fingerprint
 from pipelines.reading.shards import open_shards, read_rows, read_samples
 from pipelines.terminal import progress, worker_logging
-from pipelines.training.checkpoints import fetch_checkpoint, fetch_manifest
+from pipelines.training.checkpoints import fetch_manifest
 from pipelines.training.init_from import lineage_tags
 from pipelines.training.protocol import Identity, Work
 from pipelines.training.run import checked, drive
@@ -307,7 +300,7 @@ class _Embedder:
     """A worker, which holds the encoder and writes one file for each piece."""
 
     def __init__(self, job: EmbedJob, pieces: list[Piece]) -> None:
-        self.reader = FeatureReader(job)
+        self.reader = FeatureReader(job.config, job.init_uri, job.img_size)
         self.pieces = pieces
         self.channel = job.channel
         self.ends = StepEnds(
@@ -371,7 +364,7 @@ def _read_part(piece: Piece) -> tuple[int, list[pa.Table]]:
 
 def _whole(tables: list[pa.Table]) -> pa.Table:
     """Join tables into one chunk, so that the file's bytes do not show where a run was stopped."""
-    joined = pa.concat_tables(tables) if tables else _table([], "", np.zeros((0, 1)))
+    joined = pa.concat_tables(tables) if tables else feature_table([], "", np.zeros((0, 1)))
     return joined.combine_chunks()
 
 
@@ -381,86 +374,13 @@ def _parquet(table: pa.Table) -> bytes:
     return buffer.getvalue()
 
 
-class FeatureReader:
-    """Turns samples into features."""
-
-    def __init__(self, job: EmbedJob) -> None:
-        config = job.config
-        self.batch_size, self.kind, self.img_size = config.batch_size, config.features, job.img_size
-        self.device = torch.device("cuda" if config.scaling.use_gpu else "cpu")
-        if self.device.type == "cpu":
-            torch.set_num_threads(config.scaling.cpus_per_worker)
-        self.encoder, self.manifest = _load(job)
-        self.encoder.to(self.device).eval()
-        self.pool = ThreadPoolExecutor(config.scaling.cpus_per_worker)
-
-    def table(self, path: str, numbered: list[tuple[int, Sample]]) -> list[pa.Table]:
-        """Return a table of the samples that can be decoded; the log names the others."""
-        decoded = list(self.pool.map(lambda item: self._pixels(path, item[1]), numbered))
-        whole = [
-            (row, sample, pixels)
-            for (row, sample), pixels in zip(numbered, decoded, strict=True)
-            if pixels is not None
-        ]
-        if not whole:
-            return []
-        features = self.features([pixels for *_, pixels in whole])
-        return [_table([(row, sample) for row, sample, _ in whole], path, features)]
-
-    def _pixels(self, path: str, sample: Sample) -> Pixels | None:
-        try:
-            pixels = decode_image(sample.image, self.manifest.model.in_chans)
-            return center_crop(pixels, self.img_size)
-        except CorruptSampleError as error:
-            logger.warning("left out: shard=%s key=%s reason=%s", path, sample.key, error)
-            return None
-
-    def features(self, pixels: list[Pixels]) -> npt.NDArray[np.float32]:
-        """Return (N, D) features; of a grid (N, h * w * D), row by row."""
-        images = to_images(pixels, self.manifest, self.device)
-        if self.kind == "grid":
-            with torch.no_grad():
-                tokens = self.encoder(images)[:, self.encoder.num_prefix_tokens :]
-                chosen = tokens.float().flatten(1)
-        else:
-            chosen = encode_features(self.encoder, images, pool=self.kind)
-        features: npt.NDArray[np.float32] = chosen.cpu().numpy()
-        return features
-
-
-def _load(job: EmbedJob) -> tuple[Encoder, CheckpointManifest]:
-    with scratch_folder() as workspace:
-        found = fetch_checkpoint(job.init_uri, workspace / "encoder")
-        return load_encoder(found.folder, is_verified=True)
-
-
-def _table(samples: list[tuple[int, Sample]], path: str, features: npt.NDArray[Any]) -> pa.Table:
-    """Return a table with shard, row, key, label and feature.
-
-    The label is the .cls file as text, or null; all features have the same length.
-    """
-    labels = [sample.parts.get("cls") for _, sample in samples]
-    flat = pa.array(features.astype(np.float32).ravel())
-    return pa.table(
-        {
-            "shard": pa.array([path] * len(samples), pa.string()),
-            "row": pa.array([row for row, _ in samples], pa.int64()),
-            "key": pa.array([sample.key for _, sample in samples], pa.string()),
-            "label": pa.array(
-                [None if x is None else x.decode(errors="replace") for x in labels], pa.string()
-            ),
-            "feature": pa.FixedSizeListArray.from_arrays(flat, features.shape[1]),
-        }
-    )
-
-
 # Searching for similar images
 
 
 def _search(config: EmbedConfig, job: EmbedJob, data: Manifest, folder: RunFolder) -> None:
     """Print the images that are most similar to the query, and draw them."""
     assert config.query is not None
-    reader = FeatureReader(job)
+    reader = FeatureReader(job.config, job.init_uri, job.img_size)
     try:
         query_bytes = storage.read_bytes(config.query)
         query = decode_image(query_bytes, reader.manifest.model.in_chans)

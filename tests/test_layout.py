@@ -12,6 +12,7 @@ COVERED_BY = {
     "config/downstream": "tests/pipelines/downstream/test_run.py",
     "doctor/services": "tests/pipelines/doctor/test_command.py",
     "downstream/arms": "tests/pipelines/downstream/test_run.py",
+    "downstream/features": "tests/pipelines/test_embed.py",
     "downstream/targets": "tests/pipelines/downstream/test_label_studies.py",
     "downstream/task": "tests/pipelines/downstream/test_tuning.py",
     "packing/classes": "tests/pipelines/packing/test_prepare_sources.py",

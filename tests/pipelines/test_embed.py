@@ -24,7 +24,7 @@ class Reader:
 
     batch_size = 2
 
-    def __init__(self, _: Any) -> None:
+    def __init__(self, *_: Any) -> None:
         self.seen: list[int] = []
         self.fail_after = 99
 
@@ -34,7 +34,7 @@ class Reader:
             raise MemoryError
         self.seen += rows
         features = [[float(row), 1.0] for row in rows]
-        return [embed._table(numbered, path, embed.np.array(features))]
+        return [embed.feature_table(numbered, path, embed.np.array(features))]
 
 
 class Ends:

@@ -67,7 +67,13 @@ EVERYWHERE = {
     "tracking.parent_run_id",
 }
 SAVING = {"checkpoint.every_minutes", "checkpoint.grace_s"}
-TRAINING = {"checkpoint.every_steps", "checkpoint.keep", "debug.sample_trace", *SAVING}
+TRAINING = {
+    "checkpoint.every_steps",
+    "checkpoint.keep",
+    "debug.sample_trace",
+    "scaling.checkpoint_activations",
+    *SAVING,
+}
 TUNING = {
     *EVERYWHERE,
     *TRAINING,
