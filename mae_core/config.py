@@ -5,7 +5,7 @@ Imports pydantic only, so a config can be checked on a laptop without torch or R
 
 from typing import Literal, NamedTuple, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 
 class StrictConfig(BaseModel):
@@ -240,10 +240,24 @@ class MaskingConfig(StrictConfig):
     """random: each patch on its own; block: remove rectangles (BEiT); inverse_block: keep one
     rectangle (CAPI); grid: keep the top left patch of every 2x2; uniform: keep as many random
     patches of every 2x2 (UM-MAE); cell: keep or remove whole cells (Pixio)."""
-    mask_ratio: float = Field(default=0.75, gt=0, lt=1)
-    """Share of patches removed from the encoder's input."""
+    mask_ratio: float | tuple[float, ...] = 0.75
+    """Share of patches removed from the encoder's input. Two shares, such as [0.6, 0.75]: those of
+    the first and the last step, between which it changes evenly. Pictures and held-out losses have
+    the last."""
     cell: int = Field(default=2, gt=0)
     """Side of a cell in patches, for `kind=cell`."""
+
+    @field_validator("mask_ratio")
+    @classmethod
+    def _shares(cls, ratio: float | tuple[float, ...]) -> float | tuple[float, ...]:
+        shares = ratio if isinstance(ratio, tuple) else (ratio, ratio)
+        if len(shares) != 2 or not all(0 < share < 1 for share in shares):
+            shown = list(ratio) if isinstance(ratio, tuple) else ratio
+            raise ValueError(
+                f"mask_ratio={shown}: give a share between 0 and 1, or two: of the first step and "
+                "of the last"
+            )
+        return ratio
 
     @model_validator(mode="after")
     def _grid_has_one_ratio(self) -> Self:
@@ -252,6 +266,25 @@ class MaskingConfig(StrictConfig):
                 f"kind=grid keeps one patch of four: mask_ratio must be 0.75, not {self.mask_ratio}"
             )
         return self
+
+    @property
+    def ratios(self) -> tuple[float, float]:
+        """The shares of the first and the last step."""
+        ratio = self.mask_ratio
+        return (ratio[0], ratio[1]) if isinstance(ratio, tuple) else (ratio, ratio)
+
+    @property
+    def last_ratio(self) -> float:
+        return self.ratios[1]
+
+    @property
+    def is_scheduled(self) -> bool:
+        return self.ratios[0] != self.ratios[1]
+
+    def ratio_at(self, step: int, total_steps: int) -> float:
+        """Return the share of a step; steps count from 1."""
+        first, last = self.ratios
+        return first + (last - first) * (step - 1) / max(total_steps - 1, 1)
 
 
 class LossConfig(StrictConfig):

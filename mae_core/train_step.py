@@ -19,6 +19,7 @@ class MicroBatch(NamedTuple):
     images: Float[Tensor, "B C H W"]  # normalised; a hole's pixels are any finite numbers
     noise: Float[Tensor, "B L"]
     weights: Float[Tensor, " B"]  # 1, or 0 for a hole: a sample that could not be read
+    mask_ratio: float | None = None  # by default the model's
 
 
 class BatchLoss(NamedTuple):
@@ -56,7 +57,8 @@ class StepMetrics(NamedTuple):
 
 def pretrain_loss(model: nn.Module, batch: MicroBatch) -> BatchLoss:
     """Return the loss of a micro batch; `model` is a `MaskedAutoencoder`, bare or wrapped."""
-    output = model(batch.images, batch.noise)
+    ratio = () if batch.mask_ratio is None else (batch.mask_ratio,)
+    output = model(batch.images, batch.noise, *ratio)
     loss = (output.loss_per_image * batch.weights).sum() / len(batch.images)
     terms = {
         name: (term.detach() * batch.weights).sum() / len(batch.images)

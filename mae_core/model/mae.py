@@ -55,10 +55,22 @@ class MaskedAutoencoder(nn.Module):
         self.prediction_ratio = prediction_ratio
         self.terms = terms or LossTerms()
 
-    def forward(self, images: Float[Tensor, "B C H W"], noise: Float[Tensor, "B L"]) -> MAEOutput:
-        """Reconstruct images of the size that the decoder was built for; `noise` sets the mask."""
+    def forward(
+        self,
+        images: Float[Tensor, "B C H W"],
+        noise: Float[Tensor, "B L"],
+        mask_ratio: float | None = None,
+    ) -> MAEOutput:
+        """Reconstruct images of the size that the decoder was built for.
+
+        Args:
+            images: Normalised.
+            noise: Its order sets the mask.
+            mask_ratio: Share of patches to remove; by default the model's.
+        """
         self._check_sizes(images, noise)
-        ids_keep, ids_removed, mask = mask_from_noise(noise, self.mask_ratio)
+        ratio = self.mask_ratio if mask_ratio is None else mask_ratio
+        ids_keep, ids_removed, mask = mask_from_noise(noise, ratio)
         if self.training:
             num_predicted = max(1, round(ids_removed.shape[1] * self.prediction_ratio))
             ids_removed = ids_removed[:, :num_predicted]
@@ -96,9 +108,10 @@ class MaskedAutoencoder(nn.Module):
 
 def build_mae(model: ModelConfig, masking: MaskingConfig, loss: LossConfig) -> MaskedAutoencoder:
     """Build the model; fresh weights come from torch's global generator, so seed it first."""
-    if num_patches_kept(model.num_patches, masking.mask_ratio) == model.num_patches:
+    ratio = min(masking.ratios)
+    if num_patches_kept(model.num_patches, ratio) == model.num_patches:
         raise ValueError(
-            f"mask_ratio={masking.mask_ratio} removes none of {model.num_patches} patches of "
+            f"mask_ratio={ratio} removes none of {model.num_patches} patches of "
             f"patch_size={model.patch_size}"
         )
     encoder = build_encoder(model)
@@ -106,7 +119,7 @@ def build_mae(model: ModelConfig, masking: MaskingConfig, loss: LossConfig) -> M
         encoder,
         build_decoder(model, encoder),
         patch_size=model.patch_size,
-        mask_ratio=masking.mask_ratio,
+        mask_ratio=masking.last_ratio,
         norm_pix_floor=loss.target_floor,
         prediction_ratio=model.decoder.prediction_ratio,
         terms=LossTerms(loss.kind, loss.fourier_weight, loss.ssim_weight),

@@ -144,7 +144,7 @@ class PretrainConfig(StrictConfig):
                 f"masking.kind=grid needs an even number of patches a side, not {rows}x{columns}; "
                 "change model.img_size or model.patch_size"
             )
-        num_patches, ratio = self.model.num_patches, self.masking.mask_ratio
+        num_patches, ratio = self.model.num_patches, min(self.masking.ratios)
         if max(1, int(num_patches * (1 - ratio))) == num_patches:  # see `num_patches_kept`
             raise ValueError(
                 f"masking.mask_ratio={ratio} removes none of {num_patches} patches of "

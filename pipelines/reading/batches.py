@@ -86,7 +86,20 @@ class BatchDecoder:
         grid_size: tuple[int, int],
         num_threads: int,
         num_views: int = 1,
+        ratio_at: Callable[[int], float] | None = None,
     ) -> None:
+        """Start the threads.
+
+        Args:
+            spec: What is cut from an image.
+            masking: Its ratio is that of the last step.
+            grid_size: Rows and columns of patches.
+            num_threads: Images that are decoded at once.
+            num_views: Views of each image.
+            ratio_at: The share of patches to remove at a position of the run's sequence; by default
+                it is the same everywhere.
+        """
+        self._ratio_at = ratio_at or (lambda position: masking.last_ratio)
         self._spec = spec
         self._num_views = num_views
         self._masking = masking
@@ -104,7 +117,7 @@ class BatchDecoder:
         return ahead(ahead(tables, self._start, depth), self._finish, 1)
 
     def _start(self, table: pa.Table) -> _Decoding:
-        names = ("image", "epoch", "shard", "key", "decoded", "error")
+        names = ("position", "image", "epoch", "shard", "key", "decoded", "error")
         samples = zip(*(table[name].to_pylist() for name in names), strict=True)
         return _Decoding(
             table.drop_columns(["image"]),
@@ -130,11 +143,19 @@ class BatchDecoder:
         )
 
     def _sample(
-        self, image: bytes, epoch: int, shard: str, key: str, decoded: bool, error: str | None
+        self,
+        position: int,
+        image: bytes,
+        epoch: int,
+        shard: str,
+        key: str,
+        decoded: bool,
+        error: str | None,
     ) -> tuple[list[Pixels] | BadSample, list[npt.NDArray[np.float32]]]:
         """Return the sample's views, or why there are none; and each view's masking noise."""
         views = self._views(image, epoch, shard, key, decoded, error)
-        return views, [self._noise(epoch, key, view) for view in range(self._num_views)]
+        ratio = self._ratio_at(position)
+        return views, [self._noise(epoch, key, view, ratio) for view in range(self._num_views)]
 
     def _views(
         self, image: bytes, epoch: int, shard: str, key: str, decoded: bool, error: str | None
@@ -151,12 +172,12 @@ class BatchDecoder:
         except CorruptSampleError as corrupt:
             return BadSample(epoch, shard, key, corrupt.kind, str(corrupt))
 
-    def _noise(self, epoch: int, key: str, view: int) -> npt.NDArray[np.float32]:
+    def _noise(self, epoch: int, key: str, view: int, mask_ratio: float) -> npt.NDArray[np.float32]:
         return draw_noise(
             mask_generator(self._spec.seed, epoch, key, view),
             self._grid_size,
             kind=self._masking.kind,
-            mask_ratio=self._masking.mask_ratio,
+            mask_ratio=mask_ratio,
             cell=self._masking.cell,
         )
 

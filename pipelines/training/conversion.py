@@ -195,7 +195,7 @@ def hf_config(record: CheckpointRecord, *, has_decoder: bool) -> dict[str, Any]:
         "decoder_num_hidden_layers": decoder.depth,
         "decoder_num_attention_heads": decoder.num_heads,
         "decoder_intermediate_size": 4 * decoder.dim,
-        "mask_ratio": record.masking.mask_ratio,
+        "mask_ratio": record.masking.last_ratio,
         "norm_pix_loss": record.loss.norm_pix,
     }
 

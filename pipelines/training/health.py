@@ -183,7 +183,7 @@ def fixed_noise(config: PretrainConfig) -> Tensor:
             named_generator(config.seed, "health", i),
             config.model.grid_size,
             kind=masking.kind,
-            mask_ratio=masking.mask_ratio,
+            mask_ratio=masking.last_ratio,
             cell=masking.cell,
         )
         for i in range(ROWS_PER_READ)

@@ -273,7 +273,7 @@ def _pictures(config: PretrainConfig, manifest: Manifest) -> Pictures:
             named_generator(config.seed, "picture", i),
             model.grid_size,
             kind=config.masking.kind,
-            mask_ratio=config.masking.mask_ratio,
+            mask_ratio=config.masking.last_ratio,
             cell=config.masking.cell,
         )
         for i in range(len(pixels))

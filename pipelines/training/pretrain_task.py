@@ -207,6 +207,7 @@ class PretrainTask:
             config.model.grid_size,
             config.scaling.cpus_per_worker,
             config.data.crops_per_image,
+            self._ratio_at_position,
         )
         return decoder.batches(tables, BATCHES_AHEAD)
 
@@ -221,7 +222,16 @@ class PretrainTask:
         full_scale = torch.iinfo(decoded.pixels.dtype).max
         scaled = move(decoded.pixels).float().div_(full_scale)
         images = ((scaled - self.mean) / self.std).permute(0, 3, 1, 2).contiguous()
-        return MicroBatch(images, move(decoded.noise), move(decoded.weights))
+        ratio = None
+        if self.config.masking.is_scheduled:
+            ratio = self.config.masking.ratio_at(step, self.job.size.total_steps)
+        return MicroBatch(images, move(decoded.noise), move(decoded.weights), ratio)
+
+    def _ratio_at_position(self, position: int) -> float:
+        """Return the share of patches that is removed at the step that reads this position."""
+        size = self.job.size
+        step = position // size.images_per_step + 1
+        return self.config.masking.ratio_at(step, size.total_steps)
 
     def loss(self, model: nn.Module, batch: MicroBatch, part: WholeRun) -> BatchLoss:
         return pretrain_loss(model, batch)

@@ -178,6 +178,30 @@ def test_a_grid_mask_has_one_ratio() -> None:
     assert MaskingConfig(kind="block", mask_ratio=0.5).mask_ratio == 0.5
 
 
+def test_a_mask_ratio_changes_evenly_from_the_first_step_to_the_last() -> None:
+    masking = MaskingConfig(mask_ratio=(0.5, 0.75))
+    assert [masking.ratio_at(step, 6) for step in range(1, 7)] == pytest.approx(
+        [0.5, 0.55, 0.6, 0.65, 0.7, 0.75]
+    )
+    assert (masking.last_ratio, masking.is_scheduled) == (0.75, True)
+    assert masking.ratio_at(1, 1) == 0.5
+    assert MaskingConfig.model_validate(masking.model_dump(mode="json")) == masking
+
+
+def test_one_mask_ratio_is_that_of_every_step() -> None:
+    masking = MaskingConfig(mask_ratio=0.6)
+    assert {masking.ratio_at(step, 7) for step in range(1, 8)} == {0.6}
+    assert (masking.ratios, masking.is_scheduled) == ((0.6, 0.6), False)
+
+
+@pytest.mark.parametrize("ratio", [0, 1.0, [0.5, 1.5], [0.5], [0.4, 0.5, 0.6]])
+def test_a_mask_ratio_that_is_no_share_is_shown(ratio: Any) -> None:
+    with pytest.raises(ValidationError) as refusal:
+        MaskingConfig.model_validate({"mask_ratio": ratio})
+    shown = f"mask_ratio={float(ratio) if isinstance(ratio, int) else ratio}: give a share"
+    assert shown in str(refusal.value)
+
+
 @pytest.mark.parametrize(("batch", "rate"), [(256, 1.5e-4), (4096, 2.4e-3), (32, 1.875e-5)])
 def test_the_learning_rate_grows_with_the_batch(batch: int, rate: float) -> None:
     assert OptimConfig(global_batch_size=batch).learning_rate == pytest.approx(rate, rel=1e-12)

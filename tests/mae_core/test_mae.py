@@ -180,3 +180,9 @@ def test_several_terms_make_the_loss_and_are_told_by_name() -> None:
     assert list(output.terms) == ["l1", "fourier", "ssim"]
     torch.testing.assert_close(output.terms["l1"], plain(images, noise).loss_per_image)
     torch.testing.assert_close(sum(output.terms.values()), output.loss_per_image)
+
+
+def test_a_ratio_that_is_given_counts_for_one_call() -> None:
+    mae, images, noise = make_mae(), torch.randn(2, 3, 32, 32), torch.rand(2, 16)
+    assert mae(images, noise, 0.5).mask.sum(dim=1).tolist() == [8, 8]
+    assert mae(images, noise).mask.sum(dim=1).tolist() == [12, 12]

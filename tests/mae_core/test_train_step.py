@@ -37,7 +37,7 @@ def make_batch(holes: tuple[int, ...] = ()) -> MicroBatch:
 
 
 def split(batch: MicroBatch, num_parts: int) -> list[MicroBatch]:
-    parts = zip(*(tensor.chunk(num_parts) for tensor in batch), strict=True)
+    parts = zip(*(tensor.chunk(num_parts) for tensor in batch[:3]), strict=True)
     return [MicroBatch(*part) for part in parts]
 
 
@@ -318,3 +318,12 @@ def test_each_group_learns_at_its_share_of_the_rate() -> None:
     )
     assert slow.weight.item() == pytest.approx(1 - 0.5 * 0.25)
     assert fast.weight.item() == pytest.approx(0.5)
+
+
+def test_a_micro_batch_may_have_its_own_mask_ratio() -> None:
+    batch = make_batch()
+    _, expected = take_step([batch])
+    metrics, found = take_step([batch._replace(mask_ratio=0.75)])
+    assert_close(found, expected)
+    other, _ = take_step([batch._replace(mask_ratio=0.5)])
+    assert other.loss.item() != metrics.loss.item()

@@ -278,3 +278,16 @@ def test_a_share_of_bad_samples_is_judged_against_a_thousand_at_least(
     num_bad: int, seen: int, is_too_many: bool
 ) -> None:
     assert too_many_bad(num_bad, seen, 0.01) == is_too_many
+
+
+def test_a_mask_has_the_ratio_of_its_samples_place(images: dict[str, bytes]) -> None:
+    """A block of removed patches ranks behind the kept ones, whose number the ratio gives."""
+    decoder = BatchDecoder(
+        SPEC,
+        MaskingConfig(kind="block"),
+        (4, 4),
+        1,
+        ratio_at=lambda place: min(0.25 + place / 8, 0.99),
+    )
+    batch = decoder(make_block(images, first=1))
+    assert (batch.noise >= 1).sum(dim=1).tolist() == [6, 8, 10, 12, 14, 15]

@@ -95,6 +95,24 @@ def test_whole_numbers_become_normalised_images_and_holes_keep_their_weight(tmp_
     assert decoded.came == [True, False]
 
 
+def test_a_mask_ratio_rises_alike_for_masks_and_for_the_model(tmp_path: Path) -> None:
+    """Noise is drawn by the sample's position, 16 to a step, and ranked by the step."""
+    decoded = DecodedBatch(
+        torch.zeros(1, 8, 8, 3, dtype=torch.uint8),
+        torch.rand(1, 4),
+        torch.ones(1),
+        [],
+        pa.table({"position": [0]}),
+    )
+    words = [*WORDS, "masking.mask_ratio=[0.3, 0.8]"]
+    task = make_task(tmp_path, config=load_config(PretrainConfig, [], words, {}))
+    for step, position, ratio in ((1, 0, 0.3), (1, 15, 0.3), (2, 16, 0.3172414), (30, 479, 0.8)):
+        assert task._ratio_at_position(position) == pytest.approx(ratio)
+        batch = task.batch(decoded, PART, step=step, number=0)
+        assert batch.mask_ratio == pytest.approx(ratio)
+    assert make_task(tmp_path).batch(decoded, PART, step=1, number=0).mask_ratio is None
+
+
 def test_a_sample_of_several_views_came_once() -> None:
     weights = torch.tensor([1.0, 1.0, 0.0, 0.0])
     rows = pa.table({"position": [0, 1]})
