@@ -10,8 +10,10 @@ import logging
 import os
 import secrets
 import shutil
+import subprocess
+import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -20,14 +22,31 @@ from typing import Any, NamedTuple
 
 import ray
 from ray._private import parameter, ray_constants, services
-from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
+from ray._raylet import (  # type: ignore[attr-defined]
+    DASHBOARD_AGENT_LISTEN_PORT_NAME,
+    METRICS_AGENT_PORT_NAME,
+    METRICS_EXPORT_PORT_NAME,
+    RUNTIME_ENV_AGENT_PORT_NAME,
+    AuthenticationTokenLoader,
+    Config,
+    persist_port,
+)
 
 from infra import processes, scratch
 from infra.storage import StorageError
+from pipelines.training import ray_agent_stand_in
 
 # The path of a Unix socket has at most 107 characters; Ray's own part takes 65 of them.
 MAX_FOLDER_CHARACTERS = 40
 MAX_STARTS = 3
+AGENT_COMMANDS = frozenset({"dashboard_agent_command", "runtime_env_agent_command"})
+AGENT_PORTS = (
+    DASHBOARD_AGENT_LISTEN_PORT_NAME,
+    METRICS_AGENT_PORT_NAME,
+    METRICS_EXPORT_PORT_NAME,
+    RUNTIME_ENV_AGENT_PORT_NAME,
+)
+NO_PORT = -1  # Ray's word for an agent that does not listen
 
 logger = logging.getLogger(__name__)
 
@@ -133,19 +152,48 @@ def _start(folder: Path, given: LocalRay) -> None:
 
 @contextmanager
 def _without_onlookers() -> Iterator[None]:
-    """Start Ray in the block without three processes that do nothing for a Ray on one machine.
+    """Start Ray in the block without five processes that do nothing for a Ray on one machine.
 
     They are its autoscaler, the reader of its logs, and, without a dashboard, a server for usage
-    reports. Usage reports are off, but `ray.init` waits for that server. All three are Python
-    programs that take about a CPU-second each, and `ray.init` has no arguments to leave them out
-    (2.60).
+    reports. Usage reports are off, but `ray.init` waits for that server. The other two are the
+    agents of the raylet: one is for the dashboard and metrics, one prepares runtime environments,
+    and a local Ray has none of these. All five are Python programs that take about a CPU-second
+    each, and `ray.init` has no arguments to leave them out (2.60).
     """
     fewer: dict[str, Any] = {"no_monitor": True, "include_log_monitor": False}
+    start = partial(_start_without_agents, services.start_ray_process)
     with (
         _replaced(parameter, "RayParams", partial(parameter.RayParams, **fewer)),
         _replaced(services, "start_api_server", lambda *_, **__: ("", None)),
+        _replaced(services, "start_ray_process", start),
     ):
         yield
+
+
+def _start_without_agents(
+    start: Callable[..., object], command: list[str], *args: object, **options: object
+) -> object:
+    """Start a process of Ray; if it is the raylet, give it stand-ins for its agents.
+
+    The raylet does not run without agents, and ends itself if they have not told their ports, by
+    files, within 15 s, which a busy machine may need to import them (2.60).
+    """
+    given = dict(
+        word[2:].split("=", 1) for word in command if word.startswith("--") and "=" in word
+    )
+    if given.keys() >= AGENT_COMMANDS:
+        for name in AGENT_PORTS:
+            persist_port(given["session_dir"], given["node_id"], name, NO_PORT)
+        stand_in = subprocess.list2cmdline(
+            [sys.executable, "-I", "-S", ray_agent_stand_in.__file__]
+        )
+        command = [
+            f"--{name}={stand_in}"
+            if (name := word[2:].split("=", 1)[0]) in AGENT_COMMANDS
+            else word
+            for word in command
+        ]
+    return start(command, *args, **options)
 
 
 @contextmanager

@@ -63,7 +63,7 @@ def test_a_bare_process_is_refused_without_the_token(local_ray: Path, tmp_path: 
 def test_a_local_ray_listens_on_the_loopback_only(local_ray: Path) -> None:
     ray.get(ray.remote(lambda: None).remote())  # a worker process is among them
     found = list(listening(of_local_ray()))
-    assert len(found) >= 7  # driver, head, two of the raylet, agents, worker
+    assert len(found) >= 5  # driver, head, two of the raylet, worker
     assert {address for _, address, _ in found} == {"127.0.0.1"}
     host = node_ip_address_from_perspective()
     for _, _, port in found:
@@ -79,7 +79,8 @@ def test_no_process_of_a_local_ray_only_looks_on(local_ray: Path) -> None:
         with suppress(psutil.NoSuchProcess):  # it has ended, or nobody has asked how
             words |= {Path(word).name for word in process.cmdline()}
     assert {"raylet", "gcs_server"} <= words
-    assert not {"monitor.py", "log_monitor.py", "dashboard.py"} & words
+    assert not {"monitor.py", "log_monitor.py", "dashboard.py", "agent.py", "main.py"} & words
+    assert "ray_agent_stand_in.py" in words
 
 
 @pytest.mark.ray
@@ -88,7 +89,7 @@ def test_no_port_of_a_local_ray_does_anything_without_the_token(local_ray: Path)
     answers = {port: ask(port) for _, _, port in listening(of_local_ray())}
     assert set().union(*answers.values()) <= REFUSALS, answers
     guarded = [port for port, told in answers.items() if told & {"UNAUTHENTICATED", "401"}]
-    assert len(guarded) >= 6
+    assert len(guarded) >= 5
 
 
 @pytest.mark.ray
@@ -216,6 +217,36 @@ def test_ray_s_processes_inherit_their_variables_and_this_process_does_not_keep_
         assert [os.environ.get(name) for name in names] == [None, "/mine", None]
         assert parameter.RayParams().no_monitor is False
         assert services.start_api_server.__name__ == "start_api_server"
+        assert services.start_ray_process.__name__ == "start_ray_process"
+
+
+def test_a_raylet_gets_stand_ins_for_its_agents_and_files_that_say_so(tmp_path: Path) -> None:
+    started = []
+    command = [
+        "raylet",
+        f"--session_dir={tmp_path}",
+        "--node_id=abc",
+        "--dashboard_agent_command=python agent.py --a=b",
+        "--runtime_env_agent_command=python main.py",
+        "--head",
+    ]
+    local_ray._start_without_agents(lambda *given, **options: started.append(given), command, "x")
+    ((words, kind),) = started
+    assert (words[:3], words[5:], kind) == (command[:3], ["--head"], "x")
+    for word, name in zip(words[3:5], ("dashboard_agent", "runtime_env_agent"), strict=True):
+        assert word.startswith(f"--{name}_command=")
+        assert word.endswith("ray_agent_stand_in.py")
+    ports = {file.name: file.read_text() for file in tmp_path.iterdir()}
+    names = ("dashboard_agent_listen", "metrics_agent", "metrics_export", "runtime_env_agent")
+    assert ports == {f"{name}_port_abc": "-1" for name in names}
+
+
+def test_ray_s_other_processes_start_as_they_are(tmp_path: Path) -> None:
+    started = []
+    command = ["gcs_server", f"--session_dir={tmp_path}", "--node_id=abc"]
+    local_ray._start_without_agents(lambda *given, **options: started.append(given), command)
+    assert started == [(command,)]
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_folder_of_a_long_path_is_elsewhere(
