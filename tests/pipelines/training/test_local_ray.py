@@ -225,7 +225,7 @@ def test_a_raylet_gets_stand_ins_for_its_agents_and_files_that_say_so(tmp_path: 
     command = [
         "raylet",
         f"--session_dir={tmp_path}",
-        "--node_id=abc",
+        f"--node_id={'ab' * 28}",
         "--dashboard_agent_command=python agent.py --a=b",
         "--runtime_env_agent_command=python main.py",
         "--head",
@@ -238,7 +238,7 @@ def test_a_raylet_gets_stand_ins_for_its_agents_and_files_that_say_so(tmp_path: 
         assert word.endswith("ray_agent_stand_in.py")
     ports = {file.name: file.read_text() for file in tmp_path.iterdir()}
     names = ("dashboard_agent_listen", "metrics_agent", "metrics_export", "runtime_env_agent")
-    assert ports == {f"{name}_port_abc": "-1" for name in names}
+    assert ports == {f"{name}_port_{'ab' * 28}": "-1" for name in names}
 
 
 def test_ray_s_other_processes_start_as_they_are(tmp_path: Path) -> None:
