@@ -158,6 +158,9 @@ class ModelConfig(StrictConfig):
     first layers keep the resolution."""
     in_chans: int = Field(default=3, gt=0)
     """Channels of an image."""
+    class_tokens: int = Field(default=1, ge=1)
+    """Tokens of a ViT that belong to no patch. Pixio takes 8, which give a large encoder room for
+    what is of the whole picture."""
     decoder: DecoderConfig = DecoderConfig()
 
     @model_validator(mode="before")
@@ -197,6 +200,15 @@ class ModelConfig(StrictConfig):
             raise ValueError(
                 f"patch_size={self.patch_size} is the stride of encoder={self.encoder}, which can "
                 f"be {', '.join(map(str, CONV_STRIDES))}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _convolutions_have_no_tokens(self) -> Self:
+        if self.is_convolutional and self.class_tokens != 1:
+            raise ValueError(
+                f"class_tokens={self.class_tokens}: encoder={self.encoder} has no class token; "
+                "leave it out"
             )
         return self
 

@@ -132,7 +132,7 @@ def check_init_from(config: PretrainConfig) -> CheckpointManifest | None:
         heads = config.model.decoder.num_heads
         decoder = model.decoder.model_copy(update={"num_heads": heads})
         model = model.model_copy(update={"decoder": decoder})
-    names = ["encoder", "patch_size", "in_chans"]  # positions depend on img_size
+    names = ["encoder", "patch_size", "in_chans", "class_tokens"]  # positions depend on img_size
     if manifest.decoder_present:
         names.append("decoder")
     for name in names:

@@ -23,8 +23,9 @@ def encode_features(
         encoder: Returns tokens after its last norm, (B, T, D). The first `num_prefix_tokens`, by
             default one class token, are of no patch. Its mode is restored afterwards.
         images: Normalised as in pretraining.
-        pool: "mean" averages the patch tokens. "cls" takes the class token, which MAE's loss
-            reaches only through attention; in He et al. 2021, section A.1, either works.
+        pool: "mean" averages the patch tokens. "cls" takes the class token, or the mean of several.
+            MAE's loss reaches it only through attention; in He et al. 2021, section A.1, either
+            works.
     """
     was_training = encoder.training
     encoder.eval()
@@ -36,8 +37,8 @@ def encode_features(
     num_prefix: int = getattr(encoder, "num_prefix_tokens", 1)
     if pool == "cls" and not num_prefix:
         raise ValueError("pool=cls needs a class token, this encoder has none: set pool=mean")
-    features = tokens[:, num_prefix:].mean(dim=1) if pool == "mean" else tokens[:, 0]
-    return features.float()
+    pooled = tokens[:, num_prefix:] if pool == "mean" else tokens[:, :num_prefix]
+    return pooled.mean(dim=1).float()
 
 
 def knn_accuracy(

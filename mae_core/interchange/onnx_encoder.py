@@ -43,7 +43,7 @@ class RawPixelEncoder(nn.Module):
         tokens = patches.flatten(2).transpose(1, 2) + table.flatten(0, 1)  # (B, h * w, D)
         class_token = encoder.cls_token.expand(tokens.shape[0], -1, -1)
         tokens = encoder.norm(encoder.blocks(torch.cat([class_token, tokens], dim=1)))
-        return tokens, tokens[:, 1:].mean(dim=1)
+        return tokens, tokens[:, self.encoder.num_prefix_tokens :].mean(dim=1)
 
 
 def cubic_matrix(numbers: Float[Tensor, " new"], old: int) -> Float[Tensor, "new old"]:

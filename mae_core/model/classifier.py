@@ -120,7 +120,9 @@ class Classifier(nn.Module):
             return cast(MapEncoder, self.encoder).feature_map(images).mean(dim=(2, 3))  # (B, D)
         encode = self.encoder.tokens if self.pool_before_norm else self.encoder
         tokens = encode(images)  # (B, 1 + L, D)
-        return tokens[:, 1:].mean(dim=1) if self.pool == "mean" else tokens[:, 0]
+        num_class_tokens = self.encoder.num_prefix_tokens
+        pooled = slice(num_class_tokens, None) if self.pool == "mean" else slice(num_class_tokens)
+        return tokens[:, pooled].mean(dim=1)
 
 
 def build_classifier(

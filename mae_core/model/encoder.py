@@ -25,7 +25,6 @@ class MaskedEncoder(nn.Module):
     """
 
     positions: Tensor  # (L, D); in the state dict only if it is trained: else the sizes give it
-    num_prefix_tokens = 1
 
     def __init__(
         self,
@@ -37,6 +36,7 @@ class MaskedEncoder(nn.Module):
         depth: int,
         num_heads: int,
         drop_path_rate: float = 0.0,
+        class_tokens: int = 1,
     ) -> None:
         super().__init__()
         self.patch_size = patch_size
@@ -45,7 +45,8 @@ class MaskedEncoder(nn.Module):
         self.channels, self.strides = (embed_dim,), (patch_size,)  # of `maps`
         # img_size=None: timm then accepts any size, and `forward` checks it.
         self.patch_embed = PatchEmbed(None, patch_size, in_chans, embed_dim)
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
+        self.num_prefix_tokens = class_tokens
+        self.cls_token = nn.Parameter(torch.zeros(1, class_tokens, embed_dim))
         positions = sincos_positions(self.grid_size, embed_dim)
         self.register_buffer("positions", positions, persistent=False)
         # Stochastic depth, rising from 0 at the first block: Huang et al. 2016,
@@ -78,7 +79,10 @@ class MaskedEncoder(nn.Module):
     def forward(
         self, images: Float[Tensor, "B C H W"], ids_keep: Int[Tensor, "B K"] | None = None
     ) -> Float[Tensor, "B T D"]:
-        """Return T = 1 + K tokens, the class token first (1 + L without `ids_keep`)."""
+        """Return T = 1 + K tokens, the class token first (1 + L without `ids_keep`).
+
+        With several class tokens, there are so many in the place of one.
+        """
         return self.norm(self.tokens(images, ids_keep))
 
     def tokens(
@@ -115,7 +119,7 @@ class MaskedEncoder(nn.Module):
         """
         rows, columns = self._grid(images)
         if window == 0:
-            tokens = self.norm(self.tokens(images))[:, 1:]
+            tokens = self.norm(self.tokens(images))[:, self.num_prefix_tokens :]
             return tokens.transpose(1, 2).unflatten(2, (rows, columns))
         tokens = self._embed(images)
         depth = len(self.blocks)

@@ -29,6 +29,7 @@ def build_encoder(config: ModelConfig, *, drop_path_rate: float = 0.0) -> Encode
         depth=shape.depth,
         num_heads=shape.num_heads,
         drop_path_rate=drop_path_rate,
+        class_tokens=config.class_tokens,
     )
 
 

@@ -102,6 +102,7 @@ _IDENTITY: dict[str, tuple[str, ...]] = {
         "model.img_size",
         "model.patch_size",
         "model.in_chans",
+        "model.class_tokens",
         "model.decoder.kind",
         "model.decoder.dim",
         "model.decoder.depth",
@@ -226,6 +227,7 @@ _NO_EFFECT: dict[str, tuple[str, ...]] = {
 # Fields that were added after runs had been named, with the value that changes nothing. That value
 # is left out of the hash, so that those runs keep their name.
 _ADDED_LATER: dict[str, Any] = {
+    "model.class_tokens": 1,
     "model.decoder.kind": "transformer",
     "loss.kind": "mse",
     "loss.fourier_weight": 0.0,

@@ -84,6 +84,11 @@ def _check_has_place(weights: Weights, to: str) -> None:
             f"--to {to}: the format has no place for encoder={model.encoder}, but for a ViT alone; "
             f"take {' or '.join(CONV_FORMATS)}"
         )
+    if model.class_tokens != 1 and to not in TOKEN_FORMATS:
+        raise ConfigError(
+            f"--to {to}: the format has a place for one class token, and these weights have "
+            f"{model.class_tokens}; take {' or '.join(TOKEN_FORMATS)}"
+        )
 
 
 def _parts(weights: Weights) -> MaskedAutoencoder:
@@ -281,6 +286,7 @@ def _compare(module: nn.Module, path: Path, examples: list[Tensor]) -> None:
 
 
 CONV_FORMATS = ("mae", "timm")  # that hold a convolutional encoder
+TOKEN_FORMATS = ("mae", "onnx")  # that hold several class tokens
 FOLDER_WRITERS: dict[str, Callable[[Weights, Path], None]] = {"hf": _write_hf, "mae": _write_mae}
 FILE_WRITERS: dict[str, Callable[[Weights, Path], None]] = {
     "fair": _write_fair,

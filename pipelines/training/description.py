@@ -57,7 +57,9 @@ def _encoder(model: ModelConfig) -> str:
         widths = ", ".join(map(str, CONV_ENCODERS[model.encoder]))
         return f"{model.encoder}: convolutional, stages of {widths} channels"
     shape = model.encoder_shape
-    return f"{model.encoder}: {shape.embed_dim} wide, {shape.depth} deep, {shape.num_heads} heads"
+    tokens = f", {model.class_tokens} class tokens" if model.class_tokens > 1 else ""
+    parts = f"{shape.embed_dim} wide, {shape.depth} deep, {shape.num_heads} heads"
+    return f"{model.encoder}: {parts}{tokens}"
 
 
 def _positions(weights: Weights) -> str:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from mae_core.config import ModelConfig
 from mae_core.evaluation import classification
 from mae_core.evaluation.classification import encode_features, knn_accuracy
+from mae_core.model.conv_encoder import ConvEncoder
 from mae_core.model.family import build_encoder
 
 
@@ -140,3 +141,24 @@ def test_the_encoder_sees_every_patch_and_gets_no_gradient() -> None:
     assert features.shape == (9, 192)
     assert not features.requires_grad
     assert ((features[:8] - features[8]).abs().amax(dim=1) > 1e-4).all()
+
+
+def test_features_are_of_the_patches_or_the_mean_of_all_class_tokens() -> None:
+    torch.manual_seed(0)
+    model = ModelConfig(encoder="vit_nano", img_size=(16, 16), patch_size=8, class_tokens=3)
+    encoder, images = build_encoder(model).eval(), torch.randn(2, 3, 16, 16)
+    tokens = encoder(images)
+    torch.testing.assert_close(encode_features(encoder, images), tokens[:, 3:].mean(dim=1))
+    found = encode_features(encoder, images, pool="cls")
+    torch.testing.assert_close(found, tokens[:, :3].mean(dim=1))
+
+
+def test_an_encoder_without_a_class_token_is_averaged_alone() -> None:
+    torch.manual_seed(0)
+    encoder, images = (
+        ConvEncoder("convnextv2_atto", patch_size=4, in_chans=3).eval(),
+        torch.randn(2, 3, 8, 8),
+    )
+    torch.testing.assert_close(encode_features(encoder, images), encoder(images).mean(dim=1))
+    with pytest.raises(ValueError, match="pool=cls needs a class token"):
+        encode_features(encoder, images, pool="cls")

@@ -417,3 +417,14 @@ def test_a_convolutional_encoder_is_pooled_over_its_places(kind: Kind) -> None:
     torch.testing.assert_close(model.features(make_images()), expected, atol=1e-5, rtol=1e-5)
     with pytest.raises(ValueError, match="pool=cls needs a class token"):
         build_classifier(encoder, num_classes=3, kind=kind, pool="cls")
+
+
+@pytest.mark.parametrize("pool", ["mean", "cls"])
+def test_several_class_tokens_are_pooled_apart_from_the_patches(pool: Pool) -> None:
+    torch.manual_seed(0)
+    config = ModelConfig(encoder="vit_nano", img_size=(16, 16), patch_size=4, class_tokens=3)
+    encoder = build_encoder(config)
+    model = build_classifier(encoder, num_classes=3, kind="linear", pool=pool).eval()
+    tokens = encoder(make_images())
+    expected = (tokens[:, 3:] if pool == "mean" else tokens[:, :3]).mean(dim=1)
+    torch.testing.assert_close(model.features(make_images()), model.fc_norm(expected))

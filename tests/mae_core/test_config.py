@@ -163,6 +163,10 @@ def test_patch_size_and_decoder_have_defaults_that_fit_the_encoder(
             "prediction_ratio=0.5: kind=deconvolution computes the whole picture",
         ),
         ({"encoder": "resnet34"}, "encoder"),
+        (
+            {"encoder": "resnet18", "class_tokens": 8},
+            "class_tokens=8: encoder=resnet18 has no class token; leave it out",
+        ),
     ],
 )
 def test_an_illegal_pair_is_refused_in_words(fields: dict[str, Any], told: str) -> None:

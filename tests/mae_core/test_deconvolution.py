@@ -73,3 +73,16 @@ def test_a_prediction_lies_where_its_patch_is() -> None:
     features[:, 0, :, 7] = 5.0
     differs = (decoder([features], ids_keep, ids_removed) != before).any(dim=2)
     assert differs.tolist() == [[True, False, False]]
+
+
+@pytest.mark.parametrize("kind", ["transformer", "deconvolution", "cross_attention"])
+def test_every_decoder_takes_several_class_tokens(kind: str) -> None:
+    torch.manual_seed(0)
+    decoder = {"kind": kind, "dim": 32, "depth": 1, "num_heads": 2}
+    fields = {"encoder": "vit_nano", "img_size": 16, "patch_size": 4, "class_tokens": 3}
+    model = ModelConfig.model_validate({**fields, "decoder": decoder})
+    mae = build_mae(model, MaskingConfig(), LossConfig())
+    output = mae(torch.randn(2, 3, 16, 16), torch.rand(2, 16))
+    assert output.pred.shape == (2, 12, 48)
+    output.loss.backward()
+    assert [name for name, p in mae.named_parameters() if p.grad is None] == []

@@ -139,3 +139,21 @@ def test_exports_with_a_dynamic_batch() -> None:
     for batch_size in (1, 5):
         images = torch.randn(batch_size, 3, 32, 32)
         assert torch.allclose(exported.module()(images), encoder(images), atol=1e-6)
+
+
+def test_several_class_tokens_come_first_and_all_of_them_are_trained() -> None:
+    torch.manual_seed(0)
+    model = ModelConfig(encoder="vit_nano", img_size=(16, 16), patch_size=8, class_tokens=3)
+    encoder = build_encoder(model)
+    images = torch.randn(2, 3, 16, 16)
+    tokens = encoder(images, torch.tensor([[3, 0], [1, 2]]))
+    assert tokens.shape == (2, 5, 96)
+    everything = encoder(images)
+    expected = everything[:, 3:].transpose(1, 2).unflatten(2, (2, 2))
+    assert torch.equal(encoder.feature_map(images), expected)
+    (kept,) = encoder.maps(images, torch.tensor([[3, 0], [1, 2]]))
+    assert torch.equal(kept[0, :, 1, 1], tokens[0, 3])
+    assert kept[0, :, 0, 1].abs().max().item() == 0
+    tokens.sum().backward()
+    assert encoder.cls_token.grad is not None
+    assert (encoder.cls_token.grad.abs().amax(dim=(0, 2)) > 0).tolist() == [True] * 3

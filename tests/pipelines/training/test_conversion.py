@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime
@@ -54,10 +55,10 @@ def write(
     return mae.eval()
 
 
-def write_convolutional(folder: Path, encoder: str, *, patch_size: int) -> MaskedAutoencoder:
+def write_convolutional(folder: Path, encoder: str, **changes: Any) -> MaskedAutoencoder:
     """Write a checkpoint with a deconvolution decoder, and return its model."""
     torch.manual_seed(0)
-    fields = {"encoder": encoder, "img_size": [32, 64], "patch_size": patch_size}
+    fields = {"encoder": encoder, "img_size": [32, 64], **changes}
     record = CheckpointRecord(
         step=3,
         samples_seen=3,
@@ -217,6 +218,13 @@ def test_a_stride_that_timms_model_has_not_is_said(
     write_convolutional(tmp_path / "own", "convnextv2_atto", patch_size=8)
     convert(place(tmp_path / "own"), str(tmp_path / "a.pth"), "timm", overwrite=False)
     assert "timm's convnextv2_atto has a stride of 32, these weights of patch_size=8" in caplog.text
+
+
+@pytest.mark.parametrize("to", ["timm", "fair", "hf", "safetensors"])
+def test_a_format_with_one_class_token_refuses_several(tmp_path: Path, to: str) -> None:
+    write_convolutional(tmp_path / "own", "vit_nano", patch_size=8, class_tokens=3)
+    with pytest.raises(ConfigError, match=rf"--to {to}: the format has a place for one class tok"):
+        convert(place(tmp_path / "own"), str(tmp_path / "a.pth"), to, overwrite=False)
 
 
 def test_a_vit_with_another_decoder_goes_out_without_it(
