@@ -25,6 +25,8 @@ from mae_core.checkpoint_manifest import (
     CheckpointRecord,
 )
 from mae_core.config import StrictConfig
+from pipelines.config.downstream import DownstreamConfig
+from pipelines.config.embed import EmbedConfig
 from pipelines.config.pretrain import PretrainConfig
 from pipelines.config.roles import identity_digest
 from pipelines.outcome import ConfigError
@@ -42,7 +44,11 @@ from pipelines.training.run_folder import RunFolder, RunRecord
 
 logger = logging.getLogger(__name__)
 
-ConfigT = TypeVar("ConfigT", bound=StrictConfig)
+ConfigT = TypeVar("ConfigT", bound=PretrainConfig | DownstreamConfig | EmbedConfig)
+
+ModelT = TypeVar("ModelT", bound=StrictConfig)
+# What a run asks of the weights: channels, mean and deviation; None: those of the weights.
+Asked = tuple[int | None, tuple[float, ...] | None, tuple[float, ...] | None]
 
 LATEST = "latest"
 IMPORTED = "imported"
@@ -64,24 +70,27 @@ def with_weights(config: ConfigT) -> ConfigT:
         ConfigError: There are no weights there, or of another kind of model.
         CorruptCheckpointError: They are damaged, or hold code.
     """
-    values: Any = config
-    given: str | None = values.init_from
+    given = config.init_from
     if given is None:
         return config
-    place = locate(given, values.storage.root, config)
+    place = locate(given, config.storage.root, config)
     wanted = _wanted(config)
     if place.files is None:
         manifest = fetch_manifest(place.uri)
-        if _fits(manifest, *wanted):
+        if _fits(manifest, wanted):
             _tell(given, place.uri, manifest)
-            return config.model_copy(update={"init_from": place.uri})
+            return _starting_from(config, place.uri)
         digest = manifest.files[WEIGHTS_FILE].sha256
     else:
         digest = content_digest(place.uri, place.files)
-    uri = _imported_uri(values.storage.root, digest, wanted)
+    uri = _imported_uri(config.storage.root, digest, wanted)
     if not is_whole(storage.absolute(uri)):
         _take_over(place, digest, wanted, uri)
     _tell(given, uri, fetch_manifest(uri))
+    return _starting_from(config, uri)
+
+
+def _starting_from(config: ModelT, uri: str) -> ModelT:
     return config.model_copy(update={"init_from": uri})
 
 
@@ -112,15 +121,15 @@ def locate(given: str, root: str, config: StrictConfig | None = None) -> Place:
     return Place(at_newest_checkpoint(given), None)
 
 
-def _wanted(config: StrictConfig) -> tuple[int | None, Any, Any]:
+def _wanted(config: PretrainConfig | DownstreamConfig | EmbedConfig) -> Asked:
     """Return the channels, mean and deviation that the run asks for; None: those of the weights."""
-    values: Any = config
     if isinstance(config, PretrainConfig):  # a pretraining run takes the statistics from its data
         return config.model.in_chans, None, None
-    return values.in_chans, values.channel_mean, values.channel_std
+    return config.in_chans, config.channel_mean, config.channel_std
 
 
-def _fits(manifest: CheckpointRecord, in_chans: int | None, mean: Any, std: Any) -> bool:
+def _fits(manifest: CheckpointRecord, asked: Asked) -> bool:
+    in_chans, mean, std = asked
     return (
         in_chans in (None, manifest.model.in_chans)
         and mean in (None, manifest.channel_mean)
@@ -128,12 +137,12 @@ def _fits(manifest: CheckpointRecord, in_chans: int | None, mean: Any, std: Any)
     )
 
 
-def _imported_uri(root: str, digest: str, wanted: tuple[Any, ...]) -> str:
+def _imported_uri(root: str, digest: str, wanted: Asked) -> str:
     name = hashlib.sha256(json.dumps([VERSION, digest, *wanted]).encode()).hexdigest()[:16]
     return storage.join(root, IMPORTED, name)
 
 
-def _take_over(place: Place, digest: str, wanted: tuple[Any, ...], uri: str) -> None:
+def _take_over(place: Place, digest: str, wanted: Asked, uri: str) -> None:
     """Write weights from elsewhere as a checkpoint of ours."""
     # Imported here, because a finished run is found without torch.
     from mae_core.checkpoint import save_weights
@@ -144,7 +153,7 @@ def _take_over(place: Place, digest: str, wanted: tuple[Any, ...], uri: str) -> 
             found = weights.read_checkpoint(place.uri, folder)
         else:
             found = weights.read_foreign(place.uri, place.files, folder, digest)
-        if not _fits(found.record, *wanted):
+        if not _fits(found.record, wanted):
             found = weights.adapted(found, weights.Wanted(*wanted), place.uri, digest)
         save_weights(folder / "taken", found.record, found.state)
         transfers.upload_folder(folder / "taken", storage.absolute(uri), last=MANIFEST_FILE)

@@ -13,18 +13,16 @@ finish                 `PlannedRun.finish`: the result is written last
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any, TypeVar
 
 from infra import machine, storage
 from infra.quick_imports import without_collecting
 from infra.shard_spec import as_entries
-from mae_core.config import StrictConfig
 from pipelines import driver, job
 from pipelines.config.sections import ScalingConfig
 from pipelines.outcome import StageResult
 from pipelines.reading.weight_places import RUN_PREFIX
 from pipelines.training.early_imports import importing
-from pipelines.training.init_from import with_weights
+from pipelines.training.init_from import ConfigT, with_weights
 from pipelines.training.protocol import Run
 from pipelines.training.run_folder import RunFolder, earlier_record
 
@@ -32,8 +30,6 @@ logger = logging.getLogger(__name__)
 
 # Modules of ours that import torch and timm, but nothing that Ray imports when it starts.
 HEAVY = ("mae_core.train_step", "mae_core.model.mae")
-
-ConfigT = TypeVar("ConfigT", bound=StrictConfig)
 
 
 def checked(config: ConfigT, given: Mapping[str, str | Sequence[str] | None]) -> ConfigT:
@@ -49,8 +45,7 @@ def checked(config: ConfigT, given: Mapping[str, str | Sequence[str] | None]) ->
     named = ((key, spec) for key, spec in given.items() if spec is not None)
     named = ((key, spec) for key, spec in named if not _is_run(key, spec))
     driver.check_paths((key, uri) for key, spec in named for uri in as_entries(spec))
-    tracked: Any = config
-    driver.check_tracking(tracked.tracking.uri)
+    driver.check_tracking(config.tracking.uri)
     return with_weights(config)
 
 
