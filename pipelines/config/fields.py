@@ -7,7 +7,9 @@ import difflib
 import json
 import types
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Annotated, Any, Literal, Union, cast, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from pydantic import BaseModel
 
 from mae_core.config import StrictConfig
 
@@ -22,7 +24,7 @@ _WORDS: dict[Any, str] = {
 }
 
 
-def section(config_type: type[StrictConfig], parts: list[str]) -> type[StrictConfig]:
+def section(config_type: type[StrictConfig], parts: list[str]) -> type[BaseModel]:
     """Return the model at these keys, looking through `dict[str, Model]` and `Model | None`."""
     found: Any = config_type
     for part in parts:
@@ -33,7 +35,8 @@ def section(config_type: type[StrictConfig], parts: list[str]) -> type[StrictCon
         models = [x for x in get_args(found) if hasattr(x, "model_fields")]
         if models and get_origin(found) is not dict:
             found = models[0]
-    return cast(type[StrictConfig], found)
+    assert issubclass(found, BaseModel)
+    return found
 
 
 def annotation_of(config_type: type[StrictConfig], keys: Sequence[str]) -> Any:
