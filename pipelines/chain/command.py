@@ -50,7 +50,11 @@ def _parse(words: Sequence[str]) -> argparse.Namespace:
         help="override values in the stages' files",
     )
     parser.add_argument(
-        "--set", action="append", default=[], metavar="STAGE.key=value", help="the same"
+        "--set",
+        action="append",
+        default=[],
+        metavar="STAGE.key=value",
+        help="the same, as an option",
     )
     parser.add_argument(
         "--sweep",

@@ -27,7 +27,7 @@ COMMANDS = {
     "doctor": ("doctor.command", "Check this machine, the store, MLflow and Ray."),
     "checkpoint": (
         "commands.checkpoint",
-        "Show what weights are; convert them to and from other layouts.",
+        "Describe weights, and convert them to the formats of others.",
     ),
     "masks": ("commands.masks", "Draw what each kind of mask leaves of a picture."),
     "config": ("commands.config", "Show where each value of a config comes from; its JSON Schema."),

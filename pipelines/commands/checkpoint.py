@@ -1,4 +1,4 @@
-"""`mae checkpoint`: say what weights are, and write them in the layouts of others.
+"""`mae checkpoint`: describe weights, and convert them to the formats of others.
 
     mae checkpoint show WEIGHTS [--json]
     mae checkpoint convert WEIGHTS OUT --to mae|fair|timm|hf|safetensors|onnx [--overwrite]
@@ -59,10 +59,10 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     actions = parser.add_subparsers(dest="action", required=True, metavar="show | convert")
-    show = actions.add_parser("show", help="say what the weights are")
+    show = actions.add_parser("show", help="describe the weights")
     show.add_argument("weights", metavar="WEIGHTS", help="what init_from takes")
     show.add_argument("--json", action="store_true", help="print one JSON object")
-    convert = actions.add_parser("convert", help="write them in another layout")
+    convert = actions.add_parser("convert", help="write them in another format")
     convert.add_argument("weights", metavar="WEIGHTS", help="what init_from takes")
     convert.add_argument("out", metavar="OUT", help="a file; for hf and mae a folder")
     convert.add_argument("--to", required=True, choices=FORMATS, help="the layout")

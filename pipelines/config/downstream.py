@@ -40,9 +40,9 @@ class TuningOptimConfig(StrictConfig):
     """The defaults are those for fine-tuning ViT-B in He et al. 2021, table 9."""
 
     base_lr: Rate | tuple[Rate, ...] = 5e-4
-    """Learning rate at a global batch of 256; scaled linearly. Of several, each kind of arm gets
-    the one that is best on a held fifth of the training labels, by the mean over the seeds; this
-    costs one more training for each rate. linear has a rate of its own."""
+    """Learning rate at a global batch of 256; it is scaled linearly. If several are given, each
+    kind of arm gets the one that is best on a held fifth of the training labels, by the mean over
+    the seeds; this costs one more training for each rate. linear has a rate of its own."""
     global_batch_size: int = Field(default=1024, gt=0)
     """Images per optimizer step, summed over all workers and accumulation steps."""
     micro_batch_size: int = Field(default=64, gt=0)
@@ -344,9 +344,9 @@ class DenseOptimConfig(TuningOptimConfig):
     """Detect and segment: the head is large and new, so that it learns faster than the encoder."""
 
     base_lr: Rate | tuple[Rate, ...] = 1e-4
-    """Learning rate of the encoder at a global batch of 256; scaled linearly. Of several, each kind
-    of arm gets the one that is best on a held fifth of the training labels, by the mean over the
-    seeds; this costs one more training for each rate."""
+    """Learning rate of the encoder at a global batch of 256; it is scaled linearly. If several are
+    given, each kind of arm gets the one that is best on a held fifth of the training labels, by the
+    mean over the seeds; this costs one more training for each rate."""
     head_lr_scale: float = Field(default=20.0, gt=0)
     """Factor on the learning rate of the pyramid and the head, in every arm."""
 
@@ -361,9 +361,9 @@ class DenseSection(ArmsConfig):
     """finetune: train the pretrained encoder and the head; frozen: only the head; scratch: like
     finetune, from random weights; untrained: like frozen, on an encoder with random weights."""
     conditioning: Literal["whiten", "standardize", "none"] = "whiten"
-    """What is done to the encoder's map before the head, fixed before the first step from training
-    images without labels, in every arm. whiten: every direction gets the variance 1; standardize:
-    every channel does; none."""
+    """Change of the encoder's map before the head. In every arm it is fixed before the first step,
+    from training images without labels. whiten: every direction gets the variance 1; standardize:
+    every channel does; none: no change."""
     window: int = Field(default=0, ge=0)
     """Side, in patches, of the windows that limit attention, for large images; 0: no windows."""
     flip: bool = True

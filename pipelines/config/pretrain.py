@@ -78,7 +78,8 @@ class HealthConfig(StrictConfig):
 class KeepingConfig(CheckpointConfig):
     keep_best: HealthMetric | None = None
     """Also keep the checkpoint that is best by this metric: health/loss (the lowest), health/knn or
-    health/rank (the highest). What starts from the run still takes its newest checkpoint."""
+    health/rank (the highest). A run that starts from this one still takes its newest
+    checkpoint."""
 
 
 class PretrainConfig(StrictConfig):

@@ -44,8 +44,8 @@ class StartConfig(StrictConfig):
     """Channels of the images, if the encoder takes another number: its first convolution is then
     summed or repeated, as timm does. By default the encoder's."""
     channel_mean: tuple[float, ...] | None = None
-    """Mean of each channel, for pixels of 0 to 1. By default the checkpoint's; weights from
-    elsewhere that do not say it get ImageNet's."""
+    """Mean of each channel, for pixels of 0 to 1. By default the checkpoint's, or
+    ImageNet's for weights from elsewhere that do not state it."""
     channel_std: tuple[float, ...] | None = None
     """Standard deviation of each channel; give it together with `channel_mean`."""
 

@@ -20,8 +20,8 @@ class ValidateConfig(StrictConfig):
     labels: Literal["none", "class", "boxes", "mask"] = "none"
     """What each sample must have: a number in .cls, boxes in .json, a mask in .seg.png."""
     num_classes: int | None = Field(default=None, gt=0)
-    """Number of classes. Classes are 0 to this less 1, category_id of boxes 1 to this; by default
-    not checked."""
+    """Number of classes, N: class numbers are 0 to N - 1, and the category_ids of boxes 1 to N. By
+    default they are not checked."""
     ignore_value: int | None = Field(default=255, ge=0)
     """Value of mask pixels that is not a class; null: each value is a class."""
     in_chans: int = Field(default=3, gt=0)
