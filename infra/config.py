@@ -1,4 +1,7 @@
-"""Settings of the storage and of MLflow. Secrets come from the environment, never from YAML."""
+"""Define the settings of the storage and of MLflow.
+
+Secrets come from the environment, never from YAML.
+"""
 
 from pathlib import Path
 

@@ -1,7 +1,7 @@
-"""Read over a bad network: retry while the error is one that may pass.
+"""Read over an unreliable network: retry after errors that may pass.
 
-Retries are done here, with one request each: pyarrow takes some errors for success, and does not
-retry an error whose text is longer than the requested range.
+Retries are done here, with one request each, because pyarrow takes some errors for success, and
+does not retry an error whose text is longer than the requested range.
 """
 
 import io
@@ -14,8 +14,8 @@ import tenacity
 
 logger = logging.getLogger(__name__)
 
-# An outage of 29 s is bridged, at most one of 58 s. A server that hangs takes READ_TRIES times the
-# client's timeout in addition.
+# Outages of 29 s are always survived, and some of up to 58 s. A server that hangs takes READ_TRIES
+# times the client's timeout in addition.
 READ_TRIES = 20
 READ_BACKOFF_S = 0.1
 READ_BACKOFF_MAX_S = 4.0

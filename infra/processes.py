@@ -81,9 +81,9 @@ def is_alive(process: psutil.Process) -> bool:
 
 
 def end_with_parent() -> None:
-    """Ask for SIGTERM when our parent dies for any reason, if PARENT_VARIABLE names the parent.
+    """Ask for SIGTERM when the parent process dies, if PARENT_VARIABLE names the parent.
 
-    Works on Linux only; elsewhere a child whose parent was killed keeps running.
+    This works on Linux only; elsewhere a child whose parent was killed continues to run.
     """
     parent = os.environ.pop(PARENT_VARIABLE, None)
     if parent is None:
@@ -98,12 +98,12 @@ _working: list[threading.Thread] = []
 
 
 def note_working(thread: threading.Thread) -> None:
-    """Note a thread that may be left behind while it works, when the command was stopped."""
+    """Register a thread that may be left running when the command is stopped."""
     _working.append(thread)
 
 
 def is_thread_left() -> bool:
-    """Return whether a thread that was noted still works, besides the one that asks."""
+    """Return whether a registered thread still runs, besides the calling one."""
     # Not is_alive, which Python 3.11 gets wrong after a Ctrl-C inside of `join`.
     there = threading.enumerate()
     _working[:] = [thread for thread in _working if thread in there]
@@ -111,10 +111,10 @@ def is_thread_left() -> bool:
 
 
 def end_past_threads(exit_code: int) -> None:
-    """End this process and its children at once if a noted thread still works; else return.
+    """End this process and its children at once if a registered thread still runs.
 
-    Python's own end would wait for what such a thread waits for, and C++ code of a library that a
-    daemon thread is in may abort the process then.
+    Python's own exit would wait for whatever such a thread waits for, and a library's C++ code that
+    a daemon thread is in may abort the process then.
     """
     if is_thread_left():
         sys.stdout.flush()

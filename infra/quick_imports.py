@@ -8,10 +8,10 @@ from contextlib import contextmanager
 
 @contextmanager
 def without_collecting() -> Iterator[None]:
-    """Inside, Python does not search for objects that refer to each other.
+    """Stop Python's search for objects that refer to each other, for the duration of the block.
 
-    It does so again and again while modules are imported, which make many objects and let go of
-    few: a fifth of the time that importing MLflow takes.
+    Python searches again and again while modules are imported, because imports create many objects
+    and release few: this is a fifth of the time that importing MLflow takes.
     """
     was_on = gc.isenabled()
     gc.disable()
@@ -24,10 +24,10 @@ def without_collecting() -> Iterator[None]:
 
 @contextmanager
 def hidden(packages: Sequence[str]) -> Iterator[None]:
-    """Inside, packages that are not imported yet cannot be: whoever can do without them, does.
+    """Make packages that are not imported yet impossible to import in the block.
 
-    Only for packages that a library imports if they are installed, and uses for what we do not ask
-    of it.
+    This is only for packages that a library imports if they are installed, and needs only for
+    functions that we do not use.
     """
     # Python's documented way to make an import fail.
     added = [name for name in packages if sys.modules.setdefault(name, None) is None]  # type: ignore[arg-type]
@@ -40,6 +40,6 @@ def hidden(packages: Sequence[str]) -> Iterator[None]:
 
 
 def end_quickly() -> None:
-    """Spare Python the last search through all objects, right before the process ends."""
+    """Skip Python's last search through all objects, right before the process ends."""
     gc.disable()
     gc.freeze()

@@ -1,6 +1,6 @@
-"""How a run ended according to MLflow, without loading MLflow where its store is a SQLite file.
+"""Read how a run ended according to MLflow, without loading MLflow if its store is a SQLite file.
 
-A plan of a pipeline asks this for each result that is there, and loading MLflow takes seconds.
+The plan of a pipeline needs this for each existing result, and loading MLflow takes seconds.
 """
 
 import sqlite3

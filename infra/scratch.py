@@ -1,7 +1,7 @@
-"""Make folders for passing files, and remove those that killed commands have left behind.
+"""Create folders for temporary files, and remove those that killed commands have left behind.
 
-The process that makes a folder holds a lock on a file in it. The system lets go of the lock when
-the process ends, however it ends, so a folder whose lock is free belongs to nobody any more.
+The process that creates a folder holds a lock on a file in it. The system releases the lock when
+the process ends, however it ends, so a folder whose lock is free is no longer used.
 """
 
 import fcntl
@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 @contextmanager
 def scratch_folder() -> Iterator[Path]:
-    """Inside, there is an empty folder, which only this user may enter; it is removed at the end.
+    """Provide an empty folder that only this user may enter, and remove it at the end of the block.
 
     Raises: OSError.
     """
@@ -42,7 +42,7 @@ def scratch_folder() -> Iterator[Path]:
 
 @contextmanager
 def held_folder(parent: str) -> Iterator[Path]:
-    """Make a folder that counts as used inside of the block; the caller removes it.
+    """Create a folder that counts as used during the block; the caller removes it.
 
     Raises: OSError.
     """
@@ -51,13 +51,13 @@ def held_folder(parent: str) -> Iterator[Path]:
     with unlocked.open("w") as lock:
         with suppress(OSError):  # a file system without locks
             fcntl.flock(lock, fcntl.LOCK_EX)
-            # Only now, because the folder of a lock that is free may be removed.
+            # Only now, because a folder whose lock is free may be removed.
             unlocked.rename(folder / LOCK_FILE)
         yield folder
 
 
 def keep(folder: Path) -> None:
-    """Let a folder stay, even if the process that made it ends."""
+    """Keep a folder, even after the process that created it has ended."""
     (folder / LOCK_FILE).unlink(missing_ok=True)
 
 

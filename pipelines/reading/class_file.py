@@ -1,4 +1,4 @@
-"""Understand the forms in which classes.json files list class names.
+"""Parse the forms in which classes.json files list class names.
 
 ["cat", "dog"]
 [{"index": 0, "name": "cat"}, {"index": 1, "name": "dog"}]    also "id", or neither: the order

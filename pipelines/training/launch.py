@@ -32,7 +32,7 @@ SETUP_HOOK = "pipelines.terminal.worker_logging.set_up"
 
 @contextmanager
 def running_ray(scaling: ScalingConfig, *, in_driver: bool = False) -> Iterator[None]:
-    """Inside, the cluster that RAY_ADDRESS names is joined, or a local Ray runs.
+    """Join the cluster that RAY_ADDRESS names, or run a local Ray, for the duration of the block.
 
     Args:
         scaling: the workers.
