@@ -52,6 +52,9 @@ def test_every_metric_of_the_guide_is_recorded() -> None:
     recorded += "".join(f'"knn/{name}" "linear/{name}"' for name in encoders)
     health = re.findall(r'\("(\w+)", ', source("pipelines/training/health.py"))
     recorded += "".join(f'"health/{name}"' for name in health)
+    assert 'f"train/loss_{name}": ' in source("pipelines/training/reporting.py")
+    terms = re.findall(r'found\["(\w+)"\] = ', source("mae_core/losses.py"))
+    recorded += "".join(f'"train/loss_{name}"' for name in ("mse", *terms))
     named = set(
         re.findall(r"`((?:train|worker|knn|linear|data|health)/\w+)`", RUN_GUIDE + DATA_GUIDE)
     )
