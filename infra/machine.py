@@ -16,6 +16,8 @@ NVIDIA_SMI_TIMEOUT_S = 30.0
 # With less than this, Ray's own processes leave no room for data in the object store.
 MIN_OBJECT_STORE_BYTES = 2**27
 MAX_OBJECT_STORE_BYTES = 2**30
+# On one machine, no process has to watch for nodes that the cloud is about to take away.
+ONE_NODE_OF_RAY = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}
 
 
 def count_cpus(root: Path = Path("/"), env: Mapping[str, str] = os.environ) -> int:

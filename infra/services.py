@@ -255,7 +255,8 @@ def _start_ray(state_dir: Path, ports: Ports, env: Mapping[str, str]) -> None:
     inherited = {key: value for key, value in os.environ.items() if key not in left_out}
     # Ray uses 127.0.0.1 as a node's address only where it believes there is no cluster.
     loopback = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
-    start_process(state_dir, "ray", command, {**inherited, **env, **loopback, "PATH": path})
+    own = {**env, **loopback, **machine.ONE_NODE_OF_RAY, "PATH": path}
+    start_process(state_dir, "ray", command, {**inherited, **own})
 
 
 def ray_temp_dir(state_dir: Path) -> Path:

@@ -8,6 +8,7 @@ import logging
 import os
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -42,6 +43,8 @@ def set_up() -> None:
         ours.propagate = False
         ours.setLevel(logging.INFO)
     quiet_ray()
+    os.environ.setdefault("RAY_DATA_LOG_LEVEL", "WARNING")  # for an import that comes later
+    warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"ray\.")
 
 
 def quiet_ray() -> None:

@@ -99,6 +99,7 @@ def local_resources(
             "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
             worker_logging.LOG_FILE_VARIABLE: str(log),
             worker_logging.BAR_VARIABLE: "1" if progress.shows_bar() else "",
+            **machine.ONE_NODE_OF_RAY,
             **_loopback_for_workers(),
         },
         setup_hook=SETUP_HOOK,

@@ -2,7 +2,9 @@
 
 import logging
 import logging.config
+import os
 import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -46,6 +48,20 @@ def test_of_ray_only_warnings_are_shown(log: Path) -> None:
     worker_logging.set_up()
     shown = {name: logging.getLogger(name).level for name in NAMES if name.startswith("ray")}
     assert set(shown.values()) == {logging.WARNING}
+
+
+def test_ray_data_that_is_imported_later_shows_only_warnings(
+    log: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_DATA_LOG_LEVEL", "")
+    monkeypatch.delenv("RAY_DATA_LOG_LEVEL")
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        worker_logging.set_up()
+        for module in ("ray.data._internal.x", "pipelines.x"):
+            warnings.warn_explicit("old", DeprecationWarning, f"{module}.py", 1, module)
+    assert [warning.filename for warning in seen] == ["pipelines.x.py"]
+    assert os.environ["RAY_DATA_LOG_LEVEL"] == "WARNING"
 
 
 @pytest.mark.parametrize("name", [BARS, AUTOSCALER])

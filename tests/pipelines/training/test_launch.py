@@ -20,6 +20,7 @@ def test_a_worker_in_the_driver_leaves_ray_as_many_cpus_for_reading(tmp_path: Pa
         launch.local_resources(one, log, cpus=4, gpus=0, in_driver=x) for x in (True, False)
     )
     assert (beside.num_cpus, without.num_cpus) == (4, 6)
+    assert beside.environment["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] == "0"
 
 
 def test_a_command_that_is_stopped_while_it_plans_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
