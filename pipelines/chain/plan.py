@@ -310,13 +310,16 @@ def plan_table(plans: list[Planned]) -> str:
         sizes = [_size(cost.num_bytes), _size(cost.peak_bytes)]
         row = (plan.stage.name, plan.decision.action.value, why, *counts, shown_time(cost.seconds))
         rows.append((*row, *sizes))
-    widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
+    columns = list(zip(*rows, strict=True))
+    # What no stage's cost is known by, as before the first run, has no column.
+    known = columns[:3] + [column for column in columns[3:] if any(column[1:])]
+    widths = [max(map(len, column)) for column in known]
     lines = [
         "  ".join(
             cell.rjust(width) if i > 2 else cell.ljust(width)
             for i, (cell, width) in enumerate(zip(row, widths, strict=True))
         ).rstrip()
-        for row in rows
+        for row in zip(*known, strict=True)
     ]
     return "\n".join(lines)
 

@@ -462,6 +462,14 @@ def test_the_table_says_what_is_expected_from_what_was(
     assert "5 B" in lines[2]
 
 
+def test_before_the_first_run_the_table_has_no_empty_columns(
+    make_chain: Callable[..., Chain],
+) -> None:
+    first, *lines = plan_table(plan_chain(make_chain(), Forced())).splitlines()
+    assert first.split() == ["stage", "why"]
+    assert lines[0].split() == ["first", "run", "no", "earlier", "result"]
+
+
 def test_the_graph_in_text_and_as_mermaid(finished: Chain) -> None:
     assert text_graph(finished) == "first\n└─ second"
     assert mermaid_graph(finished, {"first": "run"}) == (
