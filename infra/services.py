@@ -256,7 +256,8 @@ def _start_ray(state_dir: Path, ports: Ports, env: Mapping[str, str]) -> None:
     # Ray uses 127.0.0.1 as a node's address only where it believes there is no cluster.
     loopback = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
     own = {**env, **loopback, **machine.ONE_NODE_OF_RAY, "PATH": path}
-    start_process(state_dir, "ray", command, {**inherited, **own})
+    # Ray's default of 15 would make jobs wait for all else that runs here.
+    start_process(state_dir, "ray", command, {"RAY_worker_niceness": "0", **inherited, **own})
 
 
 def ray_temp_dir(state_dir: Path) -> Path:

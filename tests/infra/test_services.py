@@ -212,6 +212,18 @@ def test_the_ray_head_asks_for_its_token(env: dict[str, str]) -> None:
 
 @pytest.mark.services
 @pytest.mark.slow
+def test_jobs_wait_for_nothing_else_and_watch_no_other_node(
+    state_dir: Path, env: dict[str, str]
+) -> None:
+    root = find_process(state_dir, "ray")
+    assert root is not None
+    own = root.environ()
+    assert own["RAY_worker_niceness"] == "0"
+    assert own["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] == "0"
+
+
+@pytest.mark.services
+@pytest.mark.slow
 def test_no_port_of_the_ray_head_does_anything_without_the_token(
     state_dir: Path, env: dict[str, str]
 ) -> None:
