@@ -22,6 +22,7 @@ from collections.abc import Sequence
 
 from infra.config import StorageConfig
 from infra.redaction import redact
+from pipelines.terminal import progress
 
 FORMATS = ("mae", "fair", "timm", "hf", "safetensors", "onnx")
 ACTIONS = ("show", "convert")
@@ -31,18 +32,22 @@ OPTIONS = ("--to", "--overwrite", "--json", "--debug")
 def command(words: Sequence[str]) -> int:
     """Run `mae checkpoint WORDS`; return the exit code."""
     arguments = _parser().parse_args(words)
-    # Imported here, because help and mistakes need neither torch nor a store.
-    from pipelines.training.conversion import convert
-    from pipelines.training.description import describe_place
-    from pipelines.training.init_from import locate
-
     root = arguments.root or os.environ.get("MAE__STORAGE__ROOT") or StorageConfig().root
-    place = locate(arguments.weights, root)
-    if arguments.action == "convert":
-        made = convert(place, arguments.out, arguments.to, overwrite=arguments.overwrite)
+    is_conversion = arguments.action == "convert"
+    with progress.doing("converting the weights" if is_conversion else "reading the weights"):
+        # Imported here, because help and mistakes need neither torch nor a store.
+        from pipelines.training.conversion import convert
+        from pipelines.training.description import describe_place
+        from pipelines.training.init_from import locate
+
+        place = locate(arguments.weights, root)
+        if is_conversion:
+            made = convert(place, arguments.out, arguments.to, overwrite=arguments.overwrite)
+        else:
+            fields = describe_place(place)
+    if is_conversion:
         sys.stdout.write(f"{made}\n")
         return 0
-    fields = describe_place(place)
     if arguments.json:
         sys.stdout.write(redact(json.dumps(fields)) + "\n")
         return 0

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from pipelines.outcome import ConfigError
+from pipelines.terminal import progress
 
 OPTIONS = ("--img-size", "--patch-size", "--mask-ratio", "--cell", "--draws", "--seed", "--debug")
 
@@ -21,6 +22,13 @@ def command(words: Sequence[str]) -> int:
     """Run `mae masks WORDS`; return the exit code."""
     arguments = _parser().parse_args(words)
     _check(arguments)
+    with progress.doing("drawing the masks"):
+        _draw(arguments)
+    sys.stdout.write(f"{arguments.out}\n")
+    return 0
+
+
+def _draw(arguments: argparse.Namespace) -> None:
     # Imported here, because help and mistakes need no image decoders.
     from PIL import Image
 
@@ -49,8 +57,6 @@ def command(words: Sequence[str]) -> int:
         Image.fromarray(picture).save(arguments.out, "PNG")
     except OSError as error:
         raise ConfigError(f"{arguments.out}: can't be written: {error.strerror}") from error
-    sys.stdout.write(f"{arguments.out}\n")
-    return 0
 
 
 def _check(arguments: argparse.Namespace) -> None:

@@ -41,6 +41,8 @@ from pipelines.doctor.services import (
     nearest_folder,
 )
 from pipelines.job import ROOT
+from pipelines.terminal import progress
+from pipelines.terminal.progress import Progress
 
 INFRASTRUCTURE = 5  # exit code
 CHECK_TIMEOUT_S = 60.0  # for everything in one check; importing torch may take long
@@ -118,8 +120,14 @@ def run_checks(
     for thread in threads.values():
         thread.start()
     deadline_s = time.monotonic() + timeout_s
-    for thread in threads.values():
-        thread.join(max(0.0, deadline_s - time.monotonic()))
+
+    def how_far() -> Progress:
+        waits_for = ", ".join(name for name in checks if name not in found)
+        return Progress("checking this machine", len(found), len(checks), f"waits for {waits_for}")
+
+    with progress.doing("checking this machine", how_far):
+        for thread in threads.values():
+            thread.join(max(0.0, deadline_s - time.monotonic()))
     hung = Finding("FAIL", f"no answer within {timeout_s:.0f} s", "check what it needs; try again")
     return {name: found.get(name, (hung, timeout_s)) for name in checks}
 

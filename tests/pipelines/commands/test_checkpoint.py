@@ -55,12 +55,14 @@ def test_a_run_is_described_by_its_newest_checkpoint_and_its_lineage(
         assert fields["started from"] == "/elsewhere"
 
 
-def test_convert_prints_where_the_weights_lie(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_convert_says_what_it_does_and_prints_where_the_weights_lie(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     write_own(tmp_path / "own")
+    caplog.set_level("INFO")
     told = checkpoint(capsys, "convert", tmp_path / "own", tmp_path / "a.pth", "--to", "fair")
     assert (told.code, told.out) == (0, f"{tmp_path / 'a.pth'}\n")
+    assert caplog.messages[0] == "converting the weights ..."
     assert torch.load(tmp_path / "a.pth", weights_only=True).keys() == {"model"}
 
 

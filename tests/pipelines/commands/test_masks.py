@@ -16,11 +16,15 @@ def image(tmp_path: Path) -> Path:
     return tmp_path / "picture.png"
 
 
-def test_a_picture_is_written_and_named(image: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_picture_is_written_and_named(
+    image: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
     out = image.parent / "masks.png"
     words = ["preview", str(image), str(out), "--img-size=64", "--patch-size=8", "--draws=2"]
     assert command(words) == 0
     assert capsys.readouterr().out == f"{out}\n"
+    assert caplog.messages == ["drawing the masks ..."]
     with Image.open(out) as sheet:
         assert (np.asarray(sheet) == 128).all(axis=-1).any()
 

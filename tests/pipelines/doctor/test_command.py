@@ -34,6 +34,7 @@ from pipelines.doctor.command import (
 )
 from pipelines.doctor.services import Finding, check_mlflow, check_ray, check_storage
 from pipelines.outcome import ConfigError
+from pipelines.terminal import progress
 
 VARIABLES = ("MAE__", "RAY_", "AWS_", "MLFLOW_TRACKING_")
 
@@ -155,7 +156,11 @@ def test_a_wrong_word_is_a_config_error() -> None:
 
 
 @pytest.mark.timeout(60)
-def test_one_check_that_hangs_or_breaks_does_not_keep_the_others() -> None:
+def test_one_check_that_hangs_or_breaks_does_not_keep_the_others_and_is_named_meanwhile(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    monkeypatch.setattr(progress, "SAY_FIRST_S", 0.0)
     released = threading.Event()
 
     def breaks() -> Finding:
@@ -172,6 +177,10 @@ def test_one_check_that_hangs_or_breaks_does_not_keep_the_others() -> None:
     assert found["hangs"][0].level == "FAIL"
     assert found["breaks"][0].what == "could not be checked: KeyError: 'x'"
     assert found["fine"][0].what == "yes"
+    assert caplog.messages[0] == "checking this machine ..."
+    assert caplog.messages[1].startswith(
+        "still checking this machine, 2 of 3, waits for hangs, after "
+    )
 
 
 @pytest.mark.timeout(150)  # their own limits, which are not theirs to keep, are longer
