@@ -292,7 +292,8 @@ def _advance(
     if isinstance(started, StageResult):
         _finish(run, started)
     else:
-        run.state, run._running = State.RUNNING, started
+        # What an earlier attempt failed by is not why this one may be cancelled.
+        run.state, run._running, run.failure = State.RUNNING, started, None
     return True
 
 

@@ -258,6 +258,36 @@ def test_when_interrupted_all_are_asked_before_one_is_waited_for() -> None:
     assert states[-2:] == [State.CANCELLED, State.CANCELLED]
 
 
+def test_a_stage_that_is_cancelled_is_not_said_to_have_failed_as_its_attempt_before() -> None:
+    clock = Clock()
+    tries = [
+        Try(clock, Failure("the store is down", 5, can_pass=True), 1),
+        Try(clock, result("a"), 100),
+    ]
+
+    def sleep(seconds: float) -> None:
+        if not tries:
+            raise KeyboardInterrupt
+        clock.sleep(seconds)
+
+    seen: list[tuple[State, str | None]] = []
+    with pytest.raises(KeyboardInterrupt):
+        execute(
+            [Node("a", retries=1)],
+            lambda *_: tries.pop(0),
+            capacity=Capacity(1),
+            notify=lambda x: seen.append((x.state, x.failure and x.failure.message)),
+            clock=clock,
+            sleep=sleep,
+        )
+    assert seen == [
+        (State.RUNNING, None),
+        (State.WAITING, "the store is down"),
+        (State.RUNNING, None),
+        (State.CANCELLED, None),
+    ]
+
+
 def test_a_stage_is_told_the_results_of_those_it_needs() -> None:
     told: dict[str, Mapping[str, StageResult]] = {}
 
