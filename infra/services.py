@@ -52,6 +52,10 @@ STOP_GRACE_S = {"s3": 3.0, "mlflow": 10.0, "ray": 15.0}
 START_TIMEOUT_S = 300.0
 MAX_STARTS = 3
 
+# With Ray's own defaults, jobs would wait for all else that runs here (a niceness of 15), and be
+# killed 3 s after `ray job stop`, which a step and its checkpoint may need longer for.
+JOB_DEFAULTS = {"RAY_worker_niceness": "0", "RAY_JOB_STOP_WAIT_TIME_S": "60"}
+
 # SeaweedFS serves gRPC on ports this much higher than its other ports.
 GRPC_OFFSET = 10_000
 NUM_S3_PORTS = 5
@@ -256,8 +260,7 @@ def _start_ray(state_dir: Path, ports: Ports, env: Mapping[str, str]) -> None:
     # Ray uses 127.0.0.1 as a node's address only where it believes there is no cluster.
     loopback = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
     own = {**env, **loopback, **machine.ONE_NODE_OF_RAY, "PATH": path}
-    # Ray's default of 15 would make jobs wait for all else that runs here.
-    start_process(state_dir, "ray", command, {"RAY_worker_niceness": "0", **inherited, **own})
+    start_process(state_dir, "ray", command, {**JOB_DEFAULTS, **inherited, **own})
 
 
 def ray_temp_dir(state_dir: Path) -> Path:

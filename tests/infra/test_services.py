@@ -212,13 +212,14 @@ def test_the_ray_head_asks_for_its_token(env: dict[str, str]) -> None:
 
 @pytest.mark.services
 @pytest.mark.slow
-def test_jobs_wait_for_nothing_else_and_watch_no_other_node(
+def test_jobs_wait_for_nothing_else_and_have_time_to_stop(
     state_dir: Path, env: dict[str, str]
 ) -> None:
     root = find_process(state_dir, "ray")
     assert root is not None
     own = root.environ()
     assert own["RAY_worker_niceness"] == "0"
+    assert own["RAY_JOB_STOP_WAIT_TIME_S"] == "60"
     assert own["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] == "0"
 
 
