@@ -33,28 +33,37 @@ def command(words: Sequence[str]) -> int:
     """Run `mae checkpoint WORDS`; return the exit code."""
     arguments = _parser().parse_args(words)
     root = arguments.root or os.environ.get("MAE__STORAGE__ROOT") or StorageConfig().root
-    is_conversion = arguments.action == "convert"
-    with progress.doing("converting the weights" if is_conversion else "reading the weights"):
-        # Imported here, because help and mistakes need neither torch nor a store.
-        from pipelines.training.conversion import convert
-        from pipelines.training.description import describe_place
-        from pipelines.training.init_from import locate
-
-        place = locate(arguments.weights, root)
-        if is_conversion:
-            made = convert(place, arguments.out, arguments.to, overwrite=arguments.overwrite)
-        else:
-            fields = describe_place(place)
-    if is_conversion:
-        sys.stdout.write(f"{made}\n")
-        return 0
-    if arguments.json:
-        sys.stdout.write(redact(json.dumps(fields)) + "\n")
-        return 0
-    width = max(len(name) for name in fields)
-    for name, value in fields.items():
-        sys.stdout.write(redact(f"{name.ljust(width)}  {value}") + "\n")
+    doing = "converting" if arguments.action == "convert" else "reading"
+    with progress.doing(f"{doing} the weights"):
+        said = (
+            _convert(arguments, root) if arguments.action == "convert" else _show(arguments, root)
+        )
+    sys.stdout.write(said)
     return 0
+
+
+# Below, imports are in the functions, because help and mistakes need neither torch nor a store.
+
+
+def _convert(arguments: argparse.Namespace, root: str) -> str:
+    from pipelines.training.conversion import convert
+    from pipelines.training.init_from import locate
+
+    place = locate(arguments.weights, root)
+    made = convert(place, arguments.out, arguments.to, overwrite=arguments.overwrite)
+    return f"{made}\n"
+
+
+def _show(arguments: argparse.Namespace, root: str) -> str:
+    from pipelines.training.description import describe_place
+    from pipelines.training.init_from import locate
+
+    fields = describe_place(locate(arguments.weights, root))
+    if arguments.json:
+        return redact(json.dumps(fields)) + "\n"
+    width = max(len(name) for name in fields)
+    lines = [redact(f"{name.ljust(width)}  {value}") for name, value in fields.items()]
+    return "\n".join(lines) + "\n"
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -121,7 +121,11 @@ def _say(text: str) -> None:
 
 def _pause(schedule: Schedule, root: str, *, is_paused: bool) -> None:
     write_pause(root, schedule.name, Pause(is_paused=is_paused, at=now_utc()))
-    what = "is paused" if is_paused else "fires again, except for ticks that passed meanwhile"
+    if schedule.enabled:
+        what = "is paused" if is_paused else "fires again, except for ticks that passed meanwhile"
+    else:
+        what = "is paused; it is also off" if is_paused else "is no longer paused, but it is off"
+        what += " (enabled: false)"
     _say(f"{schedule.name} {what}")
 
 
@@ -235,21 +239,31 @@ def _wait_for(root: str, name: str, tick_id: str) -> str:
 def _render(schedules: Iterable[Schedule], arguments: argparse.Namespace) -> None:
     try:
         config = load_cluster(arguments.cluster)
-        manifests = [
-            _ray_cron_job(schedule, config)
-            if arguments.ray_cron_job
-            else _cron_job(schedule, config, arguments.file)
-            for schedule in schedules
-        ]
+        rendered = [_manifest(schedule, config, arguments) for schedule in schedules]
     except ClusterConfigError as error:
         raise ConfigError(str(error)) from error
-    text = dump(manifests)
+    text = dump([manifest for manifest in rendered if manifest is not None])
     if arguments.out is None:
         _say(text)
     else:
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
         arguments.out.write_text(text)
         _say(str(arguments.out))
+
+
+def _manifest(
+    schedule: Schedule, config: ClusterConfig, arguments: argparse.Namespace
+) -> Manifest | None:
+    """Render a schedule; one that is off and can't be rendered is left out with a warning."""
+    try:
+        if arguments.ray_cron_job:
+            return _ray_cron_job(schedule, config)
+        return _cron_job(schedule, config, arguments.file)
+    except ConfigError as error:
+        if schedule.enabled:
+            raise
+        logger.warning("%s is off and left out: %s", schedule.name, error)
+        return None
 
 
 def _cron_job(schedule: Schedule, config: ClusterConfig, file: Path) -> Manifest:

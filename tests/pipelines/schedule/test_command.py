@@ -267,6 +267,19 @@ def test_pause_and_resume_are_kept_and_shown(
     assert "paused" not in capsys.readouterr().out
 
 
+@pytest.mark.usefixtures("clock")
+def test_resume_does_not_say_that_a_schedule_fires_that_is_off(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    write({"cron": "0 * * * *", "enabled": False})
+    assert command("pause", "nightly") == 0
+    assert command("resume", "nightly") == 0
+    assert capsys.readouterr().out == (
+        "nightly is paused; it is also off (enabled: false)\n"
+        "nightly is no longer paused, but it is off (enabled: false)\n"
+    )
+
+
 @pytest.mark.usefixtures("stub")
 def test_once_fires_what_is_due_and_list_shows_it(
     clock: Callable[[datetime], None], capsys: pytest.CaptureFixture[str]
@@ -403,6 +416,25 @@ def test_render_for_kuberay_runs_the_pipeline_itself(capsys: pytest.CaptureFixtu
     (job,) = yaml.safe_load_all(capsys.readouterr().out)
     assert job["kind"] == "RayCronJob"
     assert job["spec"]["jobTemplate"]["entrypoint"] == "mae run demo.yaml a.b=1"
+
+
+@pytest.mark.parametrize(
+    ("words", "why"), [([], "a pod sees s3://"), (["--ray-cron-job"], "does not support new_data")]
+)
+def test_a_schedule_that_is_off_keeps_no_other_from_being_rendered(
+    words: list[str],
+    why: str,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    watched = {"name": "watch", "new_data": {"path": "in"}, "enabled": False}
+    write({"cron": "30 2 * * *"}, watched)
+    assert command("render", "--cluster", str(ROOT / "configs/cluster/kuberay.yaml"), *words) == 0
+    (manifest,) = yaml.safe_load_all(capsys.readouterr().out)
+    assert manifest["metadata"]["name"] == "nightly"
+    (told,) = caplog.messages
+    assert told.startswith("watch is off and left out: ")
+    assert why in told
 
 
 @pytest.mark.parametrize(
