@@ -15,13 +15,13 @@ from typing import Any, cast
 import torch
 from jaxtyping import Bool, Float, Int
 from timm.layers.grn import GlobalResponseNorm
-from timm.layers.norm import LayerNorm2d
 from timm.models.convnext import ConvNeXtBlock, ConvNeXtStage
 from torch import Tensor, nn
 
 # What may give something else than zero where its input is zero, and whose output a convolution
-# reads. Within a block of ConvNeXt all that follows its convolution is computed place by place.
-_LEAKING = (LayerNorm2d, nn.MaxPool2d, ConvNeXtBlock)
+# reads. Within a block of ConvNeXt all that follows its convolution is computed place by place. The
+# norms between its stages are read by the downsampling, whose output is zeroed in `watch`.
+_LEAKING = (nn.MaxPool2d, ConvNeXtBlock)
 
 
 def keep_mask(ids_keep: Int[Tensor, "B K"], grid_size: tuple[int, int]) -> Bool[Tensor, "B 1 h w"]:
@@ -77,7 +77,7 @@ class Visible:
         for module in net.modules():
             if isinstance(module, _LEAKING):
                 module.register_forward_hook(self._after)
-            if isinstance(module, ConvNeXtStage):
+            if isinstance(module, ConvNeXtStage):  # also behind the stem, where it changes nothing
                 cast(nn.Module, module.downsample).register_forward_hook(self._after)
             if isinstance(module, GlobalResponseNorm):
                 module.register_forward_pre_hook(self._before)

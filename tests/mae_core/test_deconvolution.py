@@ -53,6 +53,25 @@ def test_scales_go_down_to_stride_four(patch_size: int, strides: tuple[int, ...]
     assert pred.shape == (1, 2, 3 * patch_size**2)
 
 
+def test_a_mask_token_takes_the_place_of_what_is_removed() -> None:
+    torch.manual_seed(0)
+    decoder = DeconvolutionDecoder(
+        channels=(6, 8), strides=(4, 8), grid_size=(1, 2), dim=16, depth=1, in_chans=1
+    )
+    ids_keep, ids_removed = torch.tensor([[0]]), torch.tensor([[1]])
+    maps = [torch.randn(1, 6, 2, 4), torch.randn(1, 8, 1, 2)]
+    before = decoder(maps, ids_keep, ids_removed)
+    other = [x.clone() for x in maps]
+    for x in other:
+        x[..., x.shape[3] // 2 :] += 5  # of the removed patch
+    assert torch.equal(decoder(other, ids_keep, ids_removed), before)
+    for stride in ("4", "8"):
+        torch.nn.init.normal_(decoder.skips[stride].mask_token)
+        after = decoder(maps, ids_keep, ids_removed)
+        assert not torch.allclose(after, before, atol=1e-4), stride
+        before = after
+
+
 def test_every_scale_that_the_encoder_has_is_read() -> None:
     mae = make_mae("convnextv2_atto", "deconvolution", 32)
     assert isinstance(mae.decoder, DeconvolutionDecoder)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from mae_core.losses import LossTerms
 from mae_core.model.decoder import PixelDecoder
 from mae_core.model.encoder import MaskedEncoder
 from mae_core.model.mae import MAEOutput, MaskedAutoencoder
@@ -327,3 +328,22 @@ def test_a_micro_batch_may_have_its_own_mask_ratio() -> None:
     assert_close(found, expected)
     other, _ = take_step([batch._replace(mask_ratio=0.5)])
     assert other.loss.item() != metrics.loss.item()
+
+
+def test_the_terms_of_a_step_add_up_to_its_loss_for_any_split() -> None:
+    batch = make_batch(holes=(2,))
+    for num_parts in (1, 4):
+        mae = make_mae()
+        mae.terms = LossTerms("l1", fourier_weight=0.5, ssim_weight=0.25)
+        metrics = optimizer_step(
+            mae,
+            torch.optim.SGD(mae.parameters(), lr=0.0),
+            split(batch, num_parts),
+            pretrain_loss,
+            grad_accum_steps=num_parts,
+            learning_rate=0.0,
+            autocast_dtype=None,
+        )
+        assert list(metrics.terms) == ["l1", "fourier", "ssim"]
+        total = sum(term.item() for term in metrics.terms.values())
+        assert total == pytest.approx(metrics.loss.item(), rel=1e-5)

@@ -1,7 +1,7 @@
 import pytest
 import torch
 from timm.layers.grn import GlobalResponseNorm
-from timm.layers.norm import LayerNorm2d
+from timm.models.convnext import ConvNeXtBlock, ConvNeXtStage
 from torch import nn
 
 from mae_core.model.visible import MaskedBatchNorm2d, Visible, enlarged, keep_mask
@@ -35,12 +35,12 @@ def test_an_error_in_between_ends_the_mask_too() -> None:
     assert not visible.is_active
 
 
-@pytest.mark.parametrize("layer", [LayerNorm2d(3), nn.MaxPool2d(3, 1, 1)])
+@pytest.mark.parametrize(
+    "layer", [nn.MaxPool2d(3, 1, 1), ConvNeXtBlock(3), ConvNeXtStage(3, 3, stride=1, depth=1)]
+)
 def test_a_watched_layer_leaves_nothing_beside_what_is_visible(layer: nn.Module) -> None:
     visible, features = Visible(), torch.rand(1, 3, 2, 4) + 1
     visible.watch(nn.Sequential(layer))
-    if isinstance(layer, LayerNorm2d):
-        nn.init.ones_(layer.bias)
     with visible.only(LEFT):
         output = layer(features)
     assert (output[..., :2] != 0).all()
