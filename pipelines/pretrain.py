@@ -133,10 +133,13 @@ def check_init_from(config: PretrainConfig) -> CheckpointManifest | None:
         decoder = model.decoder.model_copy(update={"num_heads": heads})
         model = model.model_copy(update={"decoder": decoder})
     names = ["encoder", "patch_size", "in_chans", "class_tokens"]  # positions depend on img_size
+    pairs = [(name, getattr(model, name), getattr(config.model, name)) for name in names]
     if manifest.decoder_present:
-        names.append("decoder")
-    for name in names:
-        theirs, ours = getattr(model, name), getattr(config.model, name)
+        pairs += [
+            (f"decoder.{name}", getattr(model.decoder, name), getattr(config.model.decoder, name))
+            for name in ("kind", "dim", "depth", "num_heads")  # the rest changes no weight
+        ]
+    for name, theirs, ours in pairs:
         if theirs != ours:
             raise ConfigError(
                 f"init_from={uri}: was trained with model.{name}={theirs}, this run has {ours}"

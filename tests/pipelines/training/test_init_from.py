@@ -194,6 +194,29 @@ def test_a_convolutional_encoder_of_timm_is_taken_and_fitted_to_grey_images(
     torch.testing.assert_close(encoder.eval().feature_map(grey), expected, atol=1e-4, rtol=1e-4)
 
 
+def test_a_decoder_of_another_kind_is_refused_and_another_share_of_predictions_is_not(
+    tmp_path: Path,
+) -> None:
+    torch.manual_seed(0)
+    decoder = DecoderConfig(kind="cross_attention", dim=32, depth=1, num_heads=2)
+    model = MICRO.model_copy(update={"decoder": decoder})
+    mae = build_mae(model, MaskingConfig(), LossConfig())
+    own = write_own(tmp_path / "own")
+    record = read_manifest(own)
+    fields = {name: getattr(record, name) for name in CheckpointRecord.model_fields}
+    save_weights(own, CheckpointRecord(**{**fields, "model": model}), mae.state_dict())
+    words = ["data.train=t", f"init_from={own}", f"storage.root={tmp_path}"]
+    words += ["model.encoder=vit_micro", "model.patch_size=8", "model.decoder.dim=32"]
+    words += ["model.decoder.depth=1", "model.decoder.num_heads=2"]
+    config = with_weights(load_config(PretrainConfig, [], words, {}))
+    told = r"was trained with model\.decoder\.kind=cross_attention, this run has transformer"
+    with pytest.raises(ConfigError, match=told):
+        check_init_from(config)
+    more = ["model.decoder.kind=cross_attention", "model.decoder.prediction_ratio=0.25"]
+    config = with_weights(load_config(PretrainConfig, [], [*words, *more], {}))
+    assert check_init_from(config) == read_manifest(own)
+
+
 def test_a_vit_does_not_start_from_a_convolutional_encoder(tmp_path: Path) -> None:
     torch.save(timm.create_model("resnet18", num_classes=0).state_dict(), tmp_path / "a.pth")
     words = ["data.train=t", f"init_from={tmp_path / 'a.pth'}", f"storage.root={tmp_path}"]
