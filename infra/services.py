@@ -289,7 +289,9 @@ def _is_ready(name: str, env: Mapping[str, str]) -> bool:
     if name == "mlflow":
         return _answers(f"{env['MAE__TRACKING__URI']}/health")
     token = Path(env["RAY_AUTH_TOKEN_PATH"]).read_text()
-    return _answers(f"{env['RAY_API_SERVER_ADDRESS']}/api/version", token)
+    # Ray's web server answers before the node is there, which fails to come on a busy machine.
+    nodes = _fetch(f"{env['RAY_API_SERVER_ADDRESS']}/api/v0/nodes", token)
+    return nodes is not None and b'"state": "ALIVE"' in nodes
 
 
 def _can_write_buckets(env: Mapping[str, str]) -> bool:
@@ -312,14 +314,20 @@ def _can_write_buckets(env: Mapping[str, str]) -> bool:
 
 
 def _answers(url: str, token: str = "") -> bool:
+    return _fetch(url, token) is not None
+
+
+def _fetch(url: str, token: str) -> bytes | None:
+    """Return what a server sends, or None if it refuses or does not answer."""
     headers = {"Authorization": f"Bearer {token}"} if token else {}
     # No proxy, whatever the environment says, because it is this machine.
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
         with opener.open(urllib.request.Request(url, headers=headers), timeout=5) as response:
-            return bool(response.status == 200)
+            body: bytes = response.read()
+            return body if response.status == 200 else None
     except OSError:
-        return False
+        return None
 
 
 def _check_same_ports(state_dir: Path, ports: Ports, missing: list[str]) -> None:

@@ -149,6 +149,25 @@ def test_the_next_steps_work_in_the_shell_that_they_are_printed_in(
     assert said[-1].startswith("  ray job submit ")
 
 
+@pytest.mark.parametrize(
+    ("nodes", "is_ready"),
+    [
+        (None, False),
+        (b'{"data": {"result": {"result": []}}}', False),  # the web server alone
+        (b'{"data": {"result": {"result": [{"state": "DEAD"}]}}}', False),
+        (b'{"data": {"result": {"result": [{"state": "ALIVE"}]}}}', True),
+    ],
+)
+def test_the_ray_head_is_ready_once_its_node_is_there(
+    nodes: bytes | None, is_ready: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "token").write_text("t")
+    env = {"RAY_API_SERVER_ADDRESS": "http://x", "RAY_AUTH_TOKEN_PATH": str(tmp_path / "token")}
+    asked = {"http://x/api/v0/nodes": nodes}
+    monkeypatch.setattr(services, "_fetch", lambda url, _token: asked[url])
+    assert services._is_ready("ray", env) is is_ready
+
+
 def test_down_without_up_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert services.main(["down", "--state-dir", str(tmp_path / "none")]) == 0
     assert capsys.readouterr().out == "nothing was running\n"
