@@ -148,8 +148,8 @@ def stage_table(run: PipelineRun) -> str:
     uri = run.chain.config.tracking.uri
     lines = [
         *_why_it_failed(run),
-        "| stage | state | why | time | result |",
-        "|---|---|---|---|---|",
+        "| stage | state | why | made | time | result |",
+        "|---|---|---|---|---|---|",
     ]
     for stage in run.stages.values():
         row = _stage_row(run, stage)
