@@ -103,6 +103,7 @@ def local_resources(
             **_loopback_for_workers(),
         },
         setup_hook=SETUP_HOOK,
+        prepares_environments=not in_driver,
     )
 
 

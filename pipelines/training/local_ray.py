@@ -8,13 +8,15 @@ docs/guides/security.md lists each port and how it is protected.
 
 import logging
 import os
+import random
 import secrets
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -46,7 +48,19 @@ AGENT_PORTS = (
     METRICS_EXPORT_PORT_NAME,
     RUNTIME_ENV_AGENT_PORT_NAME,
 )
+PORTS = range(20000, 32000)  # below those that the kernel gives to connections
 NO_PORT = -1  # Ray's word for an agent that does not listen
+
+# Ray takes a process that does not answer for some seconds for a machine that is lost, and ends
+# what ran on it. Here it is only busy: the end of a process is noticed by its connection.
+PATIENCE = {
+    "RAY_health_check_timeout_ms": "300000",  # of 10,000 (2.60)
+    "RAY_grpc_keepalive_timeout_ms": "300000",  # of 10,000
+    "RAY_worker_register_timeout_seconds": "300",  # of 60
+    "RAY_agent_register_timeout_ms": "300000",  # of 30,000
+    # With Ray's default of 15, training would wait for everything else that runs on this machine.
+    "RAY_worker_niceness": "0",
+}
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +79,8 @@ class LocalRay(NamedTuple):
     """
     setup_hook: str = ""
     """Full name of the function that each process for tasks and actors calls first."""
+    prepares_environments: bool = True
+    """Whether anything asks for a runtime environment, as the workers of Ray Train do."""
 
 
 @contextmanager
@@ -127,7 +143,7 @@ def _start(folder: Path, given: LocalRay) -> None:
     """Start Ray; start it once more if that takes longer than the 30 s that Ray allows (2.60)."""
     for attempt in range(1, MAX_STARTS + 1):
         try:
-            with _without_onlookers():
+            with _without_onlookers(given):
                 ray.init(
                     "local",  # never join another Ray that happens to run on this machine
                     num_cpus=given.num_cpus,
@@ -151,16 +167,20 @@ def _start(folder: Path, given: LocalRay) -> None:
 
 
 @contextmanager
-def _without_onlookers() -> Iterator[None]:
-    """Start Ray in the block without five processes that do nothing for a Ray on one machine.
+def _without_onlookers(given: LocalRay) -> Iterator[None]:
+    """Start Ray in the block without processes that do nothing for a Ray on one machine.
 
     They are its autoscaler, the reader of its logs, and, without a dashboard, a server for usage
-    reports. Usage reports are off, but `ray.init` waits for that server. The other two are the
-    agents of the raylet: one is for the dashboard and metrics, one prepares runtime environments,
-    and a local Ray has none of these. All five are Python programs that take about a CPU-second
-    each, and `ray.init` has no arguments to leave them out (2.60).
+    reports. Usage reports are off, but `ray.init` waits for that server. Two others are agents of
+    the raylet: one is for the dashboard and for metrics, and one prepares runtime environments,
+    which not every run has. All five are Python programs that take about a CPU-second each, and
+    `ray.init` has no arguments to leave them out (2.60).
     """
-    fewer: dict[str, Any] = {"no_monitor": True, "include_log_monitor": False}
+    fewer: dict[str, Any] = {
+        "no_monitor": True,
+        "include_log_monitor": False,
+        "runtime_env_agent_port": _free_port() if given.prepares_environments else None,
+    }
     start = partial(_start_without_agents, services.start_ray_process)
     with (
         _replaced(parameter, "RayParams", partial(parameter.RayParams, **fewer)),
@@ -173,27 +193,41 @@ def _without_onlookers() -> Iterator[None]:
 def _start_without_agents(
     start: Callable[..., object], command: list[str], *args: object, **options: object
 ) -> object:
-    """Start a process of Ray; if it is the raylet, give it stand-ins for its agents.
+    """Start a process of Ray; if it is the raylet, give it stand-ins for agents without a task.
 
     The raylet does not run without agents, and ends itself if they have not told their ports, by
-    files, within 15 s, which a busy machine may need to import them (2.60).
+    files, within 15 s, which is too little to import them on a busy machine (2.60). So the files
+    are written here.
     """
     given = dict(
         word[2:].split("=", 1) for word in command if word.startswith("--") and "=" in word
     )
     if given.keys() >= AGENT_COMMANDS:
-        for name in AGENT_PORTS:
-            persist_port(given["session_dir"], given["node_id"], name, NO_PORT)
+        port = int(given["runtime_env_agent_port"])  # 0: nothing asks for an environment
+        ports = {
+            **dict.fromkeys(AGENT_PORTS, NO_PORT),
+            RUNTIME_ENV_AGENT_PORT_NAME: port or NO_PORT,
+        }
+        for name, number in ports.items():
+            persist_port(given["session_dir"], given["node_id"], name, number)
+        idle = AGENT_COMMANDS - {"runtime_env_agent_command"} if port else AGENT_COMMANDS
         stand_in = subprocess.list2cmdline(
             [sys.executable, "-I", "-S", ray_agent_stand_in.__file__]
         )
         command = [
-            f"--{name}={stand_in}"
-            if (name := word[2:].split("=", 1)[0]) in AGENT_COMMANDS
-            else word
+            f"--{name}={stand_in}" if (name := word[2:].split("=", 1)[0]) in idle else word
             for word in command
         ]
     return start(command, *args, **options)
+
+
+def _free_port() -> int:
+    """Choose a port that nobody uses, and that the kernel gives to no connection meanwhile."""
+    for port in random.SystemRandom().sample(PORTS, len(PORTS)):
+        with suppress(OSError), socket.socket() as probe:
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise OSError(f"no port in {PORTS.start}..{PORTS.stop - 1} is free")
 
 
 @contextmanager
@@ -227,8 +261,6 @@ def _guarded(folder: Path) -> Iterator[None]:
     Ray's processes inherit the name of the token's file from the environment, so the token is in no
     process's arguments.
     """
-    # With Ray's default of 15, training would wait for everything else that runs on this machine.
-    os.environ.setdefault("RAY_worker_niceness", "0")
     token_file = folder / "ray-token"
     token_file.touch(mode=0o600)
     token_file.write_text(secrets.token_hex(32))
@@ -237,6 +269,7 @@ def _guarded(folder: Path) -> Iterator[None]:
         "RAY_AUTH_TOKEN_PATH": str(token_file),
         # Ray uses the loopback address only if it believes that there is no cluster.
         ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR: "0",
+        **{name: os.environ.get(name, value) for name, value in PATIENCE.items()},
     }
     before = {name: os.environ.get(name) for name in (*guards, "RAY_AUTH_TOKEN")}
     os.environ.pop("RAY_AUTH_TOKEN", None)  # Ray would prefer this variable to the file

@@ -63,7 +63,7 @@ def test_a_bare_process_is_refused_without_the_token(local_ray: Path, tmp_path: 
 def test_a_local_ray_listens_on_the_loopback_only(local_ray: Path) -> None:
     ray.get(ray.remote(lambda: None).remote())  # a worker process is among them
     found = list(listening(of_local_ray()))
-    assert len(found) >= 5  # driver, head, two of the raylet, worker
+    assert len(found) >= 6  # driver, head, two of the raylet, its agent, worker
     assert {address for _, address, _ in found} == {"127.0.0.1"}
     host = node_ip_address_from_perspective()
     for _, _, port in found:
@@ -79,7 +79,7 @@ def test_no_process_of_a_local_ray_only_looks_on(local_ray: Path) -> None:
         with suppress(psutil.NoSuchProcess):  # it has ended, or nobody has asked how
             words |= {Path(word).name for word in process.cmdline()}
     assert {"raylet", "gcs_server"} <= words
-    assert not {"monitor.py", "log_monitor.py", "dashboard.py", "agent.py", "main.py"} & words
+    assert not {"monitor.py", "log_monitor.py", "dashboard.py", "agent.py"} & words
     assert "ray_agent_stand_in.py" in words
 
 
@@ -89,7 +89,7 @@ def test_no_port_of_a_local_ray_does_anything_without_the_token(local_ray: Path)
     answers = {port: ask(port) for _, _, port in listening(of_local_ray())}
     assert set().union(*answers.values()) <= REFUSALS, answers
     guarded = [port for port, told in answers.items() if told & {"UNAUTHENTICATED", "401"}]
-    assert len(guarded) >= 5
+    assert len(guarded) >= 6
 
 
 @pytest.mark.ray
@@ -118,9 +118,18 @@ def test_the_environment_is_as_before_after_a_start(
     with local_ray._guarded(tmp_path):
         assert "RAY_AUTH_TOKEN" not in os.environ
         assert os.environ["RAY_AUTH_MODE"] == "token"
-    assert {k: v for k, v in os.environ.items() if k != "RAY_worker_niceness"} == {
-        k: v for k, v in before.items() if k != "RAY_worker_niceness"
-    }
+    assert dict(os.environ) == before
+
+
+def test_a_process_that_is_busy_is_not_taken_for_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RAY_health_check_timeout_ms", raising=False)
+    monkeypatch.setenv("RAY_worker_register_timeout_seconds", "77")  # what the user says holds
+    with local_ray._guarded(tmp_path):
+        given = dict(os.environ)
+    assert given["RAY_health_check_timeout_ms"] == "300000"
+    assert given["RAY_worker_register_timeout_seconds"] == "77"
 
 
 def test_each_start_has_another_token(tmp_path: Path) -> None:
@@ -220,25 +229,37 @@ def test_ray_s_processes_inherit_their_variables_and_this_process_does_not_keep_
         assert services.start_ray_process.__name__ == "start_ray_process"
 
 
-def test_a_raylet_gets_stand_ins_for_its_agents_and_files_that_say_so(tmp_path: Path) -> None:
-    started = []
+@pytest.mark.parametrize(("port", "told"), [("0", "-1"), ("20123", "20123")])
+def test_a_raylet_gets_stand_ins_for_agents_without_a_task_and_files_that_say_so(
+    tmp_path: Path, port: str, told: str
+) -> None:
+    started: list[tuple[list[str], str]] = []
     command = [
         "raylet",
         f"--session_dir={tmp_path}",
         f"--node_id={'ab' * 28}",
         "--dashboard_agent_command=python agent.py --a=b",
         "--runtime_env_agent_command=python main.py",
-        "--head",
+        f"--runtime_env_agent_port={port}",
     ]
     local_ray._start_without_agents(lambda *given, **options: started.append(given), command, "x")
     ((words, kind),) = started
-    assert (words[:3], words[5:], kind) == (command[:3], ["--head"], "x")
-    for word, name in zip(words[3:5], ("dashboard_agent", "runtime_env_agent"), strict=True):
-        assert word.startswith(f"--{name}_command=")
-        assert word.endswith("ray_agent_stand_in.py")
+    assert (words[:3], words[5:], kind) == (command[:3], command[5:], "x")
+    assert words[3].startswith("--dashboard_agent_command=")
+    assert words[3].endswith("ray_agent_stand_in.py")
+    assert words[4].startswith("--runtime_env_agent_command=")
+    assert words[4].endswith("ray_agent_stand_in.py" if port == "0" else "python main.py")
     ports = {file.name: file.read_text() for file in tmp_path.iterdir()}
-    names = ("dashboard_agent_listen", "metrics_agent", "metrics_export", "runtime_env_agent")
-    assert ports == {f"{name}_port_{'ab' * 28}": "-1" for name in names}
+    names = ("dashboard_agent_listen", "metrics_agent", "metrics_export")
+    expected = {**dict.fromkeys(names, "-1"), "runtime_env_agent": told}
+    assert ports == {f"{name}_port_{'ab' * 28}": number for name, number in expected.items()}
+
+
+def test_a_run_that_asks_for_no_environment_has_no_agent_for_them() -> None:
+    for prepares in (True, False):
+        with local_ray._without_onlookers(GIVEN._replace(prepares_environments=prepares)):
+            port = parameter.RayParams().runtime_env_agent_port
+        assert (port in local_ray.PORTS) if prepares else (port is None)
 
 
 def test_ray_s_other_processes_start_as_they_are(tmp_path: Path) -> None:
