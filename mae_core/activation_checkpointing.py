@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 @contextmanager
 def checkpointed_activations(model: nn.Module) -> Iterator[None]:
-    """Inside, the transformer blocks of `model` keep no activations for the backward pass.
+    """Let the transformer blocks of `model` keep no activations for the backward pass in the block.
 
     Losses and gradients are the same to the bit, also with stochastic depth. The module tree, its
     names and its state stay what they are.

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from mae_core.activation_checkpointing import checkpointed_activations
 from mae_core.config import LossConfig, MaskingConfig, ModelConfig
-from mae_core.model.encoder import build_encoder
+from mae_core.model.family import build_encoder
 from mae_core.model.mae import build_mae
 
 CONFIG = ModelConfig(encoder="vit_nano", img_size=(16, 16), patch_size=4)
