@@ -12,7 +12,6 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-import kubernetes_validate
 import pytest
 import yaml
 
@@ -388,76 +387,6 @@ def test_a_backfill_ends_at_now_and_tells_what_failed(
     assert capsys.readouterr().out == told
     with pytest.raises(ConfigError, match="--from 2028-01-02 is after --to 2028-01-01"):
         command("backfill", "nightly", "--from", "2028-01-02", "--to", "2028-01-01")
-
-
-def test_render_writes_what_kubernetes_runs(capsys: pytest.CaptureFixture[str]) -> None:
-    watched = {"name": "watch", "new_data": {"path": "s3://data/in", "poll_s": 600}}
-    berlin = {"cron": "30 2 * * *", "time_zone": "Europe/Berlin", "overlap": "replace"}
-    write({**berlin, "enabled": False}, watched)
-    cluster = str(ROOT / "configs/cluster/kuberay.yaml")
-    assert command("render", "--cluster", cluster) == 0
-    nightly, watch = yaml.safe_load_all(capsys.readouterr().out)
-    for manifest in (nightly, watch):
-        kubernetes_validate.validate(manifest, "1.37", strict=True)
-    assert (nightly["kind"], nightly["metadata"]["name"]) == ("CronJob", "nightly")
-    spec = nightly["spec"]
-    assert (spec["schedule"], spec["timeZone"]) == ("30 2 * * *", "Europe/Berlin")
-    assert (spec["concurrencyPolicy"], spec["suspend"]) == ("Replace", True)
-    (container,) = spec["jobTemplate"]["spec"]["template"]["spec"]["containers"]
-    once_words = ["mae", "schedule", "once", "--name", "nightly", "--file", "s.yaml", "--wait"]
-    assert container["command"] == once_words
-    assert (watch["spec"]["schedule"], watch["spec"]["suspend"]) == ("*/10 * * * *", False)
-
-
-def test_render_for_kuberay_runs_the_pipeline_itself(capsys: pytest.CaptureFixture[str]) -> None:
-    write({"cron": "30 2 * * *", "words": ["a.b=1"]})
-    words = ("render", "--ray-cron-job", "--cluster", str(ROOT / "configs/cluster/kuberay.yaml"))
-    assert command(*words) == 0
-    (job,) = yaml.safe_load_all(capsys.readouterr().out)
-    assert job["kind"] == "RayCronJob"
-    assert job["spec"]["jobTemplate"]["entrypoint"] == "mae run demo.yaml a.b=1"
-
-
-@pytest.mark.parametrize(
-    ("words", "why"), [([], "a pod sees s3://"), (["--ray-cron-job"], "does not support new_data")]
-)
-def test_a_schedule_that_is_off_keeps_no_other_from_being_rendered(
-    words: list[str],
-    why: str,
-    capsys: pytest.CaptureFixture[str],
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    watched = {"name": "watch", "new_data": {"path": "in"}, "enabled": False}
-    write({"cron": "30 2 * * *"}, watched)
-    assert command("render", "--cluster", str(ROOT / "configs/cluster/kuberay.yaml"), *words) == 0
-    (manifest,) = yaml.safe_load_all(capsys.readouterr().out)
-    assert manifest["metadata"]["name"] == "nightly"
-    (told,) = caplog.messages
-    assert told.startswith("watch is off and left out: ")
-    assert why in told
-
-
-@pytest.mark.parametrize(
-    ("entry", "words", "message"),
-    [
-        ({"new_data": {"path": "in"}}, [], "a pod sees s3://bucket/prefix only"),
-        ({"new_data": {"path": "s3://b/in"}}, ["--ray-cron-job"], "does not support new_data"),
-        (
-            {"cron": "1 1 * * *", "words": ["a={tick}"]},
-            ["--ray-cron-job"],
-            "does not support {tick}",
-        ),
-        ({"cron": "0 0 L * *"}, [], "Kubernetes does not accept"),
-    ],
-)
-def test_what_kubernetes_can_not_do_is_told(
-    entry: dict[str, Any], words: list[str], message: str
-) -> None:
-    write(entry)
-    cluster = str(ROOT / "configs/cluster/kuberay.yaml")
-    with pytest.raises(ConfigError) as caught:
-        command("render", "--cluster", cluster, *words)
-    assert message in str(caught.value)
 
 
 def test_a_root_of_another_kind_is_refused() -> None:
