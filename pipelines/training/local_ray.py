@@ -143,7 +143,7 @@ def _start(folder: Path, given: LocalRay) -> None:
     """Start Ray; start it once more if that takes longer than the 30 s that Ray allows (2.60)."""
     for attempt in range(1, MAX_STARTS + 1):
         try:
-            with _without_onlookers(given):
+            with _without_onlookers(given), _in_their_own_session():
                 ray.init(
                     "local",  # never join another Ray that happens to run on this machine
                     num_cpus=given.num_cpus,
@@ -228,6 +228,18 @@ def _free_port() -> int:
             probe.bind(("127.0.0.1", port))
             return port
     raise OSError(f"no port in {PORTS.start}..{PORTS.stop - 1} is free")
+
+
+@contextmanager
+def _in_their_own_session() -> Iterator[None]:
+    """Start Ray's processes in sessions of their own in the block.
+
+    Otherwise they would end when a whole process group is sent SIGTERM, as `timeout` does, and the
+    command could not save what it has. They still end with the command.
+    """
+    apart = partial(services.ConsolePopen, start_new_session=True)
+    with _replaced(services, "ConsolePopen", apart):
+        yield
 
 
 @contextmanager

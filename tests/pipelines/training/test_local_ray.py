@@ -72,6 +72,18 @@ def test_a_local_ray_listens_on_the_loopback_only(local_ray: Path) -> None:
 
 
 @pytest.mark.ray
+def test_a_signal_to_the_command_s_process_group_does_not_reach_ray(local_ray: Path) -> None:
+    ray.get(ray.remote(lambda: None).remote())
+    groups = set()
+    for process in of_local_ray():
+        with suppress(ProcessLookupError):
+            if process.pid != os.getpid():
+                groups.add(os.getpgid(process.pid))
+    assert groups
+    assert os.getpgid(0) not in groups
+
+
+@pytest.mark.ray
 def test_no_process_of_a_local_ray_only_looks_on(local_ray: Path) -> None:
     ray.get(ray.remote(lambda: None).remote())
     words: set[str] = set()
