@@ -238,7 +238,8 @@ class ClassifySection(ArmsConfig):
     an encoder with random weights."""
     labels_per_class: tuple[int, ...] = ()
     """Few-shot: train on this many labelled images of each class, or on all of a class that has
-    fewer, instead of on `label_fraction`; each arm is trained once for every number."""
+    fewer, instead of on `label_fraction`; each arm is trained once for every number. With
+    `labels=many`, so many of each combination of findings."""
     labels: Literal["one", "many"] = "one"
     """one: each sample has one class; many: each has any number of findings."""
     label_key: str | None = None

@@ -146,6 +146,7 @@ class OpenedTuning(Generic[ConfigT, WantedT, TruthT, PredictionT]):
                 "data.train": fingerprint(config.data.train),
                 "data.val": fingerprint(config.data.val),
                 "init_from": fingerprint(config.init_from),
+                **self._split,
             },
             data={
                 "train": (data.train.digest, str(config.data.train)),
@@ -156,6 +157,16 @@ class OpenedTuning(Generic[ConfigT, WantedT, TruthT, PredictionT]):
                 **lineage_tags(config.init_from, self.pretrained),
             },
         )
+
+    @property
+    def _split(self) -> dict[str, str]:
+        """The split of a batch, if the encoder's batch norms make the result depend on it."""
+        if not self.encoder.model.has_batch_norm:
+            return {}
+        return {
+            "optim.micro_batch_size": str(self.config.optim.micro_batch_size),
+            "scaling.num_workers": str(self.config.scaling.num_workers),
+        }
 
     def reuse(self, done: StageResult) -> StageResult | None:
         return done._replace(status="reused")

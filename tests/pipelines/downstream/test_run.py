@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from mae_core.config import ModelConfig
 from mae_core.data.label_budget import LabelBudget
 from mae_core.data.manifest import Manifest, ShardInfo
 from mae_core.data.samples import DataError
@@ -369,6 +370,23 @@ def test_other_weights_of_the_encoder_are_other_inputs() -> None:
         "aaaaaaaaaaaaaaaa-bbbbbbbbbbbbbbbb-cccccccccccccccc",
         "aaaaaaaaaaaaaaaa-bbbbbbbbbbbbbbbb-dddddddddddddddd",
     ]
+
+
+@pytest.mark.parametrize(
+    ("encoder", "split"),
+    [
+        ("vit_nano", {}),
+        ("resnet18", {"optim.micro_batch_size": "4", "scaling.num_workers": "2"}),
+    ],
+)
+def test_the_split_of_a_batch_is_an_input_if_the_encoder_has_batch_norms(
+    encoder: Any, split: dict[str, str]
+) -> None:
+    words = ("optim.micro_batch_size=4", "scaling.num_workers=2")
+    manifest: Any = SimpleNamespace(model=ModelConfig(encoder=encoder, img_size=(32, 32)))
+    nothing: Any = None
+    opened = OpenedTuning(make_config(*words), nothing, nothing, nothing, nothing, manifest)
+    assert opened._split == split
 
 
 def test_an_arm_that_is_measured_at_last_is_no_failure_any_more(tmp_path: Path) -> None:
